@@ -1,0 +1,222 @@
+"""Draws a small detection data set in COCO's layout: filled shapes on a noisy ground, the demo's data.
+
+Every image depends on nothing but the seed, its split and its index, so the files are the same bytes however many
+processes drew them. The set is drawn into a folder aside and renamed, so a folder that holds `generated.json` is
+always complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orchestrator.shapes import ShapesParameters, draw_image, name_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+PARAMETERS_FILE = "generated.json"
+JPEG_QUALITY = 92
+SPLITS = ("train2017", "val2017")
+CHUNK_IMAGES = 200
+"""Images per work item of a process: large enough that the cost of handing the work over does not show."""
+
+
+@dataclass(frozen=True)
+class DatasetPaths:
+    """Where the four parts of a data set in COCO's layout are."""
+
+    train_json: Path
+    train_images: Path
+    val_json: Path
+    val_images: Path
+
+
+def dataset_paths(root: Path) -> DatasetPaths:
+    """Tells where COCO's layout keeps the annotation files and the images under `root` (nothing is read)."""
+    return DatasetPaths(
+        train_json=root / "annotations" / "instances_train2017.json",
+        train_images=root / "train2017",
+        val_json=root / "annotations" / "instances_val2017.json",
+        val_images=root / "val2017",
+    )
+
+
+def generate(
+    to: Path,
+    *,
+    num_train: int = 256,
+    num_val: int = 64,
+    size: int | tuple[int, int] = 128,
+    num_classes: int = 3,
+    seed: int = 0,
+    crowd_fraction: float = 0.0,
+    shapes_per_image: tuple[int, int] = (1, 4),
+    mask_format: Literal["polygon", "rle"] = "polygon",
+    distinct_images: int | None = None,
+    replace: bool = False,
+    num_processes: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> DatasetPaths:
+    """Draws a data set of shapes into `to`, in COCO's layout; does nothing where the same one is there already.
+
+    Args:
+        to: Folder to be made; its parents are made too.
+        num_train: Training images.
+        num_val: Validation images.
+        size: Side of a square image, or (width, height), pixels.
+        num_classes: Shapes to tell apart.
+        seed: Same seed and parameters, same bytes.
+        crowd_fraction: Share of the images with a crowd region besides their shapes, 0 to 1.
+        shapes_per_image: Fewest and most shapes of an image.
+        mask_format: Polygons, or compressed RLE.
+        distinct_images: Images drawn per split; the others are hard links to them. None draws all.
+        replace: Whether a generated set with other parameters in `to` may be replaced. A folder that this function did
+            not make is never replaced.
+        num_processes: That draw at the same time; None takes the machine's CPUs for large sets, else one.
+        on_progress: Called with the number of images just written.
+
+    Returns:
+        Where the files are.
+
+    Raises:
+        ValueError: A parameter is out of its range.
+        FileExistsError: `to` holds something else: other files, or a set with other parameters and no `replace`.
+    """
+    width, height = (size, size) if isinstance(size, int) else size
+    parameters = ShapesParameters(
+        num_train=num_train, num_val=num_val, width=width, height=height, num_classes=num_classes, seed=seed,
+        crowd_fraction=float(crowd_fraction), min_shapes=shapes_per_image[0], max_shapes=shapes_per_image[1],
+        mask_format=mask_format, distinct_images=distinct_images,
+    )  # fmt: skip
+    to = Path(to).absolute()
+    if _is_present(to, parameters, replace=replace):
+        return dataset_paths(to)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        (aside / "annotations").mkdir(parents=True)
+        for split, num_images in zip(SPLITS, (num_train, num_val), strict=True):
+            _write_split(aside, split, num_images, parameters, num_processes, on_progress)
+        text = json.dumps(asdict(parameters), indent=2) + "\n"
+        (aside / PARAMETERS_FILE).write_text(text, encoding="utf-8")
+        _put_in_place(aside, to, parameters, replace=replace)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return dataset_paths(to)
+
+
+def _is_present(to: Path, parameters: ShapesParameters, *, replace: bool) -> bool:
+    """Tells whether `to` holds this very set; raises FileExistsError where it holds what may not be replaced."""
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return False
+    try:
+        found = json.loads((to / PARAMETERS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise FileExistsError(
+            f"{to} exists and was not generated (it has no readable {PARAMETERS_FILE}): name another folder"
+        ) from None
+    wanted = asdict(parameters)
+    if found == wanted:
+        return True
+    if replace:
+        return False
+    other = ", ".join(
+        f"{key} {found.get(key)!r} there, {wanted[key]!r} asked" for key in wanted if found.get(key) != wanted[key]
+    )
+    raise FileExistsError(
+        f"{to} holds a generated set with other parameters ({other}): name another folder, or replace it"
+    )
+
+
+def _put_in_place(aside: Path, to: Path, parameters: ShapesParameters, *, replace: bool) -> None:
+    """Renames the finished folder; where another process was faster with the same set, its work is kept."""
+    try:
+        aside.rename(to)
+    except OSError:
+        if _is_present(to, parameters, replace=replace):
+            return
+        old = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.old"
+        to.rename(old)
+        aside.rename(to)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_split(
+    root: Path,
+    split: str,
+    num_images: int,
+    parameters: ShapesParameters,
+    num_processes: int | None,
+    on_progress: Callable[[int], None] | None,
+) -> None:
+    import orjson
+
+    folder = root / split
+    folder.mkdir()
+    num_drawn = min(num_images, parameters.distinct_images or num_images)
+    chunks = [
+        (str(folder), SPLITS.index(split), start, min(start + CHUNK_IMAGES, num_drawn), parameters)
+        for start in range(0, num_drawn, CHUNK_IMAGES)
+    ]
+    processes = num_processes or (os.cpu_count() or 1 if num_drawn >= 2000 else 1)
+    drawn: list[list[dict[str, Any]]] = []
+    for chunk in _run_chunks(chunks, processes):
+        drawn.extend(chunk)
+        if on_progress is not None:
+            on_progress(len(chunk))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(num_images):
+        name = f"{index + 1:012d}.jpg"
+        if index >= num_drawn:
+            os.link(folder / f"{index % num_drawn + 1:012d}.jpg", folder / name)
+            if on_progress is not None:
+                on_progress(1)
+        images.append({"id": index + 1, "file_name": name, "width": parameters.width, "height": parameters.height})
+        for shape in drawn[index % num_drawn]:
+            annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **shape})
+    document = {
+        "info": {"description": "Drawn shapes", "version": str(parameters.version)},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": index + 1, "name": name_shape(index), "supercategory": "shape"}
+            for index in range(parameters.num_classes)
+        ],
+    }
+    (root / "annotations" / f"instances_{split}.json").write_bytes(orjson.dumps(document))
+
+
+def _run_chunks(chunks: list[tuple[str, int, int, int, ShapesParameters]], processes: int) -> Iterator[Any]:
+    if processes == 1 or len(chunks) < 2:
+        yield from map(_draw_chunk, chunks)
+        return
+    # Not fork: the caller may already run threads (Ray's, a progress bar's), whose locks a fork would copy.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_draw_chunk, chunks)
+
+
+def _draw_chunk(chunk: tuple[str, int, int, int, ShapesParameters]) -> list[list[dict[str, Any]]]:
+    import cv2
+    import numpy as np
+
+    folder, split, start, stop, parameters = chunk
+    drawn = []
+    for index in range(start, stop):
+        image, shapes = draw_image(np.random.default_rng([parameters.seed, split, index]), parameters)
+        done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        if not done:
+            raise OSError(f"image {index} could not be encoded as JPEG")
+        (Path(folder) / f"{index + 1:012d}.jpg").write_bytes(data.tobytes())
+        drawn.append(shapes)
+    return drawn
