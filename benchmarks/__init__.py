@@ -1,0 +1,1 @@
+"""This program and plain detectron2, side by side on the same work."""

@@ -1,0 +1,301 @@
+"""From an experiment to its trials: which there are, and each one's batch, learning rate and iterations.
+
+Scaling to a world size is detectron2's own rule (`DefaultTrainer.auto_scale_workers`), applied here once; the worker
+gets finished figures and scales nothing. detectron2 itself is not imported: its model zoo's YAML files are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec import Data, Experiment, SpecError, read_yaml
+from trainers.contract import DatasetPlan, Scaling, SolverPlan, TrialPlan
+from trainers.recipes import RECIPES, Recipe
+
+ZOO_GROUPS = ("COCO-Detection/", "COCO-InstanceSegmentation/")
+
+ZOO_WORLD_SIZE = 8
+"""GPUs that the model zoo's batch sizes and learning rates are written for (detectron2, MODEL_ZOO.md)."""
+
+COCO2017_TRAIN_IMAGES = 117_266
+"""Images of COCO 2017's training set that have at least one object: what detectron2 trains on."""
+
+DETECTRON2_DEFAULTS: dict[str, Any] = {
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.001,
+    "SOLVER.MAX_ITER": 40000,
+    "SOLVER.STEPS": (30000,),
+    "SOLVER.WARMUP_ITERS": 1000,
+    "SOLVER.CHECKPOINT_PERIOD": 5000,
+    "SOLVER.REFERENCE_WORLD_SIZE": 0,
+    "DATALOADER.NUM_WORKERS": 4,
+}
+"""detectron2's defaults (`detectron2/config/defaults.py`) for the keys that scaling needs; a test compares them."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hardware:
+    """What the cluster offers, as far as plans depend on it.
+
+    Attributes:
+        num_gpus: GPUs of the cluster.
+        num_cpus: CPUs of the cluster.
+        num_hosts: Hosts of the cluster.
+    """
+
+    num_gpus: int = 0
+    num_cpus: int = 1
+    num_hosts: int = 1
+
+
+def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
+    """Training and validation set of an experiment, with absolute paths; nothing is read.
+
+    Args:
+        data: The experiment's `data`.
+        generated_root: Folder of the generated data set.
+    """
+    if data.coco is not None:
+        pair = data.coco
+        return (
+            DatasetPlan(f"{pair.name}_train", *_absolute(pair.train_annotations, pair.train_images)),
+            DatasetPlan(f"{pair.name}_val", *_absolute(pair.val_annotations, pair.val_images)),
+        )
+    if data.coco2017:
+        root, names = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco", "coco_2017"
+    else:
+        root, names = generated_root, "generated"
+    train, val = (
+        DatasetPlan(
+            f"{names}_{part}", *_absolute(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
+        )
+        for part in ("train", "val")
+    )
+    return train, val
+
+
+def _absolute(*paths: Path) -> tuple[str, str]:
+    annotations, images = (str(path.expanduser().absolute()) for path in paths)
+    return annotations, images
+
+
+def zoo_path(config: str) -> Path:
+    """Where a model config lies: a file of detectron2's model zoo, or the given path.
+
+    Raises:
+        SpecError: There is no such config, or it is not for COCO detection or instance segmentation.
+    """
+    own = Path(config).expanduser()
+    if own.suffix not in (".yaml", ".yml"):
+        raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
+    if own.is_file():
+        return own.absolute()
+    package = importlib.util.find_spec("detectron2")
+    if package is None or not package.submodule_search_locations:
+        raise SpecError("detectron2 is not installed: run `make install`")
+    zoo = Path(package.submodule_search_locations[0]) / "model_zoo" / "configs"
+    if config.startswith(ZOO_GROUPS) and ".." not in config and (zoo / config).is_file():
+        return zoo / config
+    known = [str(p.relative_to(zoo)) for group in ZOO_GROUPS for p in sorted((zoo / group).glob("*.yaml"))]
+    near = difflib.get_close_matches(config, known, n=1, cutoff=0.3)
+    raise SpecError(
+        f"model.config: no such file or model zoo config: {config}" + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+@cache
+def _flat_config(path: Path) -> dict[str, Any]:
+    """A detectron2 YAML with its `_BASE_` chain, as dotted keys."""
+    values = read_yaml(path)
+    base = values.pop("_BASE_", None)
+    flat = dict(_flat_config(path.parent / base)) if base else {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(values, "")
+    return flat
+
+
+def model_value(experiment: Experiment, key: str) -> Any:
+    """A detectron2 key's value for the experiment: its overrides, else the model config, else detectron2's default."""
+    config = _flat_config(zoo_path(experiment.model.config))
+    for values in (experiment.model.overrides, config, DETECTRON2_DEFAULTS):
+        if key in values:
+            value = values[key]
+            # detectron2 reads tuples from strings such as "(60000, 80000)".
+            return tuple(json.loads(f"[{value.strip('()').rstrip(', ')}]")) if _is_tuple_text(value) else value
+    return None
+
+
+def _is_tuple_text(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("(") and value.endswith(")")
+
+
+def scaled_solver(
+    experiment: Experiment, world_size: int, scaling: Scaling, num_train_images: int | None
+) -> SolverPlan:
+    """The schedule of one world size, by detectron2's `auto_scale_workers` for weak scaling.
+
+    Args:
+        experiment: The experiment.
+        world_size: Number of workers.
+        scaling: Whether the batch per worker (`weak`) or the global one (`strong`) is kept.
+        num_train_images: Images per epoch; needed where the evaluation period is given in epochs.
+
+    Raises:
+        SpecError: A batch does not divide among the workers.
+    """
+    protocol, trials = experiment.protocol, experiment.trials
+    reference = trials.reference_world_size or model_value(experiment, "SOLVER.REFERENCE_WORLD_SIZE") or ZOO_WORLD_SIZE
+    batch = int(model_value(experiment, "SOLVER.IMS_PER_BATCH"))
+    scale = world_size / reference if scaling == "weak" else 1.0
+    if scaling == "weak" and batch % reference:
+        raise SpecError(
+            f"SOLVER.IMS_PER_BATCH {batch} does not divide by trials.reference_world_size {reference}: "
+            "weak scaling keeps a whole batch per worker"
+        )
+    global_batch = round(batch * scale)
+    if global_batch % world_size:
+        raise SpecError(
+            f"trials.world_sizes: a batch of {global_batch} does not divide among {world_size} workers; "
+            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {world_size}, or take other world sizes"
+        )
+
+    def scaled(iterations: int) -> int:
+        return round(iterations / scale)
+
+    # A throughput trial runs the same iterations at every size, so that the sizes are compared over the same work.
+    if protocol.iterations is not None and protocol.kind == "throughput":
+        max_iter = protocol.iterations
+    else:
+        max_iter = scaled(protocol.iterations or int(model_value(experiment, "SOLVER.MAX_ITER")))
+    eval_period = 0
+    if protocol.eval_period_iterations:
+        eval_period = max(1, scaled(protocol.eval_period_iterations))
+    elif protocol.eval_period_epochs:
+        if not num_train_images:
+            raise SpecError("protocol.eval_period_epochs: the number of training images is not known; give iterations")
+        eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / global_batch))
+    checkpoints = experiment.storage.checkpoint_period_iterations
+    if checkpoints is None:
+        checkpoints = int(model_value(experiment, "SOLVER.CHECKPOINT_PERIOD"))
+    at_end = protocol.evaluate_at_end
+    return SolverPlan(
+        global_batch_size=global_batch,
+        base_lr=float(model_value(experiment, "SOLVER.BASE_LR")) * scale,
+        max_iter=max_iter,
+        steps=tuple(scaled(step) for step in model_value(experiment, "SOLVER.STEPS")),
+        warmup_iters=scaled(int(model_value(experiment, "SOLVER.WARMUP_ITERS"))),
+        eval_period=eval_period,
+        evaluate_at_end=at_end if at_end is not None else protocol.kind == "time_to_train",
+        checkpoint_period=max(1, scaled(checkpoints)) if checkpoints else 0,
+    )
+
+
+def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
+    data = experiment.data
+    if experiment.protocol.eval_period_epochs is None:
+        return None
+    if data.generated is not None:
+        return data.generated.num_train
+    if data.coco2017:
+        return COCO2017_TRAIN_IMAGES
+    try:
+        loaded = json.loads(Path(annotations).read_bytes())
+        return len({annotation["image_id"] for annotation in loaded["annotations"] if not annotation.get("iscrowd")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"{annotations}: cannot count its images for eval_period_epochs: {error}") from error
+
+
+def _recipe(experiment: Experiment, name: str) -> Recipe:
+    switches = experiment.trials.switches
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if unknown := sorted(set(switches) - known):
+        raise SpecError(f"trials.switches: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return dataclasses.replace(RECIPES[name], **switches)
+
+
+def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path) -> list[TrialPlan]:
+    """The trials of an experiment, in the order they are run: by recipe, world size and seed.
+
+    Args:
+        experiment: The experiment.
+        hardware: What the cluster offers; decides `device: auto` and the CPUs per worker.
+        run_dir: Absolute path or URI of the run's folder.
+        generated_root: Folder of the generated data set.
+
+    Raises:
+        SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config).
+    """
+    train, val = dataset_plans(experiment.data, generated_root)
+    num_train_images = _num_train_images(experiment, train.annotations)
+    resources, trials, protocol = experiment.resources, experiment.trials, experiment.protocol
+    device = resources.device if resources.device != "auto" else ("cuda" if hardware.num_gpus else "cpu")
+    loader_workers = resources.loader_workers
+    if loader_workers is None:
+        loader_workers = int(model_value(experiment, "DATALOADER.NUM_WORKERS")) if device == "cuda" else 0
+    cpus = resources.cpus_per_worker
+    if cpus is None:
+        # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.
+        cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
+    scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
+    plans = []
+    for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
+        name = f"{recipe}-{world_size}x{device}"
+        name += f"-{scaling}" if len(scalings) > 1 else ""
+        name += f"-seed{seed}" if len(trials.seeds) > 1 else ""
+        plans.append(
+            TrialPlan(
+                experiment=experiment.name,
+                name=name,
+                world_size=world_size,
+                num_nodes=resources.num_nodes,
+                recipe_name=recipe,
+                recipe=_recipe(experiment, recipe),
+                seed=seed,
+                scaling=scaling,
+                protocol=protocol.kind,
+                config_file=_config_file(experiment.model.config),
+                overrides=experiment.model.overrides,
+                weights=_weights(experiment.model.weights),
+                train=train,
+                val=val,
+                num_classes=experiment.data.generated.num_classes if experiment.data.generated else None,
+                solver=scaled_solver(experiment, world_size, scaling, num_train_images),
+                throughput_warmup_iters=protocol.warmup_iterations,
+                target_box_ap=protocol.target_box_ap,
+                target_mask_ap=protocol.target_mask_ap,
+                stop_at_target=protocol.on_target == "stop",
+                device=device,
+                cpus_per_worker=cpus,
+                loader_workers=loader_workers,
+                log_period=experiment.log_period_iterations,
+                trial_dir=f"{run_dir}/{name}",
+                keep_checkpoints=experiment.storage.keep_checkpoints,
+                timeouts=experiment.faults.timeouts.model_dump(),
+            )
+        )
+    return plans
+
+
+def _config_file(config: str) -> str:
+    """A model zoo name as it is (each node has its own copy), a path made absolute."""
+    path = zoo_path(config)
+    return config if "model_zoo" in path.parts else str(path)
+
+
+def _weights(weights: str | None) -> str | None:
+    return str(Path(weights).expanduser().absolute()) if weights and "://" not in weights else weights

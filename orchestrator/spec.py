@@ -1,0 +1,352 @@
+"""The experiment file: its model, how it is read, `--set`, and the error a wrong one gets.
+
+One YAML = one experiment. Every field has a meaning, a unit and a default here; the JSON Schema that editors complete
+from is written from this file (`make schema`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from trainers.recipes import RECIPES
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+"""A name that becomes a folder, a Ray run and an MLflow experiment."""
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULT_CONFIG = CONFIGS / "demo.yaml"
+
+
+class SpecError(ValueError):
+    """The experiment file or a `--set` is wrong; the message says what, where and how to mend it."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _known_recipe(name: str) -> str:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return name
+
+
+class GeneratedData(_Model):
+    """Drawn shapes, made on first use: learnable in minutes by a small model."""
+
+    num_train: int = Field(256, ge=1)
+    """Training images."""
+    num_val: int = Field(64, ge=1)
+    """Validation images."""
+    size: int = Field(128, ge=32, le=4096)
+    """Height and width of an image, in pixels."""
+    num_classes: int = Field(3, ge=1, le=80)
+    """Kinds of shapes."""
+    crowd_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of images that also hold a crowd region (RLE)."""
+    seed: int = 0
+    """The same seed draws the same images, byte for byte."""
+
+
+class CocoPair(_Model):
+    """A training and a validation set in COCO's JSON format."""
+
+    name: Name = "custom"
+    """Name in logs and tracking."""
+    train_annotations: Path
+    """Annotation JSON of the training set."""
+    train_images: Path
+    """Folder that its `file_name`s are relative to."""
+    val_annotations: Path
+    """Annotation JSON of the validation set."""
+    val_images: Path
+    """Folder that its `file_name`s are relative to."""
+
+
+class Data(_Model):
+    """What is trained and evaluated on: exactly one of the three."""
+
+    coco2017: bool = False
+    """COCO 2017 as `$DETECTRON2_DATASETS/coco/{annotations,train2017,val2017}` (detectron2's own layout)."""
+    coco: CocoPair | None = None
+    """Any COCO JSON pair."""
+    generated: GeneratedData | None = None
+    """Drawn shapes, made on first use."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        given = [self.coco2017, self.coco is not None, self.generated is not None]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of coco2017: true, coco: {…} and generated: {…}")
+        return self
+
+
+class Model(_Model):
+    """The detector: a model zoo config and what is changed in it."""
+
+    config: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    """Config of detectron2's model zoo (COCO-Detection/… or COCO-InstanceSegmentation/…), or a YAML file's path."""
+    overrides: dict[str, Any] = {}
+    """detectron2's own dotted keys and their values, for example `MODEL.RESNETS.DEPTH: 18`."""
+    weights: str | None = None
+    """Start weights: `detectron2://…`, a path, or "" for random ones; null keeps the config's."""
+    weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """SHA-256 a weight file must have. Needed for a `.pkl` of your own: unpickling runs code."""
+
+
+class Trials(_Model):
+    """Which trials are run: every world size with every recipe and seed."""
+
+    world_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
+    """Numbers of workers, one accelerator each."""
+    scaling: Literal["weak", "strong", "both"] = "weak"
+    """`weak` keeps the batch per worker (learning rate up, iterations down with the world size, as detectron2's
+    `SOLVER.REFERENCE_WORLD_SIZE` does); `strong` keeps the global batch; `both` runs every world size both ways."""
+    reference_world_size: int | None = Field(None, ge=1)
+    """World size that batch, learning rate and iterations of the model config are written for; null takes the
+    config's `SOLVER.REFERENCE_WORLD_SIZE`, and where that is 0, 8, which the model zoo was made with."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
+    """One repeat per seed."""
+    recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
+    """Named speed recipes (trainers/recipes.py)."""
+    switches: dict[str, Any] = {}
+    """Single switches set over every recipe, for example `channels_last: true`."""
+
+    @model_validator(mode="after")
+    def _no_twins(self) -> Trials:
+        for field in ("world_sizes", "seeds", "recipes"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} holds a value twice: {values}")
+        return self
+
+
+class Protocol(_Model):
+    """What is measured."""
+
+    kind: Literal["throughput", "time_to_train"] = "time_to_train"
+    """`throughput` runs a number of iterations for the rate; `time_to_train` trains to the target."""
+    iterations: int | None = Field(None, ge=1)
+    """Iterations of every trial. null: the model config's schedule, scaled to the world size."""
+    warmup_iterations: int = Field(20, ge=0)
+    """Iterations at the start that the throughput leaves out."""
+    eval_period_iterations: int | None = Field(None, ge=1)
+    """Evaluate every so many iterations, at the reference world size."""
+    eval_period_epochs: float | None = Field(None, gt=0)
+    """Evaluate every so many passes over the training data; not together with eval_period_iterations."""
+    evaluate_at_end: bool | None = None
+    """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
+    target_box_ap: float | None = Field(None, ge=0, le=100)
+    """Box AP (0–100) that counts as trained."""
+    target_mask_ap: float | None = Field(None, ge=0, le=100)
+    """Mask AP (0–100) that counts as trained."""
+    on_target: Literal["stop", "continue"] = "stop"
+    """End the trial when the targets are met, or go on to the end of the schedule."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        if self.eval_period_iterations and self.eval_period_epochs:
+            raise ValueError("give eval_period_iterations or eval_period_epochs, not both")
+        return self
+
+
+class Resources(_Model):
+    """What the workers run on."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes GPUs where the cluster has any."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """CPUs each worker reserves and computes with; null: 1 without GPUs, else a GPU's share of the CPUs, 10 at most."""
+    loader_workers: int | None = Field(None, ge=0)
+    """Loader processes per worker; null: the model config's on GPUs (4), 0 on CPUs."""
+    num_nodes: int | None = Field(None, ge=1)
+    """Hosts the workers of a trial are spread over evenly; null: wherever they fit."""
+    address: str | None = None
+    """Ray cluster to join (`auto`, `host:6379`); null: the one around this job, else a local one."""
+
+
+class Tracking(_Model):
+    """Where runs are tracked."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` here."""
+    offline: bool = False
+    """Go on without a tracking server that cannot be reached, and keep everything for a replay."""
+    log_model: bool = False
+    """Log the last checkpoint as an artifact."""
+
+
+class Storage(_Model):
+    """Where results and checkpoints go, and how many."""
+
+    path: str = "runs"
+    """Folder for run folders; on several nodes, one that all of them share."""
+    checkpoint_period_iterations: int | None = Field(None, ge=0)
+    """Iterations between checkpoints, at the reference world size; 0 for none but the last; null: the config's."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept, besides the best."""
+
+
+class Timeouts(_Model):
+    """Seconds without progress after which a worker counts as stuck, by section of the loop."""
+
+    setup: float = Field(1800, gt=0)
+    """From the start of the training function to the first batch."""
+    step: float = Field(300, gt=0)
+    """One training step."""
+    evaluation: float = Field(3600, gt=0)
+    """One evaluation."""
+    checkpoint: float = Field(900, gt=0)
+    """Taking or restoring one checkpoint."""
+    report: float = Field(300, gt=0)
+    """Anything else."""
+
+
+class Faults(_Model):
+    """What is done about failures."""
+
+    max_failures: int = Field(3, ge=0)
+    """Restarts in a row without one new checkpoint before a trial is given up."""
+    timeouts: Timeouts = Timeouts()
+    """When a worker counts as stuck."""
+
+
+class ReferenceRow(_Model):
+    """A published figure shown beside the measured ones."""
+
+    name: str
+    """What it is, with its hardware."""
+    world_size: int = Field(ge=1)
+    """Accelerators."""
+    images_per_second: float | None = Field(None, gt=0)
+    """Throughput."""
+    time_to_train_seconds: float | None = Field(None, gt=0)
+    """Time to train."""
+    box_ap: float | None = Field(None, ge=0, le=100)
+    """Box AP (0–100)."""
+    mask_ap: float | None = Field(None, ge=0, le=100)
+    """Mask AP (0–100)."""
+    source: str = ""
+    """Where the figure comes from."""
+
+
+class Experiment(_Model):
+    """One experiment: what is trained on what, at which scales, and what is measured."""
+
+    name: Name
+    """Name of the experiment: folder under `storage.path` and experiment in MLflow."""
+    description: str = ""
+    """One line for people."""
+    data: Data
+    """What is trained and evaluated on."""
+    model: Model = Model()
+    """The detector."""
+    trials: Trials = Trials()
+    """World sizes, recipes, seeds."""
+    protocol: Protocol = Protocol()
+    """What is measured."""
+    resources: Resources = Resources()
+    """What the workers run on."""
+    tracking: Tracking = Tracking()
+    """MLflow."""
+    storage: Storage = Storage()
+    """Results and checkpoints."""
+    faults: Faults = Faults()
+    """Restarts and time-outs."""
+    log_period_iterations: int = Field(20, ge=1)
+    """Iterations between progress events, as in detectron2."""
+    reference_rows: list[ReferenceRow] = []
+    """Published figures to show beside ours."""
+
+
+def load_experiment(path: Path, assignments: list[str] | None = None) -> Experiment:
+    """Reads an experiment file and applies `--set KEY=VALUE` to it.
+
+    Args:
+        path: The YAML file.
+        assignments: `a.b=value` each; the value is read as YAML. In `model.overrides.`, the rest of the key is one
+            detectron2 key.
+
+    Raises:
+        SpecError: The file cannot be read, is not YAML, has an unknown key (the nearest known one is named) or a value
+            that is not allowed.
+    """
+    values = read_yaml(path)
+    for assignment in assignments or []:
+        _assign(values, assignment)
+    return parse_experiment(values, where=str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping, without running anything in it. Raises SpecError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"{path}: must hold a mapping of keys to values (name: …, data: …)")
+    return values
+
+
+def parse_experiment(values: dict[str, Any], where: str) -> Experiment:
+    """Validates an experiment given as plain values; `where` opens every message. Raises SpecError."""
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+
+
+def _assign(values: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {assignment}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+    prefix = "model.overrides."
+    path = ["model", "overrides", key.removeprefix(prefix)] if key.startswith(prefix) else key.split(".")
+    for part in path[:-1]:
+        if values.get(part) is None:
+            values[part] = {}
+        values = values[part]
+        if not isinstance(values, dict):
+            raise SpecError(f"--set {assignment}: {part} has no fields to set")
+    values[path[-1]] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        return f"{place or 'experiment'}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    known = _fields_at(problem["loc"][:-1])
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+    return f"{place}: unknown key; {hint}"
+
+
+def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields of the model that a place in an experiment file belongs to."""
+    schema = Experiment.model_json_schema()
+    node: dict[str, Any] = schema
+    for part in loc:
+        node = node["items"] if isinstance(part, int) else node["properties"][part]
+        options = [node, *node.get("anyOf", [])]
+        node = next((o for o in options if "$ref" in o or "items" in o or "properties" in o), node)
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def experiment_schema() -> dict[str, Any]:
+    """JSON Schema of the experiment file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}

@@ -1,0 +1,435 @@
+"""What crosses the process boundary between driver and workers, both ways.
+
+Standard library only: the driver reads it without torch, and an event written by one version of the program can be
+read back from the outbox by another. Times are Unix seconds, durations seconds, AP on the 0–100 scale. A figure that
+was not measured is None, never 0 and never NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from trainers.recipes import Recipe
+
+Section = Literal["setup", "step", "evaluation", "checkpoint", "report"]
+Scaling = Literal["weak", "strong"]
+StopReason = Literal["target", "max_iter", "interrupted", "preempted"]
+FailureKind = Literal[
+    "bad_input",  # an image or annotation that cannot be read
+    "not_finite",  # a loss of NaN or Inf
+    "configuration",  # detectron2 or torch refuses what was asked for
+    "out_of_memory",
+    "communication",  # a collective failed or timed out
+    "worker_lost",  # the process or its node went away
+    "stuck",  # alive, but without progress for longer than the section's time-out
+    "storage",  # a checkpoint could not be written
+    "unknown",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPlan:
+    """One COCO-format data set: an annotation file and the folder its images lie in.
+
+    Attributes:
+        name: Name under which detectron2 knows it.
+        annotations: Absolute path of the annotation JSON.
+        images: Absolute path of the folder that `file_name` is relative to.
+    """
+
+    name: str
+    annotations: str
+    images: str
+
+
+@dataclass(frozen=True, slots=True)
+class SolverPlan:
+    """The schedule after scaling to the trial's world size.
+
+    Attributes:
+        global_batch_size: Images per iteration over all workers; divisible by the world size.
+        base_lr: Learning rate after warm-up.
+        max_iter: Length of the schedule in iterations.
+        steps: Iterations at which the learning rate drops.
+        warmup_iters: Iterations of warm-up of the learning rate.
+        eval_period: Iterations between evaluations; 0 for none before the end.
+        evaluate_at_end: Whether the last iteration is followed by an evaluation.
+        checkpoint_period: Iterations between checkpoints; 0 for none.
+    """
+
+    global_batch_size: int
+    base_lr: float
+    max_iter: int
+    steps: tuple[int, ...]
+    warmup_iters: int
+    eval_period: int
+    evaluate_at_end: bool
+    checkpoint_period: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrialPlan:
+    """Everything a worker needs to train one trial, and everything `--dry-run` prints of it.
+
+    Attributes:
+        experiment: Name of the experiment.
+        name: Name of the trial, unique within the run and fit for a path.
+        world_size: Number of workers, one per accelerator.
+        num_nodes: Number of hosts the workers must spread over evenly; None for wherever they fit.
+        recipe_name: Name of the recipe.
+        recipe: Its switches, with the experiment's own changes applied.
+        seed: Seed of the weights, the training order and the augmentations.
+        scaling: `weak` (batch per worker fixed) or `strong` (global batch fixed).
+        protocol: `throughput` or `time_to_train`.
+        config_file: Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file.
+        overrides: detectron2 keys (dotted) and their values, applied over the config file.
+        weights: `detectron2://…`, an absolute path, or "" for random weights; None keeps the config file's.
+        train: Training data.
+        val: Validation data.
+        num_classes: Number of categories of the data; None keeps the model config's.
+        solver: The scaled schedule.
+        throughput_warmup_iters: Iterations left out of the throughput window.
+        target_box_ap: Box AP at which the run counts as trained; None for no target.
+        target_mask_ap: Likewise for masks.
+        stop_at_target: Whether training ends when all targets are met.
+        device: `cuda` or `cpu`.
+        cpus_per_worker: CPUs a worker reserves; its threads are pinned to that number.
+        loader_workers: Loader processes per worker; 0 loads in the training process.
+        log_period: Iterations between progress events, also the window of device synchronisation.
+        trial_dir: Absolute path or URI of the trial's folder, the same for all workers.
+        keep_checkpoints: How many of the newest checkpoints are kept besides the best.
+        timeouts: Seconds a section may take before its worker counts as stuck.
+    """
+
+    experiment: str
+    name: str
+    world_size: int
+    num_nodes: int | None
+    recipe_name: str
+    recipe: Recipe
+    seed: int
+    scaling: Scaling
+    protocol: Literal["throughput", "time_to_train"]
+    config_file: str
+    overrides: dict[str, Any]
+    weights: str | None
+    train: DatasetPlan
+    val: DatasetPlan
+    num_classes: int | None
+    solver: SolverPlan
+    throughput_warmup_iters: int
+    target_box_ap: float | None
+    target_mask_ap: float | None
+    stop_at_target: bool
+    device: Literal["cuda", "cpu"]
+    cpus_per_worker: int
+    loader_workers: int
+    log_period: int
+    trial_dir: str
+    keep_checkpoints: int
+    timeouts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def batch_per_worker(self) -> int:
+        """Images per iteration on one worker."""
+        return self.solver.global_batch_size // self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a trial's workers: the first, or one after a failure or `--resume`.
+
+    Attributes:
+        number: 0 for the first.
+        train_started: When the training function of attempt 0 first ran (Unix seconds); None in attempt 0.
+            The seed clock counts from here.
+    """
+
+    number: int = 0
+    train_started: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened in a trial.
+
+    Attributes:
+        trial: Name of the trial.
+        attempt: Number of the attempt.
+        rank: Rank of the worker it happened on; -1 for the driver.
+        time: When (Unix seconds).
+    """
+
+    kind: ClassVar[str]
+    trial: str
+    attempt: int
+    rank: int
+    time: float
+
+    def to_json(self) -> str:
+        """One line of JSON; raises ValueError on NaN or infinity."""
+        return json.dumps({"kind": self.kind, **dataclasses.asdict(self)}, allow_nan=False, separators=(",", ":"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerStarted(Event):
+    """The training function began on one rank: the first thing it does (rank 0 of attempt 0 starts the seed clock).
+
+    Attributes:
+        host: Host name.
+        node_id: Ray's id of the node, or "" outside Ray.
+        pid: Process id.
+        local_rank: Rank within the node.
+        device_name: Model name of the accelerator or the processor.
+        device_memory_gib: Memory of that device.
+        versions: Package name to version.
+    """
+
+    kind: ClassVar[str] = "worker_started"
+    host: str
+    node_id: str
+    pid: int
+    local_rank: int
+    device_name: str
+    device_memory_gib: float | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopStarted(Event):
+    """Model, optimizer and loader are ready, the first batch has not been asked for (MLPerf's run_start on attempt 0).
+
+    Attributes:
+        iteration: First iteration to run: 0, or the restored checkpoint's.
+        num_train_images: Images trained on per epoch, after detectron2's filtering.
+        num_val_images: Images evaluated on.
+        setup_seconds: From the start of the training function to here.
+        config_yaml: The resolved detectron2 config (rank 0 only, else "").
+        restored_from: Checkpoint that was restored, or "".
+    """
+
+    kind: ClassVar[str] = "loop_started"
+    iteration: int
+    num_train_images: int
+    num_val_images: int
+    setup_seconds: float
+    config_yaml: str
+    restored_from: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsDone(Event):
+    """A window of training steps on one rank; hooks are outside the window.
+
+    Attributes:
+        first_iteration: First iteration of the window, counted from 0.
+        iteration: Iterations done since the start of training: the last one of the window, plus 1.
+        num_images: Images this rank trained on in the window.
+        seconds: Wall time of the window on this rank, the device synchronised at both edges.
+        step_seconds: Wall time of each step, in order.
+        part_seconds: Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. On a GPU these are
+            what the host waited, not what the device computed.
+        data_seconds: Waiting for the loader, for each step, in order.
+        losses: Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only).
+        learning_rate: At the last step.
+        peak_memory_gib: Most memory used so far: of the device, or of the process on CPU.
+    """
+
+    kind: ClassVar[str] = "steps_done"
+    first_iteration: int
+    iteration: int
+    num_images: int
+    seconds: float
+    step_seconds: tuple[float, ...]
+    data_seconds: tuple[float, ...]
+    part_seconds: dict[str, float]
+    losses: dict[str, float]
+    learning_rate: float
+    peak_memory_gib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """A COCO evaluation of the model (rank 0).
+
+    Attributes:
+        iteration: Iterations trained when it was made.
+        epoch: The same in passes over the training data.
+        figures: COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`,
+            `box_ar1`, `box_ar10`, `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`.
+            None where COCO gives none (no object of that size, a model without masks).
+        box_scored: When the box figures were known (Unix seconds).
+        mask_scored: When the mask figures were known; None without masks.
+        seconds: Standing still of training, from the last step to this event.
+        part_seconds: The same by part: `inference`, `gather`, `score`.
+    """
+
+    kind: ClassVar[str] = "evaluated"
+    iteration: int
+    epoch: float
+    figures: dict[str, float | None]
+    box_scored: float
+    mask_scored: float | None
+    seconds: float
+    part_seconds: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint is complete in storage (rank 0).
+
+    Attributes:
+        iteration: Iterations trained when it was taken.
+        path: Where it lies.
+        size_bytes: Its size.
+        stall_seconds: How long training stood still for it.
+        write_seconds: From the snapshot to the rename.
+    """
+
+    kind: ClassVar[str] = "checkpoint_saved"
+    iteration: int
+    path: str
+    size_bytes: int
+    stall_seconds: float
+    write_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSampled(Event):
+    """Load of one node (its local rank 0).
+
+    Attributes:
+        host: Host name.
+        values: MLflow's names of system metrics (`cpu_utilization_percentage`, …) and their values.
+    """
+
+    kind: ClassVar[str] = "system_sampled"
+    host: str
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat(Event):
+    """What a rank is doing; not kept in the outbox.
+
+    Attributes:
+        section: Section of the loop.
+        part: Finer: `data`, `forward`, `backward`, `optimizer`, or "".
+        iteration: Iterations done.
+        since: When that section began (Unix seconds).
+    """
+
+    kind: ClassVar[str] = "heartbeat"
+    section: Section
+    part: str
+    iteration: int
+    since: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopFinished(Event):
+    """Training came to a regular end (rank 0).
+
+    Attributes:
+        iteration: Iterations trained.
+        reason: Why it ended.
+        state_sha256: Hash of the model's and optimizer's state, for comparing runs bit for bit.
+    """
+
+    kind: ClassVar[str] = "loop_finished"
+    iteration: int
+    reason: StopReason
+    state_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFailed(Event):
+    """An exception ended the training function on one rank, or the driver found a rank lost or stuck.
+
+    Attributes:
+        failure: What sort of failure.
+        iteration: Iterations done by then.
+        section: Section of the loop it happened in.
+        message: What happened, for a person.
+        image_files: Images of the batch it happened on.
+        traceback: The worker's traceback, or "".
+    """
+
+    kind: ClassVar[str] = "worker_failed"
+    failure: FailureKind
+    iteration: int
+    section: str
+    message: str
+    image_files: tuple[str, ...] = ()
+    traceback: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialStarted(Event):
+    """The driver began with a trial (rank -1, attempt 0), or with a further attempt of it."""
+
+    kind: ClassVar[str] = "trial_started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRestarted(Event):
+    """The driver starts the workers again (rank -1; `attempt` is the new one).
+
+    Attributes:
+        failure: What ended the attempt before.
+        message: Its cause, for a person.
+        iteration: Iterations that had been done when it ended.
+    """
+
+    kind: ClassVar[str] = "trial_restarted"
+    failure: str
+    message: str
+    iteration: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEnded(Event):
+    """The driver is done with a trial (rank -1).
+
+    Attributes:
+        status: MLflow's run status.
+        reason: Why, for a person; "" when it finished.
+    """
+
+    kind: ClassVar[str] = "trial_ended"
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+    reason: str
+
+
+EVENTS: dict[str, type[Event]] = {
+    event.kind: event
+    for event in (
+        WorkerStarted, LoopStarted, StepsDone, Evaluated, CheckpointSaved, SystemSampled, Heartbeat, LoopFinished,
+        WorkerFailed, TrialStarted, TrialRestarted, TrialEnded,
+    )
+}  # fmt: skip
+
+
+def event_from_json(line: str) -> Event:
+    """Reads what `Event.to_json` wrote.
+
+    Raises:
+        ValueError: The line is not JSON, its kind is unknown, or fields are missing.
+    """
+    try:
+        values: dict[str, Any] = json.loads(line)
+        event = EVENTS[values.pop("kind")]
+        names = {f.name for f in dataclasses.fields(event)}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        return event(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an event: {error}: {line[:200]}") from error
+
+
+def measured(value: float | None) -> float | None:
+    """A finite number as a plain float, everything else (None, NaN, infinity) as None: not measured."""
+    return float(value) if value is not None and math.isfinite(value) else None
