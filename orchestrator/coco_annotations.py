@@ -1,0 +1,178 @@
+"""Checks one COCO annotation file by itself: every entry, without opening an image.
+
+A file may hold anything: each column of values is first reduced to what has the right type, then checked as a whole,
+so that COCO's 860,000 annotations take seconds and no input ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from orchestrator.coco_objects import check_objects
+from orchestrator.coco_values import REGENERATE, Annotation, ImageEntry, SplitSummary, find_duplicates, is_id, shorten
+
+if TYPE_CHECKING:
+    from orchestrator.findings import FindingList
+
+
+class UnreadableError(Exception):
+    """The annotation file cannot be parsed; `what` and `mend` as in a finding."""
+
+    def __init__(self, code: str, what: str, mend: str) -> None:
+        super().__init__(what)
+        self.code, self.what, self.mend = code, what, mend
+
+
+class _Document(msgspec.Struct):
+    annotations: list[Annotation]
+    images: Any = None
+    categories: Any = None
+
+
+def parse_annotations(content: bytes) -> tuple[Any, bool]:
+    """Parses an annotation file; also tells whether it may hold NaN or Infinity (which JSON has not, but Python reads).
+
+    Raises:
+        UnreadableError: It is not JSON; names the byte.
+    """
+    if not content.strip():
+        raise UnreadableError("json_invalid", "the file is empty", "Copy or download it again")
+    try:
+        document = msgspec.json.decode(content, type=_Document)
+        return {key: getattr(document, key) for key in document.__struct_fields__}, False
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass  # Not JSON, or not a list of objects: Python's reader takes more and knows the place of what it refuses.
+    try:
+        return json.loads(content), True
+    except UnicodeDecodeError as error:
+        raise UnreadableError(
+            "json_invalid", f"not UTF-8 text: byte {error.start:,} of {len(content):,}", "Copy or download it again"
+        ) from None
+    except RecursionError:
+        raise UnreadableError("json_invalid", "nested too deeply to be annotations", "Name another file") from None
+    except ValueError as error:
+        position = getattr(error, "pos", 0)
+        text = content.decode("utf-8", errors="replace")
+        offset = len(text[:position].encode())
+        reason = getattr(error, "msg", str(error))
+        if not text[position:].strip() or reason.startswith("Unterminated string"):
+            raise UnreadableError(
+                "json_truncated",
+                f"the file ends in the middle: {reason} at byte {offset:,} of {len(content):,}",
+                "Copy or download it again: the end is missing",
+            ) from None
+        raise UnreadableError(
+            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Mend that place"
+        ) from None
+
+
+def check_annotations(
+    document: Any, summary: SplitSummary, findings: FindingList, *, may_hold_nan: bool, for_scoring: bool
+) -> list[ImageEntry]:
+    """Checks a parsed annotation file and fills in `summary`.
+
+    Args:
+        document: What `parse_annotations` gave.
+        summary: Its paths are set; the counts are filled in.
+        findings: Added to.
+        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
+        for_scoring: Whether it is a validation set, for which COCO's scorer needs more.
+
+    Returns:
+        The well-formed image entries.
+    """
+    file = summary.annotations
+    if not isinstance(document, dict):
+        findings.error(
+            "json_structure", file, "", f"holds a {type(document).__name__}, not an object",
+            'COCO\'s format is {"images": […], "annotations": […], "categories": […]}',
+        )  # fmt: skip
+        return []
+    parts = {key: _entries(document, key, file, findings) for key in ("images", "annotations", "categories")}
+    images = _check_images(parts["images"], file, findings)
+    summary.num_images = len(parts["images"])
+    summary.categories = _check_categories(parts["categories"], file, findings)
+    if not parts["images"]:
+        findings.error("split_empty", file, "", "lists no image", "Name a file that does")
+    elif not parts["annotations"]:
+        purpose = "nothing can be scored" if for_scoring else "nothing can be learned"
+        findings.error("split_empty", file, "", f"lists no annotation: {purpose}", "Name a file that does")
+    annotations = [_annotation(entry) for entry in parts["annotations"]]
+    summary.num_annotations = len(annotations)
+    if annotations:
+        check_objects(annotations, images, summary, findings, may_hold_nan=may_hold_nan, for_scoring=for_scoring)
+    return images
+
+
+def _entries(document: dict[str, Any], key: str, file: str, findings: FindingList) -> list[Any]:
+    entries = document.get(key)
+    if not isinstance(entries, list):
+        found = "is missing" if entries is None else f"is a {type(entries).__name__}"
+        findings.error("json_structure", file, key, f"the list {key!r} {found}", f'Write "{key}": [{{…}}, …]')
+        return []
+    kept = [entry for entry in entries if isinstance(entry, dict | Annotation)]
+    if len(kept) < len(entries):
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict | Annotation):
+                what = f"entry {index} of {key!r} is a {type(entry).__name__}, not an object"
+                findings.error("json_structure", file, f"{key}[{index}]", what, REGENERATE)
+    return kept
+
+
+def _annotation(entry: dict[str, Any] | Annotation) -> Annotation:
+    if isinstance(entry, Annotation):
+        return entry
+    values: dict[str, Any] = {key: entry.get(key) for key in Annotation.__struct_fields__}
+    return Annotation(**values)
+
+
+def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingList) -> list[ImageEntry]:
+    images: list[ImageEntry] = []
+    for index, entry in enumerate(entries):
+        image_id = entry.get("id")
+        if not is_id(image_id):
+            what = f"its id is {shorten(image_id)}, not an integer"
+            findings.error("image_id", file, f"images[{index}]", what, REGENERATE)
+            continue
+        name, width, height = entry.get("file_name"), entry.get("width"), entry.get("height")
+        if not isinstance(name, str) or not name:
+            what = f"its file_name is {shorten(name)}"
+            findings.error("image_entry", file, f"image {image_id}", what, REGENERATE)
+        elif not (is_id(width) and is_id(height) and width > 0 and height > 0):
+            what = f"its width and height are {shorten(width)} and {shorten(height)}, not numbers of pixels"
+            findings.error("image_entry", file, f"image {image_id}", what, REGENERATE)
+        else:
+            images.append(ImageEntry(image_id, name, width, height))
+    for image_id in find_duplicates([image.id for image in images]):
+        names = [image.file_name for image in images if image.id == image_id]
+        what = f"{len(names)} images have this id: {shorten(names)}"
+        findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image an id of its own")
+    if len({image.file_name for image in images}) < len(images):
+        seen: dict[str, int] = {}
+        for image in images:
+            if image.file_name in seen:
+                what = f"its file {shorten(image.file_name)} is image {seen[image.file_name]}'s too"
+                mend = "Merge the two entries: each would be trained on or scored without the other's objects"
+                findings.warning("duplicate_file_name", file, f"image {image.id}", what, mend)
+            seen.setdefault(image.file_name, image.id)
+    return images
+
+
+def _check_categories(entries: list[dict[str, Any]], file: str, findings: FindingList) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        category_id, name = entry.get("id"), entry.get("name")
+        if not is_id(category_id) or not isinstance(name, str):
+            what = f"its id is {shorten(category_id)} and its name {shorten(name)}: an integer and a text are needed"
+            findings.error("category_entry", file, f"categories[{index}]", what, REGENERATE)
+        elif category_id in categories:
+            what = f"two categories have this id: {shorten(categories[category_id])} and {shorten(name)}"
+            findings.error("duplicate_category_id", file, f"category {category_id}", what, "Give each an id of its own")
+        else:
+            categories[category_id] = name
+    if not entries:
+        findings.error("split_empty", file, "categories", "lists no category", "Name a file that does")
+    return dict(sorted(categories.items()))

@@ -1,0 +1,238 @@
+"""Checks COCO data sets, annotations and image files together, and remembers what was found while nothing changes.
+
+The result of a large set is kept under the user's cache folder, keyed by the content of the annotation file and by
+name, size and time of change of every image file: a second look at COCO reads no image and parses nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import uuid
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.coco_annotations import UnreadableError, check_annotations, parse_annotations
+from orchestrator.coco_values import SplitSummary
+from orchestrator.findings import Finding, FindingList, sort_findings
+from orchestrator.image_files import FoundFile, check_images, list_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+CHECKS_VERSION = 1
+"""Raised with every change of the checks, so that no result of older ones is taken from the cache."""
+
+CACHED_FROM = 2000
+"""Images from which a result is kept; fewer are checked faster than anyone notices."""
+
+SURROGATES = ("utf-8", "surrogateescape")
+
+OFFICIAL_COUNTS = {
+    "instances_train2017.json": (118_287, 860_001),
+    "instances_val2017.json": (5_000, 36_781),
+}
+"""Images and annotations of COCO 2017 (cocodataset.org)."""
+
+OFFICIAL_CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+"""COCO's 80 category ids."""
+
+PUBLISHED_QUIRKS = ("box_empty", "box_outside", "polygon_short", "annotation_id_zero", "area_missing")
+"""What does not stop a run on COCO 2017 itself: the benchmark is defined on the file as it was published."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set to be checked.
+
+    Attributes:
+        annotations: COCO JSON file.
+        images: Folder that its `file_name` entries are relative to.
+        for_scoring: Whether models are evaluated on it, for which COCO's scorer needs more.
+    """
+
+    annotations: Path
+    images: Path
+    for_scoring: bool = False
+
+
+@dataclass
+class SplitReport:
+    """What the check of one split gave; `summary` is None where the annotation file could not be read."""
+
+    findings: list[Finding]
+    summary: SplitSummary | None
+    from_cache: bool = False
+
+
+def check_split(
+    split: Split,
+    *,
+    verify_images: bool = False,
+    use_cache: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> SplitReport:
+    """Checks an annotation file and the files of its images.
+
+    Args:
+        split: Where they are.
+        verify_images: Decode every image instead of reading only its head and end.
+        use_cache: Take the result of an earlier check where nothing changed, and keep this one.
+        on_progress: Called with the number of image files just done.
+    """
+    file, findings = str(split.annotations), FindingList()
+    listing = None
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(_hash_file, split.annotations)
+        try:
+            listing = list_files(split.images)
+        except OSError as error:
+            what = f"the image folder cannot be read: {error.strerror}"
+            findings.error("images_missing", str(split.images), "", what, "Name the folder as it is")
+    try:
+        digest = hashing.result()
+        entry = _cache_entry(split, digest, listing) if use_cache and listing else None
+        if entry is not None and (cached := _read_cache(entry, verify_images=verify_images)):
+            return cached
+        content = split.annotations.read_bytes()
+    except OSError as error:
+        findings.error("annotations_missing", file, "", f"cannot be read: {error.strerror}", "Name the file as it is")
+        return SplitReport(findings.to_list(), None)
+    summary = SplitSummary(file, str(split.images), sha256=digest)
+    with _without_garbage_collection():
+        try:
+            document, may_hold_nan = parse_annotations(content)
+        except UnreadableError as error:
+            findings.error(error.code, file, "", error.what, error.mend)
+            return SplitReport(findings.to_list(), None)
+        del content
+        images = check_annotations(
+            document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring
+        )
+        del document
+    if listing is not None:
+        summary.num_images_checked = check_images(
+            images, file, split.images, listing, findings, verify=verify_images, on_progress=on_progress
+        )
+    _compare_with_official(split, summary, findings)
+    report = SplitReport(_soften_official(summary, findings.to_list()), summary)
+    if entry is not None and summary.num_images >= CACHED_FROM:
+        _write_cache(entry, report, verify_images=verify_images)
+    return report
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def compare_splits(train: SplitSummary, val: SplitSummary) -> list[Finding]:
+    """Checks what must agree between a training and a validation set: the categories, by id and name and order."""
+    findings = FindingList()
+    if train.categories == val.categories or not train.categories or not val.categories:
+        return []
+    only_train = {key: name for key, name in train.categories.items() if val.categories.get(key) != name}
+    only_val = {key: name for key, name in val.categories.items() if train.categories.get(key) != name}
+    what = f"the categories differ from the training set's: there {_show(only_train)}, here {_show(only_val)}"
+    mend = "Give both files the same list of categories: a class number would mean different things in each"
+    findings.error("categories_disagree", val.annotations, "categories", what, mend)
+    return findings.to_list()
+
+
+def _compare_with_official(split: Split, summary: SplitSummary, findings: FindingList) -> None:
+    ids = summary.categories.keys()
+    if ids == OFFICIAL_CATEGORIES:
+        official = OFFICIAL_COUNTS.get(split.annotations.name)
+        counts = (summary.num_images, summary.num_annotations)
+        if official and counts != official:
+            what = (
+                f"{counts[0]:,} images and {counts[1]:,} annotations; COCO 2017 has {official[0]:,} and {official[1]:,}"
+            )
+            mend = "Nothing, if a part of COCO is meant; figures are not comparable with COCO's"
+            findings.warning("counts_differ", summary.annotations, "", what, mend)
+    elif ids and sorted(ids) != list(range(min(ids), min(ids) + len(ids))):
+        mapping = {category_id: index for index, category_id in enumerate(ids)}
+        what = f"the category ids have gaps; detectron2 numbers the classes {_show(mapping)}"
+        mend = "Nothing, if that is meant: results are written with the original ids"
+        findings.warning("category_gaps", summary.annotations, "categories", what, mend)
+
+
+def _soften_official(summary: SplitSummary, findings: list[Finding]) -> list[Finding]:
+    is_official = (summary.num_images, summary.num_annotations) in OFFICIAL_COUNTS.values()
+    if not is_official or summary.categories.keys() != OFFICIAL_CATEGORIES:
+        return findings
+    return sort_findings(
+        Finding("warning", f.code, f.file, f.id, f.what, "Nothing: COCO 2017 was published so; detectron2 drops it")
+        if f.code in PUBLISHED_QUIRKS
+        else f
+        for f in findings
+    )
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keeps the collector from walking millions of new lists again and again; nothing here makes cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _show(mapping: dict[int, Any]) -> str:
+    shown = ", ".join(f"{key}: {value}" for key, value in list(mapping.items())[:100])
+    return "{" + shown + (", …" if len(mapping) > 100 else "") + "}"
+
+
+def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Path | None:
+    """Names the file that a result is kept in; None where a link could change what is checked without a trace."""
+    if len(listing) < CACHED_FROM or any(is_link for _, _, is_link in listing.values()):
+        return None
+    key = hashlib.sha256()
+    key.update(f"{CHECKS_VERSION}\n{split.annotations.absolute()}\n{split.images.absolute()}\n".encode(*SURROGATES))
+    key.update(f"{split.for_scoring}\n{digest}\n".encode())
+    names = sorted(listing)
+    key.update("\0".join(names).encode(*SURROGATES))
+    key.update(array("q", [number for name in names for number in listing[name][:2]]).tobytes())
+    return cache_folder() / f"{key.hexdigest()}.json"
+
+
+def cache_folder() -> Path:
+    """Tells where results of checks are kept: `$XDG_CACHE_HOME` or `~/.cache`, in a folder of ours."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    return Path(base) / "ray-detectron2-benchmark" / "checks"
+
+
+def _read_cache(entry: Path, *, verify_images: bool) -> SplitReport | None:
+    try:
+        kept = json.loads(entry.read_bytes())
+        if verify_images and not kept["verified"]:
+            return None
+        kept["summary"]["categories"] = {int(key): name for key, name in kept["summary"]["categories"].items()}
+        findings = [Finding.from_dict(values) for values in kept["findings"]]
+        return SplitReport(findings, SplitSummary(**kept["summary"]), from_cache=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # absent or damaged: checked anew
+
+
+def _write_cache(entry: Path, report: SplitReport, *, verify_images: bool) -> None:
+    content = {
+        "verified": verify_images,
+        "summary": asdict(report.summary) if report.summary else None,
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+    aside = entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(content), encoding="utf-8")
+        aside.replace(entry)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a cache that cannot be kept costs time, nothing else

@@ -1,0 +1,158 @@
+"""What a check has found wrong, and how it is shown: a table on a terminal, plain lines in a log, or JSON.
+
+Names inside a finding come from files that nobody has vouched for. They are made printable here, once, so that no
+control character of a file name reaches a terminal and no lone surrogate breaks the output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rich.console import Console
+
+Level = Literal["error", "warning"]
+
+MAX_LISTED = 20
+"""Findings of one code in one file that are listed singly; the rest are counted in one more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        level: An `error` stops the run before it starts, a `warning` does not.
+        code: Stable short name of the kind, such as `image_missing`.
+        file: File, folder or field of the experiment it is about; "" where none is.
+        id: Which entry of it, such as `annotation 17`; "" where none is.
+        what: What is wrong, with the value that was found.
+        mend: What to do about it.
+    """
+
+    level: Level
+    code: str
+    file: str
+    id: str
+    what: str
+    mend: str
+
+    def to_line(self) -> str:
+        """Tells it in one line, for logs."""
+        place = ": ".join(part for part in (self.file, self.id) if part)
+        return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.mend}."
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Finding:
+        """Reads what `dataclasses.asdict` wrote; raises TypeError where keys are missing or unknown."""
+        return cls(**values)
+
+
+class FindingList:
+    """Collects findings of one check; of many alike the first are kept and the rest counted."""
+
+    def __init__(self) -> None:
+        self._kept: list[Finding] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self._last: dict[tuple[str, str], Finding] = {}
+
+    def error(self, code: str, file: str, id: str, what: str, mend: str) -> None:
+        """Adds an error."""
+        self.add(Finding("error", code, file, id, what, mend))
+
+    def warning(self, code: str, file: str, id: str, what: str, mend: str) -> None:
+        """Adds a warning."""
+        self.add(Finding("warning", code, file, id, what, mend))
+
+    def add(self, finding: Finding) -> None:
+        """Adds a finding, its words made printable."""
+        finding = Finding(
+            finding.level,
+            finding.code,
+            *(printable(text) for text in (finding.file, finding.id, finding.what, finding.mend)),
+        )
+        key = (finding.file, finding.code)
+        self._seen[key] += 1
+        if self._seen[key] <= MAX_LISTED:
+            self._kept.append(finding)
+        else:
+            self._last[key] = finding
+
+    def to_list(self) -> list[Finding]:
+        """Gives all findings, errors first, otherwise in the order they were made."""
+        more = [
+            Finding(
+                last.level, last.code, last.file, "", f"and {self._seen[key] - MAX_LISTED:,} more like this", last.mend
+            )
+            for key, last in self._last.items()
+        ]
+        return sort_findings([*self._kept, *more])
+
+
+def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Puts errors before warnings and leaves the order otherwise; what was found twice is told once."""
+    return sorted(dict.fromkeys(findings), key=lambda finding: finding.level != "error")
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    """Tells whether any finding stops the run."""
+    return any(finding.level == "error" for finding in findings)
+
+
+def to_json(findings: Sequence[Finding], **more: Any) -> str:
+    """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, file, id, what, mend}], **more}`."""
+    import orjson
+
+    levels = Counter(finding.level for finding in findings)
+    document = {
+        "ok": not levels["error"],
+        "errors": levels["error"],
+        "warnings": levels["warning"],
+        "findings": [asdict(finding) for finding in findings],
+        **more,
+    }
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+
+
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Shows findings on the error stream: as a table on a terminal, else one line each."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(stderr=True)
+    if not findings:
+        return
+    if not console.is_terminal:
+        for finding in findings:
+            console.print(finding.to_line(), markup=False, highlight=False, soft_wrap=True, emoji=False)
+    else:
+        table = Table(box=box.SIMPLE_HEAD, title=None, show_lines=True, pad_edge=False)
+        for heading, ratio in (("", None), ("where", 3), ("what", 4), ("how to mend", 4)):
+            table.add_column(heading, ratio=ratio, overflow="fold")
+        for finding in findings:
+            style = "bold red" if finding.level == "error" else "yellow"
+            where = "\n".join(part for part in (finding.file, finding.id) if part)
+            table.add_row(Text(finding.level, style), Text(where), Text(finding.what), Text(finding.mend))
+        console.print(table)
+    levels = Counter(finding.level for finding in findings)
+    console.print(
+        f"{levels['error']} error{'s' * (levels['error'] != 1)}, "
+        f"{levels['warning']} warning{'s' * (levels['warning'] != 1)}.",
+        highlight=False,
+    )
+
+
+def printable(text: str) -> str:
+    """Replaces what a terminal would obey or an encoder refuse (control characters, lone surrogates) by its escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
+        for character in text
+    )

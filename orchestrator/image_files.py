@@ -1,0 +1,254 @@
+"""Checks image files against what an annotation file says of them: present, whole, of the size given, inside the root.
+
+By default only a file's head and its last two bytes are read; a JPEG that does not end as one is then decoded, as all
+are with `verify`. Decoding goes through Pillow, as detectron2's own reading does, so that both refuse the same files.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from PIL.Image import Image
+
+    from orchestrator.coco_values import ImageEntry
+    from orchestrator.findings import FindingList
+
+CHUNK_FILES = 250
+PARALLEL_FROM = 1500
+"""Files from which starting further processes (half a second) pays; a sixth of that where all are decoded."""
+
+EXIF_ORIENTATION = 0x0112
+TURNED = {5: "mirrored and turned by 90°", 6: "turned by 90°", 7: "mirrored and turned by 90°", 8: "turned by 90°"}
+FLIPPED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored upside down"}
+
+FETCH_AGAIN = "Copy or download the image again, or take it out of the annotation file"
+
+
+class Problem(NamedTuple):
+    """What is wrong with one image file, as in a finding."""
+
+    code: str
+    what: str
+    mend: str
+
+
+FoundFile = tuple[int, int, bool]
+"""What a folder's listing says of a file: size in bytes, time of change in ns, whether it is a link."""
+
+Task = tuple[int, str, str, int, int]
+"""Image id, file name, path, width, height."""
+
+
+def list_files(root: Path) -> dict[str, FoundFile]:
+    """Lists all files below `root` by their relative name; linked folders are listed as links, not entered.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    found: dict[str, FoundFile] = {}
+    folders = [(str(root), "")]
+    while folders:
+        folder, prefix = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((entry.path, f"{prefix}{entry.name}/"))
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                found[prefix + entry.name] = (status.st_size, status.st_mtime_ns, entry.is_symlink())
+    return found
+
+
+def check_images(
+    images: list[ImageEntry],
+    file: str,
+    root: Path,
+    listing: dict[str, FoundFile],
+    findings: FindingList,
+    *,
+    verify: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> int:
+    """Checks the files of an annotation file's images.
+
+    Args:
+        images: Its image entries.
+        file: The annotation file, for findings about names in it.
+        root: Folder that the names are relative to.
+        listing: What `list_files` found there.
+        findings: Added to.
+        verify: Decode every image, not only read its head.
+        on_progress: Called with the number of files just done.
+
+    Returns:
+        Number of files that were opened.
+    """
+    tasks: list[Task] = []
+    missing: list[ImageEntry] = []
+    real_root = os.path.realpath(root)
+    for image in images:
+        problem = check_name(image.file_name)
+        if problem is None and (name := image.file_name) in listing and not listing[name][2]:
+            tasks.append((image.id, name, f"{root}/{name}", image.width, image.height))
+        elif problem is None:
+            real = os.path.realpath(root / image.file_name)
+            if os.path.commonpath([real, real_root]) != real_root:
+                what = f"file_name {image.file_name!r} leaves {root} by a link, to {real}"
+                problem = Problem("path_link", what, "Copy the file into the folder; links out of it are not followed")
+            elif Path(real).is_file():
+                tasks.append((image.id, image.file_name, real, image.width, image.height))
+            else:
+                missing.append(image)
+        if problem:
+            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.mend)
+    _report_missing(missing, len(images), root, listing, findings)
+    names = {task[0]: task[1] for task in tasks}
+    for image_id, problem in _inspect_all(tasks, verify, on_progress):
+        level = findings.warning if problem.code == "exif_ambiguous" else findings.error
+        level(problem.code, f"{root}/{names[image_id]}", f"image {image_id}", problem.what, problem.mend)
+    return len(tasks)
+
+
+def check_name(name: str) -> Problem | None:
+    """Refuses a `file_name` that is no path inside the image folder: absolute, with `..`, or no path at all."""
+    mend = "Write it relative to the image folder"
+    if "\0" in name or len(name) > 4000 or any("\ud800" <= character <= "\udfff" for character in name):
+        return Problem("path_invalid", f"file_name {name[:80]!r} cannot be a path", mend)
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
+        return Problem("path_absolute", f"file_name {name!r} is absolute", mend)
+    if ".." in name and ".." in name.replace("\\", "/").split("/"):
+        return Problem("path_parent", f"file_name {name!r} leaves the image folder with '..'", mend)
+    return None
+
+
+def _report_missing(
+    missing: list[ImageEntry], num_images: int, root: Path, listing: dict[str, FoundFile], findings: FindingList
+) -> None:
+    if len(missing) == num_images > 1:
+        example = missing[0].file_name
+        there = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
+        what = f"none of the {num_images:,} images is in this folder, {example!r} for one; {there}"
+        mend = "Name the folder that the file_name entries are relative to"
+        findings.error("image_missing", str(root), "all images", what, mend)
+        return
+    folded = {name.casefold(): name for name in listing} if missing else {}
+    for image in missing:
+        path = f"{root}/{image.file_name}"
+        near = folded.get(image.file_name.casefold())
+        hint = f"Rename {near!r}, which differs in case only" if near else FETCH_AGAIN
+        findings.error("image_missing", path, f"image {image.id}", "the file is not there", hint)
+
+
+def _inspect_all(
+    tasks: list[Task], verify: bool, on_progress: Callable[[int], None] | None
+) -> Iterator[tuple[int, Problem]]:
+    chunks = [(tasks[start : start + CHUNK_FILES], verify) for start in range(0, len(tasks), CHUNK_FILES)]
+    if len(tasks) < (PARALLEL_FROM // 6 if verify else PARALLEL_FROM):
+        for chunk in chunks:
+            yield from _inspect_chunk(chunk)
+            if on_progress is not None:
+                on_progress(len(chunk[0]))
+        return
+    # Not fork: the caller may already run threads, whose locks a fork would copy.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        results = pool.map(_inspect_chunk, chunks)
+        for chunk in chunks:
+            try:
+                yield from next(results)
+            except BrokenProcessPool:
+                first, last = chunk[0][0], chunk[0][-1]
+                what = f"the process died that looked at this or one of the files up to {last[1]!r}"
+                yield first[0], Problem("image_check_died", what, "Look at these files, or at the machine's memory")
+                return
+            if on_progress is not None:
+                on_progress(len(chunk[0]))
+
+
+def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:
+    tasks, verify = chunk
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of odd metadata in files that it reads nevertheless
+        found = [(task[0], inspect_image(*task[2:], verify=verify)) for task in tasks]
+    return [(image_id, problem) for image_id, problem in found if problem is not None]
+
+
+def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Problem | None:
+    """Looks at one image file.
+
+    Args:
+        path: Of the file.
+        width: As annotated, pixels.
+        height: As annotated, pixels.
+        verify: Decode it in any case.
+    """
+    from PIL import Image
+
+    try:
+        with Path(path).open("rb") as stream:
+            if not stream.read(1):
+                return Problem("image_corrupt", "the file is empty", FETCH_AGAIN)
+            ends_well = _ends_as_jpeg(stream)
+            stream.seek(0)
+            with Image.open(stream) as image:
+                kind, size = image.format, image.size
+                orientation = _read_orientation(image)
+                if verify or (kind == "JPEG" and not ends_well):
+                    _decode(image)
+    except MemoryError:
+        return Problem("image_corrupt", "the image does not fit into memory", FETCH_AGAIN)
+    except PermissionError as error:
+        return Problem("image_unreadable", f"cannot be read: {error.strerror}", "Give the user of the run read access")
+    except Exception as error:  # decoders of foreign files raise what they like: OSError, SyntaxError, struct.error …
+        truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        what = f"the image is {'truncated' if truncated else 'corrupt'}: {_reason(error, path)}"
+        return Problem("image_truncated" if truncated else "image_corrupt", what, FETCH_AGAIN)
+    return _check_size(size, orientation, width, height)
+
+
+def _ends_as_jpeg(stream: BinaryIO) -> bool:
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2))
+    return stream.read(2) == b"\xff\xd9"
+
+
+def _read_orientation(image: Image) -> int:
+    if "exif" not in image.info:
+        return 1
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # detectron2 too takes an image whose EXIF cannot be read as it is
+        return 1
+
+
+def _decode(image: Image) -> None:
+    """Decodes as detectron2 does, to RGB; raises what Pillow does."""
+    image.convert("RGB")
+
+
+def _reason(error: Exception, path: str) -> str:
+    text = str(error).replace(path, "the file").strip() or type(error).__name__
+    return "no image format is recognised" if text.startswith("cannot identify") else text[:120]
+
+
+def _check_size(size: tuple[int, int], orientation: int, width: int, height: int) -> Problem | None:
+    shown = size[::-1] if orientation in TURNED else size
+    if shown != (width, height):
+        turned = f" once turned as its EXIF orientation {orientation} says" if orientation in TURNED else ""
+        what = f"the image has {shown[0]} x {shown[1]} pixels{turned}; {width} x {height} are annotated"
+        if orientation in TURNED and size == (width, height):
+            mend = "Turn the pixels and drop the EXIF orientation, or annotate the turned image: detectron2 turns it"
+            return Problem("exif_orientation", what, mend)
+        return Problem("size_mismatch", what, "Correct width and height of its entry, or restore the annotated image")
+    if orientation in FLIPPED or (orientation in TURNED and width == height):
+        turn = FLIPPED.get(orientation) or TURNED[orientation]
+        what = f"detectron2 shows it {turn}, as its EXIF orientation {orientation} says"
+        return Problem("exif_ambiguous", what, "See that the annotations fit; re-save it without EXIF orientation")
+    return None
