@@ -1,20 +1,31 @@
-"""The result record: what a run leaves in results.json, and how it is put together from the events of its trials.
+"""Makes a trial's result record out of its events. What other files need of the record is importable from here.
 
-One record feeds the table, the report, MLflow's summary metrics and comparisons; `orchestrator.replay` makes the same
-record of a run made without us. A figure that was not measured is null.
+The trap it protects against: what Ray Train reports at the end is bound to the last checkpoint, so figures come from
+the events alone; and an absent result is an error, never a blank.
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from orchestrator.spec import ReferenceRow
+from orchestrator.records import (
+    CurvePoint,
+    Evaluation,
+    ExperimentResult,
+    Quantiles,
+    RankFigures,
+    RepeatRow,
+    Restart,
+    ScalingFit,
+    ScalingRow,
+    Sections,
+    Spread,
+    TrialResult,
+)
+from orchestrator.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.sections import Stay, began, sections, stays
 from trainers import clock
 from trainers.contract import (
     CheckpointSaved,
@@ -27,202 +38,15 @@ from trainers.contract import (
     TrialPlan,
     TrialRestarted,
     TrialStarted,
-    WorkerFailed,
     WorkerStarted,
 )
 
+__all__ = [
+    "CurvePoint", "Evaluation", "ExperimentResult", "Quantiles", "RankFigures", "RepeatRow", "Restart", "ScalingFit",
+    "ScalingRow", "Sections", "Spread", "TrialResult", "repeat_rows", "scaling_fits", "scaling_rows", "trial_result",
+]  # fmt: skip
+
 E = TypeVar("E", bound=Event)
-ByIteration = TypeVar("ByIteration", Evaluated, StepsDone)
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Quantiles(_Record):
-    """Quantiles of a duration over the steps of the throughput window, all ranks together, in seconds."""
-
-    p50: float | None = None
-    """Median."""
-    p95: float | None = None
-    """95th percentile."""
-    p99: float | None = None
-    """99th percentile."""
-
-
-class Evaluation(_Record):
-    """One COCO evaluation."""
-
-    iteration: int
-    """Iterations trained when it was made."""
-    epoch: float | None = None
-    """The same in passes over the training data."""
-    box_ap: float | None = None
-    """Box AP, 0–100."""
-    mask_ap: float | None = None
-    """Mask AP, 0–100."""
-    seconds: float | None = None
-    """How long training stood still for it."""
-    elapsed_seconds: float | None = None
-    """Seed clock when the box figures were known."""
-    mask_elapsed_seconds: float | None = None
-    """Seed clock when the mask figures were known."""
-    figures: dict[str, float | None] = {}
-    """COCO's twelve figures for boxes and for masks (`box_ap50`, …), 0–100."""
-    part_seconds: dict[str, float] = {}
-    """The seconds by part: inference, gather, score."""
-
-
-class Restart(_Record):
-    """One start of the workers after the first."""
-
-    attempt: int
-    """Number of the new attempt."""
-    cause: str
-    """What sort of failure ended the one before."""
-    message: str
-    """The cause, for a person."""
-    lost_iterations: int
-    """Iterations that had to be trained again."""
-    downtime_seconds: float | None = None
-    """From the last step before the failure to the first step after it."""
-
-
-class TrialResult(_Record):
-    """What one trial measured. Definitions: docs/measurement.md."""
-
-    name: str
-    """Name of the trial."""
-    world_size: int
-    """Workers, one per accelerator."""
-    num_nodes: int | None = None
-    """Hosts they ran on."""
-    device: str | None = None
-    """`cuda` or `cpu`."""
-    device_name: str | None = None
-    """Model name of the accelerator or processor."""
-    recipe: str | None = None
-    """Speed recipe."""
-    scaling: Literal["weak", "strong"] | None = None
-    """What was kept while scaling."""
-    protocol: Literal["throughput", "time_to_train"] | None = None
-    """What was measured."""
-    seed: int | None = None
-    """Seed."""
-    status: Literal["FINISHED", "FAILED", "KILLED"]
-    """MLflow's run status."""
-    reason: str = ""
-    """Why it failed or was ended, or why a figure is missing."""
-    global_batch_size: int | None = None
-    """Images per iteration over all workers."""
-    base_lr: float | None = None
-    """Learning rate after warm-up."""
-    max_iter: int | None = None
-    """Iterations of the schedule."""
-    iterations: int | None = None
-    """Iterations trained."""
-    images_per_second: float | None = None
-    """Throughput: all workers, by the slowest, warm-up and hooks left out."""
-    wall_images_per_second: float | None = None
-    """Images of the final state over the seconds from the first step to the end, everything on the clock."""
-    step_seconds: Quantiles = Quantiles()
-    """Wall time of a step."""
-    data_seconds: Quantiles = Quantiles()
-    """Waiting for data, part of the step."""
-    time_to_train_seconds: float | None = None
-    """Seed clock to the evaluation that first met all targets."""
-    time_to_box_target_seconds: float | None = None
-    """Seed clock to the box figures of the evaluation that first met the box target."""
-    schedule_seconds: float | None = None
-    """Seed clock to the end of training, reached target or not."""
-    startup_seconds: float | None = None
-    """From the driver's start of the trial to the first batch being asked for, first attempt."""
-    evaluation_seconds: float | None = None
-    """Training standing still for evaluations."""
-    checkpoint_seconds: float | None = None
-    """Training standing still for checkpoints."""
-    downtime_seconds: float = 0.0
-    """Between the last step before each failure and the first after it."""
-    num_restarts: int = 0
-    """Starts of the workers after the first."""
-    restarts: list[Restart] = []
-    """Each of them."""
-    box_ap: float | None = None
-    """Box AP of the last evaluation, 0–100."""
-    mask_ap: float | None = None
-    """Mask AP of the last evaluation, 0–100."""
-    best_box_ap: float | None = None
-    """Best box AP, 0–100."""
-    best_mask_ap: float | None = None
-    """Best mask AP, 0–100."""
-    target_box_ap: float | None = None
-    """Box AP that counts as trained."""
-    target_mask_ap: float | None = None
-    """Mask AP that counts as trained."""
-    evaluations: list[Evaluation] = []
-    """All evaluations, in order."""
-    peak_memory_gib: float | None = None
-    """Most memory any worker used: of its device, or of its process on CPU."""
-    state_sha256: str | None = None
-    """Hash of the final model and optimizer state."""
-    hosts: list[str] = []
-    """Host names."""
-    mlflow_run_id: str | None = None
-    """MLflow run of this trial."""
-
-
-class ScalingRow(_Record):
-    """One world size against the smallest one of the same recipe and kind of scaling."""
-
-    recipe: str
-    """Speed recipe."""
-    kind: Literal["weak", "strong"]
-    """What was kept."""
-    world_size: int
-    """Workers."""
-    base_world_size: int
-    """Workers of the row compared with."""
-    speed_up: float | None
-    """Ratio of the throughputs."""
-    efficiency: float | None
-    """Throughput over (workers / base workers) x base throughput; 1 is ideal."""
-
-
-class ExperimentResult(_Record):
-    """results.json."""
-
-    schema_version: Literal[1] = 1
-    """Version of this format; a reader refuses one it does not know."""
-    experiment: str
-    """Name of the experiment."""
-    description: str = ""
-    """Its one line for people."""
-    status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
-    """MLflow's run status."""
-    started: str
-    """UTC, ISO 8601."""
-    ended: str | None = None
-    """UTC, ISO 8601."""
-    command: list[str] = []
-    """The command that made it."""
-    environment: dict[str, str] = {}
-    """Versions, host, git commit."""
-    mlflow_tracking_uri: str | None = None
-    """Store the runs are in, without credentials."""
-    mlflow_run_id: str | None = None
-    """MLflow's parent run."""
-    trials: list[TrialResult] = []
-    """Every trial that was started."""
-    scaling: list[ScalingRow] = []
-    """Speed-up and efficiency."""
-    reference_rows: list[ReferenceRow] = Field(default=[])
-    """Published figures shown beside."""
-
-    def write(self, path: Path) -> None:
-        """Writes the record atomically."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
 
 
 def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | None = None) -> TrialResult:
@@ -243,31 +67,28 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     loops = [e for e in events if isinstance(e, LoopStarted) and e.rank == 0]
     steps = [e for e in events if isinstance(e, StepsDone)]
     finished = _last(events, LoopFinished)
-    evaluations = [_evaluation(e, _seed_clock(workers)) for e in _settled(events, Evaluated)]
+    attempts = stays(events)
+    seed_clock = began(events)
+    scored = _settled(events)
+    evaluations = [_evaluation(e, seed_clock) for e in scored]
     iterations = max((e.iteration for e in steps if e.rank == 0), default=0 if loops else None)
-    windows: dict[int, list[clock.Window]] = defaultdict(list)
-    for step in steps:
-        windows[step.rank].append(clock.Window(step.first_iteration, step.num_images, step.step_seconds))
-    measured = [e for e in steps if e.iteration > plan.throughput_warmup_iters]
-    step_times = [
-        s for e in measured for s in e.step_seconds[max(0, plan.throughput_warmup_iters - e.first_iteration) :]
-    ]
-    data_times = [
-        s for e in measured for s in e.data_seconds[max(0, plan.throughput_warmup_iters - e.first_iteration) :]
-    ]
-    began = min((e.time for e in workers), default=None)
-    wall_images_per_second = None
-    if loops and iterations:
-        end = finished.time if finished else max(e.time for e in steps)
-        wall_images_per_second = iterations * plan.solver.global_batch_size / (end - loops[0].time)
-    restarts = _restarts(events)
-    time_to_train, time_to_box = _times_to_target(plan, evaluations)
+    windows = windows_by_rank(steps)
+    curve = clock.stretches(windows, plan.throughput_warmup_iters)
+    parts = {
+        name: _quantiles(_step_parts(steps, name, plan.throughput_warmup_iters))
+        for name in ("data", "forward", "backward", "communication", "optimizer")
+    }
+    ranks = [_rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
+    own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
+    restarts = _restarts(events, attempts)
+    target = _target(plan, scored)
+    time_to_train = target[1] - seed_clock if target and seed_clock is not None else None
+    where = sections(events)
     reason = ended.reason
-    if not reason and plan.protocol == "time_to_train" and time_to_train is None and _has_target(plan):
+    if not reason and time_to_train is None and _has_target(plan):
         reason = f"target not reached in {iterations} iterations"
-    boxes = [e.box_ap for e in evaluations if e.box_ap is not None]
-    masks = [e.mask_ap for e in evaluations if e.mask_ap is not None]
-    trial_started = _first(events, TrialStarted)
+    trial_started = next((e for e in events if isinstance(e, TrialStarted)), None)
+    last_end = finished.time if finished else (attempts[-1].last_progress if attempts else None)
     return TrialResult(
         name=plan.name,
         world_size=plan.world_size,
@@ -285,88 +106,95 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         max_iter=plan.solver.max_iter,
         iterations=iterations,
         images_per_second=clock.throughput(windows, plan.throughput_warmup_iters),
-        wall_images_per_second=wall_images_per_second,
-        step_seconds=_quantiles(step_times),
-        data_seconds=_quantiles(data_times),
+        wall_images_per_second=(
+            iterations * plan.solver.global_batch_size / (last_end - attempts[0].started)
+            if iterations and last_end is not None and last_end > attempts[0].started
+            else None
+        ),
+        step_seconds=_quantiles(_step_parts(steps, "step", plan.throughput_warmup_iters)),
+        data_seconds=parts.pop("data"),
+        part_seconds={name: quantiles for name, quantiles in parts.items() if quantiles.p50 is not None},
+        data_wait_share=_data_wait_share(steps, plan.throughput_warmup_iters),
+        ranks=ranks,
+        rank_skew=clock.skew(own) if len(own) == len(ranks) else None,
+        rate_curve=[curve_point(point) for point in curve],
+        rate_curve_source="steps" if curve else None,
+        drift_ratio=clock.drift_ratio(curve),
+        throughput_warmup_iters=plan.throughput_warmup_iters,
         time_to_train_seconds=time_to_train,
-        time_to_box_target_seconds=time_to_box,
-        schedule_seconds=finished.time - began if finished and began is not None else None,
-        startup_seconds=loops[0].time - trial_started.time if loops and trial_started else None,
+        time_to_box_target_seconds=_time_to_box(plan, scored, seed_clock),
+        mlperf_seconds=target[1] - attempts[0].started if target and attempts else None,
+        scored_iteration=target[0].iteration if target else None,
+        scored_box_ap=target[0].figures.get("box_ap") if target else None,
+        scored_mask_ap=target[0].figures.get("mask_ap") if target else None,
+        schedule_seconds=finished.time - seed_clock if finished and seed_clock is not None else None,
+        startup_seconds=attempts[0].started - trial_started.time if attempts and trial_started else None,
         evaluation_seconds=sum(e.seconds for e in events if isinstance(e, Evaluated)),
         checkpoint_seconds=sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         downtime_seconds=sum(r.downtime_seconds or 0.0 for r in restarts),
+        lost_work_seconds=where.lost_work if where else None,
+        sections=where,
         num_restarts=len(restarts),
         restarts=restarts,
         box_ap=evaluations[-1].box_ap if evaluations else None,
         mask_ap=evaluations[-1].mask_ap if evaluations else None,
-        best_box_ap=max(boxes, default=None),
-        best_mask_ap=max(masks, default=None),
+        best_box_ap=max((e.box_ap for e in evaluations if e.box_ap is not None), default=None),
+        best_mask_ap=max((e.mask_ap for e in evaluations if e.mask_ap is not None), default=None),
         target_box_ap=plan.target_box_ap,
         target_mask_ap=plan.target_mask_ap,
         evaluations=evaluations,
         peak_memory_gib=max((e.peak_memory_gib for e in steps), default=None),
         state_sha256=finished.state_sha256 if finished else None,
         hosts=sorted({e.host for e in workers}),
+        num_train_images=loops[0].num_train_images if loops else None,
+        num_val_images=loops[0].num_val_images if loops else None,
         mlflow_run_id=mlflow_run_id,
     )
 
 
-def scaling_rows(trials: Sequence[TrialResult]) -> list[ScalingRow]:
-    """Speed-up and efficiency of every world size against the smallest of its recipe and kind; medians over seeds."""
-    groups: dict[tuple[str, Literal["weak", "strong"]], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for trial in trials:
-        if trial.images_per_second is not None and trial.recipe and trial.scaling:
-            groups[trial.recipe, trial.scaling][trial.world_size].append(trial.images_per_second)
-    rows = []
-    for (recipe, kind), rates in groups.items():
-        base = min(rates)
-        base_rate = clock.quantile(rates[base], 0.5)
-        for world_size in sorted(rates):
-            rate = clock.quantile(rates[world_size], 0.5)
-            speed_up = rate / base_rate if rate and base_rate else None
-            rows.append(
-                ScalingRow(
-                    recipe=recipe,
-                    kind=kind,
-                    world_size=world_size,
-                    base_world_size=base,
-                    speed_up=speed_up,
-                    efficiency=speed_up * base / world_size if speed_up else None,
-                )
-            )
-    return rows
+def windows_by_rank(steps: Sequence[StepsDone]) -> dict[int, list[clock.Window]]:
+    """Every rank's windows of steps, in the order they were run."""
+    windows: dict[int, list[clock.Window]] = defaultdict(list)
+    for step in sorted(steps, key=lambda e: (e.attempt, e.first_iteration)):
+        count = step.iteration - step.first_iteration
+        each = step.step_seconds or (step.seconds / count,) * count
+        windows[step.rank].append(clock.Window(step.first_iteration, step.num_images, each))
+    return dict(windows)
 
 
-def _first(events: Sequence[Event], kind: type[E]) -> E | None:
-    return next((e for e in events if isinstance(e, kind)), None)
+def curve_point(point: clock.Stretch) -> CurvePoint:
+    """A stretch of the drift curve as a record."""
+    return CurvePoint(
+        first_iteration=point.first_iteration,
+        iteration=point.iteration,
+        num_images=point.num_images,
+        seconds=point.seconds,
+        images_per_second=point.num_images / point.seconds,
+    )
 
 
 def _last(events: Sequence[Event], kind: type[E]) -> E | None:
     return next((e for e in reversed(events) if isinstance(e, kind)), None)
 
 
-def _settled(events: Sequence[Event], kind: type[ByIteration]) -> list[ByIteration]:
-    """Events of one kind by iteration, the first of those that were repeated after a restart."""
-    first: dict[int, ByIteration] = {}
+def _settled(events: Sequence[Event]) -> list[Evaluated]:
+    """Evaluations by iteration, the first of those that were repeated after a restart: its clock is the true one."""
+    first: dict[int, Evaluated] = {}
     for event in events:
-        if isinstance(event, kind):
+        if isinstance(event, Evaluated):
             first.setdefault(event.iteration, event)
     return [first[iteration] for iteration in sorted(first)]
 
 
-def _seed_clock(workers: Sequence[WorkerStarted]) -> float | None:
-    return min((e.time for e in workers), default=None)
-
-
-def _evaluation(event: Evaluated, began: float | None) -> Evaluation:
+def _evaluation(event: Evaluated, seed_clock: float | None) -> Evaluation:
     return Evaluation(
         iteration=event.iteration,
         epoch=event.epoch,
         box_ap=event.figures.get("box_ap"),
         mask_ap=event.figures.get("mask_ap"),
         seconds=event.seconds,
-        elapsed_seconds=event.box_scored - began if began is not None else None,
-        mask_elapsed_seconds=event.mask_scored - began if began is not None and event.mask_scored else None,
+        elapsed_seconds=event.box_scored - seed_clock if seed_clock is not None else None,
+        mask_elapsed_seconds=event.mask_scored - seed_clock if seed_clock is not None and event.mask_scored else None,
         figures=event.figures,
         part_seconds=event.part_seconds,
     )
@@ -376,39 +204,84 @@ def _has_target(plan: TrialPlan) -> bool:
     return plan.target_box_ap is not None or plan.target_mask_ap is not None
 
 
-def _times_to_target(plan: TrialPlan, evaluations: Sequence[Evaluation]) -> tuple[float | None, float | None]:
-    """Seed clock to (all targets, the box target), each None where it was not met."""
-    box, mask = plan.target_box_ap, plan.target_mask_ap
-    box_met = [e for e in evaluations if box is not None and e.box_ap is not None and e.box_ap >= box]
-    time_to_box = box_met[0].elapsed_seconds if box_met else None
-    if not _has_target(plan):
-        return None, None
-    for e in box_met if box is not None else evaluations:
-        if mask is None:
-            return e.elapsed_seconds, time_to_box
-        if e.mask_ap is not None and e.mask_ap >= mask:
-            return e.mask_elapsed_seconds, time_to_box
-    return None, time_to_box
+def _meets(ap: float | None, target: float | None) -> bool:
+    return target is None or (ap is not None and ap >= target)
 
 
-def _restarts(events: Sequence[Event]) -> list[Restart]:
+def _target(plan: TrialPlan, scored: Sequence[Evaluated]) -> tuple[Evaluated, float] | None:
+    """The evaluation that first met all targets, and when its figures were known (Unix seconds)."""
+    for event in scored if _has_target(plan) else ():
+        if _meets(event.figures.get("box_ap"), plan.target_box_ap) and _meets(
+            event.figures.get("mask_ap"), plan.target_mask_ap
+        ):
+            known = [] if plan.target_box_ap is None else [event.box_scored]
+            if plan.target_mask_ap is not None and event.mask_scored is not None:
+                known.append(event.mask_scored)
+            return event, max(known, default=event.time)
+    return None
+
+
+def _time_to_box(plan: TrialPlan, scored: Sequence[Evaluated], seed_clock: float | None) -> float | None:
+    if plan.target_box_ap is None or seed_clock is None:
+        return None
+    met = (e.box_scored - seed_clock for e in scored if _meets(e.figures.get("box_ap"), plan.target_box_ap))
+    return next(met, None)
+
+
+def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart]:
     found = []
     for event in events:
         if not isinstance(event, TrialRestarted):
             continue
-        before = [e for e in events if isinstance(e, StepsDone | WorkerFailed) and e.attempt < event.attempt]
-        after = [e for e in events if isinstance(e, LoopStarted) and e.attempt == event.attempt and e.rank == 0]
-        last_step = max((e.time for e in before if isinstance(e, StepsDone)), default=None)
+        before = [stay for stay in attempts if stay.attempt < event.attempt]
+        after = next((stay for stay in attempts if stay.attempt == event.attempt), None)
         found.append(
             Restart(
                 attempt=event.attempt,
                 cause=event.failure,
                 message=event.message,
-                lost_iterations=max(0, event.iteration - after[0].iteration) if after else event.iteration,
-                downtime_seconds=after[0].time - last_step if after and last_step else None,
+                lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
+                downtime_seconds=after.started - before[-1].last_progress if after and before else None,
             )
         )
     return found
+
+
+def _step_parts(steps: Sequence[StepsDone], part: str, warmup_iters: int) -> list[float]:
+    """Seconds of a part (or `step`, the whole) of every step after warm-up, all given ranks together."""
+    values: list[float] = []
+    for event in steps:
+        whole = {"step": event.step_seconds, "data": event.data_seconds}
+        each = whole.get(part) or event.step_part_seconds.get(part, ())
+        values += each[max(0, warmup_iters - event.first_iteration) :]
+    return values
+
+
+def _data_wait_share(steps: Sequence[StepsDone], warmup_iters: int) -> float | None:
+    waited = sum(_step_parts(steps, "data", warmup_iters))
+    whole = sum(_step_parts(steps, "step", warmup_iters))
+    return waited / whole if whole > 0 else None
+
+
+def _rank_figures(
+    rank: int, steps: Sequence[StepsDone], workers: Sequence[WorkerStarted], plan: TrialPlan
+) -> RankFigures:
+    own = [e for e in steps if e.rank == rank]
+    warmup = plan.throughput_warmup_iters
+    parts = {
+        name: _step_parts(own, name, warmup) for name in ("data", "forward", "backward", "communication", "optimizer")
+    }
+    whole = _step_parts(own, "step", warmup)
+    waits_known = plan.world_size > 1 and len(parts["communication"]) == len(whole) > 0
+    return RankFigures(
+        rank=rank,
+        host=next((e.host for e in reversed(workers) if e.rank == rank), None),
+        images_per_second=clock.throughput(windows_by_rank(own), warmup),
+        step_seconds=_quantiles(whole),
+        part_seconds={name: _quantiles(values) for name, values in parts.items() if values},
+        own_seconds=sum(whole) - sum(parts["communication"]) if waits_known else None,
+        peak_memory_gib=max((e.peak_memory_gib for e in own), default=None),
+    )
 
 
 def _quantiles(values: Sequence[float]) -> Quantiles:

@@ -1,0 +1,138 @@
+"""Where a trial's wall time went: its events cut into sections that add up to it.
+
+The trap it protects against: sums of durations that overlap or leave gaps look plausible. Here every section is
+taken from rank 0's own line of time, and what is left over is shown as `other` instead of being spread about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from orchestrator.records import Sections
+from trainers.contract import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialEnded,
+    TrialStarted,
+    WorkerStarted,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """One attempt's time in the training loop, on rank 0.
+
+    Attributes:
+        attempt: Number of the attempt.
+        first_iteration: Iteration it began with.
+        started: When the first batch was asked for (Unix seconds).
+        last_progress: When it last had something to show: a window of steps, an evaluation, a checkpoint, the end.
+        steps: Its windows of steps, in order.
+    """
+
+    attempt: int
+    first_iteration: int
+    started: float
+    last_progress: float
+    steps: tuple[StepsDone, ...]
+
+
+def stays(events: Sequence[Event]) -> list[Stay]:
+    """The attempts that reached the training loop, in order."""
+    loops: dict[int, LoopStarted] = {}
+    for event in events:
+        if isinstance(event, LoopStarted) and event.rank == 0:
+            loops.setdefault(event.attempt, event)
+    found = []
+    for attempt, loop in sorted(loops.items()):
+        own = [e for e in events if e.attempt == attempt and e.rank == 0]
+        found.append(
+            Stay(
+                attempt=attempt,
+                first_iteration=loop.iteration,
+                started=loop.time,
+                last_progress=max([loop.time, *(end for e in own if (end := _progress(e)) is not None)]),
+                steps=tuple(e for e in own if isinstance(e, StepsDone)),
+            )
+        )
+    return found
+
+
+def began(events: Sequence[Event]) -> float | None:
+    """When the training function began: the start of the seed clock (Unix seconds)."""
+    starts = [e.time for e in events if isinstance(e, WorkerStarted)]
+    # A worker tells of its start only when it has loaded its libraries; the loop's event knows when it really began.
+    starts += [e.time - e.setup_seconds for e in events if isinstance(e, LoopStarted)]
+    return min(starts, default=None)
+
+
+def lost_steps(attempts: Sequence[Stay]) -> dict[int, int]:
+    """For each attempt that was followed by another, the iteration from which its steps were trained again."""
+    return {
+        stay.attempt: min(later.first_iteration for later in attempts[position + 1 :])
+        for position, stay in enumerate(attempts[:-1])
+    }
+
+
+def sections(events: Sequence[Event]) -> Sections | None:
+    """Cuts a trial's wall time into sections.
+
+    Args:
+        events: All events of an ended trial, of every attempt.
+
+    Returns:
+        None where the trial never reached the training loop, or its beginning or end is not known.
+    """
+    attempts = stays(events)
+    started = next((e.time for e in events if isinstance(e, TrialStarted)), None)
+    ended = next((e.time for e in reversed(events) if isinstance(e, TrialEnded)), None)
+    if not attempts or started is None or ended is None:
+        return None
+    lost_from = lost_steps(attempts)
+    parts = dict.fromkeys(("data", "forward", "backward", "communication", "optimizer"), 0.0)
+    steps = lost = 0.0
+    for stay in attempts:
+        for window in stay.steps:
+            kept = kept_share(window, lost_from.get(stay.attempt))
+            steps += window.seconds * kept
+            lost += window.seconds * (1 - kept)
+            for part in parts:
+                parts[part] += window.part_seconds.get(part, 0.0) * kept
+    measured = {
+        "startup": attempts[0].started - started,
+        **parts,
+        "step_other": steps - sum(parts.values()),
+        "evaluation": sum(e.seconds for e in events if isinstance(e, Evaluated)),
+        "checkpoint": sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
+        "lost_work": lost,
+        "downtime": sum(later.started - stay.last_progress for stay, later in pairwise(attempts)),
+        "shutdown": ended - attempts[-1].last_progress,
+    }
+    wall = ended - started
+    return Sections(wall=wall, **measured, other=wall - sum(measured.values()))
+
+
+def kept_share(window: StepsDone, lost_from: int | None) -> float:
+    """Share of a window's seconds that was not trained again (0–1); `lost_from` None for nothing lost."""
+    if lost_from is None or window.iteration <= lost_from:
+        return 1.0
+    kept = max(lost_from - window.first_iteration, 0)
+    if window.step_seconds:
+        return sum(window.step_seconds[:kept]) / sum(window.step_seconds)
+    return kept / (window.iteration - window.first_iteration)
+
+
+def _progress(event: Event) -> float | None:
+    """When training last stood where this event leaves it (Unix seconds); None for events that are no progress."""
+    if isinstance(event, StepsDone | Evaluated | LoopFinished):
+        return event.time
+    if isinstance(event, CheckpointSaved):
+        # Written aside while training goes on: the stall is over before the event comes.
+        return min(event.time, event.time - event.write_seconds + event.stall_seconds)
+    return None
