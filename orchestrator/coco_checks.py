@@ -76,7 +76,7 @@ def check_split(
     *,
     verify_images: bool = False,
     use_cache: bool = True,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> SplitReport:
     """Checks an annotation file and the files of its images.
 
@@ -84,7 +84,7 @@ def check_split(
         split: Where they are.
         verify_images: Decode every image instead of reading only its head and end.
         use_cache: Take the result of an earlier check where nothing changed, and keep this one.
-        on_progress: Called with the number of image files just done.
+        on_progress: Called with the number of image files done, and of all.
     """
     file, findings = str(split.annotations), FindingList()
     listing = None

@@ -64,7 +64,7 @@ def generate(
     distinct_images: int | None = None,
     replace: bool = False,
     num_processes: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetPaths:
     """Draws a data set of shapes into `to`, in COCO's layout; does nothing where the same one is there already.
 
@@ -82,7 +82,7 @@ def generate(
         replace: Whether a generated set with other parameters in `to` may be replaced. A folder that this function did
             not make is never replaced.
         num_processes: That draw at the same time; None takes the machine's CPUs for large sets, else one.
-        on_progress: Called with the number of images just written.
+        on_progress: Called with the number of images written of a split, and of all of it.
 
     Returns:
         Where the files are.
@@ -156,7 +156,7 @@ def _write_split(
     num_images: int,
     parameters: ShapesParameters,
     num_processes: int | None,
-    on_progress: Callable[[int], None] | None,
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
     import orjson
 
@@ -172,7 +172,7 @@ def _write_split(
     for chunk in _run_chunks(chunks, processes):
         drawn.extend(chunk)
         if on_progress is not None:
-            on_progress(len(chunk))
+            on_progress(len(drawn), num_images)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
@@ -180,7 +180,7 @@ def _write_split(
         if index >= num_drawn:
             os.link(folder / f"{index % num_drawn + 1:012d}.jpg", folder / name)
             if on_progress is not None:
-                on_progress(1)
+                on_progress(index + 1, num_images)
         images.append({"id": index + 1, "file_name": name, "width": parameters.width, "height": parameters.height})
         for shape in drawn[index % num_drawn]:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **shape})

@@ -76,7 +76,7 @@ def check_images(
     findings: FindingList,
     *,
     verify: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Checks the files of an annotation file's images.
 
@@ -87,7 +87,7 @@ def check_images(
         listing: What `list_files` found there.
         findings: Added to.
         verify: Decode every image, not only read its head.
-        on_progress: Called with the number of files just done.
+        on_progress: Called with the number of files done, and of all.
 
     Returns:
         Number of files that were opened.
@@ -149,19 +149,17 @@ def _report_missing(
 
 
 def _inspect_all(
-    tasks: list[Task], verify: bool, on_progress: Callable[[int], None] | None
+    tasks: list[Task], verify: bool, on_progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[int, Problem]]:
     chunks = [(tasks[start : start + CHUNK_FILES], verify) for start in range(0, len(tasks), CHUNK_FILES)]
     if len(tasks) < (PARALLEL_FROM // 6 if verify else PARALLEL_FROM):
         for chunk in chunks:
             yield from _inspect_chunk(chunk)
-            if on_progress is not None:
-                on_progress(len(chunk[0]))
         return
     # Not fork: the caller may already run threads, whose locks a fork would copy.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = pool.map(_inspect_chunk, chunks)
-        for chunk in chunks:
+        for index, chunk in enumerate(chunks):
             try:
                 yield from next(results)
             except BrokenProcessPool:
@@ -170,7 +168,7 @@ def _inspect_all(
                 yield first[0], Problem("image_check_died", what, "Look at these files, or at the machine's memory")
                 return
             if on_progress is not None:
-                on_progress(len(chunk[0]))
+                on_progress(min((index + 1) * CHUNK_FILES, len(tasks)), len(tasks))
 
 
 def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:

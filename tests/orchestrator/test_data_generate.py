@@ -100,7 +100,7 @@ def test_a_folder_that_was_not_generated_is_never_touched(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_generation_leaves_nothing(tmp_path: Path) -> None:
-    def stop(_: int) -> None:
+    def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,134 @@
+"""The data command: `python -m orchestrator.data check | fetch | generate | excerpt`.
+
+Exit codes: 0 fine, 2 something is wrong with what was given or found (every finding is listed), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from orchestrator.bars import show_bar
+
+if TYPE_CHECKING:
+    from orchestrator.coco_checks import SplitReport
+    from orchestrator.findings import Finding
+
+EXIT_UNFIT = 2
+
+app = typer.Typer(
+    help="Check, fetch, generate and excerpt data sets in COCO's format.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="Folder in COCO's layout, the one above it, or an annotation JSON.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder, where PATH is an annotation JSON. Default: the folder it is in.")
+    ] = None,
+    verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image, in parallel.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    cache: Annotated[bool, typer.Option(help="Reuse the result of an earlier check where nothing changed.")] = True,
+) -> None:
+    """Checks a data set: layout, counts, every annotation, every image file. Exits with 2 on errors."""
+    from orchestrator.coco_checks import Split, check_split, compare_splits
+    from orchestrator.coco_layout import find_splits
+    from orchestrator.findings import has_errors, print_findings, sort_findings, to_json
+
+    findings: list[Finding]
+    if path.is_file() or path.suffix == ".json":
+        # As for scoring: what only training would forgive is told here, where it costs nothing.
+        splits, findings = [Split(path, images or path.parent, for_scoring=True)], []
+    else:
+        splits, findings = find_splits(path)
+    reports = []
+    for split in splits:
+        with show_bar(f"checking {split.images.name}") as advance:
+            report = check_split(split, verify_images=verify_images, use_cache=cache, on_progress=advance)
+        findings.extend(report.findings)
+        reports.append(report)
+    summaries = [report.summary for report in reports if report.summary is not None]
+    if len(summaries) == 2:
+        findings.extend(compare_splits(*summaries))
+    findings = sort_findings(findings)
+    if as_json:
+        typer.echo(to_json(findings, splits=[_summarize(report) for report in reports]))
+    else:
+        _print_summaries(reports)
+        print_findings(findings)
+    raise typer.Exit(EXIT_UNFIT if has_errors(findings) else 0)
+
+
+@app.command()
+def generate(
+    to: Annotated[Path, typer.Argument(help="Folder to be made.")],
+    num_train: Annotated[int, typer.Option(help="Training images.")] = 256,
+    num_val: Annotated[int, typer.Option(help="Validation images.")] = 64,
+    size: Annotated[str, typer.Option(help="Pixels: a side, or WIDTHxHEIGHT.")] = "128",
+    num_classes: Annotated[int, typer.Option(help="Shapes to tell apart.")] = 3,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = 0,
+    crowd_fraction: Annotated[float, typer.Option(help="Share of images with a crowd region, 0 to 1.")] = 0.0,
+    min_shapes: Annotated[int, typer.Option(help="Fewest shapes of an image.")] = 1,
+    max_shapes: Annotated[int, typer.Option(help="Most shapes of an image.")] = 4,
+    mask_format: Annotated[Literal["polygon", "rle"], typer.Option(help="How masks are written.")] = "polygon",
+    distinct_images: Annotated[
+        int | None, typer.Option(help="Draw so many images per split and hard-link the rest to them (load tests).")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a generated set of other parameters.")] = False,
+) -> None:
+    """Draws a data set of shapes in COCO's layout; does nothing where the same one is there already."""
+    from orchestrator.generate import generate as generate_shapes
+
+    try:
+        width, _, height = size.partition("x")
+        sides = (int(width), int(height or width))
+    except ValueError:
+        _fail(f"--size is {size!r}: write 128 or 160x120")
+    try:
+        with show_bar("drawing") as advance:
+            paths = generate_shapes(
+                to, num_train=num_train, num_val=num_val, size=sides, num_classes=num_classes, seed=seed,
+                crowd_fraction=crowd_fraction, shapes_per_image=(min_shapes, max_shapes), mask_format=mask_format,
+                distinct_images=distinct_images, replace=replace, on_progress=advance,
+            )  # fmt: skip
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    typer.echo(f"{num_train:,} training and {num_val:,} validation images: {paths.train_json.parent.parent}")
+
+
+def _summarize(report: SplitReport) -> dict[str, Any] | None:
+    if report.summary is None:
+        return None
+    values = asdict(report.summary)
+    values["categories"] = {str(key): name for key, name in report.summary.categories.items()}
+    return {**values, "from_cache": report.from_cache}
+
+
+def _print_summaries(reports: list[SplitReport]) -> None:
+    for report in reports:
+        if (summary := report.summary) is not None:
+            typer.echo(
+                f"{summary.annotations}: {summary.num_images:,} images, {summary.num_annotations:,} annotations "
+                f"({summary.num_crowd:,} crowds), {len(summary.categories)} categories; "
+                + (
+                    "unchanged since the last check"
+                    if report.from_cache
+                    else f"{summary.num_images_checked:,} files read"
+                )
+            )
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(EXIT_UNFIT)
+
+
+if __name__ == "__main__":
+    app()

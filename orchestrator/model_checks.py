@@ -1,0 +1,210 @@
+"""Checks what an experiment asks of detectron2 without importing it: its keys, its classes and masks, its weights.
+
+detectron2's known keys and defaults are read from its source as text: importing it takes seconds and torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import re
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.findings import Finding, FindingList
+from orchestrator.plan import model_value
+
+if TYPE_CHECKING:
+    from orchestrator.coco_values import SplitSummary
+    from orchestrator.spec import Experiment
+
+BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.1e6}
+"""Parameters of a ResNet of that depth at its usual width, without its classifier."""
+
+GROUPED_PARAMETERS = 86.7e6
+"""Parameters of the model zoo's X-101-32x8d, taken for every backbone with grouped convolutions."""
+
+
+@cache
+def known_keys() -> dict[str, Any]:
+    """Gives detectron2's dotted config keys with their defaults; {} where detectron2 is not installed.
+
+    A default that is not a literal is None.
+    """
+    package = importlib.util.find_spec("detectron2")
+    if package is None or not package.submodule_search_locations:
+        return {}
+    source = Path(package.submodule_search_locations[0]) / "config" / "defaults.py"
+    keys: dict[str, Any] = {}
+    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+        if not isinstance(statement, ast.Assign):
+            continue
+        name, value = ast.unparse(statement.targets[0]).removeprefix("_C."), statement.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "CN":  # CN(), or CN({"ENABLED": False})
+            literals = {f"{name}.{key}": part for node in value.args for key, part in _literal(node, {}).items()}
+            keys.update(literals)
+        elif name != "_C":
+            keys[name] = _literal(value, None)
+    return keys
+
+
+def _literal(node: ast.expr, otherwise: Any) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return otherwise
+
+
+def check_overrides(experiment: Experiment) -> list[Finding]:
+    """Checks that every override is a key of detectron2 and its value of the default's type."""
+    findings, known = FindingList(), known_keys()
+    for key, value in experiment.model.overrides.items():
+        if not known:
+            break
+        if key not in known:
+            near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
+            mend = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
+            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", mend.rstrip("?."))
+        elif not _has_type_of(value, known[key]):
+            what = f"its value {value!r} is a {type(value).__name__}, detectron2's default {known[key]!r} is not"
+            mend = f"Write it as a {type(known[key]).__name__}"
+            findings.error("config_value", "model.overrides", key, what, mend)
+    return findings.to_list()
+
+
+def _has_type_of(value: Any, default: Any) -> bool:
+    """Tells whether yacs, detectron2's config library, would take a value in place of a default."""
+    if default is None or value is None or type(value) is type(default):
+        return True
+    if isinstance(value, str):  # yacs evaluates texts such as "(60000, 80000)"
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return False
+        return isinstance(value, type(default)) or {type(value), type(default)} == {list, tuple}
+    return isinstance(value, list | tuple) and isinstance(default, list | tuple)
+
+
+def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
+    """Checks that a data set has the masks and the classes that the experiment's model is built for."""
+    findings = FindingList()
+    if model_value(experiment, "MODEL.MASK_ON"):
+        for summary in (train, val):
+            if summary.num_without_mask:
+                what = f"{summary.num_without_mask:,} objects have no mask, and the model learns masks"
+                mend = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
+                place = f"annotation {summary.first_without_mask}"
+                findings.error("mask_missing", summary.annotations, place, what, mend)
+        if train.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
+            what = f"{train.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
+            mend = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
+            findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, mend)
+    if experiment.data.generated is None and train.categories:
+        key = classes_key(experiment)
+        asked = _value(experiment, key)
+        if asked != len(train.categories):
+            what = f"{key} is {asked}, the data has {len(train.categories)} categories"
+            mend = f"Set model.overrides.{key}={len(train.categories)}"
+            findings.error("num_classes", train.annotations, "categories", what, mend)
+    return findings.to_list()
+
+
+def classes_key(experiment: Experiment) -> str:
+    """Names the key that holds the number of classes of the experiment's kind of model."""
+    return (
+        "MODEL.RETINANET.NUM_CLASSES"
+        if model_value(experiment, "MODEL.META_ARCHITECTURE") == "RetinaNet"
+        else "MODEL.ROI_HEADS.NUM_CLASSES"
+    )
+
+
+def check_weights(experiment: Experiment) -> list[Finding]:
+    """Checks start weights given by a path: there, whole, and nothing that runs code when it is read."""
+    findings, weights, wanted = FindingList(), experiment.model.weights, experiment.model.weights_sha256
+    if not weights or weights.startswith("detectron2://"):
+        return []
+    if "://" in weights:
+        what = "start weights from an address are not fetched"
+        mend = "Download the file, give its path, and its SHA-256 as model.weights_sha256"
+        findings.error("weights_address", "model.weights", redact(weights), what, mend)
+        return findings.to_list()
+    path = Path(weights).expanduser().absolute()
+    if not path.is_file():
+        findings.error(
+            "weights_missing", str(path), "model.weights", "the start weights are not there", "Correct the path"
+        )
+        return findings.to_list()
+    if wanted is not None:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != wanted:
+            what = f"has SHA-256 {found}, not {wanted}"
+            mend = "Download it again, or correct model.weights_sha256 if you trust this file"
+            findings.error("weights_checksum", str(path), "model.weights", what, mend)
+    elif path.suffix != ".pth":
+        what = f"reading a {path.suffix or 'nameless'} file of weights would run code in it"
+        mend = "Give model.weights_sha256 of a file you trust, or a .pth file, which is read without running anything"
+        findings.error("weights_unsafe", str(path), "model.weights", what, mend)
+    elif reason := _zip_problem(path):
+        mend = "Copy or download it again; torch.save writes a file that can be read"
+        findings.error("weights_corrupt", str(path), "model.weights", f"the start weights are corrupt: {reason}", mend)
+    return findings.to_list()
+
+
+def _zip_problem(path: Path) -> str:
+    """Checks a `.pth` as the zip archive that torch.save writes (since 1.6), by its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error) or type(error).__name__
+    if broken:
+        return f"the checksum of its part {broken} fails"
+    return "" if any(name.endswith("data.pkl") for name in names) else "it was not written by torch.save"
+
+
+def estimate_checkpoint_bytes(experiment: Experiment) -> float:
+    """Estimates the size of one checkpoint: fp32 weights and the optimizer's momentum, 8 bytes a parameter.
+
+    Counts the parts of a Mask R-CNN with FPN: backbone, FPN and RPN, box head, mask head. For detectron2's
+    R50-FPN that gives 44.3 million parameters; it has 44.4.
+    """
+
+    def value(key: str) -> float:
+        return float(_value(experiment, key) or 0)
+
+    depth, channels, hidden = (
+        value("MODEL.RESNETS.DEPTH"),
+        value("MODEL.FPN.OUT_CHANNELS"),
+        value("MODEL.ROI_BOX_HEAD.FC_DIM"),
+    )
+    widening = value("MODEL.RESNETS.RES2_OUT_CHANNELS") / (256 if depth >= 50 else 64)
+    grouped = value("MODEL.RESNETS.NUM_GROUPS") > 1
+    backbone = GROUPED_PARAMETERS if grouped else widening**2 * BACKBONE_PARAMETERS.get(int(depth), GROUPED_PARAMETERS)
+    pyramid = 15 * value("MODEL.RESNETS.RES2_OUT_CHANNELS") * channels + 45 * channels**2
+    box = 49 * channels * hidden + hidden**2 + hidden * (5 * value(classes_key(experiment)) + 1)
+    mask = (9 * value("MODEL.ROI_MASK_HEAD.NUM_CONV") + 4) * value("MODEL.ROI_MASK_HEAD.CONV_DIM") ** 2
+    return 8 * (backbone + pyramid + box + mask)
+
+
+def estimate_image_bytes(experiment: Experiment) -> float:
+    """Estimates the bytes of one training image as the loader hands it over: three channels at the largest size."""
+    shortest = _value(experiment, "INPUT.MIN_SIZE_TRAIN")
+    short = max(shortest) if isinstance(shortest, list | tuple) else shortest
+    return float(3 * short * max(short, _value(experiment, "INPUT.MAX_SIZE_TRAIN")))
+
+
+def _value(experiment: Experiment, key: str) -> Any:
+    """A key's value for an experiment, else detectron2's default."""
+    found = model_value(experiment, key)
+    return known_keys().get(key) if found is None else found
+
+
+def redact(text: str) -> str:
+    """Takes user name and password out of an address, and whatever its query holds."""
+    return re.sub(r"\?.*", "?…", re.sub(r"//[^/@]*@", "//…@", text))

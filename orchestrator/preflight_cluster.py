@@ -1,0 +1,215 @@
+"""Asks every node of a started Ray cluster whether a run can work there, before a worker takes an accelerator."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.findings import Finding, FindingList, sort_findings
+from orchestrator.node_checks import NodeReport, existing_parent, inspect_node, judge_nodes
+from orchestrator.preflight import node_request, shared_memory_bytes, storage_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from orchestrator.spec import Experiment
+    from trainers.contract import TrialPlan
+
+NODE_SECONDS = 60.0
+"""A node answers within seconds; a fresh one first starts a process."""
+
+CANARY_SECONDS = 90.0
+"""A communicator over hosts that reach each other is up in seconds, NCCL's first one in some ten more."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node of the cluster: Ray's id, host name, address, GPUs and CPUs."""
+
+    id: str
+    host: str
+    address: str
+    num_gpus: int
+    num_cpus: int
+
+    def capacity(self, trial: TrialPlan) -> int:
+        """Workers of a trial that fit on it."""
+        by_cpu = self.num_cpus // trial.cpus_per_worker
+        return min(self.num_gpus, by_cpu) if trial.device == "cuda" else by_cpu
+
+    def describe(self, trial: TrialPlan) -> str:
+        """Shows what it has and how many workers of a trial that makes."""
+        gpus = f"{self.num_gpus} GPUs, " if trial.device == "cuda" else ""
+        return f"{self.host} ({gpus}{self.num_cpus} CPUs) takes {self.capacity(trial)}"
+
+
+def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
+    """Checks a started Ray cluster (`ray.init` was called) against the trials.
+
+    Resources come first: where a trial does not fit, or the cluster is open to anyone, nothing is started on it.
+
+    Returns:
+        All findings, errors first.
+    """
+    nodes = list_nodes()
+    findings = [*check_token(nodes), *check_fit(nodes, trials)]
+    if not trials or any(finding.level == "error" for finding in findings):
+        return sort_findings(findings)
+    findings += check_every_node(experiment, trials, nodes)
+    if len(nodes) > 1 and not any(finding.level == "error" for finding in findings):
+        findings += check_communication(trials, nodes)
+    return sort_findings(findings)
+
+
+def list_nodes() -> list[Node]:
+    """Lists the living nodes of the cluster."""
+    import ray
+
+    return [
+        Node(
+            id=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            address=node["NodeManagerAddress"],
+            num_gpus=int(node["Resources"].get("GPU", 0)),
+            num_cpus=int(node["Resources"].get("CPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Finding]:
+    """Compares what each trial reserves with what the nodes have, and with how its workers pack onto them."""
+    findings = FindingList()
+    for trial in trials:
+        capacities = [node.capacity(trial) for node in nodes]
+        have = "; ".join(node.describe(trial) for node in nodes) or "no node"
+        thing = "GPU" if trial.device == "cuda" else "CPU"
+        code = f"too_few_{thing.lower()}s"
+        each = f"1 GPU and {trial.cpus_per_worker} CPUs" if thing == "GPU" else f"{trial.cpus_per_worker} CPUs"
+        mend = "Start the nodes first (they are not waited for), take smaller world sizes"
+        mend += ", or set resources.cpus_per_worker lower" if trial.cpus_per_worker > 1 else ""
+        place = f"trial {trial.name}"
+        if sum(capacities) < trial.world_size:
+            what = f"asks for {trial.world_size} workers of {each}; the cluster takes {sum(capacities)}: {have}"
+            findings.error(code, "trials.world_sizes", place, what, mend)
+        elif trial.num_nodes:
+            per_node = -(-trial.world_size // trial.num_nodes)
+            fit = sum(capacity >= per_node for capacity in capacities)
+            if fit < trial.num_nodes:
+                what = f"asks for {trial.num_nodes} hosts with {per_node} workers of {each}; {fit} have room: {have}"
+                findings.error(code, "resources.num_nodes", place, what, mend)
+    return findings.to_list()
+
+
+def check_token(nodes: Sequence[Node]) -> list[Finding]:
+    """Refuses a cluster that other machines can reach but that asks nobody for a token: its job server runs code."""
+    addresses = [ipaddress.ip_address(node.address) for node in nodes]
+    reachable = [str(address) for address in addresses if not address.is_loopback]
+    if not reachable or len(nodes) == 1 or _token_is_on():
+        return []
+    what = f"nodes at {', '.join(reachable)} take work from anyone who reaches them: token authentication is off"
+    mend = "Set RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate` on every node, and start it again"
+    # Who turns it off by name has decided so, for a network of his own.
+    level = "warning" if os.environ.get("RAY_AUTH_MODE") == "disabled" else "error"
+    return [Finding(level, "cluster_open", "RAY_AUTH_MODE", "", what, mend)]  # type: ignore[arg-type]
+
+
+def _token_is_on() -> bool:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
+    """Runs `inspect_node` on every node, with a file of the driver's to look for in storage."""
+    import ray
+
+    request = node_request(experiment, trials)
+    findings = FindingList()
+    probe: Path | None = None
+    if request.storage and len(nodes) > 1:
+        probe = existing_parent(Path(request.storage)) / f".preflight-{uuid.uuid4().hex}"
+        try:
+            probe.write_text(probe.name, encoding="utf-8")
+            request = replace(request, probe=str(probe), probe_text=probe.name)
+        except OSError:
+            probe = None  # told by the node that is the driver's
+    try:
+        task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
+        pending = {_on_node(task, node).remote(request): node for node in nodes}
+        reports: list[NodeReport] = []
+        done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_SECONDS)
+        for reference in late:
+            what = f"no answer within {NODE_SECONDS:g} s"
+            mend = "Look at the node's raylet log, or take it out of the cluster"
+            findings.error("node_silent", "", f"host {pending[reference].host}", what, mend)
+            ray.cancel(reference, force=True)
+        for reference in done:
+            try:
+                reports.append(ray.get(reference))
+            except Exception as error:  # whatever a broken installation there raises
+                what = f"a check failed there: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+                mend = "Use one image, or one `make install`, on all nodes"
+                findings.error("node_broken", "", f"host {pending[reference].host}", what, mend)
+    finally:
+        if probe is not None:
+            probe.unlink(missing_ok=True)
+    judged = judge_nodes(
+        reports,
+        request,
+        versions=inspect_node(replace(request, paths={}, storage="", probe="")).versions,
+        storage_bytes=storage_bytes(experiment, trials),
+        shared_memory_bytes=shared_memory_bytes(experiment, trials, num_nodes=len(nodes)),
+        needs_gpus=any(trial.device == "cuda" for trial in trials),
+    )
+    return [*findings.to_list(), *judged]
+
+
+def _on_node(task: Any, node: Node) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False))
+
+
+def check_communication(trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
+    """Times an all-reduce between the hosts of the widest trial that needs several: what hangs is found here."""
+    import ray
+
+    from trainers.canary import find_port, time_all_reduce
+
+    wide = [trial for trial in trials if needs_several_hosts(trial, nodes)]
+    if not wide:
+        return []
+    trial = max(wide, key=lambda trial: trial.num_nodes or trial.world_size)
+    hosts = [node for node in nodes if node.capacity(trial)][: trial.num_nodes or None]
+    findings = FindingList()
+    names = ", ".join(f"{node.host} ({node.address})" for node in hosts)
+    references: list[Any] = []
+    try:
+        free = ray.remote(num_cpus=0, max_retries=0)(find_port)
+        port = ray.get(_on_node(free, hosts[0]).remote(), timeout=NODE_SECONDS)
+        task = ray.remote(num_cpus=0, num_gpus=trial.device == "cuda", max_retries=0)(time_all_reduce)
+        references = [
+            _on_node(task, node).remote(rank, len(hosts), hosts[0].address, port, trial.device, CANARY_SECONDS / 2)
+            for rank, node in enumerate(hosts)
+        ]
+        ray.get(references, timeout=CANARY_SECONDS)
+    except Exception as error:  # time-outs and whatever gloo and NCCL raise
+        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        what = f"an all-reduce between {names} fails: {reason}"
+        mend = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        findings.error("canary_failed", "network", f"trial {trial.name}", what, mend)
+    finally:
+        for reference in references:
+            ray.cancel(reference, force=True)
+    return findings.to_list()
+
+
+def needs_several_hosts(trial: TrialPlan, nodes: Sequence[Node]) -> bool:
+    """Tells whether a trial's workers cannot all be on one host."""
+    return (trial.num_nodes or 1) > 1 or trial.world_size > max((node.capacity(trial) for node in nodes), default=0)
