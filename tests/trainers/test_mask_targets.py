@@ -1,0 +1,117 @@
+"""Mask targets drawn an image at a time are detectron2's, bit for bit."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks, Instances, PolygonMasks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.mask_targets import PackedPolygons, pack
+
+Polygons = list[list[np.ndarray[Any, Any]]]
+
+
+def shapes(rng: np.random.Generator, num_instances: int, most_polygons: int = 3) -> Polygons:
+    """Ragged instances of one to several polygons, self-crossing ones and ones of whole numbers among them."""
+    instances = []
+    for _ in range(num_instances):
+        polygons = []
+        for _ in range(rng.integers(1, most_polygons + 1)):
+            corners = rng.uniform(0, 300, 2) + rng.normal(0, rng.choice([1, 30, 120]), (rng.integers(3, 40), 2))
+            polygons.append((corners.round() if rng.random() < 0.2 else corners).ravel())
+        instances.append(polygons)
+    return instances
+
+
+def boxes_around(polygons: Polygons, rng: np.random.Generator) -> torch.Tensor:
+    """Proposals near, within and beside the instances, some of them thinner than a tenth of a pixel."""
+    rows = []
+    for instance in polygons:
+        points = np.concatenate(instance).reshape(-1, 2)
+        low, high = points.min(0) + rng.normal(0, 8, 2), points.max(0) + rng.normal(0, 8, 2)
+        if rng.random() < 0.1:
+            high = low + rng.choice([0.0, 0.05, 0.1, 0.2], 2)
+        rows.append([*low, *np.maximum(low, high)])
+    return torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), num_instances=st.integers(0, 20), mask_size=st.sampled_from([7, 14, 28, 56]))
+def test_targets_are_detectron2s_bit_for_bit(seed: int, num_instances: int, mask_size: int) -> None:
+    rng = np.random.default_rng(seed)
+    polygons = shapes(rng, num_instances)
+    boxes = boxes_around(polygons, rng)
+    ours = PackedPolygons(polygons).crop_and_resize(boxes, mask_size)
+    theirs = PolygonMasks(polygons).crop_and_resize(boxes, mask_size)
+    assert ours.dtype == torch.bool and ours.shape == (num_instances, mask_size, mask_size)
+    assert num_instances == 0 or ours.equal(theirs)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        3,
+        slice(1, 6, 2),
+        [0, 0, 5],
+        [],
+        torch.tensor([7, 2, 2, 0]),
+        torch.tensor([True, False] * 4),
+        torch.zeros(8, dtype=torch.bool),
+    ],
+    ids=str,
+)
+def test_selected_instances_are_the_ones_detectron2_selects(chosen: Any) -> None:
+    rng = np.random.default_rng(0)
+    polygons = shapes(rng, 8)
+    ours, theirs = PackedPolygons(polygons)[chosen], PolygonMasks(polygons)[chosen]
+    assert len(ours) == len(theirs)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert [p.tolist() for p in found] == [p.tolist() for p in expected]
+    if len(theirs):
+        boxes = boxes_around(theirs.polygons, rng)
+        assert ours.crop_and_resize(boxes, 28).equal(theirs.crop_and_resize(boxes, 28))
+        assert ours.get_bounding_boxes().tensor.equal(theirs.get_bounding_boxes().tensor)
+    assert ours.nonempty().tolist() == theirs.nonempty().tolist()
+
+
+def test_a_selection_of_a_selection_and_a_pickled_one_are_the_same() -> None:
+    rng = np.random.default_rng(1)
+    polygons = shapes(rng, 6)
+    theirs = PolygonMasks(polygons)[[4, 1, 1, 3]][torch.tensor([True, False, True, True])]
+    ours = pickle.loads(pickle.dumps(PackedPolygons(polygons)[[4, 1, 1, 3]]))[torch.tensor([True, False, True, True])]  # noqa: S301 - our own bytes
+    boxes = boxes_around(theirs.polygons, rng)
+    assert ours.crop_and_resize(boxes, 28).equal(theirs.crop_and_resize(boxes, 28))
+
+
+def test_joined_instances_are_those_of_the_parts() -> None:
+    rng = np.random.default_rng(2)
+    first, second = shapes(rng, 2), shapes(rng, 3)
+    joined = PackedPolygons.cat([PackedPolygons(first), PackedPolygons(second)[1:]])
+    assert [len(polygons) for polygons in joined] == [len(polygons) for polygons in first + second[1:]]
+
+
+def test_an_instance_without_polygons_is_an_empty_mask() -> None:
+    masks = PackedPolygons([[], [np.array([0.0, 0, 10, 0, 10, 10, 0, 10])]])
+    drawn = masks.crop_and_resize(torch.tensor([[0.0, 0, 10, 10]] * 2), 28)
+    assert not drawn[0].any() and drawn[1].all()
+    assert masks.nonempty().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("coordinates", [[0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+def test_what_is_no_polygon_is_refused(coordinates: list[float]) -> None:
+    with pytest.raises(ValueError, match="polygon"):
+        PackedPolygons([[np.array(coordinates)]])
+
+
+def test_packing_leaves_other_masks_alone() -> None:
+    bitmaps = Instances((4, 4), gt_masks=BitMasks(torch.zeros(2, 4, 4, dtype=torch.bool)))
+    assert type(pack(bitmaps).gt_masks) is BitMasks
+    polygons = Instances((4, 4), gt_masks=PolygonMasks([[np.array([0.0, 0, 4, 0, 4, 4])]]))
+    assert type(pack(polygons).gt_masks) is PackedPolygons
+    assert pack(Instances((4, 4))).get_fields() == {}

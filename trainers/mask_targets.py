@@ -1,0 +1,138 @@
+"""Mask training targets from polygons, an image's instances at a time: detectron2's own, bit for bit.
+
+detectron2 copies, shifts, scales, rasterizes and decodes the polygons of every proposal by itself, in Python, and
+copies all polygons again whenever instances are selected. Here an image's polygons are one array that selections
+share, and one call rasterizes all proposals with the same compiled function (pycocotools' `rleFrPoly`).
+
+The trap this module protects against: a rasterizer of another library fills other border pixels. The vertices that
+reach pycocotools are the same floats that detectron2 computes, down to which of its steps round to 32 bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import hotcoco.mask
+import numpy as np
+import pycocotools.mask
+import torch
+from detectron2.structures import Instances, PolygonMasks
+from numpy.typing import NDArray
+
+SMALLEST_SIDE = 0.1
+"""Pixels; a box narrower than this is scaled as if it were this wide (detectron2/structures/masks.py)."""
+
+
+class PackedPolygons(PolygonMasks):  # type: ignore[misc]
+    """An image's polygon masks in one array; takes detectron2's `PolygonMasks`' place.
+
+    Args:
+        polygons: For each instance its polygons, each a flat vector (x0, y0, x1, y1, …) in pixels of the image.
+
+    Raises:
+        ValueError: A polygon has fewer than three corners or an odd number of coordinates.
+    """
+
+    def __init__(self, polygons: Sequence[Sequence[NDArray[Any] | torch.Tensor]]) -> None:
+        flat = [np.asarray(polygon, dtype=np.float64) for instance in polygons for polygon in instance]
+        for polygon in flat:
+            if polygon.size % 2 or polygon.size < 6:
+                raise ValueError(f"cannot make a polygon of {polygon.size} coordinates")
+        self._points = np.concatenate(flat).reshape(-1, 2) if flat else np.empty((0, 2))
+        self._first_point = _starts([polygon.size // 2 for polygon in flat])
+        self._first_polygon = _starts([len(instance) for instance in polygons])
+        self._selected = np.arange(len(polygons))
+
+    @property
+    def polygons(self) -> list[list[NDArray[np.float64]]]:
+        """The polygons as detectron2's class has them, for code that reads them one by one."""
+        return [
+            [
+                self._points[self._first_point[p] : self._first_point[p + 1]].reshape(-1)
+                for p in range(self._first_polygon[i], self._first_polygon[i + 1])
+            ]
+            for i in self._selected.tolist()
+        ]
+
+    def __len__(self) -> int:
+        return len(self._selected)
+
+    def __iter__(self) -> Iterator[list[NDArray[np.float64]]]:
+        return iter(self.polygons)
+
+    def __getitem__(self, item: int | slice | list[int] | torch.Tensor) -> PackedPolygons:
+        """Some of the instances, by number, slice, list, integer tensor or boolean tensor; nothing is copied."""
+        if isinstance(item, torch.Tensor):
+            index: Any = item.cpu().numpy()
+            if index.dtype.kind not in "biu":
+                raise ValueError(f"cannot select instances by a tensor of {item.dtype}")
+        elif isinstance(item, int):
+            index = [item]
+        else:
+            index = item if isinstance(item, slice) else np.asarray(item, dtype=np.int64)
+        chosen = object.__new__(PackedPolygons)
+        chosen._points, chosen._first_point, chosen._first_polygon = (
+            self._points, self._first_point, self._first_polygon,
+        )  # fmt: skip
+        chosen._selected = self._selected[index]
+        return chosen
+
+    def nonempty(self) -> torch.Tensor:
+        """For each instance whether it has a polygon; shape (N,), bool."""
+        return torch.from_numpy(np.diff(self._first_polygon)[self._selected] > 0)
+
+    def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
+        """The part of each instance within its box, drawn on a square grid.
+
+        Args:
+            boxes: (N, 4), x0, y0, x1, y1 in pixels of the image, one for each instance.
+            mask_size: Side of the grid.
+
+        Returns:
+            (N, mask_size, mask_size), bool, on the device of `boxes`.
+        """
+        assert len(boxes) == len(self), f"{len(boxes)} boxes for {len(self)} instances"
+        corners = boxes.detach().cpu().numpy()
+        drawn = np.zeros((len(self), mask_size, mask_size), dtype=np.uint8)
+        polygons, owners = _ranges(self._first_polygon, self._selected)
+        if len(polygons):
+            points, polygon_of_point = _ranges(self._first_point, polygons)
+            owner = owners[polygon_of_point]
+            sides = corners[:, 2:] - corners[:, :2]
+            # A side of the least length or more divides in the boxes' 32 bits, a shorter one in 64.
+            least = np.asarray(SMALLEST_SIDE, dtype=sides.dtype)
+            scale = (mask_size / np.maximum(sides, least)).astype(np.float64)
+            scale[sides < least] = mask_size / SMALLEST_SIDE
+            vertices = (self._points[points] - corners[owner, :2]) * scale[owner]
+            bounds = (2 * _starts(self._first_point[polygons + 1] - self._first_point[polygons])).tolist()
+            flat = vertices.reshape(-1)
+            pieces = [flat[start:end] for start, end in itertools.pairwise(bounds)]
+            rles = pycocotools.mask.frPyObjects(pieces, mask_size, mask_size)
+            masks = hotcoco.mask.decode(rles).transpose(2, 0, 1)
+            further = np.diff(owners, prepend=-1) == 0  # all but the first polygon of an instance
+            drawn[owners[~further]] = masks[~further]
+            for polygon in np.flatnonzero(further).tolist():
+                drawn[owners[polygon]] |= masks[polygon]
+        return torch.from_numpy(drawn.view(np.bool_)).to(boxes.device)
+
+
+def pack(instances: Instances) -> Instances:
+    """Exchanges an image's polygon masks for packed ones, in place; other masks stay as they are."""
+    if instances.has("gt_masks") and type(instances.gt_masks) is PolygonMasks:
+        instances.gt_masks = PackedPolygons(instances.gt_masks.polygons)
+    return instances
+
+
+def _starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of several consecutive runs begins, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+
+def _ranges(starts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The members of the chosen runs, one run after the other, and for each the position of its run in `chosen`."""
+    first, sizes = starts[chosen], starts[chosen + 1] - starts[chosen]
+    run = np.repeat(np.arange(len(chosen)), sizes)
+    offsets = _starts(sizes)[:-1]
+    return np.arange(len(run)) + (first - offsets)[run], run
