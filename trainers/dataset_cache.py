@@ -1,0 +1,230 @@
+"""A data set's records, parsed once: the second start maps a file into memory instead of reading JSON again.
+
+The records are what detectron2's `load_coco_json` and its filter give. Every process of a node shares the file's
+pages, and a record is decoded when it is asked for.
+
+The trap this module protects against: a cache that outlives its data. A file counts as unchanged while its size and
+modification time are; where these differ, its content's hash decides. Nothing is unpickled, so a cache that somebody
+else has written can at worst be wrong, not run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import orjson
+from detectron2.data import MetadataCatalog
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+from numpy.typing import NDArray
+
+from trainers.contract import DatasetPlan
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+"""One image in detectron2's dataset format."""
+
+FORMAT = b"records1"
+"""First bytes of a cache file; another number makes old files be written anew."""
+_HEADER_BYTES = 16  # FORMAT and the length of the JSON that follows
+_BOX_MODES = {mode.value: mode for mode in BoxMode}
+
+
+class CachedRecords(Sequence[Record]):
+    """Records in a memory-mapped file; each access decodes one afresh, so that changing it changes nothing else.
+
+    Args:
+        path: A file that `cached_records` wrote.
+
+    Raises:
+        ValueError: The file is not one of this format, or is not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._map[: len(FORMAT)] != FORMAT:
+            raise ValueError(f"{path}: not a cache of records")
+        length = int.from_bytes(self._map[len(FORMAT) : _HEADER_BYTES], "little")
+        self.header: dict[str, Any] = orjson.loads(self._map[_HEADER_BYTES : _HEADER_BYTES + length])
+        count, start = self.header["num_records"], _HEADER_BYTES + length
+        self._bounds: NDArray[np.int64] = np.frombuffer(self._map, np.int64, count + 1, start)
+        self.sizes: NDArray[np.int32] = np.frombuffer(self._map, np.int32, 2 * count, start + 8 * (count + 1)).reshape(
+            -1, 2
+        )
+        """Height and width of each image, (N, 2)."""
+        self._start = start + 8 * (count + 1) + 8 * count
+        if self._start + int(self._bounds[-1]) != len(self._map):
+            raise ValueError(f"{path}: not a whole cache of records")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        """One record, or a list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        start, end = (self._start + int(bound) for bound in self._bounds[position : position + 2])
+        return _decode(self._map[start:end])
+
+    def __reduce__(self) -> tuple[type[CachedRecords], tuple[Path]]:
+        return CachedRecords, (self.path,)
+
+
+def cached_records(dataset: DatasetPlan, filter_empty: bool, folder: Path | None = None) -> Sequence[Record]:
+    """A COCO data set's records in detectron2's format, from the cache where it is up to date.
+
+    As detectron2's loader does, it tells the metadata of the data set's name its classes and category ids. Where
+    several processes start at once, one parses and the others wait for it.
+
+    Args:
+        dataset: The data set.
+        filter_empty: Whether images without an object, or with crowds only, are left out.
+        folder: Where caches are kept; None for `$XDG_CACHE_HOME/ray-detectron2-benchmark` (`~/.cache/…`).
+
+    Returns:
+        The records; a plain list where they hold something that a cache would not give back unchanged (NaN).
+
+    Raises:
+        OSError: The annotations cannot be read or the cache cannot be written.
+    """
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-detectron2-benchmark"
+    folder.mkdir(parents=True, exist_ok=True)
+    source = Path(dataset.annotations).absolute()
+    identity = [str(source), dataset.images, filter_empty]
+    path = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.records"
+    with _locked(path.with_suffix(".lock")):
+        records: Sequence[Record] | None = _open_current(path, source)
+        if records is None:
+            records = _build(dataset, filter_empty, path, source)
+    if isinstance(records, CachedRecords):
+        metadata = MetadataCatalog.get(dataset.name)
+        metadata.thing_classes = records.header["classes"]
+        metadata.thing_dataset_id_to_contiguous_id = {
+            category: index for index, category in enumerate(records.header["category_ids"])
+        }
+    return records
+
+
+def image_sizes(records: Sequence[Record]) -> NDArray[np.int32]:
+    """Height and width of each record's image, (N, 2), without decoding cached ones."""
+    if isinstance(records, CachedRecords):
+        return records.sizes
+    return np.array([(record["height"], record["width"]) for record in records], dtype=np.int32).reshape(-1, 2)
+
+
+def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -> Sequence[Record]:
+    stamp = _stamp(source)
+    digest = _sha256(source)
+    records: list[Record] = load_coco_json(dataset.annotations, dataset.images, dataset.name)
+    if filter_empty:
+        records = filter_images_with_only_crowd_annotations(records)
+    metadata = MetadataCatalog.get(dataset.name)
+    header = {
+        **stamp,
+        "sha256": digest,
+        "num_records": len(records),
+        "classes": list(metadata.thing_classes),
+        "category_ids": list(metadata.thing_dataset_id_to_contiguous_id),
+    }
+    try:
+        encoded = [_encode(record) for record in records]
+        alike = all(_decode(data) == record for data, record in zip(encoded, records, strict=True))
+    except (TypeError, ValueError):
+        alike = False
+    if not alike:
+        logger.warning("%s: holds values that cannot be cached (NaN?); it is parsed at every start", source)
+        return records
+    bounds = np.concatenate([[0], np.cumsum([len(data) for data in encoded], dtype=np.int64)]).astype(np.int64)
+    _write(path, header, bounds.tobytes(), image_sizes(records).tobytes(), *encoded)
+    return CachedRecords(path)
+
+
+def _write(path: Path, header: dict[str, Any], *parts: bytes) -> None:
+    """Writes a cache file so that it is there whole or not at all."""
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)  # the numbers that follow are read in place
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
+        try:
+            file.write(FORMAT + len(text).to_bytes(_HEADER_BYTES - len(FORMAT), "little") + text)
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _open_current(path: Path, source: Path) -> CachedRecords | None:
+    """The cache if it belongs to the source as it is now; None if there is none or it is out of date."""
+    try:
+        cached = CachedRecords(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    stamp = _stamp(source)
+    if all(cached.header.get(key) == value for key, value in stamp.items()):
+        return cached
+    if cached.header.get("size_bytes") != stamp["size_bytes"] or cached.header.get("sha256") != _sha256(source):
+        return None
+    # Copied or touched, but the same: the next start need not hash it again.
+    body = memoryview(cached._map)[cached._start - 8 * (2 * len(cached) + 1) :]
+    _write(path, {**cached.header, **stamp}, bytes(body))
+    return CachedRecords(path)
+
+
+def _stamp(source: Path) -> dict[str, int]:
+    stat = source.stat()
+    return {"size_bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+
+
+def _sha256(source: Path) -> str:
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _encode(record: Record) -> bytes:
+    """A record as JSON. Its only values that JSON has no form for are the bytes of an RLE's counts."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return {"bytes": value.decode("ascii")}
+        raise TypeError(type(value))
+
+    return orjson.dumps(record, default=plain, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+
+
+def _decode(data: bytes) -> Record:
+    record: Record = orjson.loads(data)
+    for annotation in record["annotations"]:
+        annotation["bbox_mode"] = _BOX_MODES[annotation["bbox_mode"]]
+        segmentation = annotation.get("segmentation")
+        if type(segmentation) is dict and type(segmentation["counts"]) is dict:
+            segmentation["counts"] = segmentation["counts"]["bytes"].encode("ascii")
+    return record
