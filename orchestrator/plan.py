@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import json
 import os
@@ -54,6 +55,26 @@ class Hardware:
     num_gpus: int = 0
     num_cpus: int = 1
     num_hosts: int = 1
+
+    @classmethod
+    def local(cls) -> Hardware:
+        """What this machine offers."""
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            num_gpus = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError:
+            num_gpus = 0
+        return cls(num_gpus, os.cpu_count() or 1)
+
+
+def generated_root(experiment: Experiment) -> Path:
+    """Folder of the generated data set: shared by all runs of the same parameters, on the same storage as the runs."""
+    data = experiment.data.generated
+    values = data.model_dump_json() if data else ""
+    name = hashlib.sha256(values.encode()).hexdigest()[:12]
+    return (Path(experiment.storage.path).expanduser() / ".generated" / name).absolute()
 
 
 def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
@@ -234,7 +255,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     Args:
         experiment: The experiment.
         hardware: What the cluster offers; decides `device: auto` and the CPUs per worker.
-        run_dir: Absolute path or URI of the run's folder.
+        run_dir: Absolute path of the run's folder.
         generated_root: Folder of the generated data set.
 
     Raises:
@@ -252,6 +273,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
+    checkpoints = experiment.storage.checkpoints
+    checkpoint_root = f"{checkpoints.rstrip('/')}/{experiment.name}/{Path(run_dir).name}" if checkpoints else run_dir
     plans = []
     for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
         name = f"{recipe}-{world_size}x{device}"
@@ -271,6 +294,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 config_file=_config_file(experiment.model.config),
                 overrides=experiment.model.overrides,
                 weights=_weights(experiment.model.weights),
+                weights_sha256=experiment.model.weights_sha256,
                 train=train,
                 val=val,
                 num_classes=experiment.data.generated.num_classes if experiment.data.generated else None,
@@ -284,6 +308,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 loader_workers=loader_workers,
                 log_period=experiment.log_period_iterations,
                 trial_dir=f"{run_dir}/{name}",
+                checkpoint_dir=f"{checkpoint_root}/{name}/checkpoints",
                 keep_checkpoints=experiment.storage.keep_checkpoints,
                 timeouts=experiment.faults.timeouts.model_dump(),
             )

@@ -186,6 +186,8 @@ class Storage(_Model):
 
     path: str = "runs"
     """Folder for run folders; on several nodes, one that all of them share."""
+    checkpoints: str | None = None
+    """Folder or URI (`s3://bucket/prefix`) for checkpoints; null: in the run's folder."""
     checkpoint_period_iterations: int | None = Field(None, ge=0)
     """Iterations between checkpoints, at the reference world size; 0 for none but the last; null: the config's."""
     keep_checkpoints: int = Field(2, ge=1)

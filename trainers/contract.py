@@ -88,6 +88,7 @@ class TrialPlan:
         config_file: Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file.
         overrides: detectron2 keys (dotted) and their values, applied over the config file.
         weights: `detectron2://…`, an absolute path, or "" for random weights; None keeps the config file's.
+        weights_sha256: Hash a weight file must have; None for not checked.
         train: Training data.
         val: Validation data.
         num_classes: Number of categories of the data; None keeps the model config's.
@@ -100,7 +101,8 @@ class TrialPlan:
         cpus_per_worker: CPUs a worker reserves; its threads are pinned to that number.
         loader_workers: Loader processes per worker; 0 loads in the training process.
         log_period: Iterations between progress events, also the window of device synchronisation.
-        trial_dir: Absolute path or URI of the trial's folder, the same for all workers.
+        trial_dir: Absolute path of the trial's folder: logs, detections; the same for all workers.
+        checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
         keep_checkpoints: How many of the newest checkpoints are kept besides the best.
         timeouts: Seconds a section may take before its worker counts as stuck.
     """
@@ -117,6 +119,7 @@ class TrialPlan:
     config_file: str
     overrides: dict[str, Any]
     weights: str | None
+    weights_sha256: str | None
     train: DatasetPlan
     val: DatasetPlan
     num_classes: int | None
@@ -130,8 +133,23 @@ class TrialPlan:
     loader_workers: int
     log_period: int
     trial_dir: str
+    checkpoint_dir: str
     keep_checkpoints: int
     timeouts: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
+        """A plan from what `dataclasses.asdict` made of it, also after a round trip through JSON."""
+        solver = values["solver"]
+        return cls(
+            **{
+                **values,
+                "recipe": Recipe(**values["recipe"]),
+                "train": DatasetPlan(**values["train"]),
+                "val": DatasetPlan(**values["val"]),
+                "solver": SolverPlan(**{**solver, "steps": tuple(solver["steps"])}),
+            }
+        )
 
     @property
     def batch_per_worker(self) -> int:
@@ -232,11 +250,15 @@ class StepsDone(Event):
         seconds: Wall time of the window on this rank, the device synchronised at both edges.
         step_seconds: Wall time of each step, in order.
         part_seconds: Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. On a GPU these are
-            what the host waited, not what the device computed.
+            what the host waited, not what the device computed. With `communication`, waiting for other workers'
+            gradients with the own ones ready, `backward` is without it.
         data_seconds: Waiting for the loader, for each step, in order.
         losses: Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only).
         learning_rate: At the last step.
         peak_memory_gib: Most memory used so far: of the device, or of the process on CPU.
+        step_part_seconds: The parts but `data` for each step, in order; a part that was not timed by step is left out.
+        num_ranks: Ranks it tells of together: 1, or all of them where a replayed log tells no rank from another. Then
+            `step_seconds` and `data_seconds` are empty: a log prints no single step.
     """
 
     kind: ClassVar[str] = "steps_done"
@@ -250,6 +272,8 @@ class StepsDone(Event):
     losses: dict[str, float]
     learning_rate: float
     peak_memory_gib: float
+    step_part_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    num_ranks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,10 +393,43 @@ class WorkerFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """A run of an experiment began (driver; trial "").
+
+    Attributes:
+        experiment: The experiment file's values, as they were resolved.
+        run_id: Unique id of the run, the same after `--resume`.
+        tags: Git commit, versions, command, host: what the run is told apart by.
+    """
+
+    kind: ClassVar[str] = "run_started"
+    experiment: dict[str, Any]
+    run_id: str
+    tags: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Event):
+    """All trials of a run have ended, and its results and report are written (driver; trial "").
+
+    Attributes:
+        status: MLflow's run status.
+    """
+
+    kind: ClassVar[str] = "run_ended"
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialStarted(Event):
-    """The driver began with a trial (rank -1, attempt 0), or with a further attempt of it."""
+    """The driver began with a trial (rank -1, attempt 0).
+
+    Attributes:
+        plan: The trial's plan, as plain values.
+    """
 
     kind: ClassVar[str] = "trial_started"
+    plan: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +446,26 @@ class TrialRestarted(Event):
     failure: str
     message: str
     iteration: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogReplayed(Event):
+    """The trial was made without this program, and its events were read off a log (rank -1).
+
+    Attributes:
+        step_seconds: Mean step that the log closes with (or had reached), hooks left out; None where it prints none.
+        step_iterations: Iterations behind that mean.
+        total_seconds: Training time that the log closes with, hooks included; None where it prints none.
+        unknown: Fields of the result record that the plan had to fill, but the log does not hold.
+        notes: What is missing or must be known to read the figures.
+    """
+
+    kind: ClassVar[str] = "log_replayed"
+    step_seconds: float | None
+    step_iterations: int | None
+    total_seconds: float | None
+    unknown: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,7 +486,7 @@ EVENTS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
         WorkerStarted, LoopStarted, StepsDone, Evaluated, CheckpointSaved, SystemSampled, Heartbeat, LoopFinished,
-        WorkerFailed, TrialStarted, TrialRestarted, TrialEnded,
+        WorkerFailed, RunStarted, RunEnded, TrialStarted, TrialRestarted, LogReplayed, TrialEnded,
     )
 }  # fmt: skip
 
@@ -424,10 +501,16 @@ def event_from_json(line: str) -> Event:
         values: dict[str, Any] = json.loads(line)
         event = EVENTS[values.pop("kind")]
         names = {f.name for f in dataclasses.fields(event)}
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-        return event(**fields)
+        return event(**{name: _without_lists(value) for name, value in values.items() if name in names})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not an event: {error}: {line[:200]}") from error
+
+
+def _without_lists(value: Any) -> Any:
+    """JSON has no tuples; events hold them, in fields and within dicts."""
+    if isinstance(value, dict):
+        return {name: _without_lists(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def measured(value: float | None) -> float | None:

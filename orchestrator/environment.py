@@ -1,0 +1,60 @@
+"""What a result was made with: git commit, versions, host, command. Secrets are left out by an allow-list."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "mlflow", "numpy")
+
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "RAY_JOB_ID")
+"""Environment variables that are recorded; no other is."""
+
+
+def describe(argv: list[str]) -> dict[str, str]:
+    """The environment of this process, fit to be published.
+
+    Args:
+        argv: The command line.
+    """
+    found = {
+        "command": shlex.join(argv),
+        "host": platform.node(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": str(os.cpu_count()),
+        **_git(),
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def command_line() -> list[str]:
+    """This process's command, as one would type it."""
+    main = sys.modules["__main__"].__spec__
+    return ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+
+
+def _git() -> dict[str, str]:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    return {"git_commit": commit, "git_dirty": str(bool(git("status", "--porcelain"))).lower()}

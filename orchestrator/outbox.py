@@ -1,0 +1,63 @@
+"""The outbox: every event of a run on disk, `events.jsonl` in the run's folder.
+
+It is the only source of results, tracking and the progress display. What reached it survives the driver; a torn last
+line, left by a crash, is cut off when the file is opened for writing again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainers.contract import Event, event_from_json
+
+FILE_NAME = "events.jsonl"
+
+
+class Outbox:
+    """The events of a run, one JSON line each, in the order they arrived.
+
+    Args:
+        path: The file; made when the first event is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._checked = False
+
+    def append(self, *events: Event) -> None:
+        """Writes events to disk before it returns."""
+        with self._lock:
+            if not self._checked:
+                self._cut_torn_line()
+                self._checked = True
+            self._write(events)
+
+    def _write(self, events: tuple[Event, ...]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{event.to_json()}\n" for event in events)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
+        """The events from a byte offset on, each with the offset after it; a line still being written is left."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield event_from_json(line.decode()), offset
+
+    def _cut_torn_line(self) -> None:
+        """Cuts a last line that a crash left half-written."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            if not content.endswith(b"\n"):
+                with self.path.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)

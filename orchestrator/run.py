@@ -1,0 +1,281 @@
+"""The command: `python -m orchestrator.run [CONFIG]`. Loads, checks, launches, reports; does no arithmetic.
+
+Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from orchestrator.plan import Hardware, expand, generated_root
+from orchestrator.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
+
+if TYPE_CHECKING:
+    from orchestrator.records import ExperimentResult
+    from orchestrator.telemetry import EventPump
+    from trainers.contract import TrialPlan
+
+DONE, FAILED, UNFIT, INTERRUPTED = 0, 1, 2, 130
+EXIT_CODES = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Argument(help="The experiment file.")] = DEFAULT_CONFIG,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, e.g. trials.world_sizes=[1,8]. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and all else; default: runs/EXPERIMENT/UTC-TIME.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of every trial and stop.")] = False,
+    preflight: Annotated[bool, typer.Option("--preflight", help="Check everything and stop.")] = False,
+    verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image while checking.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show failures and the closing table only.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; the rest goes to stderr.")] = False,
+) -> None:
+    """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
+    console = Console(stderr=as_json)
+    try:
+        experiment = load_experiment(config, assignments)
+        if dry_run:
+            raise typer.Exit(_show_plan(experiment, output, console, as_json))
+        session = Session(experiment, output, console, quiet=quiet, as_json=as_json, verify_images=verify_images)
+        raise typer.Exit(session.check() if preflight else session.run())
+    except SpecError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(UNFIT) from None
+
+
+def _show_plan(experiment: Experiment, output: Path | None, console: Console, as_json: bool) -> int:
+    from orchestrator.progress import plan_table
+
+    run_dir = _run_dir(experiment, output)
+    plans = expand(experiment, Hardware.local(), str(run_dir), generated_root(experiment))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        return DONE
+    console.print(plan_table(plans))
+    console.print(f"Results in {run_dir}, tracked in {_tracking_place(experiment)} as {experiment.name!r}.")
+    return DONE
+
+
+class Session:
+    """One invocation: checks an experiment, runs its trials and leaves its results.
+
+    Args:
+        experiment: What is run.
+        output: The run's folder; None for a new one named by the time.
+        console: Where people read.
+        quiet: Only failures and the closing table are shown.
+        as_json: The result goes to stdout as JSON.
+        verify_images: Preflight decodes every image.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        output: Path | None,
+        console: Console,
+        *,
+        quiet: bool,
+        as_json: bool,
+        verify_images: bool,
+    ) -> None:
+        self.experiment, self.console = experiment, console
+        self.quiet, self.as_json, self.verify_images = quiet, as_json, verify_images
+        self.run_dir = _run_dir(experiment, output)
+
+    def check(self) -> int:
+        """Preflight alone: all findings, exit code 2 on errors."""
+        import ray
+
+        from orchestrator.findings import to_json
+
+        findings, _ = self._preflight()
+        ray.shutdown()
+        if self.as_json:
+            print(to_json(findings))
+        elif not findings:
+            self.console.print("Everything that can be checked is fit.")
+        return UNFIT if any(finding.level == "error" for finding in findings) else DONE
+
+    def run(self) -> int:
+        """Preflight, then every trial, then results and report; returns the exit code."""
+        import ray
+
+        from orchestrator.progress import plan_table
+
+        if (self.run_dir / "results.json").exists():
+            raise SpecError(f"--output {self.run_dir}: holds the results of another run; name a new folder")
+        findings, plans = self._preflight()
+        if any(finding.level == "error" for finding in findings):
+            if self.as_json:
+                from orchestrator.findings import to_json
+
+                print(to_json(findings))
+            return UNFIT
+        if not self.quiet:
+            self.console.print(plan_table(plans))
+        try:
+            return self._train(plans)
+        finally:
+            ray.shutdown()
+
+    def _preflight(self) -> tuple[list[Any], list[TrialPlan]]:
+        """Generates data where asked for, starts or joins Ray, and checks; returns findings and final plans.
+
+        Ray is not started where something is wrong already.
+        """
+        from orchestrator.findings import has_errors, print_findings, sort_findings
+        from orchestrator.preflight import preflight
+
+        data, root = self.experiment.data.generated, generated_root(self.experiment)
+        plans = expand(self.experiment, Hardware.local(), str(self.run_dir), root)
+        if data is not None:
+            from orchestrator.generate import generate
+
+            generate(root, **data.model_dump())
+        findings = preflight(self.experiment, plans, verify_images=self.verify_images)
+        if not has_errors(findings):
+            from orchestrator.launch import start_ray
+            from orchestrator.preflight_cluster import preflight_cluster
+
+            hardware = start_ray(self.experiment.resources.address)
+            plans = expand(self.experiment, hardware, str(self.run_dir), root)
+            findings = sort_findings([*findings, *preflight_cluster(self.experiment, plans)])
+        print_findings(findings)
+        return findings, plans
+
+    def _train(self, plans: list[TrialPlan]) -> int:
+        from orchestrator.environment import command_line, describe
+        from orchestrator.launch import run_trial
+        from orchestrator.outbox import FILE_NAME, Outbox
+        from orchestrator.progress import ProgressDisplay
+        from orchestrator.records import ExperimentResult
+        from orchestrator.stop import StopRequest, grace_seconds
+        from orchestrator.telemetry import EventPump
+        from orchestrator.tracking import Tracker, tracking_uri, without_credentials
+        from trainers.contract import RunStarted
+
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        uri = tracking_uri(self.experiment.tracking.uri)
+        result = ExperimentResult(
+            experiment=self.experiment.name,
+            description=self.experiment.description,
+            status="RUNNING",
+            started=_utc_now(),
+            command=command_line(),
+            environment=describe(command_line()),
+            mlflow_tracking_uri=without_credentials(uri),
+            reference_rows=self.experiment.reference_rows,
+        )
+        tracker = Tracker(self.run_dir, uri)
+        display = ProgressDisplay(self.console, self.quiet)
+        stop = StopRequest(grace_seconds())
+        stop.install()
+        pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display])
+        started = RunStarted(
+            trial="",
+            attempt=0,
+            rank=-1,
+            time=time.time(),
+            experiment=self.experiment.model_dump(mode="json"),
+            run_id=f"{self.experiment.name}/{uuid.uuid4().hex}",
+            tags={f"run.{key}": value for key, value in result.environment.items()},
+        )
+        pump.tell(started)
+        tracker.start()
+        ended = []
+        for plan in plans:
+            if stop.requested:
+                break
+            ended.append(run_trial(plan, self.experiment.faults, pump, str(self.run_dir / "ray"), stop))
+            self._record(result, plan, pump, tracker.run_ids())
+        display.close()
+        statuses = {event.status for event in ended}
+        result.status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
+        self._finish(result, pump, tracker)
+        return EXIT_CODES[result.status]
+
+    def _record(self, result: ExperimentResult, plan: TrialPlan, pump: EventPump, run_ids: dict[str, str]) -> None:
+        """Adds an ended trial to results.json: what is measured is kept whatever comes after."""
+        from orchestrator.results import scaling_rows, trial_result
+
+        events = [event for event in pump.events if event.trial == plan.name]
+        result.trials.append(trial_result(plan, events, run_ids.get(plan.name)))
+        result.scaling = scaling_rows(result.trials)
+        result.write(self.run_dir / "results.json")
+
+    def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
+        """Writes results and report, ends tracking, and shows the table and where everything is."""
+        from orchestrator.report import write_report
+        from orchestrator.table import closing_table
+        from trainers.contract import RunEnded
+
+        result.ended = _utc_now()
+        result.mlflow_run_id = tracker.run_ids().get("")
+        result.write(self.run_dir / "results.json")
+        report, *_ = write_report(result, self.run_dir)
+        status: Literal["FINISHED", "FAILED", "KILLED"] = result.status if result.status != "RUNNING" else "FAILED"
+        pump.close()
+        pump.tell(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
+        tracked = tracker.finish(timeout=30)
+        # Runs that MLflow learnt of only now: their ids belong into the results as well.
+        ids = tracker.run_ids()
+        result.mlflow_run_id = ids.get("")
+        for trial in result.trials:
+            trial.mlflow_run_id = ids.get(trial.name)
+        result.write(self.run_dir / "results.json")
+        if self.as_json:
+            sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+        self.console.print()
+        self.console.print(closing_table(result))
+        self.console.print(f"Report: {report}", soft_wrap=True)
+        if tracked:
+            self.console.print(f"MLflow: {result.mlflow_tracking_uri} ({_ui_hint(result)})", soft_wrap=True)
+        else:
+            self.console.print(
+                f"[yellow]MLflow has not taken everything; {self.run_dir}/events.jsonl keeps it.[/]", soft_wrap=True
+            )
+
+
+def _ui_hint(result: ExperimentResult) -> str:
+    uri = result.mlflow_tracking_uri or ""
+    return "`make ui` opens it" if uri.startswith("sqlite") else f"experiment {result.experiment!r}"
+
+
+def _run_dir(experiment: Experiment, output: Path | None) -> Path:
+    if output is not None:
+        return output.expanduser().absolute()
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    return (Path(experiment.storage.path).expanduser() / experiment.name / stamp).absolute()
+
+
+def _tracking_place(experiment: Experiment) -> str:
+    import os
+
+    return experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()

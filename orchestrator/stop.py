@@ -1,0 +1,49 @@
+"""Ctrl-C, SIGTERM and `ray job stop`: the first asks the workers for a last checkpoint, the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+
+class StopRequest:
+    """Whether somebody wants this run to end, and how long the workers still have.
+
+    Args:
+        grace_seconds: How long workers may take for a last checkpoint after the first signal.
+    """
+
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
+        self._first: float | None = None
+        self._signals = 0
+
+    def install(self) -> None:
+        """Takes over SIGINT and SIGTERM; to be called after `ray.init`, which installs handlers of its own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._first is not None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether waiting has to end: time is up, or a second signal has come."""
+        if self._first is None:
+            return False
+        return self._signals > 1 or time.monotonic() - self._first > self._grace_seconds
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._first is None:
+            self._first = time.monotonic()
+
+
+def grace_seconds() -> float:
+    """Time for a last checkpoint: what a job server leaves before it kills, less 5 s; 60 s elsewhere."""
+    limit = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
+    return max(1.0, float(limit) - 5.0) if limit else 60.0

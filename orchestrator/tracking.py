@@ -1,0 +1,393 @@
+"""MLflow, fed from the outbox: the only file that imports mlflow.
+
+Everything tracked is in the run's `events.jsonl`. A thread reads it from where it left off, and every call it makes may
+be made twice without harm: runs are found again by their key, and a metric point with its time, step and value fixed
+when it was measured is one row however often it is sent. So a tracking server that is slow, dead or back again costs
+training nothing, and tracking after the fact is the same code from offset 0.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from orchestrator.outbox import FILE_NAME, Outbox
+from orchestrator.results import ExperimentResult, TrialResult, trial_result
+from orchestrator.windows import JointWindow, WindowJoin
+from trainers.contract import (
+    DatasetPlan,
+    Evaluated,
+    Event,
+    LoopStarted,
+    RunEnded,
+    RunStarted,
+    StepsDone,
+    SystemSampled,
+    TrialEnded,
+    TrialPlan,
+    TrialStarted,
+    WorkerStarted,
+)
+
+logger = logging.getLogger(__name__)
+
+RUN_KEY = "benchmark.key"
+MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
+"""MLflow's limits per call and per value."""
+
+
+def tracking_uri(configured: str | None) -> str:
+    """The store runs go to: the experiment's, else `$MLFLOW_TRACKING_URI`, else SQLite in the working directory."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI fit to be shown: `user:password@` taken out."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+class Tracker:
+    """Keeps MLflow at the state of a run's outbox.
+
+    Args:
+        run_dir: The run's folder.
+        uri: The tracking store.
+    """
+
+    def __init__(self, run_dir: Path, uri: str) -> None:
+        # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        self._run_dir, self._uri = run_dir, uri
+        self._outbox = Outbox(run_dir / FILE_NAME)
+        self._state_file = run_dir / "tracking.json"
+        self._consumer: _Consumer | None = None
+        self._offset = 0
+        self._ended = threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+
+    def start(self) -> None:
+        """Begins to follow the outbox."""
+        self._thread.start()
+
+    def run_ids(self) -> dict[str, str]:
+        """MLflow's run ids so far, by trial; the parent's under ""."""
+        return dict(self._read_state()["runs"])
+
+    def sync(self) -> bool:
+        """Tracks everything in the outbox that is not tracked yet.
+
+        Returns:
+            Whether the end of the run has been tracked.
+
+        Raises:
+            MlflowException: The store refused or did not answer; nothing is lost, the next call goes on.
+        """
+        state = self._read_state()
+        if self._consumer is None:
+            self._consumer = _Consumer(MlflowClient(self._uri), self._run_dir, state)
+            for event, offset in self._outbox.read():
+                if offset > state["offset"]:
+                    break
+                self._consumer.recall(event)
+        try:
+            offset = state["offset"]
+            for event, after in self._outbox.read(offset):
+                offset = after
+                self._consumer.track(event)
+                if self._consumer.pending >= MAX_METRICS:
+                    self._consumer.flush()
+                self._finished = isinstance(event, RunEnded)
+            self._consumer.flush()
+        except Exception:
+            self._consumer = None  # made anew from what is known to be tracked
+            raise
+        if offset != state["offset"]:
+            self._write_state({**state, "offset": offset})
+        return self._finished
+
+    def finish(self, timeout: float) -> bool:
+        """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self._thread.is_alive():
+            self._thread.join(0.1)
+            if self._finished and not self._thread.is_alive():
+                break
+        self._ended.set()
+        return self._finished
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._ended.is_set():
+            try:
+                if self.sync():
+                    return
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures == 1:
+                    logger.warning("MLflow at %s does not take events; they are kept: %s", self._uri, error)
+            self._ended.wait(min(30.0, 1.0 * 2 ** min(failures, 5)))
+
+    def _read_state(self) -> dict[str, Any]:
+        if self._state_file.exists():
+            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+            return state
+        return {"offset": 0, "runs": {}, "experiment_id": None}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        aside = self._state_file.with_suffix(".aside")
+        aside.write_text(json.dumps(state), encoding="utf-8")
+        aside.replace(self._state_file)
+
+
+class _Consumer:
+    """Turns events into MLflow calls, each of which may be repeated."""
+
+    def __init__(self, client: MlflowClient, run_dir: Path, state: dict[str, Any]) -> None:
+        self._client, self._run_dir, self._state = client, run_dir, state
+        self._runs: dict[str, str] = state["runs"]
+        self._plans: dict[str, TrialPlan] = {}
+        self._joins: dict[str, WindowJoin] = {}
+        self._events: dict[str, list[Event]] = {}
+        self._seen: set[tuple[str, str, int]] = set()
+        self._metrics: list[tuple[str, Metric]] = []
+
+    @property
+    def pending(self) -> int:
+        """Metric points not sent yet."""
+        return len(self._metrics)
+
+    def recall(self, event: Event) -> None:
+        """Takes in an event that is tracked already."""
+        self._take_in(event)
+        self._metrics.clear()
+
+    def track(self, event: Event) -> None:
+        """Takes in an event and tracks it."""
+        if isinstance(event, RunStarted):
+            self._start_run(event)
+        elif isinstance(event, TrialStarted):
+            self._start_trial(event)
+        self._take_in(event)
+        if isinstance(event, WorkerStarted):
+            tags = {f"host.{event.rank}": event.host, "device_name": event.device_name}
+            tags |= {f"version.{package}": version for package, version in event.versions.items()}
+            self._tag(self._runs[event.trial], tags)
+        elif isinstance(event, LoopStarted) and event.config_yaml:
+            self._log_config(self._runs[event.trial], event.config_yaml)
+        elif isinstance(event, TrialEnded):
+            self._end_trial(event)
+        elif isinstance(event, RunEnded):
+            self._end_run(event)
+
+    def flush(self) -> None:
+        """Sends the metric points."""
+        by_run: dict[str, list[Metric]] = {}
+        for run_id, metric in self._metrics:
+            by_run.setdefault(run_id, []).append(metric)
+        for run_id, metrics in by_run.items():
+            for start in range(0, len(metrics), MAX_METRICS):
+                self._client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        self._metrics.clear()
+
+    def _take_in(self, event: Event) -> None:
+        self._events.setdefault(event.trial, []).append(event)
+        if isinstance(event, TrialStarted):
+            plan = TrialPlan.from_dict(event.plan)
+            self._plans[event.trial], self._joins[event.trial] = plan, WindowJoin(plan.world_size)
+        elif isinstance(event, StepsDone):
+            window = self._joins[event.trial].add(event)
+            if window:
+                self._points(event.trial, _window_metrics(window), window.iteration, window.time)
+        elif isinstance(event, Evaluated):
+            figures = {f"coco/{name}": value for name, value in event.figures.items()}
+            parts = {f"time/evaluation_{part}_seconds": seconds for part, seconds in event.part_seconds.items()}
+            values = {**figures, **parts, "time/evaluation_seconds": event.seconds}
+            self._points(event.trial, values, event.iteration, event.time)
+        elif isinstance(event, SystemSampled):
+            started = self._events[event.trial][0].time
+            values = {f"system/{event.host}/{name}": value for name, value in event.values.items()}
+            self._points(event.trial, values, int(event.time - started), event.time)
+
+    def _points(self, trial: str, values: dict[str, Any], step: int, when: float) -> None:
+        """Adds metric points; one that was there before a restart is not doubled by the same iteration after it."""
+        for name, value in values.items():
+            if value is not None and (trial, name, step) not in self._seen:
+                self._seen.add((trial, name, step))
+                if trial in self._runs:
+                    self._metrics.append((self._runs[trial], Metric(name, value, int(when * 1000), step)))
+
+    def _start_run(self, event: RunStarted) -> None:
+        name = event.experiment["name"]
+        experiment = self._client.get_experiment_by_name(name)
+        self._state["experiment_id"] = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
+        tags = {**event.tags, "mlflow.note.content": event.experiment.get("description", ""), "kind": "experiment"}
+        run_id = self._run(event.run_id, f"{name} {stamp}", event.time, tags)
+        self._runs[""] = run_id
+        self._params(run_id, dict(_flatten(event.experiment)))
+        self._client.log_text(run_id, yaml.safe_dump(event.experiment, sort_keys=False), "experiment.yaml")
+        for row in event.experiment["reference_rows"]:
+            self._reference_run(name, row)
+
+    def _reference_run(self, experiment: str, row: dict[str, Any]) -> None:
+        """A published figure as a run of its own, once per experiment, for MLflow's compare view."""
+        tags = {"kind": "reference", "world_size": str(row["world_size"]), "source": row["source"]}
+        run_id = self._run(f"reference/{experiment}/{row['name']}", row["name"], time.time(), tags)
+        if self._client.get_run(run_id).info.status == "FINISHED":
+            return
+        names = {
+            "images_per_second": "throughput/images_per_second",
+            "time_to_train_seconds": "time/to_train_seconds",
+            "box_ap": "coco/box_ap",
+            "mask_ap": "coco/mask_ap",
+        }
+        metrics = [Metric(names[key], row[key], 0, 0) for key in names if row[key] is not None]
+        self._client.log_batch(run_id, metrics=metrics)
+        self._params(run_id, {"world_size": str(row["world_size"])})
+        self._client.set_terminated(run_id, "FINISHED")
+
+    def _start_trial(self, event: TrialStarted) -> None:
+        plan = TrialPlan.from_dict(event.plan)
+        parent = self._client.get_run(self._runs[""])
+        tags = {
+            **{key: value for key, value in parent.data.tags.items() if key.startswith(("mlflow.source", "run."))},
+            "mlflow.parentRunId": self._runs[""],
+            "kind": "trial",
+            "world_size": str(plan.world_size),
+            "recipe": plan.recipe_name,
+            "scaling": plan.scaling,
+            "protocol": plan.protocol,
+            "device": plan.device,
+        }
+        run_id = self._run(f"{parent.data.tags[RUN_KEY]}/{plan.name}", plan.name, event.time, tags)
+        self._runs[event.trial] = run_id
+        self._params(run_id, {f"plan.{key}": value for key, value in _flatten(event.plan)})
+        inputs = [_dataset_input(plan.train, "training"), _dataset_input(plan.val, "evaluation")]
+        self._client.log_inputs(run_id, datasets=inputs)
+
+    def _end_trial(self, event: TrialEnded) -> None:
+        run_id, plan = self._runs[event.trial], self._plans[event.trial]
+        self.flush()
+        result = trial_result(plan, self._events[event.trial], run_id)
+        step, when = result.iterations or 0, int(event.time * 1000)
+        metrics = [Metric(name, value, when, step) for name, value in _summary(result).items() if value is not None]
+        self._client.log_batch(run_id, metrics=metrics)
+        self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
+        for log in sorted(Path(plan.trial_dir).glob("log.txt*")):
+            self._client.log_artifact(run_id, str(log))
+        self._tag(run_id, {"reason": result.reason} if result.reason else {})
+        self._client.set_terminated(run_id, event.status, int(event.time * 1000))
+
+    def _end_run(self, event: RunEnded) -> None:
+        self.flush()
+        run_id = self._runs[""]
+        results = self._run_dir / "results.json"
+        if results.exists():
+            result = ExperimentResult.model_validate_json(results.read_text(encoding="utf-8"))
+            for row in result.scaling:
+                for trial in result.trials:
+                    if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
+                        values = {"scaling/efficiency": row.efficiency, "scaling/speed_up": row.speed_up}
+                        metrics = [Metric(k, v, int(event.time * 1000), 0) for k, v in values.items() if v is not None]
+                        self._client.log_batch(self._runs[trial.name], metrics=metrics)
+        for name in ("results.json", "report.md", "report.html", "table.csv"):
+            if (self._run_dir / name).exists():
+                self._client.log_artifact(run_id, str(self._run_dir / name))
+        table = self._run_dir / "report.md"
+        if table.exists():
+            self._client.set_tag(run_id, "mlflow.note.content", table.read_text(encoding="utf-8")[:5000])
+        self._client.set_terminated(run_id, event.status, int(event.time * 1000))
+
+    def _run(self, key: str, name: str, started: float, tags: dict[str, str]) -> str:
+        """The run with this key, made if it is not there."""
+        found = self._client.search_runs([self._state["experiment_id"]], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
+        if found:
+            return str(found[0].info.run_id)
+        tags = {RUN_KEY: key, "mlflow.user": getpass.getuser(), **tags}
+        run = self._client.create_run(
+            self._state["experiment_id"], start_time=int(started * 1000), tags=tags, run_name=name
+        )
+        return str(run.info.run_id)
+
+    def _params(self, run_id: str, values: dict[str, Any]) -> None:
+        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+    def _tag(self, run_id: str, tags: dict[str, str]) -> None:
+        if tags:
+            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def _log_config(self, run_id: str, config_yaml: str) -> None:
+        self._params(run_id, {f"d2.{key}": value for key, value in _flatten(yaml.safe_load(config_yaml))})
+        self._client.log_text(run_id, config_yaml, "config.yaml")
+
+
+def _window_metrics(window: JointWindow) -> dict[str, float | None]:
+    values: dict[str, float | None] = {f"loss/{name.removeprefix('loss_')}": value for name, value in window.losses.items()}
+    return {
+        **values,
+        "learning_rate": window.learning_rate,
+        "throughput/images_per_second": window.images_per_second,
+        "time/step_seconds_p50": window.step_seconds_p50,
+        "time/step_seconds_p95": window.step_seconds_p95,
+        "time/data_seconds": window.data_seconds,
+        "memory/peak_gib": window.peak_memory_gib,
+    }
+
+
+def _summary(result: TrialResult) -> dict[str, float | None]:
+    return {
+        "time/to_train_seconds": result.time_to_train_seconds,
+        "time/to_box_target_seconds": result.time_to_box_target_seconds,
+        "time/schedule_seconds": result.schedule_seconds,
+        "time/startup_seconds": result.startup_seconds,
+        "time/downtime_seconds": result.downtime_seconds,
+        "time/step_seconds_p50": result.step_seconds.p50,
+        "time/step_seconds_p95": result.step_seconds.p95,
+        "throughput/images_per_second": result.images_per_second,
+        "throughput/wall_images_per_second": result.wall_images_per_second,
+        "coco/final_box_ap": result.box_ap,
+        "coco/final_mask_ap": result.mask_ap,
+        "coco/best_box_ap": result.best_box_ap,
+        "coco/best_mask_ap": result.best_mask_ap,
+        "restarts": result.num_restarts,
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _dataset_input(dataset: DatasetPlan, context: str) -> DatasetInput:
+    """A data set as MLflow knows one; its digest is of the annotation file."""
+    annotations = Path(dataset.annotations)
+    digest = hashlib.sha256()
+    with annotations.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    source = json.dumps({"annotations": dataset.annotations, "images": dataset.images})
+    return DatasetInput(
+        Dataset(dataset.name, digest.hexdigest()[:8], "local", source), [InputTag("mlflow.data.context", context)]
+    )

@@ -1,0 +1,77 @@
+"""What a worker runs on: device and package names once, the load of its node now and then."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "hotcoco", "numpy")
+
+
+def device_name(device: torch.device) -> str:
+    """Model name of the accelerator, or of the processor."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """Memory of the accelerator, or of the machine, in GiB."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
+    return psutil.virtual_memory().total / 2**30
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that figures depend on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def system_metrics() -> dict[str, float]:
+    """Load of this node under MLflow's names of system metrics; GPU figures where NVIDIA's library answers."""
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    network = psutil.net_io_counters()
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": disk.percent,
+        "network_receive_megabytes": network.bytes_recv / 1e6,
+        "network_transmit_megabytes": network.bytes_sent / 1e6,
+    }
+    if torch.cuda.is_available():
+        values |= _gpu_metrics()
+    return values
+
+
+def _gpu_metrics() -> dict[str, float]:
+    import pynvml
+
+    values: dict[str, float] = {}
+    try:
+        pynvml.nvmlInit()
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            values[f"gpu_{index}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            values[f"gpu_{index}_memory_usage_megabytes"] = memory.used / 1e6
+            values[f"gpu_{index}_memory_usage_percentage"] = 100 * memory.used / memory.total
+            values[f"gpu_{index}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    except pynvml.NVMLError:
+        return values
+    return values

@@ -1,0 +1,134 @@
+"""From a trial's plan to detectron2's config, model, optimizer and schedule: any detector of the model zoo.
+
+The plan's figures are final: nothing here scales with the world size (detectron2 would, through
+`SOLVER.REFERENCE_WORLD_SIZE`, a second time).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2 import model_zoo
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainers.contract import DatasetPlan, TrialPlan
+
+
+class ConfigurationError(ValueError):
+    """detectron2 cannot do what the plan asks for."""
+
+
+def build_config(plan: TrialPlan) -> CfgNode:
+    """The resolved detectron2 config of a trial, frozen.
+
+    Raises:
+        ConfigurationError: A key or a value is not one of detectron2's.
+    """
+    cfg = get_cfg()
+    own = Path(plan.config_file)
+    path = str(own) if own.is_absolute() else model_zoo.get_config_file(plan.config_file)
+    try:
+        cfg.merge_from_file(path, allow_unsafe=False)
+        cfg.merge_from_list([part for item in plan.overrides.items() for part in item])
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ConfigurationError(f"model.config or model.overrides: {error}") from error
+    if plan.weights is not None:
+        cfg.MODEL.WEIGHTS = plan.weights
+    if plan.num_classes is not None:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = plan.num_classes
+        cfg.MODEL.RETINANET.NUM_CLASSES = plan.num_classes
+    solver = plan.solver
+    cfg.MODEL.DEVICE = plan.device
+    cfg.DATASETS.TRAIN = (plan.train.name,)
+    cfg.DATASETS.TEST = (plan.val.name,)
+    cfg.DATALOADER.NUM_WORKERS = plan.loader_workers
+    cfg.SOLVER.IMS_PER_BATCH = solver.global_batch_size
+    cfg.SOLVER.BASE_LR = solver.base_lr
+    cfg.SOLVER.MAX_ITER = solver.max_iter
+    cfg.SOLVER.STEPS = solver.steps
+    cfg.SOLVER.WARMUP_ITERS = solver.warmup_iters
+    cfg.SOLVER.CHECKPOINT_PERIOD = solver.checkpoint_period
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    cfg.TEST.EVAL_PERIOD = solver.eval_period
+    cfg.SEED = plan.seed
+    cfg.OUTPUT_DIR = plan.trial_dir
+    cfg.freeze()
+    return cfg
+
+
+def register(dataset: DatasetPlan) -> None:
+    """Makes a data set known to detectron2 under its name, in place of one of that name."""
+    if dataset.name in DatasetCatalog:
+        DatasetCatalog.remove(dataset.name)
+        MetadataCatalog.remove(dataset.name)
+    register_coco_instances(dataset.name, {}, dataset.annotations, dataset.images)
+
+
+def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
+    """The model on its device with its start weights, in training mode.
+
+    Raises:
+        ConfigurationError: The weights cannot be read, or may not be unpickled.
+    """
+    try:
+        model: nn.Module = build_model(cfg)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigurationError(f"detectron2 cannot build this model: {error!r}") from error
+    if plan.recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if cfg.MODEL.WEIGHTS:
+        check_weights(cfg.MODEL.WEIGHTS, plan.weights_sha256)
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model.train()
+
+
+def check_weights(weights: str, sha256: str | None) -> None:
+    """Refuses start weights that would run code when read: a `.pkl` is unpickled.
+
+    Args:
+        weights: `detectron2://…` (detectron2's own catalogue, trusted) or a path.
+        sha256: Hash that the file must have, where one was given.
+
+    Raises:
+        ConfigurationError: The file is missing, has another hash, or is a `.pkl` without one.
+    """
+    if weights.startswith("detectron2://"):
+        return
+    path = Path(weights)
+    if not path.is_file():
+        raise ConfigurationError(f"model.weights: no such file: {weights}")
+    if sha256 is not None:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != sha256:
+            raise ConfigurationError(f"model.weights: {weights} has SHA-256 {found}, not {sha256}")
+    elif path.suffix != ".pth":
+        raise ConfigurationError(
+            f"model.weights: reading {weights} would run code in it; give its model.weights_sha256, or a .pth file"
+        )
+
+
+def distribute(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """The model in DistributedDataParallel, on GPU or CPU; as it is for one worker.
+
+    detectron2's `create_ddp_model` passes `device_ids`, which torch refuses for a CPU model.
+    """
+    if world_size == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def build_solver(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    """detectron2's optimizer and learning rate schedule."""
+    optimizer = build_optimizer(cfg, model)
+    return optimizer, build_lr_scheduler(cfg, optimizer)

@@ -1,0 +1,239 @@
+"""One rank of one trial, from its plan to its last event; runs the same under Ray Train and under torchrun."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+
+from trainers import hooks, loading, machine, mask_rcnn
+from trainers.checkpoints import CheckpointStore, Saved, state_sha256
+from trainers.contract import (
+    Attempt,
+    CheckpointSaved,
+    Event,
+    FailureKind,
+    Heartbeat,
+    LoopFinished,
+    LoopStarted,
+    SystemSampled,
+    TrialPlan,
+    WorkerFailed,
+    WorkerStarted,
+)
+from trainers.evaluation import Evaluator
+from trainers.loop import NotFiniteError, Now, TrainingLoop
+from trainers.worker import Channel, Command, Placement
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+SYSTEM_SAMPLE_SECONDS = 10.0
+
+
+class Rank:
+    """Trains one rank of a trial inside an initialised process group (none is needed for one worker).
+
+    Args:
+        plan: The trial.
+        attempt: Which start of it this is.
+        placement: Which rank this is.
+        channel: The way to the driver.
+    """
+
+    def __init__(self, plan: TrialPlan, attempt: Attempt, placement: Placement, channel: Channel) -> None:
+        self.plan, self.attempt, self.placement, self.channel = plan, attempt, placement, channel
+        self.now = Now()
+        self.command: Command = "run"
+
+    def send(self, kind: type[Event], **fields: Any) -> None:
+        """Sends an event of this rank, happening now unless `time` is given."""
+        fields.setdefault("time", time.time())
+        self.channel.push(kind(trial=self.plan.name, attempt=self.attempt.number, rank=self.placement.rank, **fields))
+
+    def train(self, entered: float) -> None:
+        """Trains from the newest checkpoint to the end.
+
+        Args:
+            entered: When the training function began (Unix seconds).
+
+        Raises:
+            Exception: Whatever ended training; it has been sent to the driver as a `WorkerFailed` before.
+        """
+        with self._log_file(), self._pulse():
+            try:
+                self._train(entered)
+            except Exception as error:
+                logger.exception("training failed")
+                self.send(
+                    WorkerFailed,
+                    failure=classify(error),
+                    iteration=self.now.iteration,
+                    section=self.now.section,
+                    message=f"{type(error).__name__}: {error}",
+                    image_files=self.now.image_files,
+                    traceback=traceback.format_exc(),
+                )
+                raise
+
+    def _train(self, entered: float) -> None:
+        plan, placement = self.plan, self.placement
+        device = torch.device("cuda", torch.cuda.current_device()) if plan.device == "cuda" else torch.device("cpu")
+        self.send(
+            WorkerStarted,
+            time=entered,
+            host=placement.host,
+            node_id=placement.node_id,
+            pid=os.getpid(),
+            local_rank=placement.local_rank,
+            device_name=machine.device_name(device),
+            device_memory_gib=machine.device_memory_gib(device),
+            versions=machine.package_versions(),
+        )
+        torch.set_num_threads(plan.cpus_per_worker)
+        if placement.world_size > 1:
+            comm.create_local_process_group(placement.local_world_size)
+        torch.manual_seed(plan.seed)
+        cfg = mask_rcnn.build_config(plan)
+        mask_rcnn.register(plan.train)
+        mask_rcnn.register(plan.val)
+        records = loading.training_records(cfg)
+        evaluator = Evaluator(cfg, plan)
+        detector = mask_rcnn.build_detector(cfg, plan)
+        optimizer, scheduler = mask_rcnn.build_solver(cfg, detector)
+
+        self.now.enter("checkpoint")
+        store = CheckpointStore(plan.checkpoint_dir, plan.keep_checkpoints, self.attempt.number, self._saved)
+        state, restored_from = store.load_newest() or (None, "")
+        start = state["iteration"] if state else 0
+        self.now.enter("setup")
+        evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send)
+        loop = TrainingLoop(
+            plan=plan,
+            model=mask_rcnn.distribute(detector, device, plan.world_size),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            batches=iter(loading.training_loader(cfg, plan, records, placement.rank, skip=start)),
+            hooks=[hooks.ProgressHook(plan, self.send), evaluation, hooks.CheckpointHook(plan, store, evaluation)],
+            device=device,
+            rank=placement.rank,
+            start_iteration=start,
+            now=self.now,
+            stop_asked=lambda: self.command == "stop",
+        )
+        if state:
+            hooks.restore(loop, state)
+        config_yaml = cfg.dump()
+        logger.info("Running with full config:\n%s", config_yaml)
+        logger.info("Starting training from iteration %d", start)
+        self.send(
+            LoopStarted,
+            iteration=start,
+            num_train_images=len(records),
+            num_val_images=evaluator.num_images,
+            setup_seconds=time.time() - entered,
+            config_yaml=config_yaml if placement.rank == 0 else "",
+            restored_from=restored_from,
+        )
+        reason = loop.run()
+        store.wait()
+        if placement.rank == 0:
+            state_hash = state_sha256(hooks.training_state(loop))
+            self.send(LoopFinished, iteration=loop.iteration, reason=reason, state_sha256=state_hash)
+
+    def _saved(self, checkpoint: Saved) -> None:
+        self.send(
+            CheckpointSaved,
+            iteration=checkpoint.iteration,
+            path=checkpoint.path,
+            size_bytes=checkpoint.size_bytes,
+            stall_seconds=checkpoint.stall_seconds,
+            write_seconds=checkpoint.write_seconds,
+        )
+
+    @contextmanager
+    def _pulse(self) -> Iterator[None]:
+        """Beside training: tells the driver every second what this rank does, and hears what the driver wants."""
+        ended = threading.Event()
+        who: dict[str, Any] = {
+            "trial": self.plan.name,
+            "attempt": self.attempt.number,
+            "rank": self.placement.rank,
+        }
+
+        def beat() -> None:
+            next_sample = 0.0
+            while not ended.wait(HEARTBEAT_SECONDS):
+                now = self.now
+                heartbeat = Heartbeat(
+                    **who,
+                    time=time.time(),
+                    section=now.section,
+                    part=now.part,
+                    iteration=now.iteration,
+                    since=now.since,
+                )
+                try:
+                    self.command = self.channel.beat(heartbeat)
+                except Exception as error:  # the driver may be gone for a while; training goes on
+                    logger.debug("no answer from the driver: %r", error)
+                if self.placement.local_rank == 0 and time.monotonic() >= next_sample:
+                    next_sample = time.monotonic() + SYSTEM_SAMPLE_SECONDS
+                    self.send(SystemSampled, host=self.placement.host, values=machine.system_metrics())
+
+        thread = threading.Thread(target=beat, name="pulse", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    @contextmanager
+    def _log_file(self) -> Iterator[None]:
+        """detectron2's log and ours in the trial's folder, in detectron2's format."""
+        folder = Path(self.plan.trial_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = self.placement.rank
+        handler = logging.FileHandler(folder / ("log.txt" if rank == 0 else f"log.txt.rank{rank}"), encoding="utf-8")
+        handler.setFormatter(
+            logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S")
+        )
+        loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "trainers")]
+        for named in loggers:
+            named.setLevel(logging.INFO)
+            named.propagate = False
+            named.addHandler(handler)
+        try:
+            yield
+        finally:
+            for named in loggers:
+                named.removeHandler(handler)
+            handler.close()
+
+
+def classify(error: BaseException) -> FailureKind:
+    """What sort of failure an exception is: decides whether starting again can help."""
+    kinds: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
+        (loading.BadInputError, "bad_input"),
+        (NotFiniteError, "not_finite"),
+        (mask_rcnn.ConfigurationError, "configuration"),
+        ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
+        (torch.distributed.DistError, "communication"),
+        (OSError, "storage"),
+    ]
+    for kind, failure in kinds:
+        if isinstance(error, kind):
+            return failure
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
+        return "communication"
+    return "unknown"

@@ -1,0 +1,81 @@
+"""The training function that Ray Train calls on every worker.
+
+The driver imports this file to name the function, so torch and detectron2 are imported inside it.
+The function runs in a thread that is not the main one, in a process whose working directory is Ray's: paths are
+absolute here, and nothing installs signal handlers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainers.contract import Event, Heartbeat
+
+Command = Literal["run", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a worker stands among the others.
+
+    Attributes:
+        rank: Rank among all workers.
+        world_size: Number of workers.
+        local_rank: Rank within its node.
+        local_world_size: Workers on its node.
+        host: Host name.
+        node_id: Ray's id of the node, or "".
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    host: str
+    node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """A worker's way to the driver.
+
+    Attributes:
+        push: Sends an event without waiting.
+        beat: Sends a heartbeat and returns what the driver wants; may take a while, raises when there is no answer.
+    """
+
+    push: Callable[[Event], None]
+    beat: Callable[[Heartbeat], Command]
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """Ray Train's entry: trains one rank of a trial.
+
+    Args:
+        config: `plan` (TrialPlan), `attempt` (Attempt) and `telemetry` (handle of the telemetry actor).
+    """
+    entered = time.time()
+    import ray
+    import ray.train
+
+    context = ray.train.get_context()
+    runtime = ray.get_runtime_context()
+    telemetry = config["telemetry"]
+    placement = Placement(
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        local_rank=context.get_local_rank(),
+        local_world_size=context.get_local_world_size(),
+        host=ray.util.get_node_ip_address(),
+        node_id=runtime.get_node_id(),
+    )
+    channel = Channel(
+        push=lambda event: telemetry.push.remote(event),
+        beat=lambda heartbeat: ray.get(telemetry.beat.remote(heartbeat), timeout=10),
+    )
+    from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
+
+    Rank(config["plan"], config["attempt"], placement, channel).train(entered)
