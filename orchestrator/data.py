@@ -103,6 +103,44 @@ def generate(
     typer.echo(f"{num_train:,} training and {num_val:,} validation images: {paths.train_json.parent.parent}")
 
 
+@app.command()
+def fetch(
+    name: Annotated[Literal["coco2017"], typer.Argument(help="Which data set.")],
+    to: Annotated[Path, typer.Option(help="Folder for DETECTRON2_DATASETS; the set goes into `coco` below it.")],
+    mirror: Annotated[str | None, typer.Option(help="Server with the same paths as the official one.")] = None,
+) -> None:
+    """Downloads COCO 2017 (20 GB; 42 GB of room): resumes, checks SHA-256, unpacks. Run it again to go on."""
+    from orchestrator.fetch import ADDRESS, FetchError
+    from orchestrator.fetch import fetch as fetch_archives
+
+    try:
+        root = fetch_archives(to, address=mirror or ADDRESS)
+    except (FetchError, OSError) as error:
+        _fail(str(error))
+    typer.echo(f"{name} is in {root}. Next: export DETECTRON2_DATASETS={root.parent}")
+
+
+@app.command()
+def excerpt(
+    num_images: Annotated[int, typer.Argument(help="Images of each split at most.")],
+    source: Annotated[Path | None, typer.Option("--from", help="Data set. Default: $DETECTRON2_DATASETS/coco.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder to be made.")] = Path("datasets/excerpt"),
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Copies a small consistent part of a COCO data set, for trying things."""
+    import os
+
+    from orchestrator.excerpt import excerpt as take_excerpt
+
+    source = source or Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
+    try:
+        taken = take_excerpt(source, to, num_images=num_images, seed=seed)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    for part, (num_taken, num_annotations) in taken.items():
+        typer.echo(f"{part}: {num_taken:,} images, {num_annotations:,} annotations in {to}")
+
+
 def _summarize(report: SplitReport) -> dict[str, Any] | None:
     if report.summary is None:
         return None

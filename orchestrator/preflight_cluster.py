@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import uuid
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,19 +67,25 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
 
 
 def list_nodes() -> list[Node]:
-    """Lists the living nodes of the cluster."""
+    """Lists the living nodes of the cluster, by host name, and address where several have one name."""
     import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    names = Counter(node["NodeManagerHostname"] for node in alive)
+
+    def name(node: dict[str, Any]) -> str:
+        host = str(node["NodeManagerHostname"])
+        return host if names[host] == 1 else f"{host} at {node['NodeManagerAddress']}"
 
     return [
         Node(
             id=node["NodeID"],
-            host=node["NodeManagerHostname"],
+            host=name(node),
             address=node["NodeManagerAddress"],
             num_gpus=int(node["Resources"].get("GPU", 0)),
             num_cpus=int(node["Resources"].get("CPU", 0)),
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node in alive
     ]
 
 
@@ -151,7 +158,7 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
             ray.cancel(reference, force=True)
         for reference in done:
             try:
-                reports.append(ray.get(reference))
+                reports.append(replace(ray.get(reference), host=pending[reference].host))
             except Exception as error:  # whatever a broken installation there raises
                 what = f"a check failed there: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
                 mend = "Use one image, or one `make install`, on all nodes"

@@ -1,0 +1,89 @@
+"""Takes a small, consistent part of a COCO data set: some images of each split with all their annotations."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from orchestrator.coco_layout import find_splits, split_of
+from orchestrator.image_files import check_name
+
+if TYPE_CHECKING:
+    from orchestrator.coco_checks import Split
+
+
+def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[str, tuple[int, int]]:
+    """Copies a part of a data set in COCO's layout into a new folder.
+
+    Images that have an object come first, drawn at random by the seed; all categories are kept, so that class numbers
+    stay. The folder is written aside and renamed.
+
+    Args:
+        source: Folder in COCO's layout, or the one above it.
+        to: New folder.
+        num_images: Images of each split at most.
+        seed: Of the draw.
+
+    Returns:
+        Part (`train`, `val`) to the number of images and annotations taken.
+
+    Raises:
+        FileExistsError: `to` is there already.
+        ValueError: There is no data set, `num_images` is below 1, or a file's name leads out of its folder.
+        OSError: A file cannot be read or written.
+    """
+    if num_images < 1:
+        raise ValueError(f"{num_images} images make no excerpt")
+    to = to.absolute()
+    if to.exists():
+        raise FileExistsError(f"{to} is there already: name a new folder")
+    splits, findings = find_splits(source)
+    if not splits:
+        raise ValueError(findings[0].to_line())
+    to.parent.mkdir(parents=True, exist_ok=True)
+    aside = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        taken = {
+            part: _copy_part(split, split_of(aside, part), num_images, seed)
+            for split in splits
+            for part in ("val" if split.for_scoring else "train",)
+        }
+        aside.rename(to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return taken
+
+
+def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tuple[int, int]:
+    try:
+        document: dict[str, Any] = msgspec.json.decode(source.annotations.read_bytes(), type=dict[str, Any])
+        with_objects = {entry["image_id"] for entry in document["annotations"] if not entry.get("iscrowd")}
+        # Shuffled by a key of each image's own, so that adding images to the source does not change all the others.
+        images = sorted(
+            document["images"],
+            key=lambda image: (image["id"] not in with_objects, random.Random(f"{seed} {image['id']}").random()),  # noqa: S311
+        )[:num_images]
+        names = [str(image["file_name"]) for image in images]
+        chosen = {image["id"] for image in images}
+        annotations = [entry for entry in document["annotations"] if entry["image_id"] in chosen]
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source.annotations} is not a COCO file (`data check` tells where): {error!r}") from None
+    images.sort(key=lambda image: int(image["id"]))
+    target.images.mkdir(parents=True)
+    target.annotations.parent.mkdir(exist_ok=True)
+    for name in names:
+        file = source.images / name
+        if problem := check_name(name):
+            raise ValueError(f"{source.annotations}: {problem.what}")
+        if not file.resolve().is_relative_to(source.images.resolve()):
+            raise ValueError(f"{source.annotations}: file_name {name!r} leaves the image folder by a link")
+        (target.images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target.images / name)
+    kept = {**document, "images": images, "annotations": annotations}
+    target.annotations.write_bytes(msgspec.json.encode(kept))
+    return len(images), len(annotations)
