@@ -54,27 +54,30 @@ class Evaluation(_Record):
 
 
 class Sections(_Record):
-    """Where the wall time of a trial went, in seconds of rank 0; the sections add up to `wall`."""
+    """Where the wall time of a trial went, in seconds of rank 0; the sections add up to `wall`.
+
+    A section that was not told apart is null, and its seconds are in `step_other` or `other`.
+    """
 
     wall: float
     """From the driver's start of the trial to its end."""
     startup: float
     """From the driver's start of the trial to the first batch being asked for."""
-    data: float
+    data: float | None
     """Steps: waiting for the loader."""
-    forward: float
+    forward: float | None
     """Steps: forward pass."""
-    backward: float
-    """Steps: backward pass, without waiting for other workers' gradients where that was measured."""
-    communication: float
-    """Steps: waiting for other workers' gradients with the own ones ready; 0 where it was not told apart."""
-    optimizer: float
+    backward: float | None
+    """Steps: backward pass, without waiting for other workers' gradients where that was told apart."""
+    communication: float | None
+    """Steps: waiting for other workers' gradients with the own ones ready."""
+    optimizer: float | None
     """Steps: optimizer and learning rate schedule."""
     step_other: float
     """Steps: the rest of them."""
     evaluation: float
     """Training standing still for evaluations."""
-    checkpoint: float
+    checkpoint: float | None
     """Training standing still for checkpoints."""
     lost_work: float
     """Steps that had to be trained again after a restart: the first time they were trained."""

@@ -7,7 +7,7 @@ the events alone; and an absent result is an error, never a blank.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from orchestrator.records import (
@@ -31,6 +31,7 @@ from trainers.contract import (
     CheckpointSaved,
     Evaluated,
     Event,
+    LogReplayed,
     LoopFinished,
     LoopStarted,
     StepsDone,
@@ -71,14 +72,16 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     seed_clock = began(events)
     scored = _settled(events)
     evaluations = [_evaluation(e, seed_clock) for e in scored]
-    iterations = max((e.iteration for e in steps if e.rank == 0), default=0 if loops else None)
+    done = [e.iteration for e in steps if e.rank == 0] + ([finished.iteration] if finished else [])
+    iterations = max(done, default=0 if loops else None)
     windows = windows_by_rank(steps)
-    curve = clock.stretches(windows, plan.throughput_warmup_iters)
+    log = _last(events, LogReplayed)
+    curve = clock.stretches(windows, plan.throughput_warmup_iters, _most_points(windows, log))
     parts = {
         name: _quantiles(_step_parts(steps, name, plan.throughput_warmup_iters))
         for name in ("data", "forward", "backward", "communication", "optimizer")
     }
-    ranks = [_rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
+    ranks = [] if log else [_rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
     own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
     restarts = _restarts(events, attempts)
     target = _target(plan, scored)
@@ -89,7 +92,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         reason = f"target not reached in {iterations} iterations"
     trial_started = next((e for e in events if isinstance(e, TrialStarted)), None)
     last_end = finished.time if finished else (attempts[-1].last_progress if attempts else None)
-    return TrialResult(
+    result = TrialResult(
         name=plan.name,
         world_size=plan.world_size,
         num_nodes=len({e.host + e.node_id for e in workers if e.attempt == workers[-1].attempt}) or None,
@@ -118,7 +121,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         ranks=ranks,
         rank_skew=clock.skew(own) if len(own) == len(ranks) else None,
         rate_curve=[curve_point(point) for point in curve],
-        rate_curve_source="steps" if curve else None,
+        rate_curve_source=("timestamps" if log else "steps") if curve else None,
         drift_ratio=clock.drift_ratio(curve),
         throughput_warmup_iters=plan.throughput_warmup_iters,
         time_to_train_seconds=time_to_train,
@@ -150,6 +153,32 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         num_val_images=loops[0].num_val_images if loops else None,
         mlflow_run_id=mlflow_run_id,
     )
+    return _as_logged(result, log, plan) if log else result
+
+
+def _as_logged(result: TrialResult, log: LogReplayed, plan: TrialPlan) -> TrialResult:
+    """The record of a replayed log: its own closing figures where it prints them, null where it holds nothing."""
+    figures: dict[str, object] = {"images_per_second": None, "throughput_warmup_iters": None, "notes": list(log.notes)}
+    figures |= {"num_nodes": plan.num_nodes, "hosts": []}
+    if log.step_seconds and result.global_batch_size:
+        figures["images_per_second"] = result.global_batch_size / log.step_seconds
+    if log.step_iterations is not None and result.iterations is not None:
+        figures["throughput_warmup_iters"] = max(result.iterations - log.step_iterations, 0)
+    if log.total_seconds and result.iterations and result.global_batch_size:
+        figures["wall_images_per_second"] = result.iterations * result.global_batch_size / log.total_seconds
+    if "evaluations_clock" in log.unknown:
+        clocks = dict.fromkeys(("seconds", "elapsed_seconds", "mask_elapsed_seconds"))
+        figures["evaluations"] = [e.model_copy(update=clocks) for e in result.evaluations]
+    figures |= dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields)
+    return TrialResult.model_validate({**result.model_dump(), **figures})
+
+
+def _most_points(windows: Mapping[int, Sequence[clock.Window]], log: LogReplayed | None) -> int:
+    """Points of the drift curve: 50, and no shorter than a minute where a log's time stamps have whole seconds."""
+    if log is None:
+        return 50
+    seconds = sum(sum(window.step_seconds) for own in windows.values() for window in own)
+    return max(1, min(50, int(seconds / 60)))
 
 
 def windows_by_rank(steps: Sequence[StepsDone]) -> dict[int, list[clock.Window]]:
@@ -178,12 +207,13 @@ def _last(events: Sequence[Event], kind: type[E]) -> E | None:
 
 
 def _settled(events: Sequence[Event]) -> list[Evaluated]:
-    """Evaluations by iteration, the first of those that were repeated after a restart: its clock is the true one."""
-    first: dict[int, Evaluated] = {}
+    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
+    attempts: dict[int, int] = {}
+    kept = []
     for event in events:
-        if isinstance(event, Evaluated):
-            first.setdefault(event.iteration, event)
-    return [first[iteration] for iteration in sorted(first)]
+        if isinstance(event, Evaluated) and attempts.setdefault(event.iteration, event.attempt) == event.attempt:
+            kept.append(event)
+    return sorted(kept, key=lambda event: event.iteration)
 
 
 def _evaluation(event: Evaluated, seed_clock: float | None) -> Evaluation:
@@ -260,6 +290,11 @@ def _step_parts(steps: Sequence[StepsDone], part: str, warmup_iters: int) -> lis
 def _data_wait_share(steps: Sequence[StepsDone], warmup_iters: int) -> float | None:
     waited = sum(_step_parts(steps, "data", warmup_iters))
     whole = sum(_step_parts(steps, "step", warmup_iters))
+    if not whole:  # a log tells of windows alone
+        told = [
+            e for e in steps if not e.step_seconds and e.first_iteration >= warmup_iters and "data" in e.part_seconds
+        ]
+        waited, whole = sum(e.part_seconds["data"] for e in told), sum(e.seconds for e in told)
     return waited / whole if whole > 0 else None
 
 

@@ -214,15 +214,23 @@ class Session:
 
     def _record(self, result: ExperimentResult, plan: TrialPlan, pump: EventPump, run_ids: dict[str, str]) -> None:
         """Adds an ended trial to results.json: what is measured is kept whatever comes after."""
-        from orchestrator.results import scaling_rows, trial_result
+        from orchestrator.airank import write_airank
+        from orchestrator.mlperf import write_mllog
+        from orchestrator.results import repeat_rows, scaling_fits, scaling_rows, trial_result
 
         events = [event for event in pump.events if event.trial == plan.name]
-        result.trials.append(trial_result(plan, events, run_ids.get(plan.name)))
+        trial = trial_result(plan, events, run_ids.get(plan.name))
+        write_airank(plan, events, trial, Path(plan.trial_dir))
+        write_mllog(plan, events, trial, Path(plan.trial_dir))
+        result.trials.append(trial)
         result.scaling = scaling_rows(result.trials)
+        result.fits = scaling_fits(result.trials)
+        result.repeats = repeat_rows(result.trials)
         result.write(self.run_dir / "results.json")
 
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
+        from orchestrator.airank import write_airank_summary
         from orchestrator.report import write_report
         from orchestrator.table import closing_table
         from trainers.contract import RunEnded
@@ -231,6 +239,7 @@ class Session:
         result.mlflow_run_id = tracker.run_ids().get("")
         result.write(self.run_dir / "results.json")
         report, *_ = write_report(result, self.run_dir)
+        write_airank_summary(result, self.run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = result.status if result.status != "RUNNING" else "FAILED"
         pump.close()
         pump.tell(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))

@@ -15,6 +15,7 @@ from trainers.contract import (
     CheckpointSaved,
     Evaluated,
     Event,
+    LogReplayed,
     LoopFinished,
     LoopStarted,
     StepsDone,
@@ -95,7 +96,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
     if not attempts or started is None or ended is None:
         return None
     lost_from = lost_steps(attempts)
-    parts = dict.fromkeys(("data", "forward", "backward", "communication", "optimizer"), 0.0)
+    parts: dict[str, float | None] = dict.fromkeys(("data", "forward", "backward", "communication", "optimizer"))
     steps = lost = 0.0
     for stay in attempts:
         for window in stay.steps:
@@ -103,19 +104,22 @@ def sections(events: Sequence[Event]) -> Sections | None:
             steps += window.seconds * kept
             lost += window.seconds * (1 - kept)
             for part in parts:
-                parts[part] += window.part_seconds.get(part, 0.0) * kept
-    measured = {
+                if part in window.part_seconds:
+                    parts[part] = (parts[part] or 0.0) + window.part_seconds[part] * kept
+    replayed = any(isinstance(e, LogReplayed) for e in events)
+    measured: dict[str, float | None] = {
         "startup": attempts[0].started - started,
         **parts,
-        "step_other": steps - sum(parts.values()),
+        "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
         "evaluation": sum(e.seconds for e in events if isinstance(e, Evaluated)),
-        "checkpoint": sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
+        # A log says when a checkpoint was begun, not how long training stood still for it.
+        "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,
         "downtime": sum(later.started - stay.last_progress for stay, later in pairwise(attempts)),
         "shutdown": ended - attempts[-1].last_progress,
     }
     wall = ended - started
-    return Sections(wall=wall, **measured, other=wall - sum(measured.values()))
+    return Sections(wall=wall, **measured, other=wall - sum(seconds or 0.0 for seconds in measured.values()))
 
 
 def kept_share(window: StepsDone, lost_from: int | None) -> float:

@@ -204,6 +204,12 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
     )
     met = [trial for trial in trials if trial.time_to_train_seconds is not None]
     notes = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+    aps = [ap_to_show(trial) for trial in trials]
+    if first.protocol == "throughput" and any(ap != (None, None) for ap in aps):
+        # The seed's table leaves these blank: nobody trained to them, and they would be read as if.
+        figures = f"box AP {number_text(first.box_ap, 2)}, mask AP {number_text(first.mask_ap, 2)}"
+        notes.append(f"{figures} after {first.iterations} iterations run for speed, not for accuracy")
+        aps = [(None, None)] * len(trials)
     if met and len(met) < len(trials):
         notes.insert(0, f"targets met in {len(met)} of {len(trials)} trials")
     worst = next((s for s in ("FAILED", "KILLED") if any(t.status == s for t in trials)), "FINISHED")
@@ -215,8 +221,8 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
         time_to_box_target_seconds=_median_with_misses([t.time_to_box_target_seconds for t in trials]),
         time_to_train_seconds=_median_with_misses([t.time_to_train_seconds for t in trials]),
         images_per_second=_median([t.images_per_second for t in trials]),
-        box_ap=_median([ap_to_show(t)[0] for t in trials]),
-        mask_ap=_median([ap_to_show(t)[1] for t in trials]),
+        box_ap=_median([box for box, _ in aps]),
+        mask_ap=_median([mask for _, mask in aps]),
         speed_up=scaling.speed_up if scaling else None,
         efficiency=scaling.efficiency if scaling else None,
         status=worst,

@@ -279,8 +279,11 @@ class _Consumer:
         run_id = self._run(f"{parent.data.tags[RUN_KEY]}/{plan.name}", plan.name, event.time, tags)
         self._runs[event.trial] = run_id
         self._params(run_id, {f"plan.{key}": value for key, value in _flatten(event.plan)})
-        inputs = [_dataset_input(plan.train, "training"), _dataset_input(plan.val, "evaluation")]
-        self._client.log_inputs(run_id, datasets=inputs)
+        used = ((plan.train, "training"), (plan.val, "evaluation"))
+        # A replayed log names data that lies elsewhere.
+        inputs = [_dataset_input(data, context) for data, context in used if Path(data.annotations).is_file()]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
 
     def _end_trial(self, event: TrialEnded) -> None:
         run_id, plan = self._runs[event.trial], self._plans[event.trial]
@@ -341,7 +344,7 @@ class _Consumer:
 
 
 def _window_metrics(window: JointWindow) -> dict[str, float | None]:
-    values: dict[str, float | None] = {f"loss/{name.removeprefix('loss_')}": value for name, value in window.losses.items()}
+    values = {f"loss/{name.removeprefix('loss_')}": value for name, value in window.losses.items()}
     return {
         **values,
         "learning_rate": window.learning_rate,

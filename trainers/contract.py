@@ -205,6 +205,10 @@ class WorkerStarted(Event):
         device_name: Model name of the accelerator or the processor.
         device_memory_gib: Memory of that device.
         versions: Package name to version.
+        host_processor: Model name of the host's processor, or "".
+        host_cores: Its cores, hyper-threads counted; None where not known.
+        host_memory_gib: Memory of the host.
+        operating_system: Name and version, or "".
     """
 
     kind: ClassVar[str] = "worker_started"
@@ -215,6 +219,10 @@ class WorkerStarted(Event):
     device_name: str
     device_memory_gib: float | None
     versions: dict[str, str]
+    host_processor: str = ""
+    host_cores: int | None = None
+    host_memory_gib: float | None = None
+    operating_system: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,7 +464,8 @@ class LogReplayed(Event):
         step_seconds: Mean step that the log closes with (or had reached), hooks left out; None where it prints none.
         step_iterations: Iterations behind that mean.
         total_seconds: Training time that the log closes with, hooks included; None where it prints none.
-        unknown: Fields of the result record that the plan had to fill, but the log does not hold.
+        unknown: Fields of the result record that the plan had to fill, but the log does not hold;
+            `evaluations_clock` for the times of the evaluations.
         notes: What is missing or must be known to read the figures.
     """
 

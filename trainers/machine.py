@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,6 +17,11 @@ def device_name(device: torch.device) -> str:
     """Model name of the accelerator, or of the processor."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    return processor_name()
+
+
+def processor_name() -> str:
+    """Model name of the host's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -29,6 +35,16 @@ def device_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
     return psutil.virtual_memory().total / 2**30
+
+
+def host_description() -> dict[str, Any]:
+    """What `WorkerStarted` says of the host."""
+    return {
+        "host_processor": processor_name(),
+        "host_cores": psutil.cpu_count(),
+        "host_memory_gib": psutil.virtual_memory().total / 2**30,
+        "operating_system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def package_versions() -> dict[str, str]:

@@ -98,6 +98,7 @@ class Rank:
             device_name=machine.device_name(device),
             device_memory_gib=machine.device_memory_gib(device),
             versions=machine.package_versions(),
+            **machine.host_description(),
         )
         torch.set_num_threads(plan.cpus_per_worker)
         if placement.world_size > 1:

@@ -1,0 +1,120 @@
+"""Cuts a detectron2 log into dated messages.
+
+The traps it protects against: the log has no year, so a run over New Year or the end of February must not gain or lose
+a day; and a line that was cut off in the middle of a number is still a valid number, but a wrong one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+LONGEST_LINE = 1_000_000
+"""Characters of a line that are looked at; longer ones are no log lines."""
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_HEAD = re.compile(
+    r"^\[(?P<month>\d\d)/(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
+    r"(?: (?P<short>[\w.]+))?\]:? *(?:(?P<name>[\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(?P<text>.*)$"
+)
+_WHOLE_SCORES = re.compile(r"copypaste: (?:(?:-?\d+\.\d{4}|nan),)+(?:-?\d+\.\d{4}|nan)$")
+
+
+class ReplayError(ValueError):
+    """A log cannot be read as a training run; the message says which and why."""
+
+
+@dataclass(slots=True)
+class Message:
+    """One message of a log.
+
+    Attributes:
+        time: When (Unix seconds, the log's own time zone taken for UTC).
+        text: Its first line, without date and logger.
+        more: The lines that follow it without a date of their own.
+    """
+
+    time: float
+    text: str
+    more: list[str] = field(default_factory=list)
+
+
+def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], list[str]]:
+    """Reads a log.
+
+    Args:
+        path: The file: detectron2's log.txt, or what it printed.
+        year: Year of its first line; None to take the newest that fits the file.
+
+    Returns:
+        Its messages in the order they stand, and notes on what could not be known.
+
+    Raises:
+        ReplayError: The file cannot be read, or has no line of detectron2's form.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ReplayError(f"{path}: cannot be read: {error}") from error
+    text = _ANSI.sub("", raw.decode("utf-8", errors="replace"))
+    notes = []
+    lines = text.split("\n")
+    # splitlines() would also break at characters that stand within messages.
+    if lines and lines[-1] and not _WHOLE_SCORES.search(lines[-1]):
+        notes.append("the last line is cut off and was left out")
+        lines.pop()
+    heads = [(match, line) for line in lines if len(line) < LONGEST_LINE for match in [_HEAD.match(line.rstrip("\r"))]]
+    dates = [(int(m["month"]), int(m["day"])) for m, _ in heads if m]
+    if not dates:
+        raise ReplayError(f"{path}: not a detectron2 log: no line begins with [month/day hour:minute:second")
+    calendar = _Calendar(year or _guess_year(path, dates))
+    messages: list[Message] = []
+    for match, line in heads:
+        if match is None:
+            if messages:
+                messages[-1].more.append(line.rstrip("\r"))
+            continue
+        moment = calendar.seconds(*(int(match[part]) for part in ("month", "day", "hour", "minute", "second")))
+        if moment is None:
+            notes.append(f"a line with an impossible date was left out: {line[:60]}")
+        else:
+            messages.append(Message(moment, match["text"]))
+    if not messages:
+        raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
+    return messages, notes
+
+
+class _Calendar:
+    """Turns dates without a year into seconds; a jump back over most of a year is New Year."""
+
+    def __init__(self, year: int) -> None:
+        self.year = year
+        self.last_month = 0
+
+    def seconds(self, month: int, day: int, hour: int, minute: int, second: int) -> float | None:
+        if month == 1 and self.last_month == 12:
+            self.year += 1
+        try:
+            moment = datetime.datetime(self.year, month, day, hour, minute, second, tzinfo=datetime.UTC)
+        except ValueError:
+            return None
+        self.last_month = month
+        return moment.timestamp()
+
+
+def _guess_year(path: Path, dates: list[tuple[int, int]]) -> int:
+    """The newest year not after the file's that has a 29 February if, and only if, the log must have seen one."""
+    modified = datetime.datetime.fromtimestamp(path.stat().st_mtime, tz=datetime.UTC)
+    year = modified.year - ((modified.month, modified.day) < dates[0])
+    leap_day = (2, 29) in dates
+    crosses = leap_day or any(a <= (2, 28) and (3, 1) <= b <= (3, 2) for a, b in pairwise(dates))
+    while crosses and leap_day != _is_leap(year):
+        year -= 1
+    return year
+
+
+def _is_leap(year: int) -> bool:
+    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)

@@ -1,0 +1,66 @@
+"""Reads detectron2's metrics.json where it is all that is left of a run.
+
+The trap it protects against: its `time` is smoothed over 20 steps and it has no dates, so neither a throughput nor a
+time to train can be had from it; what it gives is AP over the iterations.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from orchestrator.log_lines import ReplayError
+from orchestrator.log_runs import Launch, LoggedRun, Progress
+from orchestrator.log_scores import LoggedEvaluation
+from trainers.contract import measured
+
+
+def read_metrics(path: Path) -> LoggedRun:
+    """The run of a metrics.json.
+
+    Raises:
+        ReplayError: The file cannot be read, or no line of it is a JSON object with an iteration.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ReplayError(f"{path}: cannot be read: {error}") from error
+    launch = Launch(0.0, 0.0, first_iteration=0, loop_started=0.0)
+    for line in lines:
+        values = _values(line)
+        if values is None:
+            continue
+        done = int(values["iteration"]) + 1
+        if launch.progress and done < launch.progress[-1].iteration:
+            raise ReplayError(f"{path}: iteration {done} comes after {launch.progress[-1].iteration}: it mixes runs")
+        memory = values.get("max_mem")
+        losses = {name: value for name, value in values.items() if "loss" in name and value is not None}
+        progress = Progress(done, 0.0, losses, values.get("lr"), None, values.get("data_time"), memory)
+        if losses and not (launch.progress and done == launch.progress[-1].iteration):
+            launch.progress.append(progress)
+        figures = {
+            f"{ours}_{name.split('/', 1)[1].lower()}": value
+            for name, value in values.items()
+            for theirs, ours in (("bbox/", "box"), ("segm/", "mask"))
+            if name.startswith(theirs) and "-" not in name
+        }
+        if figures:
+            launch.evaluations.append(LoggedEvaluation(0.0, done, 0.0, 0.0, 0.0, figures))
+    if not launch.progress:
+        raise ReplayError(f"{path}: not detectron2's metrics.json: no line with an iteration and a loss")
+    note = "metrics.json has no dates and no batch size: only its AP can be read"
+    return LoggedRun(path, [launch], [note], dated=False)
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """The numbers of a line; None where it is no line of this format (the last one may be cut off)."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("iteration"), int):
+        return None
+    return {name: measured(value) for name, value in values.items() if isinstance(value, int | float)} | {
+        "iteration": values["iteration"]
+    }

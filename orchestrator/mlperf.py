@@ -1,0 +1,216 @@
+"""MLPerf's log of a trial (`:::MLLOG` lines), and the verdict of MLPerf's own compliance checker on it.
+
+The traps it protects against: MLPerf's clock starts when model and data pipeline stand (run_start) and never pauses;
+it ends at the first evaluation that meets the target, so what a run does after it is not in the log; AP is 0–1 there.
+These lines make no submission of a run, and say so.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.log_runs import flat_config
+from orchestrator.records import TrialResult
+from orchestrator.sections import began, stays
+from trainers.contract import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, TrialPlan, WorkerStarted
+
+LOG_NAME = "mllog.txt"
+RULESET = "3.1.0"
+"""The last MLPerf Training round but one that had Mask R-CNN, and the last whose rules the checker has for it."""
+
+CLOSED_TARGETS = (37.7, 33.9)
+"""Box and mask AP of the closed division (MLPerf Training rules, Mask R-CNN)."""
+
+Division = Literal["closed", "open"]
+
+
+def write_mllog(plan: TrialPlan, events: Sequence[Event], result: TrialResult, folder: Path) -> Path | None:
+    """Writes MLPerf's lines into a trial's folder; None where the trial never came to its training loop."""
+    text = mllog_text(plan, events, result)
+    if not text:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOG_NAME
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mllog_text(plan: TrialPlan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:
+    """MLPerf's lines of a trial.
+
+    Args:
+        plan: The trial.
+        events: All its events.
+        result: Its record.
+        division: Rules it is meant to be checked by; None for closed where data and targets are the closed division's,
+            else open.
+
+    Returns:
+        The lines, or "" where the trial never came to its training loop.
+    """
+    start, attempts = began(events), stays(events)
+    if start is None or not attempts:
+        return ""
+    lines = _Lines()
+    run_start = attempts[0].started
+    _submission(lines, plan, events, start, division or division_of(plan))
+    lines.point("cache_clear", start, value=False)
+    lines.start("init_start", start)
+    _hyperparameters(lines, plan, events, result, start)
+    lines.stop("init_stop", run_start)
+    lines.start("run_start", run_start)
+    end = _blocks(lines, events, result, run_start)
+    met = result.scored_iteration is not None
+    lines.stop("run_stop", end, metadata={"status": "success" if met else "aborted"})
+    return lines.text()
+
+
+def division_of(plan: TrialPlan) -> Division:
+    """`closed` where data and targets are the closed division's; nothing else of its rules is vouched for."""
+    targets = (plan.target_box_ap or 0.0, plan.target_mask_ap or 0.0)
+    on_coco = "coco_2017_val" in plan.val.name
+    return "closed" if on_coco and all(a >= b for a, b in zip(targets, CLOSED_TARGETS, strict=True)) else "open"
+
+
+def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
+    """What MLPerf's compliance checker finds wrong with a log; empty where it passes whole.
+
+    Args:
+        text: The log.
+        ruleset: Version of the training rules.
+
+    Returns:
+        One line per finding: the key and the rule, or the rule alone.
+    """
+    from mlperf_logging.compliance_checker import mlp_compliance
+
+    checker = mlp_compliance.make_checker("training", ruleset, quiet=True, werror=False)
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # the checker says on the root logger what is returned here
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            mlp_compliance.main(file.name, f"training_{ruleset}/common.yaml", checker)
+    finally:
+        logger.setLevel(level)
+    found = [*checker.overwritable.values(), *checker.not_overwritable]
+    return [_rule(message) for message in found]
+
+
+def _rule(message: str) -> str:
+    key = re.search(r"CHECK for '(\w+)' failed", message)
+    test = re.search(r"failed test: +(.*)", message)
+    if key and test:
+        return f"{key[1]}: {test[1].strip()}"
+    return " ".join(message.split("\n")[0].split())
+
+
+class _Lines:
+    """Collects log lines through the package's own logger, at the times that things happened."""
+
+    def __init__(self) -> None:
+        from mlperf_logging.mllog.mllog import MLLogger
+
+        self._stream = io.StringIO()
+        logger = logging.Logger("mllog")  # of no tree of loggers: no handler of others sees its lines
+        logger.addHandler(logging.StreamHandler(self._stream))
+        self._logger = MLLogger(logger=logger, root_dir=str(Path(__file__).resolve().parent.parent))
+
+    def point(self, key: str, moment: float, value: Any = None, metadata: dict[str, Any] | None = None) -> None:
+        self._logger.event(key, value, metadata=metadata, time_ms=round(1000 * moment), stack_offset=1)
+
+    def start(self, key: str, moment: float, metadata: dict[str, Any] | None = None) -> None:
+        self._logger.start(key, None, metadata=metadata, time_ms=round(1000 * moment), stack_offset=1)
+
+    def stop(self, key: str, moment: float, metadata: dict[str, Any] | None = None) -> None:
+        self._logger.end(key, None, metadata=metadata, time_ms=round(1000 * moment), stack_offset=1)
+
+    def text(self) -> str:
+        return self._stream.getvalue()
+
+
+def _submission(lines: _Lines, plan: TrialPlan, events: Sequence[Event], moment: float, division: Division) -> None:
+    worker = next((e for e in events if isinstance(e, WorkerStarted)), None)
+    platform = f"{plan.world_size} x {worker.device_name if worker else plan.device}"
+    for key, value in {
+        "submission_benchmark": "maskrcnn",
+        "submission_division": division,
+        "submission_org": "none (not a submission)",
+        "submission_platform": platform,
+        "submission_status": "research",
+    }.items():
+        lines.point(key, moment, value)
+
+
+def _hyperparameters(
+    lines: _Lines, plan: TrialPlan, events: Sequence[Event], result: TrialResult, moment: float
+) -> None:
+    loop = next(e for e in events if isinstance(e, LoopStarted) and e.rank == 0)
+    config = flat_config(loop.config_yaml.splitlines())
+    solver = plan.solver
+    values: dict[str, Any] = {
+        "seed": result.seed,
+        "global_batch_size": result.global_batch_size,
+        "gradient_accumulation_steps": 1,
+        "train_samples": result.num_train_images,
+        "eval_samples": result.num_val_images,
+        "opt_name": "sgd",
+        "opt_base_learning_rate": solver.base_lr or None,
+        "opt_learning_rate_warmup_steps": solver.warmup_iters,
+        "opt_learning_rate_warmup_factor": _number(config, "SOLVER.WARMUP_FACTOR"),
+        "opt_learning_rate_decay_factor": _number(config, "SOLVER.GAMMA"),
+        "opt_learning_rate_decay_steps": list(solver.steps),
+        "opt_weight_decay": _number(config, "SOLVER.WEIGHT_DECAY"),
+        "num_image_candidates": _number(config, "MODEL.RPN.POST_NMS_TOPK_TRAIN"),
+        "min_image_size": max(_numbers(config, "INPUT.MIN_SIZE_TRAIN"), default=None),
+        "max_image_size": _number(config, "INPUT.MAX_SIZE_TRAIN"),
+    }
+    for key, value in values.items():
+        if value is not None:
+            lines.point(key, moment, value)
+
+
+def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_start: float) -> float:
+    """Writes training blocks and evaluations up to the scored one; returns when the run stops (Unix seconds)."""
+    evaluations = sorted((e for e in events if isinstance(e, Evaluated)), key=lambda e: e.time)
+    since, epoch = run_start, 0.0
+    for event in evaluations:
+        block = {"first_epoch_num": epoch, "epoch_count": event.epoch - epoch}
+        at = {"epoch_num": event.epoch}
+        scored = max(event.box_scored, event.mask_scored or event.box_scored)
+        if event.epoch > epoch:  # one that a restart or the end repeats trains no block
+            lines.start("block_start", since, metadata=block)
+            lines.stop("block_stop", event.time - event.seconds, metadata=block)
+        lines.start("eval_start", event.time - event.seconds, metadata=at)
+        names = {"BBOX": "box_ap", "SEGM": "mask_ap"}
+        values = {key: round(ap / 100, 8) for key, name in names.items() if (ap := event.figures.get(name)) is not None}
+        lines.point("eval_accuracy", scored, values, metadata=at)
+        # MLPerf's clock stops when the figures are known, not when they are printed.
+        lines.stop("eval_stop", scored, metadata=at)
+        if event.iteration == result.scored_iteration:
+            return scored
+        since, epoch = event.time, event.epoch
+    ended = next((e.time for e in reversed(events) if isinstance(e, LoopFinished | TrialEnded)), since)
+    if not evaluations and result.iterations and result.num_train_images and result.global_batch_size:
+        trained = result.iterations * result.global_batch_size / result.num_train_images
+        block = {"first_epoch_num": 0.0, "epoch_count": trained}
+        lines.start("block_start", since, metadata=block)
+        lines.stop("block_stop", ended, metadata=block)
+    return ended
+
+
+def _numbers(config: dict[str, str], key: str) -> list[float]:
+    found = re.findall(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", config.get(key, ""))
+    return [float(text) if any(c in text for c in ".eE") else int(text) for text in found]
+
+
+def _number(config: dict[str, str], key: str) -> float | None:
+    return next(iter(_numbers(config, key)), None)
