@@ -239,6 +239,11 @@ class TrialResult(_Record):
     """Mask AP that counts as trained."""
     evaluations: list[Evaluation] = []
     """All evaluations, in order."""
+    cost: float | None = None
+    """Price of the accelerators from the driver's start of the trial to its end, in the currency the price is given in;
+    null without a price."""
+    cost_to_target: float | None = None
+    """The same over the time to train."""
     peak_memory_gib: float | None = None
     """Most memory any worker used: of its device, or of its process on CPU."""
     state_sha256: str | None = None

@@ -146,6 +146,8 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         target_box_ap=plan.target_box_ap,
         target_mask_ap=plan.target_mask_ap,
         evaluations=evaluations,
+        cost=_cost(plan, ended.time - trial_started.time if trial_started else None),
+        cost_to_target=_cost(plan, time_to_train),
         peak_memory_gib=max((e.peak_memory_gib for e in steps), default=None),
         state_sha256=finished.state_sha256 if finished else None,
         hosts=sorted({e.host for e in workers}),
@@ -228,6 +230,12 @@ def _evaluation(event: Evaluated, seed_clock: float | None) -> Evaluation:
         figures=event.figures,
         part_seconds=event.part_seconds,
     )
+
+
+def _cost(plan: TrialPlan, seconds: float | None) -> float | None:
+    """What the trial's accelerators cost for so many seconds; None where price or seconds are not known."""
+    price = plan.price_per_accelerator_hour
+    return None if price is None or seconds is None else price * plan.world_size * seconds / 3600
 
 
 def _has_target(plan: TrialPlan) -> bool:

@@ -166,6 +166,8 @@ class Resources(_Model):
     """Loader processes per worker; null: the model config's on GPUs (4), 0 on CPUs."""
     num_nodes: int | None = Field(None, ge=1)
     """Hosts the workers of a trial are spread over evenly; null: wherever they fit."""
+    price_per_accelerator_hour: float | None = Field(None, ge=0)
+    """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs in it."""
     address: str | None = None
     """Ray cluster to join (`auto`, `host:6379`); null: the one around this job, else a local one."""
 

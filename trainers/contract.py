@@ -105,6 +105,7 @@ class TrialPlan:
         checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
         keep_checkpoints: How many of the newest checkpoints are kept besides the best.
         timeouts: Seconds a section may take before its worker counts as stuck.
+        price_per_accelerator_hour: What one accelerator costs for an hour, in any currency; None where not known.
     """
 
     experiment: str
@@ -136,6 +137,7 @@ class TrialPlan:
     checkpoint_dir: str
     keep_checkpoints: int
     timeouts: dict[str, float] = field(default_factory=dict)
+    price_per_accelerator_hour: float | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
