@@ -16,9 +16,12 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from torch import nn
 
-from trainers.contract import TrialPlan, measured
+from trainers.contract import SAMPLES_FILE, TrialPlan, measured
 from trainers.loading import evaluation_loader
 from trainers.scoring import IouType, score
+
+NUM_SAMPLES = 6
+"""Images, evenly spaced over the validation set, whose detections are kept apart for the report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Evaluator:
         records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
         self.num_images = len(records)
         self._loader = evaluation_loader(cfg, plan, records)
+        shown = [record["image_id"] for record in records if record.get("annotations")] or [None]
+        self._sample_ids = {shown[n * len(shown) // NUM_SAMPLES] for n in range(NUM_SAMPLES)}
         # The model's class indices are contiguous, COCO's category ids have gaps.
         contiguous = MetadataCatalog.get(plan.val.name).thing_dataset_id_to_contiguous_id
         self._category_ids = {index: category for category, index in contiguous.items()}
@@ -85,6 +90,9 @@ class Evaluator:
         everything = [found for share in gathered for found in share]
         results = Path(self._plan.trial_dir, "coco_instances_results.json")
         results.write_text(json.dumps(everything), encoding="utf-8")
+        samples = [found for found in everything if found["image_id"] in self._sample_ids]
+        values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
+        Path(self._plan.trial_dir, SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
         scoring_started = time.perf_counter()
         figures = self._figures("box", everything)
         box_scored, mask_scored = time.time(), None
