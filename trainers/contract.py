@@ -158,6 +158,7 @@ class TrialPlan:
         """Images per iteration on one worker."""
         return self.solver.global_batch_size // self.world_size
 
+
 SAMPLES_FILE = "sample_detections.json"
 """In a trial's folder: `image_ids` of a few validation images, and their `detections` of the last evaluation as COCO's
 results format has them. The file with all detections is hundreds of megabytes on COCO; this one is for looking."""
