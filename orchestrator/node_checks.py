@@ -103,7 +103,8 @@ def _try_storage(storage: str) -> tuple[int | None, str]:
 def _unreadable(path: str) -> str:
     try:
         if Path(path).is_dir():
-            next(iter(os.scandir(path)), None)
+            with os.scandir(path) as entries:
+                next(entries, None)
         else:
             with Path(path).open("rb") as stream:
                 stream.read(1)

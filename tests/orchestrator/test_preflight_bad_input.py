@@ -1,0 +1,137 @@
+"""Every kind of bad input ends the real command with exit code 2, named with its place and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.generate import generate
+from tests.orchestrator.bad_input import CASES, Case, Project, base_experiment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def good_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("good") / "data"
+    generate(root, num_train=4, num_val=3, size=64, seed=3)
+    return root
+
+
+@pytest.fixture
+def project(tmp_path: Path, good_data: Path) -> Project:
+    shutil.copytree(good_data, tmp_path / "data")
+    return Project(tmp_path, base_experiment(tmp_path / "data"))
+
+
+def run(project: Project, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY_"))}
+    environment |= {
+        "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(project.root / "cache"),
+        # Where Ray keeps what tells it of a running cluster: none here, whatever else runs on this machine.
+        "RAY_TMPDIR": str(project.root),
+    } | project.environment  # fmt: skip
+    command = [sys.executable, "-m", "orchestrator.run", str(project.write()), *options]
+    return subprocess.run(
+        command, cwd=project.root, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def files(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")} - {"experiment.yaml"}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "_") for name in CASES])
+def test_bad_input_is_named_with_its_place_and_mend(project: Project, case: Case) -> None:
+    case.spoil(project)
+    before = files(project.root)
+    done = run(project, "--preflight", "--json", *case.options)
+    assert done.returncode == 2, done.stderr
+    report = json.loads(done.stdout)
+    found = [finding for finding in report["findings"] if finding["code"].startswith(case.code)]
+    assert found, report["findings"]
+    place = f"{found[0]['file']} {found[0]['id']}"
+    assert case.place in place and case.words in found[0]["what"] and found[0]["mend"]
+    assert report["errors"] >= 1 and not report["ok"]
+    # Nothing was started, and nothing is left behind.
+    assert files(project.root) == before
+
+
+def test_every_kind_of_bad_input_has_a_case() -> None:
+    assert len(CASES) >= 40
+
+
+def test_a_good_project_has_no_findings_on_the_driver(project: Project) -> None:
+    from orchestrator.plan import Hardware, expand
+    from orchestrator.preflight import preflight
+    from orchestrator.spec import load_experiment
+
+    experiment = load_experiment(project.write())
+    plans = expand(experiment, Hardware(0, 2, 1), str(project.root / "runs"), project.root)
+    assert preflight(experiment, plans, verify_images=True) == []
+
+
+def test_all_findings_come_at_once_and_in_words_on_stderr(project: Project) -> None:
+    for name in ("a truncated JPEG", "an absolute file name", "an annotation of no image", "no tracking server"):
+        CASES[name].spoil(project)
+    project.edit(lambda document: document["images"][0].update(file_name=project.image().name))
+    project.edit(lambda document: document["images"][1].update(file_name="/etc/passwd"))
+    done = run(project, "--preflight")
+    assert done.returncode == 2
+    for code in ("image_truncated", "path_absolute", "annotation_orphan", "tracking_unreachable"):
+        assert done.stderr.count(f"[{code}]") == 1, done.stderr
+    assert "4 errors" in done.stderr
+
+
+def test_a_misspelt_field_of_the_experiment_is_corrected(project: Project) -> None:
+    project.experiment["trails"] = project.experiment.pop("trials")
+    done = run(project, "--preflight")
+    assert done.returncode == 2 and "did you mean 'trials'" in done.stderr
+
+
+def test_a_batch_that_does_not_divide_is_refused(project: Project) -> None:
+    project.experiment["trials"]["world_sizes"] = [1, 3]
+    done = run(project, "--preflight")
+    assert done.returncode == 2 and "does not divide among 3 workers" in done.stderr
+
+
+def test_a_model_config_that_would_run_code_is_refused(project: Project) -> None:
+    project.experiment["model"]["config"] = "my_config.py"
+    done = run(project, "--preflight")
+    assert done.returncode == 2 and "would run code" in done.stderr
+
+
+def test_yaml_that_would_run_code_is_refused(project: Project) -> None:
+    (project.root / "evil.yaml").write_text(f"name: !!python/object/apply:os.mkdir ['{project.root}/pwned']\n")
+    command = [sys.executable, "-m", "orchestrator.run", str(project.root / "evil.yaml"), "--dry-run"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "not valid YAML" in done.stderr
+    assert not (project.root / "pwned").exists()
+
+
+def test_a_server_that_never_answers_is_given_up_within_seconds(project: Project) -> None:
+    import socket
+    import time
+
+    from orchestrator.spec import parse_experiment
+    from orchestrator.tracking_checks import check_tracking
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://user:secret@127.0.0.1:{silent.getsockname()[1]}"
+        values: dict[str, Any] = {**project.experiment, "tracking": {"uri": address}}
+        started = time.monotonic()
+        (finding,) = check_tracking(parse_experiment(values, "test"))
+        assert time.monotonic() - started < 5
+    assert finding.level == "error" and "secret" not in finding.to_line()
+    values["tracking"]["offline"] = True
+    values["tracking"]["uri"] = "http://127.0.0.1:9"
+    assert [finding.level for finding in check_tracking(parse_experiment(values, "test"))] == ["warning"]
