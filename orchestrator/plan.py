@@ -132,10 +132,20 @@ def zoo_path(config: str) -> Path:
     )
 
 
+def is_zoo_file(path: Path) -> bool:
+    """Whether a config is one that detectron2 ships: installed code, as trusted as the package itself.
+
+    Some of them compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
+    """
+    package = importlib.util.find_spec("detectron2")
+    roots = (package.submodule_search_locations or []) if package else []
+    return any(path.resolve().is_relative_to(Path(root).resolve()) for root in roots)
+
+
 @cache
 def _flat_config(path: Path) -> dict[str, Any]:
     """A detectron2 YAML with its `_BASE_` chain, as dotted keys."""
-    values = read_yaml(path)
+    values = read_yaml(path, ignore_code=is_zoo_file(path))
     base = values.pop("_BASE_", None)
     flat = dict(_flat_config(path.parent / base)) if base else {}
 

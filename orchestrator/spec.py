@@ -253,9 +253,9 @@ class Experiment(_Model):
     trials: Trials = Trials()
     """World sizes, recipes, seeds."""
     protocol: Protocol = Protocol()
-    """What is measured."""
+    """What is measured, for how long, and against which target."""
     resources: Resources = Resources()
-    """What the workers run on."""
+    """What the workers run on: device, CPUs, loader processes, hosts."""
     tracking: Tracking = Tracking()
     """MLflow."""
     storage: Storage = Storage()
@@ -286,10 +286,26 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
     return parse_experiment(values, where=str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that holds a mapping, without running anything in it. Raises SpecError."""
+class _CodeIgnored(yaml.SafeLoader):
+    """Reads what a `!!python/…` tag stands on as null, and runs nothing."""
+
+
+_CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+
+
+def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping, without running anything in it.
+
+    Args:
+        path: The file.
+        ignore_code: Read a value that code would compute as null, instead of refusing the file.
+
+    Raises:
+        SpecError: The file cannot be read, is not YAML, or holds no mapping.
+    """
+    loader = _CodeIgnored if ignore_code else yaml.SafeLoader
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - both are safe loaders
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -354,3 +370,9 @@ def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
 def experiment_schema() -> dict[str, Any]:
     """JSON Schema of the experiment file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}
+
+
+if __name__ == "__main__":
+    import json
+
+    print(json.dumps(experiment_schema(), indent=2))

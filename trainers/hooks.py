@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
 from collections.abc import Callable
@@ -42,8 +43,7 @@ class ProgressHook:
     def __init__(self, plan: TrialPlan, send: Send) -> None:
         self.plan, self.send = plan, send
         self.printer = CommonMetricPrinter(plan.solver.max_iter)
-        self.steps = 0
-        self.seconds = 0.0
+        self._num_steps, self._seconds = 0, 0.0
 
     def due(self, iteration: int, ending: bool) -> bool:
         """Every log period, and whenever anything else closes a window."""
@@ -51,8 +51,9 @@ class ProgressHook:
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
         """Sends the window."""
-        self.steps += len(window.step_seconds)
-        self.seconds += sum(window.step_seconds)
+        measured = window.step_seconds[max(0, self.plan.throughput_warmup_iters - window.first_iteration) :]
+        self._num_steps += len(measured)
+        self._seconds += sum(measured)
         self.send(
             StepsDone,
             first_iteration=window.first_iteration,
@@ -71,6 +72,14 @@ class ProgressHook:
             loop.storage.iter -= 1
             self.printer.write()
             loop.storage.iter += 1
+        if loop.stop_reason and self._num_steps:
+            self._log_speed()
+
+    def _log_speed(self) -> None:
+        """The closing line of detectron2's logs, warm-up and hooks left out, on this rank."""
+        took = datetime.timedelta(seconds=int(self._seconds))
+        per_iteration = self._seconds / self._num_steps
+        logger.info("Overall training speed: %d iterations in %s (%.4f s / it)", self._num_steps, took, per_iteration)
 
 
 class EvaluationHook:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -36,11 +37,14 @@ def build_config(plan: TrialPlan) -> CfgNode:
     """
     cfg = get_cfg()
     own = Path(plan.config_file)
-    path = str(own) if own.is_absolute() else model_zoo.get_config_file(plan.config_file)
     try:
-        cfg.merge_from_file(path, allow_unsafe=False)
+        if own.is_absolute():
+            cfg.merge_from_file(str(own), allow_unsafe=False)
+        else:
+            # Files of the installed package are code like the rest of it, and some compute their values.
+            cfg.merge_from_file(model_zoo.get_config_file(plan.config_file), allow_unsafe=True)
         cfg.merge_from_list([part for item in plan.overrides.items() for part in item])
-    except (KeyError, ValueError, AssertionError) as error:
+    except (KeyError, ValueError, AssertionError, RuntimeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"model.config or model.overrides: {error}") from error
     if plan.weights is not None:
         cfg.MODEL.WEIGHTS = plan.weights

@@ -1,0 +1,109 @@
+"""The experiment file: what it accepts, what it refuses and with which words."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.spec import CONFIGS, DEFAULT_CONFIG, SpecError, experiment_schema, load_experiment, parse_experiment
+from tests.conftest import run_command, tiny_experiment
+
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+def test_there_are_shipped_experiments() -> None:
+    assert {path.name for path in SHIPPED} >= {
+        "demo.yaml",
+        "seed_1gpu_throughput.yaml",
+        "seed_8gpu_time_to_train.yaml",
+        "scale_out.yaml",
+    }
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_experiment_is_valid_and_named_as_its_file(path: Path) -> None:
+    assert load_experiment(path).name == path.stem
+
+
+def test_the_schema_file_is_current() -> None:
+    written = json.loads((CONFIGS / "experiment.schema.json").read_text(encoding="utf-8"))
+    assert written == experiment_schema(), "run `make schema`"
+
+
+def test_every_field_says_what_it_means() -> None:
+    schema = experiment_schema()
+    for model in [schema, *schema["$defs"].values()]:
+        for name, field in model["properties"].items():
+            assert field.get("description"), f"{model['title']}.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("trails.world_sizes=[1]", "trails: unknown key; did you mean 'trials'?"),
+        ("trials.worldsizes=[1]", "trials.worldsizes: unknown key; did you mean 'world_sizes'?"),
+        ("protocol.kind=thruput", "protocol.kind: Input should be 'throughput' or 'time_to_train'"),
+        ("name=../evil", "name: String should match pattern"),
+        ("trials.recipes=[quick]", "unknown recipe 'quick'; known: reference"),
+        ("trials.seeds=[1,1]", "seeds holds a value twice"),
+        ("data.coco2017=true", "give exactly one of"),
+        ("protocol.eval_period_epochs=1", "give eval_period_iterations or eval_period_epochs, not both"),
+        ("name", "write it as KEY=VALUE"),
+        ("name.first=x", "name has no fields to set"),
+    ],
+)
+def test_a_wrong_assignment_is_refused_with_its_place(assignment: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_experiment(DEFAULT_CONFIG, [assignment])
+    assert message in str(caught.value)
+
+
+def test_an_assignment_sets_a_field_and_one_detectron2_key() -> None:
+    experiment = load_experiment(
+        DEFAULT_CONFIG, ["trials.world_sizes=[4, 8]", "model.overrides.SOLVER.BASE_LR=0.5", "protocol.target_box_ap=1"]
+    )
+    assert experiment.trials.world_sizes == [4, 8]
+    assert experiment.model.overrides["SOLVER.BASE_LR"] == 0.5
+    assert experiment.protocol.target_box_ap == 1
+
+
+def test_yaml_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("name: !!python/object/apply:os.getcwd []\n", encoding="utf-8")
+    with pytest.raises(SpecError, match="not valid YAML"):
+        load_experiment(path)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(SpecError, match="must hold a mapping"):
+        load_experiment(path)
+
+
+def test_all_errors_are_told_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_experiment(tiny_experiment(name="a b", nonsense=1), "x")
+    assert "name:" in str(caught.value) and "nonsense: unknown key" in str(caught.value)
+
+
+def test_a_misspelt_key_ends_the_command_with_2_and_the_right_spelling(tmp_path: Path) -> None:
+    done = run_command("--set", "trials.world_size=[1]", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean 'world_sizes'?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", ["--help", "--dry-run"])
+def test_a_quick_answer_imports_nothing_heavy(argument: str) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['run', sys.argv[1]]\n"
+        "try: runpy.run_module('orchestrator.run', run_name='__main__')\n"
+        "except SystemExit as error: assert not error.code, error.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'detectron2', 'cv2'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
