@@ -73,7 +73,10 @@ class FindingList:
         finding = Finding(
             finding.level,
             finding.code,
-            *(printable(text) for text in (finding.file, finding.id, finding.what, finding.mend)),
+            printable(finding.file),
+            printable(finding.id),
+            # A tree of folders takes lines of its own; names from a data set are quoted in what is said.
+            *("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.mend)),
         )
         key = (finding.file, finding.code)
         self._seen[key] += 1
@@ -150,9 +153,6 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 def printable(text: str) -> str:
     """Replaces what a terminal would obey or an encoder refuse (control characters, lone surrogates) by its escape."""
-    if text.isprintable():
-        return text
     return "".join(
-        character if character.isprintable() or character == "\n" else character.encode("unicode_escape").decode()
-        for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

@@ -1,0 +1,333 @@
+"""`data check` finds what is wrong with a data set, all of it, quickly, and remembers what has not changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from orchestrator import coco_checks
+from orchestrator.coco_checks import Split, check_split
+from orchestrator.data import app
+from orchestrator.findings import MAX_LISTED, Finding, FindingList, print_findings, printable
+from orchestrator.generate import dataset_paths, generate
+from orchestrator.image_files import check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXCERPT = REPOSITORY.parent / "shared" / "data" / "coco"
+
+needs_excerpt = [
+    pytest.mark.shared,
+    pytest.mark.skipif(not EXCERPT.is_dir(), reason="the real COCO excerpt of ../shared is not here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    generate(tmp_path / "set", num_train=6, num_val=4, size=48, crowd_fraction=0.5, seed=5)
+    return tmp_path / "set"
+
+
+def check(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(app, ["check", str(path), "--json", *options])
+    return done.exit_code, json.loads(done.stdout)
+
+
+def codes(report: dict[str, Any]) -> list[str]:
+    return [finding["code"] for finding in report["findings"]]
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+
+
+def spoil_four(root: Path) -> None:
+    """One image truncated, one annotation pointing nowhere, one polygon of four numbers, one absolute path."""
+    paths = dataset_paths(root)
+
+    def change(document: dict[str, Any]) -> None:
+        document["images"][1]["file_name"] = "/etc/passwd"
+        whole = [entry for entry in document["annotations"] if not entry["iscrowd"]]
+        whole[0]["image_id"] = 10**9
+        whole[1]["segmentation"] = [[1, 1, 5, 5]]
+
+    image = sorted(paths.train_images.iterdir())[0]
+    edit(paths.train_json, change)
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+
+
+FOUR = ["annotation_orphan", "image_truncated", "path_absolute", "polygon_short"]
+
+
+def test_a_good_set_passes_and_is_counted(root: Path) -> None:
+    code, report = check(root)
+    assert (code, report["findings"], report["ok"]) == (0, [], True)
+    assert [split["num_images"] for split in report["splits"]] == [6, 4]
+    assert all(split["num_crowd"] for split in report["splits"])
+
+
+def test_the_folder_above_a_set_named_coco_will_do(root: Path) -> None:
+    shutil.move(root, root.parent / "above" / "coco")
+    assert check(root.parent / "above")[0] == 0
+
+
+def test_one_annotation_file_can_be_checked_by_itself(root: Path) -> None:
+    paths = dataset_paths(root)
+    assert check(paths.val_json, "--images", str(paths.val_images))[0] == 0
+    code, report = check(paths.val_json)
+    assert code == 2 and codes(report) == ["image_missing"] and "none of the 4 images" in report["findings"][0]["what"]
+
+
+def test_the_four_faults_and_nothing_else_are_listed(root: Path) -> None:
+    spoil_four(root)
+    code, report = check(root)
+    errors = [finding["code"] for finding in report["findings"] if finding["level"] == "error"]
+    assert code == 2 and sorted(errors) == FOUR
+
+
+@pytest.mark.parametrize("case", [pytest.param(None, marks=needs_excerpt)])
+def test_the_real_excerpt_passes_and_with_four_faults_exactly_those_are_listed(tmp_path: Path, case: None) -> None:
+    command = [sys.executable, "-m", "orchestrator.data", "check", "--json"]
+    done = subprocess.run([*command, str(EXCERPT)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert set(codes(json.loads(done.stdout))) <= {"counts_differ"}
+    shutil.copytree(EXCERPT, tmp_path / "coco", copy_function=shutil.copyfile)
+    for folder, _, names in os.walk(tmp_path / "coco"):
+        for path in (Path(folder), *(Path(folder) / name for name in names)):
+            path.chmod(0o755)
+    spoil_four(tmp_path / "coco")
+    done = subprocess.run(
+        [*command, str(tmp_path / "coco")], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    errors = [finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "error"]
+    assert sorted(finding["code"] for finding in errors) == FOUR
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (b"", "json_invalid", "empty"),
+        (b'{"images": [{"id": 1, "file', "json_truncated", "at byte "),
+        (b'{"images": ]', "json_invalid", "at byte 11 of 12"),
+        ('{"images": "ä", ]'.encode(), "json_invalid", "at byte 17 of 18"),
+        (b"[1, 2]", "json_structure", "holds a list"),
+        (b"\xff\xfe\x00", "json_invalid", "UTF-8"),
+        (b'{"images": 3, "annotations": [], "categories": null}', "json_structure", "'images' is a int"),
+        (b'{"images": [7], "annotations": ["x"], "categories": [{}]}', "json_structure", "entry 0 of 'images'"),
+        (b"[" * 200_000, "json_invalid", "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_annotation_file_is_told_from_where(
+    root: Path, content: bytes, code: str, words: str
+) -> None:
+    paths = dataset_paths(root)
+    paths.val_json.write_bytes(content)
+    report = check_split(Split(paths.val_json, paths.val_images, for_scoring=True))
+    assert code in [finding.code for finding in report.findings]
+    assert any(words in finding.what for finding in report.findings), report.findings
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"id": "7"}, "annotation_entry"),
+        ({"image_id": True}, "annotation_entry"),
+        ({"id": 2**70}, "annotation_entry"),
+        ({"bbox": None}, "box_entry"),
+        ({"bbox": [1, 2, 3]}, "box_entry"),
+        ({"bbox": ["1", 2, 3, 4]}, "box_entry"),
+        ({"bbox": [float("inf"), 2, 3, 4]}, "box_not_finite"),
+        ({"segmentation": "x"}, "mask_entry"),
+        ({"segmentation": [1, 2, 3, 4, 5, 6]}, "polygon_entry"),
+        ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "polygon_entry"),
+        ({"segmentation": [[]]}, "polygon_short"),
+        ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "polygon_not_finite"),
+        ({"segmentation": {"size": [48, 48], "counts": "zzz"}}, "rle_invalid"),
+        ({"segmentation": {"size": [48, 48], "counts": [1, 2]}}, "rle_invalid"),
+        ({"segmentation": {"size": [48, 48], "counts": [-5, 48 * 48 + 5]}}, "rle_invalid"),
+        ({"segmentation": {"counts": [48 * 48]}}, "rle_invalid"),
+        ({"iscrowd": 5}, "annotation_entry"),
+        ({"iscrowd": None}, "iscrowd_missing"),
+        ({"area": None}, "area_missing"),
+        ({"area": float("nan")}, "area_missing"),
+        ({"id": 0}, "annotation_id_zero"),
+    ],
+)
+def test_an_annotation_of_the_wrong_kind_is_named(root: Path, change: dict[str, Any], code: str) -> None:
+    paths = dataset_paths(root)
+    edit(paths.val_json, lambda document: document["annotations"][1].update(change))
+    found = check_split(Split(paths.val_json, paths.val_images, for_scoring=True)).findings
+    assert [finding.code for finding in found] == [code]
+    assert found[0].id in ("annotation 2", "annotation 0", "annotations[1]")
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("/etc/passwd", "path_absolute"),
+        ("C:\\x.jpg", "path_absolute"),
+        ("a/../../x.jpg", "path_parent"),
+        ("..\\x.jpg", "path_parent"),
+        ("a\0b", "path_invalid"),
+        ("\udc80.jpg", "path_invalid"),
+        ("x" * 5000, "path_invalid"),
+        ("a..b/c...jpg", None),
+        ("deep/er/x.jpg", None),
+    ],
+)
+def test_a_name_stays_inside_the_image_folder(name: str, code: str | None) -> None:
+    problem = check_name(name)
+    assert (problem and problem.code) == code
+
+
+def test_a_linked_folder_inside_is_not_followed_out(root: Path, tmp_path: Path) -> None:
+    paths = dataset_paths(root)
+    (tmp_path / "outside").mkdir()
+    shutil.copy(next(paths.train_images.iterdir()), tmp_path / "outside" / "x.jpg")
+    (paths.train_images / "more").symlink_to(tmp_path / "outside")
+    edit(paths.train_json, lambda document: document["images"][0].update(file_name="more/x.jpg"))
+    assert codes(check(root)[1]) == ["path_link"]
+
+
+def test_images_in_subfolders_and_of_other_formats_are_read(root: Path) -> None:
+    paths = dataset_paths(root)
+    (paths.train_images / "sub").mkdir()
+    Image.new("L", (48, 48)).save(paths.train_images / "sub" / "grey.png")
+    edit(paths.train_json, lambda document: document["images"][0].update(file_name="sub/grey.png"))
+    assert check(root, "--verify-images")[0] == 0
+
+
+def test_a_jpeg_with_bytes_after_its_end_is_whole(root: Path) -> None:
+    image = next(dataset_paths(root).train_images.iterdir())
+    image.write_bytes(image.read_bytes() + b"\0" * 100)
+    assert check(root)[0] == 0
+
+
+def test_a_name_that_differs_in_case_is_suggested(root: Path) -> None:
+    paths = dataset_paths(root)
+    image = sorted(paths.train_images.iterdir())[0]
+    image.rename(image.with_suffix(".JPG"))
+    (finding,) = check(root)[1]["findings"]
+    assert finding["code"] == "image_missing" and "differs in case only" in finding["mend"]
+
+
+def test_a_slip_in_the_datasets_folder_is_recognised(root: Path) -> None:
+    shutil.move(root, root.parent / "datasets" / "coco")
+    (root.parent / "datasets" / "coco" / "coco").mkdir()
+    code, report = check(root.parent / "datasets" / "coco" / "coco")
+    assert code == 2 and codes(report) == ["layout"]
+    assert f"DETECTRON2_DATASETS={root.parent / 'datasets'}" in report["findings"][0]["mend"]
+
+
+def test_half_a_layout_is_an_error_and_a_lone_part_a_warning(root: Path) -> None:
+    paths = dataset_paths(root)
+    shutil.rmtree(paths.val_images)
+    code, report = check(root)
+    assert code == 2 and "val2017/  missing" in report["findings"][0]["what"]
+    paths.val_json.unlink()
+    code, report = check(root)
+    assert code == 0 and [finding["level"] for finding in report["findings"]] == ["warning"]
+
+
+def test_quirks_of_the_published_coco_do_not_stop_a_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = dataset_paths(root)
+    edit(paths.train_json, lambda document: document["annotations"][0].update(bbox=[1, 1, 5, 0]))
+    num_annotations = len(json.loads(paths.train_json.read_text())["annotations"])
+    monkeypatch.setattr(coco_checks, "OFFICIAL_CATEGORIES", frozenset({1, 2, 3}))
+    split = Split(paths.train_json, paths.train_images)
+    levels = {finding.code: finding.level for finding in check_split(split).findings}
+    assert levels == {"box_empty": "error", "counts_differ": "warning"}
+    monkeypatch.setattr(coco_checks, "OFFICIAL_COUNTS", {"instances_train2017.json": (6, num_annotations)})
+    assert [finding.level for finding in check_split(split).findings] == ["warning"]
+
+
+def test_many_alike_are_counted_not_listed(root: Path) -> None:
+    paths = dataset_paths(root)
+    generate(root.parent / "many", num_train=40, num_val=1, size=32)
+    paths = dataset_paths(root.parent / "many")
+    for image in paths.train_images.iterdir():
+        image.write_bytes(b"")
+    found = check_split(Split(paths.train_json, paths.train_images)).findings
+    assert len(found) == 40  # one per file: each file is a place of its own
+    edit(paths.train_json, lambda document: [entry.update(category_id=9) for entry in document["annotations"]])
+    unknown = [
+        f for f in check_split(Split(paths.train_json, paths.train_images)).findings if f.code == "category_unknown"
+    ]
+    assert len(unknown) == MAX_LISTED + 1 and unknown[-1].what.startswith("and ")
+
+
+def test_a_large_set_is_checked_by_several_processes_and_remembered(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = root.parent / "large"
+    generate(large, num_train=2500, num_val=1, size=16, distinct_images=50, shapes_per_image=(1, 2))
+    paths = dataset_paths(large)
+    split, seen = Split(paths.train_json, paths.train_images), []
+    first = check_split(split, on_progress=lambda done, total: seen.append((done, total)))
+    assert (first.findings, first.from_cache, seen[-1]) == ([], False, (2500, 2500))
+    again = check_split(split)
+    assert again.from_cache and again.summary == first.summary
+    assert not check_split(split, verify_images=True).from_cache  # more was asked than is known
+    assert check_split(split, verify_images=True).from_cache
+    # A changed image, of the same size even, is looked at again; so is a changed annotation file.
+    victim = sorted(paths.train_images.iterdir())[7]
+    content = victim.read_bytes()
+    victim.unlink()
+    victim.write_bytes(content[:-2] + b"xx")
+    assert [finding.code for finding in check_split(split).findings] == ["image_truncated"]
+    victim.write_bytes(content)
+    edit(paths.train_json, lambda document: document["annotations"][0].update(category_id=77))
+    assert [finding.code for finding in check_split(split).findings] == ["category_unknown"]
+    assert [finding.code for finding in check_split(split).findings] == ["category_unknown"]
+    # A damaged cache is no obstacle.
+    for entry in coco_checks.cache_folder().iterdir():
+        entry.write_text("{")
+    assert not check_split(split).from_cache
+
+
+def test_control_characters_of_a_name_never_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = FindingList()
+    findings.error("image_missing", "a\x1b[2Jb\udc80", "image 1\nerror [faked]", "not \x07 there", "Copy it")
+    from rich.console import Console
+
+    for force in (True, False):
+        print_findings(findings.to_list(), Console(file=sys.stdout, force_terminal=force, width=200, color_system=None))
+        shown = capsys.readouterr().out
+        assert "\x1b[2J" not in shown and "\x07" not in shown and "\nerror [faked]" not in shown
+    assert printable("größer") == "größer"
+
+
+def test_markup_in_a_name_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    finding = Finding("error", "image_missing", "[bold]x[/bold].jpg", "", "gone", "Copy it")
+    print_findings([finding], Console(file=sys.stdout, force_terminal=True, width=200, color_system=None))
+    assert "[bold]x[/bold].jpg" in capsys.readouterr().out
+
+
+def test_help_answers_at_once_without_heavy_imports() -> None:
+    started = time.monotonic()
+    heavy = {"torch", "ray", "cv2", "PIL", "numpy", "mlflow"}
+    code = f"import sys, orchestrator.data, orchestrator.preflight; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and time.monotonic() - started < 10
