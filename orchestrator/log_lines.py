@@ -20,6 +20,7 @@ _HEAD = re.compile(
     r"^\[(?P<month>\d\d)/(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
     r"(?: (?P<short>[\w.]+))?\]:? *(?:(?P<name>[\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(?P<text>.*)$"
 )
+_HEAD_WITHIN = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d(?: [\w.]+)?\]")
 _WHOLE_SCORES = re.compile(r"copypaste: (?:(?:-?\d+\.\d{4}|nan),)+(?:-?\d+\.\d{4}|nan)$")
 
 
@@ -61,8 +62,10 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
         raise ReplayError(f"{path}: cannot be read: {error}") from error
     text = _ANSI.sub("", raw.decode("utf-8", errors="replace"))
     notes = []
-    lines = text.split("\n")
     # splitlines() would also break at characters that stand within messages.
+    lines, torn = _whole_lines(text.split("\n"))
+    if torn:
+        notes.append(f"{torn} lines that another line broke into were left out")
     if lines and lines[-1] and not _WHOLE_SCORES.search(lines[-1]):
         notes.append("the last line is cut off and was left out")
         lines.pop()
@@ -85,6 +88,18 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
     if not messages:
         raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
     return messages, notes
+
+
+def _whole_lines(lines: list[str]) -> tuple[list[str], int]:
+    """The lines without beginnings that another dated line cut off, and how many those were."""
+    whole, torn = [], 0
+    for line in lines:
+        heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:LONGEST_LINE])]
+        if heads and heads[-1] > 0:
+            torn += 1
+            line = line[heads[-1] :]
+        whole.append(line)
+    return whole, torn
 
 
 class _Calendar:

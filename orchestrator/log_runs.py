@@ -23,6 +23,9 @@ _TOTAL = re.compile(r"Total training time: (.+?) \((.+?) on hooks\)")
 _IMAGES_LEFT = re.compile(r"Removed \d+ images with no usable annotations\. (\d+) images left")
 _IMAGES_LOADED = re.compile(r"Loaded (\d+) images in COCO format from")
 _SEED = re.compile(r"Using a (?:generated )?random seed (\d+)")
+_MOMENT = 2.0
+"""Seconds that lines of one process may stand out of order."""
+
 _MACHINES = re.compile(r"num_machines=(\d+)")
 
 
@@ -70,6 +73,8 @@ class Launch:
         evaluations: Its evaluations.
         overall: The closing (iterations, seconds per iteration).
         total_seconds: The closing training time, hooks included.
+        total_told: When it was printed.
+        clock_jumped: Whether a line is dated more than a moment before the one above it.
         hook_seconds: Of which on hooks.
         failed: Its error, or "".
     """
@@ -90,6 +95,8 @@ class Launch:
     evaluations: list[LoggedEvaluation] = field(default_factory=list)
     overall: tuple[int, float] | None = None
     total_seconds: float | None = None
+    total_told: float | None = None
+    clock_jumped: bool = False
     hook_seconds: float | None = None
     failed: str = ""
 
@@ -147,10 +154,24 @@ def find_runs(source: Path, messages: Sequence[Message], notes: Sequence[str]) -
         raise ReplayError(f"{source}: a detectron2 log without training: no start and no progress line")
     if dropped:
         runs[0].notes.append(f"{dropped} starts that never came to training were left out")
+    for run in runs:
+        if any(_clock_is_wrong(launch) for launch in run.launches):
+            run.dated = False
+            run.notes.append("the log's clock jumps: its times are not to be trusted, and none is given")
     if len(runs) > 1:
         for run in runs:
             run.notes.append(f"the file holds {len(runs)} runs, told one by one")
     return runs
+
+
+def _clock_is_wrong(launch: Launch) -> bool:
+    """Whether a launch's dates go back, or disagree with the training time that it closes with."""
+    if launch.clock_jumped or launch.ended < launch.began:
+        return True
+    if launch.total_seconds is None or launch.total_told is None or launch.loop_started is None:
+        return False
+    by_dates = launch.total_told - launch.loop_started
+    return abs(by_dates - launch.total_seconds) > max(60.0, 0.01 * launch.total_seconds)
 
 
 def _goes_on(before: Launch, after: Launch) -> bool:
@@ -188,7 +209,8 @@ def _launches(source: Path, messages: Sequence[Message]) -> list[Launch]:
             again.num_train_images, again.num_val_images = current.num_train_images, current.num_val_images
             launches.append(again)
         current = launches[-1]
-        current.ended = max(current.ended, message.time)
+        current.clock_jumped |= message.time < current.ended - _MOMENT
+        current.ended = message.time
         if world and world[1] == "0":
             current.world_size = int(world[2])
         elif start:
@@ -239,6 +261,7 @@ def _add_fact(launch: Launch, message: Message) -> None:
         launch.overall = int(overall[1]), float(overall[3])
     elif total := _TOTAL.search(text):
         launch.total_seconds, launch.hook_seconds = duration(total[1]), duration(total[2])
+        launch.total_told = message.time
     elif text.startswith("Running with full config"):
         launch.config_yaml = "\n".join(message.more)
         launch.config = flat_config(message.more)

@@ -48,14 +48,11 @@ class Replayed:
     result: TrialResult
 
 
-def replay(
-    logs: Sequence[Path], run_dir: Path, targets: Targets | None = None, year: int | None = None
-) -> list[Replayed]:
+def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | None = None) -> list[Replayed]:
     """Reads the runs of some logs.
 
     Args:
         logs: Files (log.txt, or metrics.json alone) or folders that hold them.
-        run_dir: Folder that the trials' folders are in.
         targets: AP that counts as trained; None for the task's public one, where it has one.
         year: Year of the logs' first lines; None to guess it.
 
@@ -65,8 +62,8 @@ def replay(
     found = [(path, run) for log in logs for path in [_file(log)] for run in _runs(path, year)]
     names = _names(found)
     told = [
-        replayed_events(run, name, targets or known_targets(run), str(run_dir / name))
-        for (_, run), name in zip(found, names, strict=True)
+        replayed_events(run, name, targets or known_targets(run), str(path.absolute().parent))
+        for (path, run), name in zip(found, names, strict=True)
     ]
     plans = _comparable([plan for plan, _ in told], [run for _, run in found])
     replayed = []
@@ -167,7 +164,7 @@ def _comparable(plans: Sequence[TrialPlan], runs: Sequence[LoggedRun]) -> list[T
     return kept
 
 
-def _write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path) -> None:
+def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path) -> None:
     """Leaves what a run of ours leaves: record, report, table, AI-Rank's files, MLPerf's log, the log itself."""
     run_dir.mkdir(parents=True, exist_ok=True)
     result.write(run_dir / "results.json")
@@ -180,12 +177,25 @@ def _write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path
         shutil.copyfile(one.source, folder / one.source.name if one.source.suffix == ".json" else folder / "log.txt")
 
 
-def _track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
-    """Puts the runs into MLflow, once however often it is asked; returns the store."""
+def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
+    """Puts the runs into MLflow as reference runs, once however often it is asked.
+
+    Args:
+        result: Their record, written into `run_dir` already.
+        replayed: The runs.
+        run_dir: Folder for the events that tracking is fed from.
+        uri: The store; None for the one runs of ours go to.
+
+    Returns:
+        The store.
+    """
     from orchestrator.outbox import FILE_NAME, Outbox
     from orchestrator.tracking import Tracker, tracking_uri
 
-    content = hashlib.sha256(b"".join(one.source.read_bytes() for one in replayed)).hexdigest()[:16]
+    # The same logs read in the same way are the same run.
+    content = hashlib.sha256(repr([one.plan for one in replayed]).encode())
+    for one in replayed:
+        content.update(one.source.read_bytes())
     began = min(one.events[0].time for one in replayed)
     ended = max(one.events[-1].time for one in replayed)
     whole: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1}
@@ -193,7 +203,7 @@ def _track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path
     tags = {"run.kind": "reference", "run.source": ", ".join(one.source.name for one in replayed)}
     (run_dir / FILE_NAME).unlink(missing_ok=True)
     Outbox(run_dir / FILE_NAME).append(
-        RunStarted(**whole, time=began, experiment=experiment, run_id=f"replay-{content}", tags=tags),
+        RunStarted(**whole, time=began, experiment=experiment, run_id=f"replay-{content.hexdigest()[:16]}", tags=tags),
         *(event for one in replayed for event in one.events),
         RunEnded(**whole, time=ended, status="FINISHED"),
     )
@@ -206,7 +216,7 @@ def _track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path
 def main(
     logs: Annotated[list[Path], typer.Argument(help="detectron2's log.txt, metrics.json, or folders with them.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the table.")] = False,
-    track: Annotated[bool, typer.Option("--track", help="Put the runs into MLflow as reference runs.")] = False,
+    as_reference: Annotated[bool, typer.Option("--track", help="Put the runs into MLflow as reference runs.")] = False,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default as for runs of ours.")] = None,
     experiment: Annotated[str, typer.Option(help="Name of the experiment in the record and in MLflow.")] = "replay",
     mllog: Annotated[Path | None, typer.Option(help="Write MLPerf log lines of the run here.")] = None,
@@ -225,7 +235,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="replay-") as aside:
         run_dir = (output or Path(aside)).absolute()
         try:
-            replayed = replay(logs, run_dir, targets, year)
+            replayed = replay(logs, targets, year)
         except ReplayError as error:
             told.print(f"[red]error:[/red] {escape(str(error))}")
             raise typer.Exit(2) from error
@@ -233,10 +243,10 @@ def main(
             told.print(f"[red]error:[/red] --mllog takes one run, as MLPerf's log holds one; here are {len(replayed)}")
             raise typer.Exit(2)
         result = experiment_result(experiment, replayed, sys.argv)
-        _write(result, replayed, run_dir)
+        write(result, replayed, run_dir)
         if mllog is not None:
             mllog.write_text(mllog_text(replayed[0].plan, replayed[0].events, replayed[0].result), encoding="utf-8")
-        store = _track(result, replayed, run_dir, tracking_uri) if track else None
+        store = track(result, replayed, run_dir, tracking_uri) if as_reference else None
     if as_json:
         print(result.model_dump_json(indent=2))
         return

@@ -67,7 +67,7 @@ def replayed_events(run: LoggedRun, name: str, targets: Targets, trial_dir: str)
         run: The run.
         name: Name for it.
         targets: What counts as trained.
-        trial_dir: Folder of its trial.
+        trial_dir: Folder of its log.
     """
     plan, unknown = _plan(run.launches[0], name, targets, trial_dir)
     return plan, _Teller(run, plan, unknown).events()
@@ -100,9 +100,7 @@ class _Teller:
 
     def _judge_start(self, first: Launch) -> None:
         if not self.run.dated:
-            self.unknown += [
-                "evaluation_seconds", "data_wait_share", "rate_curve_source", "drift_ratio", "evaluations_clock",
-            ]  # fmt: skip
+            self.unknown += ["evaluation_seconds", "data_wait_share", "evaluations_clock"]
         elif first.first_iteration is None:
             self.notes.append("the log has no start of training: start-up and times from the start are not known")
         elif first.first_iteration > 0:
@@ -222,12 +220,12 @@ class _Teller:
             unknown=tuple(self.unknown), notes=tuple(dict.fromkeys(self.notes)),
         )  # fmt: skip
         planned = last.number("SOLVER.MAX_ITER")
-        if not self.run.dated:
-            self._tell(LoopFinished, 0.0, iteration=last.iterations or 0, reason="interrupted", state_sha256="")
-            reason = f"the log ends after iteration {last.iterations}"
-            self._tell(TrialEnded, 0.0, -1, status="KILLED", reason=reason)
-        elif last.overall:
-            self._tell(LoopFinished, last.ended, iteration=last.iterations or 0, reason="max_iter", state_sha256="")
+        done = last.iterations or 0
+        if last.overall or not self.run.dated:
+            # Without windows of steps, the end alone tells how far it came.
+            end = "max_iter" if last.overall else "interrupted"
+            self._tell(LoopFinished, last.ended, iteration=done, reason=end, state_sha256="")
+        if last.overall:
             self._tell(TrialEnded, last.ended, -1, status="FINISHED", reason="")
         else:
             of = f" of {planned:.0f}" if planned else ""
