@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich import box
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.results import ExperimentResult, TrialResult
 from trainers import clock
@@ -27,16 +30,16 @@ DEFINITIONS = "docs/measurement.md"
 """Where every column is defined."""
 
 HEADINGS = (
-    "Run",
-    "Workers",
-    "Time to train, box (s)",
-    "Time to train (s)",
-    "Images/s",
-    "Box AP",
-    "Mask AP",
-    "Speed-up",
-    "Efficiency",
-)
+    "Run", "Workers", "Time to train, box (s)", "Time to train (s)", "Images/s", "Box AP", "Mask AP", "Speed-up",
+    "Efficiency", "Cost", "Cost to target",
+)  # fmt: skip
+SHORT_HEADINGS = (
+    "Run", "Work\ners", "Box\ntarget", "Target\n(s)", "Images\n/s", "Box\nAP", "Mask\nAP", "Speed\nup", "Effi-\nciency",
+    "Cost", "to\ntarget",
+)  # fmt: skip
+"""The same for a terminal of 80 columns."""
+COST_COLUMNS = 2
+"""Columns at the end that are there only where a price is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Row:
         mask_ap: The same for masks.
         speed_up: Throughput over that of the smallest world size.
         efficiency: Speed-up over the ratio of the world sizes; 1 is ideal.
+        cost: What the accelerators of one trial cost, in the currency of the experiment's price, median.
+        cost_to_target: The same to the targets; a repeat that missed them counts as infinite.
         status: Worst status of the trials; "" for references.
         note: Why a figure is missing, for a person; or the reference's source.
     """
@@ -70,14 +75,17 @@ class Row:
     mask_ap: float | None
     speed_up: float | None
     efficiency: float | None
+    cost: float | None
+    cost_to_target: float | None
     status: str
     note: str
 
-    def cells(self) -> tuple[str, ...]:
-        """The cells under `HEADINGS`, as text."""
+    def cells(self, *, with_costs: bool = False) -> tuple[str, ...]:
+        """The cells under `HEADINGS`, as text; those of the costs on request."""
         runs = f" (median of {self.num_trials})" if self.num_trials > 1 else ""
         failed = f" [{self.status}]" if self.status not in ("", "FINISHED") else ""
         reference = " (reference)" if self.kind == "reference" else ""
+        costs = (number_text(self.cost, 2), number_text(self.cost_to_target, 2)) if with_costs else ()
         return (
             self.name + runs + failed + reference,
             str(self.workers),
@@ -88,7 +96,16 @@ class Row:
             number_text(self.mask_ap, 2),
             number_text(self.speed_up, 2),
             percent_text(self.efficiency),
+            *costs,
         )
+
+
+def table_cells(result: ExperimentResult, headings: Sequence[str] = HEADINGS) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table as people see it; columns of costs only where a price is known."""
+    rows = table_rows(result)
+    priced = any(row.cost is not None for row in rows)
+    shown = list(headings if priced else headings[:-COST_COLUMNS])
+    return shown, [list(row.cells(with_costs=priced)) for row in rows]
 
 
 def table_rows(result: ExperimentResult) -> list[Row]:
@@ -111,6 +128,8 @@ def table_rows(result: ExperimentResult) -> list[Row]:
                 mask_ap=reference.mask_ap,
                 speed_up=None,
                 efficiency=None,
+                cost=None,
+                cost_to_target=None,
                 status="",
                 note=reference.source,
             )
@@ -118,27 +137,36 @@ def table_rows(result: ExperimentResult) -> list[Row]:
     return rows
 
 
-def closing_table(result: ExperimentResult) -> Table:
-    """The table for a terminal; notes on missing figures stand below it."""
-    table = Table(title=escape(result.experiment), caption_justify="left", title_justify="left")
-    for position, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if position == 0 else "right", overflow="fold")
+def closing_table(result: ExperimentResult) -> Group:
+    """The table for a terminal of 80 columns, with notes on missing figures below it; no name is broken.
+
+    Columns that the seed's table has not are left out where they are empty, or where costs need their place.
+    """
+    headings, cells = table_cells(result, SHORT_HEADINGS)
     rows = table_rows(result)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row.cells()), style="dim" if row.kind == "reference" else None)
-    notes = [f"{row.name}: {row.note}" for row in rows if row.note]
-    if notes:
-        table.caption = escape("\n".join(notes))
-    return table
+    empty = {n for n in (2, 7, 8) if {line[n] for line in cells} <= {NOT_MEASURED}}
+    left_out = empty | ({2, 7} if len(headings) == len(HEADINGS) else set())
+    shown = [n for n in range(len(headings)) if n not in left_out]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for n in shown:
+        if n == 0:
+            table.add_column(headings[n], min_width=max((len(w) for line in cells for w in line[0].split()), default=0))
+        else:
+            table.add_column(headings[n], justify="right", no_wrap=True)
+    for row, line in zip(rows, cells, strict=True):
+        table.add_row(*(escape(line[n]) for n in shown), style="dim" if row.kind == "reference" else None)
+    notes = [Text(f"{row.name}: {row.note}", style="dim") for row in rows if row.note]
+    return Group(Text(result.experiment, style="bold"), table, *notes)
 
 
 def markdown_table(result: ExperimentResult) -> str:
     """The table as Markdown, with its notes and the place of the definitions, ending in a newline."""
     rows = table_rows(result)
+    headings, cells = table_cells(result)
     lines = [
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "|".join(":---" if position == 0 else "---:" for position in range(len(HEADINGS))) + "|",
-        *("| " + " | ".join(escape_markdown(cell) for cell in row.cells()) + " |" for row in rows),
+        "| " + " | ".join(headings) + " |",
+        "|" + "|".join(":---" if position == 0 else "---:" for position in range(len(headings))) + "|",
+        *("| " + " | ".join(escape_markdown(cell) for cell in line) + " |" for line in cells),
         "",
         *(f"- {escape_markdown(row.name)}: {escape_markdown(row.note)}" for row in rows if row.note),
     ]
@@ -225,6 +253,8 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
         mask_ap=_median([mask for _, mask in aps]),
         speed_up=scaling.speed_up if scaling else None,
         efficiency=scaling.efficiency if scaling else None,
+        cost=_median([t.cost for t in trials]),
+        cost_to_target=_median_with_misses([t.cost_to_target for t in trials]),
         status=worst,
         note="; ".join(notes),
     )

@@ -1,0 +1,141 @@
+"""Several experiments side by side: what differs in their configs and results, and whether it is more than noise.
+
+The trap it protects against: two single runs differ by chance, and a table of their figures looks like a finding. A
+difference is called more than noise only where repeats, or at least the spread within the runs, say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.records import TrialResult
+from orchestrator.run_folder import RunFolder
+from orchestrator.scaling import compare
+from orchestrator.spread import Interval, ratio_between_repeats
+from orchestrator.table import number_text, rate_text, seconds_text
+from trainers import clock
+
+FIGURES = {
+    "images_per_second": ("images/s", rate_text),
+    "time_to_train_seconds": ("time to train (s)", seconds_text),
+    "box_ap": ("box AP", lambda value: number_text(value, 2)),
+    "mask_ap": ("mask AP", lambda value: number_text(value, 2)),
+}
+"""Figures that are compared, by their name in a trial's record: what they are called, and how they are written."""
+
+IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows")
+"""Parts of an experiment that change no figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One figure of one world size in two experiments.
+
+    Attributes:
+        what: Recipe, kind of scaling and workers.
+        figure: Name of the figure.
+        base: Its value in the experiment compared with, as text.
+        other: In the other one.
+        ratio: The other over the base, with its 95 % interval where there is one.
+        verdict: Whether that is more than noise.
+        other_label: Which experiment the other is.
+    """
+
+    what: str
+    figure: str
+    base: str
+    other: str
+    ratio: str
+    verdict: str
+    other_label: str
+
+
+def labels(runs: Sequence[RunFolder]) -> list[str]:
+    """A short name for each run: its experiment, and its folder where two are of the same."""
+    names = [run.result.experiment for run in runs]
+    if len(set(names)) == len(names):
+        return names
+    labels = [f"{run.result.experiment} {run.path.name}" for run in runs]
+    return labels if len(set(labels)) == len(labels) else [f"{n} ({i})" for i, n in enumerate(labels, 1)]
+
+
+def differing(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """Keys whose values differ between tables, with each table's value."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def config_table(run: RunFolder) -> dict[str, str]:
+    """An experiment's fields that can change a figure, dotted, as text."""
+    return {key: value for key, value in flatten(run.experiment) if key.split(".")[0] not in IRRELEVANT}
+
+
+def environment_table(run: RunFolder) -> dict[str, str]:
+    """What an experiment was run with: versions, host, devices."""
+    devices = sorted({trial.device_name for trial in run.result.trials if trial.device_name})
+    return {**run.result.environment, "command": "", "devices": ", ".join(devices)}
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested values as dotted keys and text."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found += flatten(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
+    return found
+
+
+def result_differences(base: RunFolder, others: Sequence[tuple[str, RunFolder]]) -> list[Difference]:
+    """Every figure of every world size that an experiment and the base have both run.
+
+    Trials of the same recipe are compared; an experiment that shares no recipe with the base is compared with the
+    base's first one, for then the recipe is what is compared.
+    """
+    rows = []
+    below = _groups(base)
+    for label, run in others:
+        above = _groups(run)
+        shared = {recipe for recipe, *_ in above} & {recipe for recipe, *_ in below}
+        first = next(iter(below), ("",))[0]
+        for (recipe, kind, size), trials in above.items():
+            match = below.get((recipe if recipe in shared else first, kind, size))
+            if match:
+                what = f"{recipe}, {kind}, {size} worker{'s' if size > 1 else ''}"
+                rows += [_difference(what, name, match, trials, label) for name in FIGURES]
+    return [row for row in rows if (row.base, row.other) != ("–", "–")]
+
+
+def _groups(run: RunFolder) -> dict[tuple[str, str, int], list[TrialResult]]:
+    groups: dict[tuple[str, str, int], list[TrialResult]] = {}
+    for trial in run.result.trials:
+        groups.setdefault((trial.recipe or "", trial.scaling or "", trial.world_size), []).append(trial)
+    return groups
+
+
+def _difference(
+    what: str, name: str, below: Sequence[TrialResult], above: Sequence[TrialResult], label: str
+) -> Difference:
+    title, write = FIGURES[name]
+    values = [[v for trial in trials if (v := getattr(trial, name)) is not None] for trials in (below, above)]
+    base, other = (clock.quantile(found, 0.5) for found in values)
+    interval, source = ratio_between_repeats(values[1], values[0]) if all(values) else None, "between repeats"
+    if interval is None and name == "images_per_second" and all(values):
+        interval, source = compare(above[0], below[0]), "within the runs; repeats would say more"
+    ratio = f"{other / base:.3f}" if base and other is not None else "–"
+    if interval:
+        ratio = f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"
+    return Difference(what, title, write(base), write(other), ratio, _verdict(values, interval, source), label)
+
+
+def _verdict(values: list[list[float]], interval: Interval | None, source: str) -> str:
+    if not all(values):
+        return "not measured on both sides"
+    if interval is None:
+        return "cannot tell: one run each"
+    return ("within noise" if interval.low <= 1 <= interval.high else "more than noise") + f", by the spread {source}"

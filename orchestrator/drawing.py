@@ -1,0 +1,122 @@
+"""Matplotlib set up for a page: SVG whose colours are the page's CSS variables.
+
+So one drawing is light, dark and printable, text stays text, and the report needs no script. The traps it protects
+against: a trial's name that Matplotlib would read as mathematics, and ids that clash once figures share a page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
+"""Small enough that 9 point text is still read when a phone shows the figure 350 pixels wide."""
+
+INK, MUTED, GRID, PAPER = "#1a2330", "#5a6675", "#d9dee5", "#fdfdfd"
+SERIES = ("#2563c9", "#c2560c", "#12805c", "#8a3fc0", "#b8285a", "#4d6478")
+SECTION_COLORS = {
+    "startup": "#9aa7b5", "data": "#e0a100", "forward": "#5b9bf0", "backward": "#2e6fd6", "communication": "#17408c",
+    "optimizer": "#49b6c4", "step_other": "#a9cdf7", "evaluation": "#d9772b", "checkpoint": "#8e5bc9",
+    "lost_work": "#f2a0b0", "downtime": "#cf2a4a", "shutdown": "#c3cad2", "other": "#e1e5ea",
+}  # fmt: skip
+THEME = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    PAPER: "--paper",
+    **{color: f"--series-{number}" for number, color in enumerate(SERIES)},
+    **{color: f"--section-{name.replace('_', '-')}" for name, color in SECTION_COLORS.items()},
+}
+"""Colours as drawn (the light ones), and the CSS variables they become."""
+
+STYLE: Any = {
+    "font.size": 9, "font.family": "sans-serif", "text.color": INK, "text.parse_math": False, "svg.fonttype": "none",
+    "svg.hashsalt": "report", "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "grid.linewidth": 0.6, "xtick.color": MUTED, "ytick.color": MUTED, "legend.frameon": False, "legend.fontsize": 8,
+    "legend.handlelength": 1.6, "figure.facecolor": "none", "lines.linewidth": 1.6, "lines.markersize": 4.5,
+    "axes.titlesize": 9, "axes.titlecolor": MUTED, "axes.titlelocation": "left",
+}  # fmt: skip
+
+MOST_POINTS = 300
+MOST_NAMED = 8
+"""Series up to which a legend names them all."""
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """A figure as an inline SVG element that takes its colours from CSS.
+
+    Args:
+        figure: The figure.
+        name: Unique on the page; goes into the element's ids.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="|url\()#', rf"\g<1>#{name}-", svg).replace("xlink:href", "href")
+    # One decimal of a point is finer than any screen.
+    svg = re.sub(r"(?<=[ \"(,])(-?\d+\.\d)\d+", r"\1", svg)
+    return re.sub(r'style="[^"]*"', lambda style: _themed(style.group()), svg)
+
+
+def _themed(style: str) -> str:
+    style = re.sub(r"#[0-9a-f]{6}", lambda color: _variable(color.group()), style)
+    return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", style)
+
+
+def _variable(color: str) -> str:
+    return f"var({THEME[color]})" if color in THEME else color
+
+
+def new_axes(height: float = HEIGHT_INCHES) -> tuple[Figure, Axes]:
+    """A figure of the page's width with one pair of axes, `height` inches high."""
+    figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def color_of(position: int) -> str:
+    """The colour of the n-th series."""
+    return SERIES[position % len(SERIES)]
+
+
+def legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
+    """A legend below the axes, of what was labelled or of the given handles; none where it would be a long list."""
+    found = handles if handles is not None else axes.get_legend_handles_labels()[0]
+    if found and len(found) <= MOST_NAMED:
+        figure = axes.get_figure()
+        assert isinstance(figure, Figure)
+        figure.legend(handles=found, loc="outside lower center", ncols=2)
+
+
+def swatch(color: str, name: str) -> Line2D:
+    """A legend's square."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, linestyle="", marker="s", markersize=7, label=name)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """At most some hundred points, evenly taken, as x and y."""
+    step = max(1, math.ceil(len(points) / MOST_POINTS))
+    kept = [*points[:-1:step], points[-1]] if points else []
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit a duration is best read in, and its seconds."""
+    return ("hours", 3600.0) if seconds > 7200 else ("minutes", 60.0) if seconds > 300 else ("seconds", 1.0)
