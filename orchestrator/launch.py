@@ -82,7 +82,7 @@ def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, st
         return event
 
     told(TrialStarted, 0, plan=dataclasses.asdict(plan))
-    pump.order("run")
+    pump.order("run", 0)
     error = _attempt(plan, Attempt(), pump, ray_dir, stop)
     pump.drain()
     mine = [event for event in pump.events if event.trial == plan.name]
@@ -131,7 +131,7 @@ def _attempt(
     while thread.is_alive():
         thread.join(timeout=0.2)
         if stop.requested and not ordered:
-            pump.order("stop")
+            pump.order("stop", attempt.number)
             ordered = True
         if stop.overdue:
             return TimeoutError("the workers did not stop in time")

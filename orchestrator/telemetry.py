@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -19,14 +20,32 @@ logger = logging.getLogger(__name__)
 DRAIN_SECONDS = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A sign of life.
+
+    Attributes:
+        heartbeat: What the rank said.
+        received: When it arrived (Unix seconds of the driver's host).
+    """
+
+    heartbeat: Heartbeat
+    received: float
+
+    def seconds_in_section(self, now: float) -> float:
+        """How long the rank has been where it was last heard of; only differences of one host's clock are taken."""
+        return self.heartbeat.time - self.heartbeat.since + now - self.received
+
+
 class Telemetry:
     """The actor between workers and driver: keeps events until the driver has written them down."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._taken = 0
-        self._heartbeats: dict[int, Heartbeat] = {}
+        self._heartbeats: dict[int, Sign] = {}
         self._command: Command = "run"
+        self._attempt = 0
 
     def push(self, event: Event) -> None:
         """Takes an event from a worker."""
@@ -34,18 +53,28 @@ class Telemetry:
 
     def beat(self, heartbeat: Heartbeat) -> Command:
         """Takes a heartbeat and tells the worker what the driver wants."""
-        self._heartbeats[heartbeat.rank] = heartbeat
+        if heartbeat.attempt < self._attempt:
+            return "stop"  # it was cut off, and its trial was started again without it
+        self._heartbeats[heartbeat.rank] = Sign(heartbeat, time.time())
         return self._command
 
-    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, Heartbeat]]:
+    def arrived(self) -> int:
+        """Number of events that workers have sent so far."""
+        return self._taken + len(self._events)
+
+    def written(self) -> int:
+        """Number of them that the driver is known to have on disk."""
+        return self._taken
+
+    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, Sign]]:
         """Events after the first `taken` of all, how many there are by now, and the last heartbeat of each rank."""
         del self._events[: taken - self._taken]
         self._taken = taken
         return self._events, taken + len(self._events), self._heartbeats
 
-    def order(self, command: Command) -> None:
-        """What workers are told with their next heartbeat; "run" also forgets the heartbeats of an earlier attempt."""
-        self._command = command
+    def order(self, command: Command, attempt: int) -> None:
+        """What workers of an attempt are told with their next heartbeat; "run" forgets the heartbeats before it."""
+        self._command, self._attempt = command, attempt
         if command == "run":
             self._heartbeats = {}
 
@@ -54,8 +83,12 @@ class EventPump:
     """Moves events from the actor to the outbox and then to whoever shows them, in a thread of its own.
 
     Args:
-        outbox: Where events are kept.
+        outbox: Where events are kept; those that are there already are the beginning of `events`.
         listeners: Called with every event once it is on disk; an exception of one is logged, not passed on.
+
+    Attributes:
+        events: All events of the run.
+        heartbeats: The last of each rank of the running attempt.
     """
 
     def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
@@ -66,8 +99,8 @@ class EventPump:
             .options(num_cpus=0, label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()})
             .remote()
         )
-        self.heartbeats: dict[int, Heartbeat] = {}
-        self.events: list[Event] = []
+        self.heartbeats: dict[int, Sign] = {}
+        self.events: list[Event] = [event for event, _ in outbox.read()]
         self._taken = 0
         self._drain_lock = threading.Lock()
         self._ended = threading.Event()
@@ -85,9 +118,9 @@ class EventPump:
                 except Exception:
                     logger.exception("a listener failed on %s", event.kind)
 
-    def order(self, command: Command) -> None:
-        """Tells all workers to go on or to stop."""
-        ray.get(self.actor.order.remote(command), timeout=30)
+    def order(self, command: Command, attempt: int) -> None:
+        """Tells all workers of an attempt to go on or to end."""
+        ray.get(self.actor.order.remote(command, attempt), timeout=30)
 
     def drain(self) -> None:
         """Moves what is there now."""

@@ -1,8 +1,10 @@
 """Checkpoints that survive: written aside, hashed, made valid by their manifest, read back only when they verify.
 
-A checkpoint is a folder `iter_0001200/` with `state.pt` and `manifest.json`. The manifest is written last, aside and
-renamed: a folder without one is an interrupted write and does not count. Ray's own checkpoint bookkeeping is not used;
-its snapshot file is overwritten in place and its copies have no checksum.
+A checkpoint is a folder `iter_0001200/` with `state-0.pt` (0: the attempt that wrote it) and `manifest.json`. The
+manifest is written last: a folder without one is an interrupted write and does not count. A worker that was cut off
+and is still alive after its trial was started again cannot harm the new attempt: its files have other names, and it
+finds itself replaced before it writes a manifest. Ray's own checkpoint bookkeeping is not used; its snapshot file is
+overwritten in place and its copies have no checksum.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import hashlib
 import io
 import json
 import logging
+import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
@@ -23,7 +28,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STATE = "state.pt"
+OWNER = "attempt"
+"""File that names the latest attempt that writes here."""
+
+
+class StorageError(OSError):
+    """A checkpoint could not be written or read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,58 +55,102 @@ class Saved:
     write_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    iteration: int
+    state: dict[str, Any]
+    score: float | None
+    stall_seconds: float
+    taken: float
+
+
 class CheckpointStore:
     """The checkpoints of one trial; writes in a thread of its own, one at a time.
 
     Args:
         uri: Folder on a local or shared file system, or a URI that pyarrow's file systems know (`s3://…`).
         keep: How many of the newest are kept besides the best.
-        attempt: Number of the attempt, for the manifest.
+        attempt: Number of the attempt that writes.
         on_saved: Called from the writing thread for every checkpoint that is complete.
+        on_failed: Called from the writing thread with the iteration and the reason when one could not be written, and
+            training goes on; None raises StorageError at the next save instead.
+        before_valid: Called from the writing thread before a checkpoint becomes valid.
     """
 
-    def __init__(self, uri: str, keep: int, attempt: int, on_saved: Callable[[Saved], None]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        keep: int,
+        attempt: int,
+        on_saved: Callable[[Saved], None],
+        on_failed: Callable[[int, str], None] | None = None,
+        before_valid: Callable[[], None] = lambda: None,
+    ) -> None:
         self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
-        self._keep, self._attempt, self._on_saved = keep, attempt, on_saved
+        self._local = isinstance(self._files, pyarrow.fs.LocalFileSystem)
+        self._keep, self._attempt = keep, attempt
+        self._on_saved, self._on_failed, self._before_valid = on_saved, on_failed, before_valid
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, iteration: int, state: dict[str, Any], score: float | None) -> None:
+    def save(self, iteration: int, state: dict[str, Any], score: float | None, since: float | None = None) -> None:
         """Takes a snapshot and returns; the write goes on beside training.
 
         Args:
             iteration: Iterations trained.
             state: Tensors and plain values, as `torch.load(weights_only=True)` reads back.
             score: What the best checkpoint is the best of; None where nothing was evaluated.
+            since: When training began to stand still for it (`time.perf_counter`); None for now.
 
         Raises:
-            OSError: The write before this one failed.
+            StorageError: The write before this one failed.
         """
-        started = time.perf_counter()
+        started = time.perf_counter() if since is None else since
         self.wait()
         snapshot = _to_cpu(state)
-        stall_seconds = time.perf_counter() - started
-        self._pending = self._writer.submit(self._write, iteration, snapshot, score, stall_seconds)
+        taken = time.perf_counter()
+        self._pending = self._writer.submit(self._write, _Snapshot(iteration, snapshot, score, taken - started, taken))
 
     def wait(self) -> None:
-        """Waits for the write in progress; raises OSError where it failed."""
+        """Waits for the write in progress; raises StorageError where it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def take_over(self) -> None:
+        """Makes this attempt the one that may write; an earlier one that is still alive finds out and gives up.
+
+        Raises:
+            StorageError: Nothing can be written, and training may not go on without checkpoints.
+        """
+        try:
+            self._put(f"{self._root}/{OWNER}", str(self._attempt).encode())
+        except OSError as error:
+            self._fail(0, error)
+
     def load_newest(self) -> tuple[dict[str, Any], str] | None:
         """The newest checkpoint that verifies and its path; damaged ones are skipped with a warning."""
         for iteration in sorted(self._valid(), reverse=True):
-            folder = self._folder(iteration)
             try:
-                manifest = json.loads(self._read(f"{folder}/{MANIFEST}"))
-                content = self._read(f"{folder}/{STATE}")
-                if hashlib.sha256(content).hexdigest() != manifest["files"][STATE]["sha256"]:
-                    raise ValueError("its SHA-256 is not the manifest's")
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), folder
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                logger.warning("checkpoint %s is damaged and is skipped: %s", folder, error)
+                return self.load(iteration)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                logger.warning("checkpoint %s is damaged and is skipped: %s", self._folder(iteration), error)
         return None
+
+    def load(self, iteration: int) -> tuple[dict[str, Any], str]:
+        """The checkpoint of an iteration and its path.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is not what was written.
+        """
+        folder = self._folder(iteration)
+        manifest = json.loads(self._read(f"{folder}/{MANIFEST}"))
+        ((name, file),) = manifest["files"].items()
+        content = self._read(f"{folder}/{name}")
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            raise ValueError("its SHA-256 is not the manifest's")
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), folder
 
     def _folder(self, iteration: int) -> str:
         return f"{self._root}/iter_{iteration:07d}"
@@ -106,29 +160,69 @@ class CheckpointStore:
             content: bytes = stream.read()
             return content
 
-    def _write(self, iteration: int, state: dict[str, Any], score: float | None, stall_seconds: float) -> None:
-        started = time.perf_counter()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getvalue()
-        folder = self._folder(iteration)
-        self._files.create_dir(folder)
-        self._put(f"{folder}/{STATE}", content)
-        manifest = {
-            "iteration": iteration,
-            "attempt": self._attempt,
-            "time": time.time(),
-            "score": score,
-            "files": {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
-        }
-        self._put(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
-        self._on_saved(Saved(iteration, folder, len(content), stall_seconds, time.perf_counter() - started))
-        self._prune()
+    def _write(self, snapshot: _Snapshot) -> None:
+        iteration, folder = snapshot.iteration, self._folder(snapshot.iteration)
+        try:
+            buffer = io.BytesIO()
+            torch.save(snapshot.state, buffer)
+            content = buffer.getvalue()
+            name = f"state-{self._attempt}.pt"
+            self._put(f"{folder}/{name}", content)
+            manifest = {
+                "iteration": iteration,
+                "attempt": self._attempt,
+                "time": time.time(),
+                "score": snapshot.score,
+                "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+            }
+            self._before_valid()
+            self._check_owner()
+            self._put(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
+        except OSError as error:
+            self._fail(iteration, error)
+            return
+        seconds = time.perf_counter() - snapshot.taken
+        self._on_saved(Saved(iteration, folder, len(content), snapshot.stall_seconds, seconds))
+        try:
+            self._prune()
+        except OSError as error:
+            logger.warning("old checkpoints under %s could not be deleted: %s", self._root, error)
+
+    def _fail(self, iteration: int, error: OSError) -> None:
+        message = f"the checkpoint of iteration {iteration} could not be written to {self._root}: {error}"
+        logger.error(message)
+        if self._on_failed is None or isinstance(error, StorageError):
+            raise StorageError(message) from error
+        self._on_failed(iteration, message)
+
+    def _check_owner(self) -> None:
+        try:
+            owner = int(self._read(f"{self._root}/{OWNER}"))
+        except (OSError, ValueError):  # lost or torn: nobody has taken over since
+            return
+        if owner > self._attempt:
+            raise StorageError(f"attempt {owner} writes here now; this one was given up")
 
     def _put(self, path: str, content: bytes) -> None:
-        with self._files.open_output_stream(f"{path}.aside") as stream:
-            stream.write(content)
-        self._files.move(f"{path}.aside", path)
+        """Makes a file appear whole or not at all, and lasting."""
+        if not self._local:
+            with self._files.open_output_stream(path) as stream:  # an object is there when its upload is complete
+                stream.write(content)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f"{target.name}.{os.getpid()}.aside")
+        try:
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(target)
+            for folder in (target.parent, target.parent.parent):
+                _sync_folder(folder)
+        except OSError:
+            aside.unlink(missing_ok=True)  # half a file would fill what is left of a full disk
+            raise
 
     def _valid(self) -> dict[int, float | None]:
         """Iteration and score of every checkpoint that has a readable manifest."""
@@ -145,15 +239,28 @@ class CheckpointStore:
         return found
 
     def _prune(self) -> None:
+        """Deletes all but the newest and the best, and what interrupted writes left behind."""
         valid = self._valid()
         kept = set(sorted(valid)[-self._keep :])
         scored = {iteration: score for iteration, score in valid.items() if score is not None}
         if scored:
             kept.add(max(scored, key=lambda iteration: (scored[iteration], iteration)))
-        for iteration in set(valid) - kept:
+        for info in self._files.get_file_info(pyarrow.fs.FileSelector(self._root)):
+            match = re.fullmatch(r"iter_(\d+)", info.base_name)
+            if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
+                continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
-            self._files.delete_file(f"{self._folder(iteration)}/{MANIFEST}")
-            self._files.delete_dir(self._folder(iteration))
+            if int(match[1]) in valid:
+                self._files.delete_file(f"{info.path}/{MANIFEST}")
+            self._files.delete_dir(info.path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _to_cpu(value: Any) -> Any:

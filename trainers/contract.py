@@ -104,7 +104,8 @@ class TrialPlan:
         trial_dir: Absolute path of the trial's folder: logs, detections; the same for all workers.
         checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
         keep_checkpoints: How many of the newest checkpoints are kept besides the best.
-        timeouts: Seconds a section may take before its worker counts as stuck.
+        timeouts: Seconds a section may take before its worker counts as stuck; `heartbeat`: without a sign of life.
+        survive_storage: Whether training goes on when a checkpoint cannot be written.
         price_per_accelerator_hour: What one accelerator costs for an hour, in any currency; None where not known.
     """
 
@@ -137,6 +138,7 @@ class TrialPlan:
     checkpoint_dir: str
     keep_checkpoints: int
     timeouts: dict[str, float] = field(default_factory=dict)
+    survive_storage: bool = False
     price_per_accelerator_hour: float | None = None
 
     @classmethod
@@ -338,6 +340,20 @@ class CheckpointSaved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointFailed(Event):
+    """A checkpoint could not be written, and training goes on with the older ones (rank 0).
+
+    Attributes:
+        iteration: Iterations trained when it was taken.
+        message: What storage said.
+    """
+
+    kind: ClassVar[str] = "checkpoint_failed"
+    iteration: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SystemSampled(Event):
     """Load of one node (its local rank 0).
 
@@ -360,6 +376,7 @@ class Heartbeat(Event):
         part: Finer: `data`, `forward`, `backward`, `optimizer`, or "".
         iteration: Iterations done.
         since: When that section began (Unix seconds).
+        image_files: Images of the current batch: named when the process dies without a word.
     """
 
     kind: ClassVar[str] = "heartbeat"
@@ -367,6 +384,7 @@ class Heartbeat(Event):
     part: str
     iteration: int
     since: float
+    image_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,8 +519,8 @@ class TrialEnded(Event):
 EVENTS: dict[str, type[Event]] = {
     event.kind: event
     for event in (
-        WorkerStarted, LoopStarted, StepsDone, Evaluated, CheckpointSaved, SystemSampled, Heartbeat, LoopFinished,
-        WorkerFailed, RunStarted, RunEnded, TrialStarted, TrialRestarted, LogReplayed, TrialEnded,
+        WorkerStarted, LoopStarted, StepsDone, Evaluated, CheckpointSaved, CheckpointFailed, SystemSampled, Heartbeat,
+        LoopFinished, WorkerFailed, RunStarted, RunEnded, TrialStarted, TrialRestarted, LogReplayed, TrialEnded,
     )
 }  # fmt: skip
 

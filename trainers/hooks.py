@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,13 +42,15 @@ def share_buffers(model: nn.Module, world_size: int) -> None:
 class ProgressHook:
     """Sends every window as an event, and writes detectron2's progress line into the log on rank 0."""
 
+    every_window = True
+
     def __init__(self, plan: TrialPlan, send: Send) -> None:
         self.plan, self.send = plan, send
         self.printer = CommonMetricPrinter(plan.solver.max_iter)
         self._num_steps, self._seconds = 0, 0.0
 
     def due(self, iteration: int, ending: bool) -> bool:
-        """Every log period, and whenever anything else closes a window."""
+        """Every log period."""
         return iteration % self.plan.log_period == 0 or ending
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
@@ -83,11 +87,21 @@ class ProgressHook:
 
 
 class EvaluationHook:
-    """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so."""
+    """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so.
+
+    Attributes:
+        last_scores: What the last evaluation found (rank 0).
+        last_iteration: When that was.
+        owed: Whether an evaluation was left out because training had to end there; the next start makes it.
+    """
+
+    every_window = False
 
     def __init__(self, plan: TrialPlan, evaluator: Evaluator, num_train_images: int, send: Send) -> None:
         self.plan, self.evaluator, self.num_train_images, self.send = plan, evaluator, num_train_images, send
         self.last_scores: Scores | None = None
+        self.last_iteration = 0
+        self.owed = False
 
     def due(self, iteration: int, ending: bool) -> bool:
         """At multiples of the period, and after the last iteration where the plan asks for it."""
@@ -97,7 +111,8 @@ class EvaluationHook:
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
         """Evaluates on all ranks; rank 0 scores, and all learn whether to stop."""
-        if loop.stop_reason == "interrupted":
+        self.owed = loop.stop_reason in ("interrupted", "preempted")
+        if self.owed:
             return
         loop.now.enter("evaluation")
         started = time.perf_counter()
@@ -107,7 +122,7 @@ class EvaluationHook:
         if self.plan.world_size > 1:
             dist.broadcast(reached, src=0)
         if loop.rank == 0:
-            self.last_scores = scores
+            self.last_scores, self.last_iteration = scores, loop.iteration
             self.send(
                 Evaluated,
                 iteration=loop.iteration,
@@ -131,10 +146,21 @@ class EvaluationHook:
 
 
 class CheckpointHook:
-    """Takes a checkpoint at the plan's period and whenever training ends."""
+    """Takes a checkpoint at the plan's period and whenever training ends.
 
-    def __init__(self, plan: TrialPlan, store: CheckpointStore, evaluation: EvaluationHook) -> None:
-        self.plan, self.store, self.evaluation = plan, store, evaluation
+    Args:
+        plan: The trial.
+        store: Where to.
+        evaluation: Knows whether the model has just been scored.
+        flush: Waits until this rank's events so far have left the process: no checkpoint is newer than what is told.
+    """
+
+    every_window = False
+
+    def __init__(
+        self, plan: TrialPlan, store: CheckpointStore, evaluation: EvaluationHook, flush: Callable[[], None]
+    ) -> None:
+        self.plan, self.store, self.evaluation, self.flush = plan, store, evaluation, flush
 
     def due(self, iteration: int, ending: bool) -> bool:
         """At multiples of the period, and at the end."""
@@ -142,13 +168,17 @@ class CheckpointHook:
         return ending or (period > 0 and iteration % period == 0)
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Takes it on rank 0."""
+        """Takes it on rank 0, with what the other ranks alone know."""
         loop.now.enter("checkpoint")
+        started = time.perf_counter()
+        self.flush()
         share_buffers(loop.model, self.plan.world_size)
+        ranks = comm.gather(rank_state(loop.model), dst=0)
         if loop.rank == 0:
-            scores = self.evaluation.last_scores
+            state = training_state(loop) | {"ranks": ranks, "evaluation_owed": self.evaluation.owed}
+            scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = scores.figures.get("box_ap") if scores else None
-            self.store.save(loop.iteration, training_state(loop), score)
+            self.store.save(loop.iteration, state, score, since=started)
 
 
 def training_state(loop: TrainingLoop) -> dict[str, Any]:
@@ -167,9 +197,24 @@ def training_state(loop: TrainingLoop) -> dict[str, Any]:
     }
 
 
+def rank_state(model: nn.Module) -> dict[str, float]:
+    """What a rank's model keeps outside its state dict, by module.
+
+    Dense detectors divide their losses by a running mean of the positive anchors that this rank has seen (detectron2,
+    `DenseDetector._ema_update`).
+    """
+    return {
+        name: module.loss_normalizer
+        for name, module in unwrapped(model).named_modules()
+        if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
+    }
+
+
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
-    """Puts a state from `training_state` back."""
+    """Puts back a state that the checkpoint hook saved."""
     unwrapped(loop.model).load_state_dict(state["model"])
+    for name, normalizer in state["ranks"][loop.rank].items():
+        unwrapped(loop.model).get_submodule(name).loss_normalizer = normalizer
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scheduler.load_state_dict(state["scheduler"])
     loop.scaler.load_state_dict(state["scaler"])

@@ -11,7 +11,7 @@ import logging
 import resource
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from trainers.contract import Section, StopReason, TrialPlan
+from trainers.worker import Command
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,9 @@ class Now:
 
 PARTS = ("data", "forward", "backward", "optimizer")
 
+ENDS: tuple[Command, ...] = ("run", "preempt", "stop")
+"""What may be asked of a rank, the strongest last."""
+
 
 @dataclass(slots=True)
 class StepWindow:
@@ -83,7 +87,13 @@ class StepWindow:
 
 
 class Hook(Protocol):
-    """Something done between windows of steps, on all ranks."""
+    """Something done between windows of steps, on all ranks.
+
+    Attributes:
+        every_window: Whether it also runs when another hook closed the window.
+    """
+
+    every_window: bool
 
     def due(self, iteration: int, ending: bool) -> bool:
         """Whether it must run after this many iterations; the same answer on all ranks.
@@ -111,7 +121,7 @@ class TrainingLoop:
         rank: This worker.
         start_iteration: Iterations done already.
         now: Where the loop says what it is doing.
-        stop_asked: Says whether this rank has been asked to stop.
+        asked: Says what this rank has been asked to do.
     """
 
     def __init__(
@@ -126,11 +136,11 @@ class TrainingLoop:
         rank: int,
         start_iteration: int,
         now: Now,
-        stop_asked: Any,
+        asked: Callable[[], Command],
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.batches, self.hooks, self.device, self.rank = batches, hooks, device, rank
-        self.iteration, self.now, self._stop_asked = start_iteration, now, stop_asked
+        self.iteration, self.now, self._asked = start_iteration, now, asked
         self.stop_reason: StopReason | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=plan.recipe.precision == "amp")
         self._loss_sums: torch.Tensor | None = None
@@ -153,7 +163,7 @@ class TrainingLoop:
                     self._step(window)
                 self._close(window)
                 for hook in self.hooks:
-                    if hook.due(self.iteration, ending=self.stop_reason is not None):
+                    if hook.every_window or hook.due(self.iteration, ending=self.stop_reason is not None):
                         hook.run(self, window)
         return self.stop_reason
 
@@ -229,7 +239,7 @@ class TrainingLoop:
         """Shares what the ranks must agree on, and raises on all of them if any has seen a loss that is not finite."""
         self.now.enter("report")
         assert self._loss_sums is not None
-        stop = torch.tensor([float(self._stop_asked())], device=self.device)
+        stop = torch.tensor([float(ENDS.index(self._asked()))], device=self.device)
         shared = torch.cat([self._loss_sums / len(window.step_seconds), self._first_bad.reshape(1), stop])
         # A NaN would spread over the sums; it is told by its own entry.
         shared[:-2] = torch.nan_to_num(shared[:-2], posinf=0.0, neginf=0.0)
@@ -245,14 +255,15 @@ class TrainingLoop:
             first = min(bad.values())
             ranks = ", ".join(str(rank) for rank, iteration in bad.items() if iteration == first)
             files = list(self._recent_files)
-            self.now.image_files = files[first - self.iteration] if self.iteration - first <= len(files) else ()
+            known = bad.get(self.rank) == first and self.iteration - first <= len(files)
+            self.now.image_files = files[first - self.iteration] if known else ()
             raise NotFiniteError(f"the loss became NaN or infinite at iteration {first} (first on rank {ranks})")
         means = [sum(column) / len(rows) for column in zip(*(row[:-2] for row in rows), strict=True)]
         window.losses = dict(zip(self._loss_names, means, strict=True))
         if self.iteration == self.plan.solver.max_iter:
             self.stop_reason = "max_iter"
-        elif any(row[-1] for row in rows):
-            self.stop_reason = "interrupted"
+        elif wanted := int(max(row[-1] for row in rows)):
+            self.stop_reason = "interrupted" if ENDS[wanted] == "stop" else "preempted"
         self.storage.put_scalars(**window.losses, smoothing_hint=False)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
-from trainers import hooks, loading, machine, mask_rcnn
-from trainers.checkpoints import CheckpointStore, Saved, state_sha256
+from trainers import faults, hooks, loading, machine, mask_rcnn
+from trainers.checkpoints import CheckpointStore, Saved, StorageError, state_sha256
 from trainers.contract import (
     Attempt,
+    CheckpointFailed,
     CheckpointSaved,
     Event,
     FailureKind,
@@ -31,7 +32,7 @@ from trainers.contract import (
     WorkerStarted,
 )
 from trainers.evaluation import Evaluator
-from trainers.loop import NotFiniteError, Now, TrainingLoop
+from trainers.loop import NotFiniteError, Now, StepWindow, TrainingLoop
 from trainers.worker import Channel, Command, Placement
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class Rank:
 
     def __init__(self, plan: TrialPlan, attempt: Attempt, placement: Placement, channel: Channel) -> None:
         self.plan, self.attempt, self.placement, self.channel = plan, attempt, placement, channel
-        self.now = Now()
+        self.injector = faults.from_environment(placement.rank, attempt.number)
+        self.now: Now = self.injector or Now()
         self.command: Command = "run"
 
     def send(self, kind: type[Event], **fields: Any) -> None:
@@ -80,10 +82,14 @@ class Rank:
                     iteration=self.now.iteration,
                     section=self.now.section,
                     message=f"{type(error).__name__}: {error}",
-                    image_files=self.now.image_files,
+                    image_files=(error.image_file,)
+                    if isinstance(error, loading.BadInputError)
+                    else self.now.image_files,
                     traceback=traceback.format_exc(),
                 )
                 raise
+            finally:
+                self.channel.flush()
 
     def _train(self, entered: float) -> None:
         plan, placement = self.plan, self.placement
@@ -113,23 +119,35 @@ class Rank:
         optimizer, scheduler = mask_rcnn.build_solver(cfg, detector)
 
         self.now.enter("checkpoint")
-        store = CheckpointStore(plan.checkpoint_dir, plan.keep_checkpoints, self.attempt.number, self._saved)
-        state, restored_from = store.load_newest() or (None, "")
-        start = state["iteration"] if state else 0
+        store = CheckpointStore(
+            plan.checkpoint_dir,
+            plan.keep_checkpoints,
+            self.attempt.number,
+            on_saved=self._saved,
+            on_failed=self._not_saved if plan.survive_storage else None,
+            before_valid=self.channel.kept,
+        )
+        state, restored_from = self._newest(store) or (None, "")
+        start = self.now.iteration = state["iteration"] if state else 0
         self.now.enter("setup")
+        batches = iter(loading.training_loader(cfg, plan, records, placement.rank, skip=start))
         evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send)
         loop = TrainingLoop(
             plan=plan,
             model=mask_rcnn.distribute(detector, device, plan.world_size),
             optimizer=optimizer,
             scheduler=scheduler,
-            batches=iter(loading.training_loader(cfg, plan, records, placement.rank, skip=start)),
-            hooks=[hooks.ProgressHook(plan, self.send), evaluation, hooks.CheckpointHook(plan, store, evaluation)],
+            batches=self.injector.poison(batches) if self.injector else batches,
+            hooks=[
+                hooks.ProgressHook(plan, self.send),
+                evaluation,
+                hooks.CheckpointHook(plan, store, evaluation, self.channel.flush),
+            ],
             device=device,
             rank=placement.rank,
             start_iteration=start,
             now=self.now,
-            stop_asked=lambda: self.command == "stop",
+            asked=lambda: self.command,
         )
         if state:
             hooks.restore(loop, state)
@@ -145,11 +163,27 @@ class Rank:
             config_yaml=config_yaml if placement.rank == 0 else "",
             restored_from=restored_from,
         )
+        if state and state["evaluation_owed"]:
+            evaluation.run(loop, StepWindow(start))
         reason = loop.run()
+        self.now.enter("checkpoint")
         store.wait()
         if placement.rank == 0:
             state_hash = state_sha256(hooks.training_state(loop))
             self.send(LoopFinished, iteration=loop.iteration, reason=reason, state_sha256=state_hash)
+
+    def _newest(self, store: CheckpointStore) -> tuple[dict[str, Any], str] | None:
+        """The newest checkpoint that verifies: rank 0 chooses, so that no rank goes on from another one."""
+        if self.placement.rank == 0:
+            store.take_over()
+            chosen = store.load_newest()
+            comm.all_gather(chosen[0]["iteration"] if chosen else None)
+            return chosen
+        iteration = comm.all_gather(None)[0]
+        return store.load(iteration) if iteration is not None else None
+
+    def _not_saved(self, iteration: int, message: str) -> None:
+        self.send(CheckpointFailed, iteration=iteration, message=message)
 
     def _saved(self, checkpoint: Saved) -> None:
         self.send(
@@ -182,6 +216,7 @@ class Rank:
                     part=now.part,
                     iteration=now.iteration,
                     since=now.since,
+                    image_files=now.image_files,
                 )
                 try:
                     self.command = self.channel.beat(heartbeat)
@@ -228,13 +263,15 @@ def classify(error: BaseException) -> FailureKind:
         (NotFiniteError, "not_finite"),
         (mask_rcnn.ConfigurationError, "configuration"),
         ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
-        (torch.distributed.DistError, "communication"),
-        (OSError, "storage"),
+        ((torch.distributed.DistError, ConnectionError), "communication"),
+        (StorageError, "storage"),
     ]
     for kind, failure in kinds:
         if isinstance(error, kind):
             return failure
     text = str(error)
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:  # torch on CPU
+        return "out_of_memory"
     if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
         return "communication"
     return "unknown"

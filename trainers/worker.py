@@ -7,6 +7,7 @@ absolute here, and nothing installs signal handlers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from typing import Any, Literal
 
 from trainers.contract import Event, Heartbeat
 
-Command = Literal["run", "stop"]
+logger = logging.getLogger(__name__)
+
+Command = Literal["run", "preempt", "stop"]
+"""What the driver wants: go on; end with a checkpoint and be started again elsewhere; end with a checkpoint."""
+
+
+CONFIRM_SECONDS = 30.0
+"""Longest wait for the driver to confirm that it has events; after it, the worker goes on without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,14 @@ class Channel:
     Attributes:
         push: Sends an event without waiting.
         beat: Sends a heartbeat and returns what the driver wants; may take a while, raises when there is no answer.
+        flush: Waits until all that this rank has pushed has left its process.
+        kept: Waits until all that has arrived from any rank is on the driver's disk.
     """
 
     push: Callable[[Event], None]
     beat: Callable[[Heartbeat], Command]
+    flush: Callable[[], None] = lambda: None
+    kept: Callable[[], None] = lambda: None
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -72,10 +84,30 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         host=ray.util.get_node_ip_address(),
         node_id=runtime.get_node_id(),
     )
+
+    def arrived() -> int:
+        # Calls of one process are answered in their order: when this one is, all that was pushed before has arrived.
+        return int(ray.get(telemetry.arrived.remote(), timeout=CONFIRM_SECONDS))
+
+    def kept() -> None:
+        number, deadline = arrived(), time.monotonic() + CONFIRM_SECONDS
+        while ray.get(telemetry.written.remote(), timeout=CONFIRM_SECONDS) < number and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     channel = Channel(
         push=lambda event: telemetry.push.remote(event),
         beat=lambda heartbeat: ray.get(telemetry.beat.remote(heartbeat), timeout=10),
+        flush=lambda: _try(arrived),
+        kept=lambda: _try(kept),
     )
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
     Rank(config["plan"], config["attempt"], placement, channel).train(entered)
+
+
+def _try(confirm: Callable[[], object]) -> None:
+    """Training does not end because the driver is away for a while; it ends the run itself if it stays away."""
+    try:
+        confirm()
+    except Exception as error:
+        logger.warning("the driver does not confirm what it has: %r", error)

@@ -1,0 +1,104 @@
+"""Faults on purpose, for tests and `make chaos`: without `$BENCHMARK_FAULTS`, nothing here does anything.
+
+The variable names a JSON file that lists faults. A fault takes the place of what the loop does when it says "now I
+begin this part of this iteration", so the loop itself knows nothing of it. What fired is noted beside the file before
+it happens: a test that did not bring about its fault proves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trainers.contract import Section
+from trainers.loop import Now
+
+VARIABLE = "BENCHMARK_FAULTS"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        kind: `kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `raise`
+            (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch).
+        rank: Where.
+        iteration: When: iterations done.
+        attempt: In which attempt; None for every one.
+        section: At which section of the loop.
+        part: At which part of a step.
+    """
+
+    kind: Literal["kill", "crash", "freeze", "stall", "raise", "out_of_memory", "nan"]
+    rank: int
+    iteration: int
+    attempt: int | None = 0
+    section: Section = "step"
+    part: str = "forward"
+
+
+def fired(path: Path) -> list[dict[str, Any]]:
+    """What has fired so far, with the `time` at which it did (Unix seconds)."""
+    notes = path.with_suffix(".fired")
+    return [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()] if notes.exists() else []
+
+
+def from_environment(rank: int, attempt: int) -> Injector | None:
+    """The faults meant for this rank in this attempt; None where faults are not asked for."""
+    path = Path(os.environ.get(VARIABLE, ""))
+    if not path.is_file():
+        return None
+    listed = [Fault(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    return Injector(path, [f for f in listed if f.rank == rank and f.attempt in (None, attempt)])
+
+
+class Injector(Now):
+    """Stands for `Now` and brings about a fault when its place in the loop is entered."""
+
+    def __init__(self, path: Path, faults: list[Fault]) -> None:
+        super().__init__()
+        self._path, self._faults = path, faults
+
+    def enter(self, section: Section, part: str = "") -> None:
+        """Marks the beginning of a section, or of a part of a step, and lets what is meant for it happen."""
+        super().enter(section, part)
+        for fault in self._faults:
+            place = (fault.section, fault.part if section == "step" else part, fault.iteration)
+            if fault.kind != "nan" and place == (section, part, self.iteration):
+                self._happen(fault)
+
+    def poison(self, batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        """The batches, with the images of those that a `nan` is meant for made NaN."""
+        for batch in batches:
+            for fault in self._faults:
+                if fault.kind == "nan" and fault.iteration == self.iteration:
+                    self._note(fault)
+                    for record in batch:
+                        record["image"] = torch.full_like(record["image"], torch.nan, dtype=torch.float32)
+            yield batch
+
+    def _happen(self, fault: Fault) -> None:
+        self._note(fault)
+        signals = {"kill": signal.SIGKILL, "crash": signal.SIGSEGV, "freeze": signal.SIGSTOP}
+        if fault.kind in signals:
+            os.kill(os.getpid(), signals[fault.kind])
+            time.sleep(1)  # a signal to the own process is delivered when the interpreter comes round to it
+        elif fault.kind == "stall":
+            time.sleep(3600)
+        elif fault.kind == "out_of_memory":
+            torch.empty(1 << 48, dtype=torch.uint8)
+        else:
+            raise RuntimeError("a fault on purpose")
+
+    def _note(self, fault: Fault) -> None:
+        with self._path.with_suffix(".fired").open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps({**asdict(fault), "time": time.time()}) + "\n")
