@@ -58,7 +58,9 @@ def parse_annotations(content: bytes) -> tuple[Any, bool]:
         text = content.decode("utf-8", errors="replace")
         offset = len(text[:position].encode())
         reason = getattr(error, "msg", str(error))
-        if not text[position:].strip() or reason.startswith("Unterminated string"):
+        # Cut in the middle of a text, or with no more than the beginning of a number or a word left.
+        rest = text[position:].strip()
+        if reason.startswith("Unterminated string") or (len(rest) <= 8 and not rest.endswith(("}", "]"))):
             raise UnreadableError(
                 "json_truncated",
                 f"the file ends in the middle: {reason} at byte {offset:,} of {len(content):,}",

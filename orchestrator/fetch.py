@@ -87,7 +87,7 @@ COCO2017 = (
 def fetch(
     to: Path,
     *,
-    archives: Sequence[Archive] = COCO2017,
+    archives: Sequence[Archive] | None = None,
     address: str = ADDRESS,
     stall_seconds: float = STALL_SECONDS,
     wait_seconds: float = WAIT_SECONDS,
@@ -96,7 +96,7 @@ def fetch(
 
     Args:
         to: The folder for DETECTRON2_DATASETS.
-        archives: What to fetch.
+        archives: What to fetch; None for COCO 2017.
         address: Server; a mirror must serve the same paths.
         stall_seconds: Silence after which a connection is given up.
         wait_seconds: Before the second try of several.
@@ -110,7 +110,7 @@ def fetch(
     if not address.startswith(("http://", "https://")):
         raise FetchError(f"{address}: only http:// and https:// addresses are fetched from")
     root = to.absolute() / "coco"
-    wanted = [archive for archive in archives if not (root / archive.makes).exists()]
+    wanted = [archive for archive in archives or COCO2017 if not (root / archive.makes).exists()]
     _check_room(root, wanted)
     root.mkdir(parents=True, exist_ok=True)
     for archive in wanted:

@@ -1,0 +1,88 @@
+"""`data excerpt` takes a part of a data set that is a good data set itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.coco_checks import check_split
+from orchestrator.coco_layout import find_splits
+from orchestrator.data import app
+from orchestrator.excerpt import excerpt
+from orchestrator.generate import dataset_paths, generate
+
+if TYPE_CHECKING:
+    from orchestrator.generate import DatasetPaths
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> DatasetPaths:
+    return generate(tmp_path / "source", num_train=9, num_val=5, size=32, num_classes=5)
+
+
+def test_an_excerpt_is_consistent_and_keeps_all_categories(source: DatasetPaths, tmp_path: Path) -> None:
+    taken = excerpt(tmp_path / "source", tmp_path / "part", num_images=4)
+    assert {part: images for part, (images, _) in taken.items()} == {"train": 4, "val": 4}
+    splits, findings = find_splits(tmp_path / "part")
+    reports = [check_split(split) for split in splits]
+    assert findings == [] and [report.findings for report in reports] == [[], []]
+    assert [len(report.summary.categories) for report in reports if report.summary] == [5, 5]
+
+
+def test_the_same_seed_takes_the_same_images(source: DatasetPaths, tmp_path: Path) -> None:
+    def names(to: str, seed: int) -> set[str]:
+        excerpt(tmp_path / "source", tmp_path / to, num_images=4, seed=seed)
+        return {path.name for path in dataset_paths(tmp_path / to).train_images.iterdir()}
+
+    assert names("a", 1) == names("b", 1)
+    assert len({frozenset(names(f"c{seed}", seed)) for seed in range(2, 8)}) > 1
+
+
+def test_images_with_objects_come_first(source: DatasetPaths, tmp_path: Path) -> None:
+    document = json.loads(source.train_json.read_text())
+    document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in (2, 5)]
+    source.train_json.write_text(json.dumps(document))
+    excerpt(tmp_path / "source", tmp_path / "part", num_images=2)
+    taken = json.loads(dataset_paths(tmp_path / "part").train_json.read_text())
+    assert [image["id"] for image in taken["images"]] == [2, 5]
+
+
+def test_more_than_there_are_takes_all(source: DatasetPaths, tmp_path: Path) -> None:
+    assert excerpt(tmp_path / "source", tmp_path / "part", num_images=100)["train"][0] == 9
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../secret"])
+def test_a_name_that_leads_out_is_not_copied(source: DatasetPaths, tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("secret")
+    document = json.loads(source.train_json.read_text())
+    document["images"][0]["file_name"] = name
+    source.train_json.write_text(json.dumps(document))
+    done = CliRunner().invoke(app, ["excerpt", "9", "--from", str(tmp_path / "source"), "--to", str(tmp_path / "part")])
+    assert done.exit_code == 2 and "file_name" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "source"]
+
+
+def test_what_is_there_is_never_overwritten(source: DatasetPaths, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["excerpt", "2", "--from", str(tmp_path / "source"), "--to", str(tmp_path)])
+    assert done.exit_code == 2 and "there already" in done.stderr
+
+
+def test_a_folder_without_a_data_set_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = CliRunner().invoke(app, ["excerpt", "2", "--from", str(tmp_path / "empty"), "--to", str(tmp_path / "part")])
+    assert done.exit_code == 2 and "instances_train2017.json  missing" in done.stderr
+
+
+def test_the_generate_command_draws_and_explains_refusals(tmp_path: Path) -> None:
+    command = ["generate", str(tmp_path / "set"), "--num-train", "2", "--num-val", "1", "--size", "40x32"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
+    done = CliRunner().invoke(app, [*command, "--seed", "4"])
+    assert done.exit_code == 2 and "seed 0 there, 4 asked" in done.stderr
+    assert CliRunner().invoke(app, [*command, "--seed", "4", "--replace"]).exit_code == 0
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "other"), "--size", "big"])
+    assert done.exit_code == 2 and "--size is 'big'" in done.stderr
