@@ -1,0 +1,205 @@
+"""What is wrong with a cluster is told per node, and compared with what the trials need, before they start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.generate import generate
+from orchestrator.node_checks import NodeReport, NodeRequest, inspect_node, judge_nodes
+from orchestrator.plan import Hardware, expand
+from orchestrator.preflight_cluster import Node, check_fit, check_token, needs_several_hosts
+from orchestrator.spec import parse_experiment
+from tests.orchestrator.bad_input import base_experiment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def trials(*world_sizes: int, device: str = "cuda", cpus: int = 4, num_nodes: int | None = None) -> list[Any]:
+    values = base_experiment(Path("/data"))
+    values["trials"]["world_sizes"] = list(world_sizes)
+    values["model"]["overrides"]["SOLVER.IMS_PER_BATCH"] = 48
+    values["resources"] = {"device": device, "cpus_per_worker": cpus, "num_nodes": num_nodes, "loader_workers": 0}
+    return expand(parse_experiment(values, "test"), Hardware(), "/runs/x", Path("/data"))
+
+
+def node(host: str, gpus: int, cpus: int, address: str = "127.0.0.1") -> Node:
+    return Node(id=host, host=host, address=address, num_gpus=gpus, num_cpus=cpus)
+
+
+def test_workers_that_fit_are_no_finding() -> None:
+    assert check_fit([node("a", 8, 32)], trials(1, 8)) == []
+    assert check_fit([node("a", 4, 16), node("b", 4, 16)], trials(8, num_nodes=2)) == []
+
+
+def test_too_few_gpus_are_compared_with_what_each_host_has() -> None:
+    (finding,) = check_fit([node("a", 2, 32), node("b", 1, 32)], trials(2, 8))
+    assert (finding.level, finding.code, finding.id) == ("error", "too_few_gpus", "trial reference-8xcuda")
+    assert "8 workers of 1 GPU and 4 CPUs" in finding.what and "takes 3" in finding.what
+    assert "a (2 GPUs, 32 CPUs) takes 2; b (1 GPUs, 32 CPUs) takes 1" in finding.what
+
+
+def test_gpus_that_the_cpus_cannot_feed_do_not_count() -> None:
+    (finding,) = check_fit([node("a", 8, 8)], trials(8))
+    assert "a (8 GPUs, 8 CPUs) takes 2" in finding.what and "cpus_per_worker" in finding.mend
+
+
+def test_workers_must_pack_evenly_onto_the_hosts_asked_for() -> None:
+    (finding,) = check_fit([node("a", 6, 64), node("b", 2, 64)], trials(8, num_nodes=2))
+    assert "2 hosts with 4 workers" in finding.what and "1 have room" in finding.what
+
+
+def test_cpu_trials_are_counted_by_cpus() -> None:
+    assert check_fit([node("a", 0, 4)], trials(4, device="cpu", cpus=1)) == []
+    (finding,) = check_fit([node("a", 0, 4)], trials(6, device="cpu", cpus=1))
+    assert finding.code == "too_few_cpus"
+
+
+def test_a_trial_needs_several_hosts_where_none_holds_all_its_workers() -> None:
+    (trial,) = trials(4, device="cpu", cpus=1)
+    assert needs_several_hosts(trial, [node("a", 0, 2), node("b", 0, 2)])
+    assert not needs_several_hosts(trial, [node("a", 0, 4), node("b", 0, 4)])
+
+
+def test_an_open_cluster_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reachable = [node("a", 1, 1, "10.0.0.1"), node("b", 1, 1, "10.0.0.2")]
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: False)
+    (finding,) = check_token(reachable)
+    assert finding.level == "error" and "10.0.0.1, 10.0.0.2" in finding.what
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert [found.level for found in check_token(reachable)] == ["warning"]
+    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: True)
+    assert check_token(reachable) == []
+
+
+def test_a_cluster_on_loopback_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: False)
+    assert check_token([node("a", 1, 1, "127.0.0.2"), node("b", 1, 1, "127.0.0.3")]) == []
+
+
+REQUEST = NodeRequest(paths={"the training images": "/data/train2017"}, storage="/shared/runs")
+GOOD = NodeReport(
+    host="a", versions={"python": "3.11.9", "ray": "2.60.0"}, storage_free=100 * GIB, probe_seen=True,
+    shared_memory_free=8 * GIB, gpus=[("H100", 80 * GIB, 79 * GIB)],
+)  # fmt: skip
+
+
+def judge(*reports: NodeReport, needs_gpus: bool = True) -> list[tuple[str, str, str]]:
+    findings = judge_nodes(
+        list(reports), REQUEST, versions=GOOD.versions, storage_bytes=10 * GIB, shared_memory_bytes=2 * GIB,
+        needs_gpus=needs_gpus,
+    )  # fmt: skip
+    return [(finding.code, finding.id, finding.what) for finding in findings]
+
+
+def test_a_good_node_has_no_finding() -> None:
+    assert judge(GOOD, replace(GOOD, host="b")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"unreadable": {"the training images": "No such file"}}, "node_data", "the training images cannot be read"),
+        ({"storage_free": GIB}, "storage_small", "1.0 GiB free; the checkpoints of all trials take about 10.0 GiB"),
+        ({"storage_problem": "/shared cannot be written: Read-only"}, "storage_unwritable", "Read-only"),
+        ({"probe_seen": False}, "storage_not_shared", "not seen from this host"),
+        ({"shared_memory_free": 64 * 2**20}, "shared_memory", "64 MiB free"),
+        ({"versions": {"python": "3.11.9", "ray": "2.59.0"}}, "node_versions", "ray 2.59.0 (driver: 2.60.0)"),
+        ({"versions": {"python": "3.11.9"}}, "node_versions", "ray none (driver: 2.60.0)"),
+        ({"gpus": [("H100", 80 * GIB, 10 * GIB)]}, "gpu_busy", "10.0 GiB of 80.0 GiB free"),
+    ],
+)
+def test_what_is_wrong_on_one_node_is_told_with_its_name(change: dict[str, Any], code: str, words: str) -> None:
+    ((found, place, what),) = judge(GOOD, replace(GOOD, host="b", **change))
+    assert (found, place) == (code, "host b") and words in what
+
+
+def test_gpus_of_several_kinds_are_told_unless_none_is_used() -> None:
+    other = replace(GOOD, host="b", gpus=[("V100", 16 * GIB, 16 * GIB)])
+    assert [code for code, _, _ in judge(GOOD, other)] == ["gpu_kinds"]
+    assert judge(GOOD, other, needs_gpus=False) == []
+
+
+def test_a_node_is_inspected_without_leaving_anything(tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("hello")
+    before = sorted(tmp_path.iterdir())
+    request = NodeRequest(
+        paths={"this": str(tmp_path), "that": str(tmp_path / "none")}, storage=str(tmp_path / "a" / "b"),
+        probe=str(tmp_path / "probe"), probe_text="hello",
+    )  # fmt: skip
+    report = inspect_node(request)
+    assert list(report.unreadable) == ["that"] and report.probe_seen and report.storage_free
+    assert report.versions["python"] and report.versions["ray"]
+    assert sorted(tmp_path.iterdir()) == before
+    assert inspect_node(replace(request, probe_text="other")).probe_seen is False
+
+
+SCRIPT = """
+import dataclasses, json, sys
+from pathlib import Path
+import ray
+from ray.cluster_utils import Cluster
+from orchestrator import preflight_cluster as preflight
+from orchestrator.plan import Hardware, expand
+from orchestrator.spec import parse_experiment
+
+values, folder = json.loads(sys.argv[1]), sys.argv[2]
+cluster = Cluster(
+    initialize_head=True, head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+)
+cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
+ray.init(address=cluster.address, log_to_driver=False)
+found = {}
+
+def check(name, **changes):
+    experiment = parse_experiment({**values, **changes}, "test")
+    plans = expand(experiment, Hardware(num_cpus=2, num_hosts=2), folder + "/runs/x", Path(folder))
+    found[name] = [[f.level, f.code, f.id, f.what] for f in preflight.preflight_cluster(experiment, plans)]
+    return plans
+
+two = {"world_sizes": [2], "scaling": "strong"}
+plans = check("fits", trials=two, resources={"device": "cpu", "cpus_per_worker": 1, "num_nodes": 2})
+check("too many", trials={**two, "world_sizes": [8]})
+nodes = preflight.list_nodes()
+found["hosts"] = sorted(node.address for node in nodes)
+preflight.CANARY_SECONDS = 8.0
+cut_off = [dataclasses.replace(nodes[0], address="192.0.2.1"), nodes[1]]
+found["cut off"] = [[f.level, f.code, f.id, f.what] for f in preflight.check_communication(plans, cut_off)]
+values["storage"] = {"keep_checkpoints": 10**7}
+check("no room")
+print(json.dumps(found))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_two_real_nodes_are_asked_and_made_to_talk(tmp_path: Path) -> None:
+    generate(tmp_path / "data", num_train=4, num_val=2, size=32)
+    values = base_experiment(tmp_path / "data")
+    values["model"]["overrides"]["SOLVER.IMS_PER_BATCH"] = 8
+    before = sorted(path.name for path in tmp_path.iterdir())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # Ray's sockets need a short path; the token belongs to whoever runs the tests, not to this cluster on loopback.
+    environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(values), str(tmp_path)],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["hosts"] == ["127.0.0.2", "127.0.0.3"]
+    assert found["fits"] == []
+    assert [finding[:2] for finding in found["too many"]] == [["error", "too_few_cpus"]]
+    assert [finding[:2] for finding in found["cut off"]] == [["error", "canary_failed"]]
+    assert {(code, place.split()[0]) for _, code, place, _ in found["no room"]} == {("storage_small", "host")}
+    assert len(found["no room"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
