@@ -315,6 +315,11 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
     return values
 
 
+def to_yaml(values: dict[str, Any]) -> str:
+    """Values as the text of an experiment file."""
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
 def parse_experiment(values: dict[str, Any], where: str) -> Experiment:
     """Validates an experiment given as plain values; `where` opens every message. Raises SpecError."""
     try:
