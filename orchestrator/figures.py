@@ -130,7 +130,10 @@ def _accuracy(material: Material, over_time: bool) -> Drawing:
     for target, parts in heights.items():
         axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         text = f"target, {' and '.join(parts)}: {target:g}"
-        axes.annotate(text, (0, target), (3, 2), xycoords=("axes fraction", "data"), textcoords="offset points", size=8)
+        axes.annotate(
+            text, (1, target), (-2, -3), xycoords=("axes fraction", "data"), textcoords="offset points", size=8,
+            ha="right", va="top",
+        )  # fmt: skip
     handles = [
         Line2D([], [], color=color_of(position), label=material.stories[position].label)
         for position in dict.fromkeys(shown)

@@ -1,19 +1,85 @@
-"""results.json as a report for people: Markdown, with the seed's table, and what it was made with."""
+"""The report of a run, and of several side by side: HTML with figures, Markdown and CSV.
+
+`python -m orchestrator.report RUN_FOLDER…` makes it again from results.json and events.jsonl; more than one run, or
+`--against`, makes a comparison. A run never fails for its report, but says that the report failed.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from orchestrator.comparison import FIGURES, config_table, differing, environment_table, labels, result_differences
 from orchestrator.records import ExperimentResult
-from orchestrator.table import csv_table, escape_markdown, markdown_table
+from orchestrator.run_folder import RunFolder, read_run_folder
+from orchestrator.table import csv_table, escape_markdown, markdown_table, neutral_cell
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN_FOLDER...")],
+    against: Annotated[Path | None, typer.Option(help="Run that the others are compared with.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the files; default: that of the first run.")] = None,
+) -> None:
+    """Make the report of a run again, or compare several runs: the first with the others, or all with --against."""
+    try:
+        folders = [read_run_folder(path.absolute()) for path in ([against] if against else []) + runs]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    place = (output or runs[0]).absolute()
+    place.mkdir(parents=True, exist_ok=True)
+    for path in write_comparison(folders, place) if len(folders) > 1 else _write(folders[0], place):
+        print(path)
 
 
 def write_report(result: ExperimentResult, run_dir: Path) -> list[Path]:
-    """Writes report.md and table.csv beside results.json and returns their paths."""
-    report, table = run_dir / "report.md", run_dir / "table.csv"
-    report.write_text(markdown_report(result), encoding="utf-8")
-    table.write_text(csv_table(result), encoding="utf-8")
-    return [report, table]
+    """Writes report.html, report.md and table.csv beside results.json and returns their paths, the HTML first."""
+    return _write(read_run_folder(run_dir, result), run_dir)
+
+
+def _write(run: RunFolder, place: Path) -> list[Path]:
+    from orchestrator.page import html_page
+
+    return _files(
+        place,
+        {
+            "report.md": markdown_report(run.result),
+            "table.csv": csv_table(run.result),
+            "report.html": html_page([run], place),
+        },
+    )
+
+
+def write_comparison(runs: Sequence[RunFolder], place: Path) -> list[Path]:
+    """Writes comparison.html, comparison.md and comparison.csv: every run against the first; returns their paths."""
+    from orchestrator.page import html_page
+
+    return _files(
+        place,
+        {
+            "comparison.md": markdown_comparison(runs),
+            "comparison.csv": csv_comparison(runs),
+            "comparison.html": html_page(runs, place),
+        },
+    )
+
+
+def _files(place: Path, contents: dict[str, str]) -> list[Path]:
+    for name, content in contents.items():
+        (place / name).write_text(content, encoding="utf-8")
+    return [place / name for name in reversed(contents)]
 
 
 def markdown_report(result: ExperimentResult) -> str:
@@ -32,6 +98,43 @@ def markdown_report(result: ExperimentResult) -> str:
         lines += ["## Not finished", ""]
         lines += [f"- {escape_markdown(t.name)}: {t.status.lower()}: {escape_markdown(t.reason)}" for t in failed]
         lines.append("")
-    lines += ["## Environment", "", "| | |", "|:---|:---|"]
-    lines += [f"| {escape_markdown(key)} | {escape_markdown(value)} |" for key, value in result.environment.items()]
+    lines += ["## Environment", "", *_markdown_rows(["", ""], result.environment.items())]
     return "\n".join(lines) + "\n"
+
+
+def markdown_comparison(runs: Sequence[RunFolder]) -> str:
+    """Several runs side by side as Markdown."""
+    names = labels(runs)
+    lines = [f"# {' and '.join(map(escape_markdown, names))}", ""]
+    for name, run in zip(names, runs, strict=True):
+        lines += [f"## {escape_markdown(name)}", "", markdown_table(run.result)]
+    lines += [f"## What differs from {escape_markdown(names[0])}", ""]
+    differences = result_differences(runs[0], list(zip(names[1:], runs[1:], strict=True)))
+    cells = [(d.other_label, d.what, d.figure, d.base, d.other, d.ratio, d.verdict) for d in differences]
+    headings = ["Run", "Trial", "Figure", names[0], "Other", "Ratio (95 % interval)", "More than noise?"]
+    lines += _markdown_rows(headings, cells)
+    for title, table in (("Config", config_table), ("Environment", environment_table)):
+        rows = [(key, *values) for key, values in differing([table(run) for run in runs])]
+        lines += ["", f"### {title}", "", *(_markdown_rows(["Key", *names], rows) if rows else ["Nothing."])]
+    return "\n".join(lines) + "\n"
+
+
+def csv_comparison(runs: Sequence[RunFolder]) -> str:
+    """Every trial of every run with the figures that are compared, at full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("run", "trial", "world_size", *FIGURES, "cost", "cost_to_target"))
+    for name, run in zip(labels(runs), runs, strict=True):
+        for trial in run.result.trials:
+            figures = [getattr(trial, figure) for figure in (*FIGURES, "cost", "cost_to_target")]
+            writer.writerow([neutral_cell(cell) for cell in (name, trial.name, trial.world_size, *figures)])
+    return text.getvalue()
+
+
+def _markdown_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(map(escape_markdown, cells))} |" for cells in (headings, *rows)]
+    return [lines[0], "|" + ":---|" * len(headings), *lines[1:]]
+
+
+if __name__ == "__main__":
+    app()

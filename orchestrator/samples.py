@@ -108,14 +108,14 @@ def _picture(photo: Image.Image, entries: list[dict[str, Any]], names: dict[Any,
             pixels[edge & ~outlines] = color
             outlines |= edge
     drawn = Image.fromarray(pixels.astype(np.uint8))
-    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(12)
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(14)
     for entry in entries:
         left, top, width, height = (value * scale for value in entry["bbox"])
         color_of = colors.get(entry["category_id"], COLORS[-1])
         pen.rectangle((left, top, left + max(width, 1), top + max(height, 1)), outline=color_of)
         score = f" {100 * entry['score']:.0f} %" if "score" in entry else ""
         text = names.get(entry["category_id"], "?")[:24] + score
-        corner = min(max(left, 0), max(size[0] - pen.textlength(text, font) - 4, 0)), max(top - 15, 0)
+        corner = min(max(left, 0), max(size[0] - pen.textlength(text, font) - 4, 0)), max(top - 17, 0)
         pen.rectangle(pen.textbbox((corner[0] + 2, corner[1]), text, font), fill=(15, 20, 28))
         pen.text((corner[0] + 2, corner[1]), text, fill=color_of, font=font)
     content = io.BytesIO()
