@@ -21,8 +21,8 @@ from trainers import clock
 FIGURES = {
     "images_per_second": ("images/s", rate_text),
     "time_to_train_seconds": ("time to train (s)", seconds_text),
-    "box_ap": ("box AP", lambda value: number_text(value, 2)),
-    "mask_ap": ("mask AP", lambda value: number_text(value, 2)),
+    "box_ap": ("final box AP", lambda value: number_text(value, 2)),
+    "mask_ap": ("final mask AP", lambda value: number_text(value, 2)),
 }
 """Figures that are compared, by their name in a trial's record: what they are called, and how they are written."""
 
