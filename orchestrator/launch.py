@@ -1,30 +1,32 @@
-"""Runs one trial with Ray Train: the only file that builds a TorchTrainer.
+"""Starts and ends a trial's workers with Ray Train: the only file that builds a TorchTrainer.
 
 Ray Train retries whatever fails, from the last checkpoint that was reported to it. Here it starts the workers once per
-attempt; whether there is another is decided by what went wrong (see `policy`), and workers find their newest checkpoint
-that verifies themselves. `Result.metrics` is not used: it is bound to Ray's own checkpoints.
+attempt; whether there is another is decided by what went wrong (see `attempts`), and workers find their newest
+checkpoint that verifies themselves. `Result.metrics` is not used: it is bound to Ray's own checkpoints.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import os
 import threading
-import time
+from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.plan import Hardware
-from orchestrator.spec import Faults
-from orchestrator.stop import StopRequest
-from orchestrator.telemetry import EventPump
-from trainers.contract import Attempt, LoopFinished, TrialEnded, TrialPlan, TrialStarted
+from trainers.contract import Attempt, TrialPlan, WorkerStarted
 
 logger = logging.getLogger(__name__)
+
+KILL_SECONDS = 20.0
+"""Longest wait for a process to be gone."""
 
 RAY_TRAIN_SETTINGS = {
     # The working directory of a worker stays the driver's; every path is absolute anyway.
@@ -33,8 +35,6 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # How often the controller looks at the workers; its default of 2 s is added to the end of every trial.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # A dead process is noticed by Ray itself; a frozen one after this long, at Ray's default of 600.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
 
@@ -62,77 +62,86 @@ def start_ray(address: str | None) -> Hardware:
     return Hardware(num_gpus=int(resources.get("GPU", 0)), num_cpus=int(resources.get("CPU", 0)), num_hosts=len(hosts))
 
 
-def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, stop: StopRequest) -> TrialEnded:
-    """Runs a trial to its end, with as many attempts as the policy allows.
+class WorkerGroup:
+    """The workers of one attempt: started once, in a thread of its own, and ended for certain.
 
     Args:
         plan: The trial.
-        faults: What is done about failures.
-        pump: Where its events go.
+        attempt: Which start of it this is.
+        telemetry: The actor that workers send their events to.
         ray_dir: Folder for Ray Train's own files.
-        stop: Set when the user or the job server wants an end.
-
-    Returns:
-        How it ended; the same has been told to the pump.
     """
 
-    def told(kind: type[Any], attempt: int, **fields: Any) -> Any:
-        event = kind(trial=plan.name, attempt=attempt, rank=-1, time=time.time(), **fields)
-        pump.tell(event)
-        return event
+    def __init__(self, plan: TrialPlan, attempt: Attempt, telemetry: Any, ray_dir: str) -> None:
+        from trainers.worker import train_loop_per_worker
 
-    told(TrialStarted, 0, plan=dataclasses.asdict(plan))
-    pump.order("run", 0)
-    error = _attempt(plan, Attempt(), pump, ray_dir, stop)
-    pump.drain()
-    mine = [event for event in pump.events if event.trial == plan.name]
-    finished = [event for event in mine if isinstance(event, LoopFinished)]
-    if finished and finished[-1].reason != "interrupted":
-        return told(TrialEnded, 0, status="FINISHED", reason="")  # type: ignore[no-any-return]
-    if stop.requested:
-        return told(TrialEnded, 0, status="KILLED", reason="stopped by the user")  # type: ignore[no-any-return]
-    return told(TrialEnded, 0, status="FAILED", reason=str(error))  # type: ignore[no-any-return]
+        # How long Ray Train waits for resources, after a node was lost for example; read when the trainer starts.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.timeouts["setup"])
+        self._trainer = TorchTrainer(
+            train_loop_per_worker,
+            train_loop_config={"plan": plan, "attempt": attempt, "telemetry": telemetry},
+            scaling_config=ScalingConfig(
+                num_workers=plan.world_size,
+                use_gpu=plan.device == "cuda",
+                resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {}),
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if plan.device == "cuda" else "gloo",
+                # Behind the watchdog, which knows what a rank is at: some wait in a collective while others evaluate.
+                timeout_s=int(max(plan.timeouts.values())) + 60,
+            ),
+            run_config=RunConfig(
+                name=f"{plan.name}-attempt{attempt.number}",
+                storage_path=ray_dir,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
+        )
+        self.error: BaseException | None = None
+        # In a thread of its own, so that the driver's can hear signals and look after the workers meanwhile.
+        self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+        self._thread.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Waits for the end; returns whether it has come."""
+        self._thread.join(timeout=seconds)
+        return not self._thread.is_alive()
 
-def _attempt(
-    plan: TrialPlan, attempt: Attempt, pump: EventPump, ray_dir: str, stop: StopRequest
-) -> BaseException | None:
-    """Starts the workers once and waits for them; returns what went wrong, if anything did."""
-    from trainers.worker import train_loop_per_worker
-
-    trainer = TorchTrainer(
-        train_loop_per_worker,
-        train_loop_config={"plan": plan, "attempt": attempt, "telemetry": pump.actor},
-        scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
-            use_gpu=plan.device == "cuda",
-            resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {}),
-        ),
-        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo"),
-        run_config=RunConfig(
-            name=f"{plan.name}-attempt{attempt.number}",
-            storage_path=ray_dir,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-        ),
-    )
-    outcome: list[BaseException | None] = []
-
-    def fit() -> None:
+    def kill(self, workers: Sequence[WorkerStarted]) -> None:
+        """Kills worker processes on their nodes: a frozen one answers to nothing else."""
+        kill = ray.remote(num_cpus=0, max_retries=0)(_end_process)
+        tasks = []
+        for worker in workers:
+            where = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
+            tasks.append(kill.options(scheduling_strategy=where).remote(worker.pid))
         try:
-            trainer.fit()
-            outcome.append(None)
-        except BaseException as error:
-            outcome.append(error)
+            ray.get(tasks, timeout=KILL_SECONDS)
+        except Exception as error:  # the node may be gone, and its processes with it
+            logger.warning("workers could not be killed: %s", error)
 
-    # In a thread of its own, so that this one can hear signals and look after the workers meanwhile.
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    ordered = False
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-        if stop.requested and not ordered:
-            pump.order("stop", attempt.number)
-            ordered = True
-        if stop.overdue:
-            return TimeoutError("the workers did not stop in time")
-    return outcome[0]
+    def end(self) -> None:
+        """Ends the attempt, whatever it is at: without its controller, Ray takes the workers away."""
+        job = ray.get_runtime_context().get_job_id()
+        for actor in ray._private.state.actors(job_id=ray.JobID.from_hex(job)).values():
+            if actor["ActorClassName"] == "TrainController" and actor["State"] != "DEAD":
+                _end_process(actor["Pid"])  # it runs on the driver's node
+        self.wait(KILL_SECONDS)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that are to be taken away soon: a spot instance's notice, a node that is scaled down."""
+    # What Ray Train's own preemption watcher asks; asked from here, it costs the workers no barrier.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def _end_process(pid: int) -> None:
+    """Kills a process if it is still one of Ray's: its number may have been given to another."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if any("ray::" in part for part in process.cmdline()):
+            process.kill()

@@ -321,6 +321,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 checkpoint_dir=f"{checkpoint_root}/{name}/checkpoints",
                 keep_checkpoints=experiment.storage.keep_checkpoints,
                 timeouts=experiment.faults.timeouts.model_dump(),
+                survive_storage=experiment.faults.on_storage_failure == "continue",
                 price_per_accelerator_hour=resources.price_per_accelerator_hour,
             )
         )

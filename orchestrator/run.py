@@ -162,8 +162,8 @@ class Session:
         return findings, plans
 
     def _train(self, plans: list[TrialPlan]) -> int:
+        from orchestrator.attempts import run_trial
         from orchestrator.environment import command_line, describe
-        from orchestrator.launch import run_trial
         from orchestrator.outbox import FILE_NAME, Outbox
         from orchestrator.progress import ProgressDisplay
         from orchestrator.records import ExperimentResult

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from trainers.contract import FailureKind
 from trainers.recipes import RECIPES
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -209,6 +210,8 @@ class Timeouts(_Model):
     """Taking or restoring one checkpoint."""
     report: float = Field(300, gt=0)
     """Anything else."""
+    heartbeat: float = Field(60, gt=0)
+    """A worker's process without any sign of life (they send one every second)."""
 
 
 class Faults(_Model):
@@ -216,6 +219,11 @@ class Faults(_Model):
 
     max_failures: int = Field(3, ge=0)
     """Restarts in a row without one new checkpoint before a trial is given up."""
+    restart_on: list[FailureKind] = ["worker_lost", "communication", "stuck", "out_of_memory", "unknown"]
+    """Failures after which the workers are started again, from the newest checkpoint; any other ends the trial at once.
+    `out_of_memory`, `unknown` and `worker_lost` end it too when they come twice at the same iteration of a rank."""
+    on_storage_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written: end the trial, or go on with the older ones and try again at the next."""
     timeouts: Timeouts = Timeouts()
     """When a worker counts as stuck."""
 

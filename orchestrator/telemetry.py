@@ -66,11 +66,11 @@ class Telemetry:
         """Number of them that the driver is known to have on disk."""
         return self._taken
 
-    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, Sign]]:
-        """Events after the first `taken` of all, how many there are by now, and the last heartbeat of each rank."""
+    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, Sign], float]:
+        """Events after the first `taken`, how many there are by now, each rank's last heartbeat, and the time."""
         del self._events[: taken - self._taken]
         self._taken = taken
-        return self._events, taken + len(self._events), self._heartbeats
+        return self._events, taken + len(self._events), self._heartbeats, time.time()
 
     def order(self, command: Command, attempt: int) -> None:
         """What workers of an attempt are told with their next heartbeat; "run" forgets the heartbeats before it."""
@@ -89,6 +89,7 @@ class EventPump:
     Attributes:
         events: All events of the run.
         heartbeats: The last of each rank of the running attempt.
+        drained: When they were fetched (Unix seconds).
     """
 
     def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
@@ -100,6 +101,7 @@ class EventPump:
             .remote()
         )
         self.heartbeats: dict[int, Sign] = {}
+        self.drained = 0.0
         self.events: list[Event] = [event for event, _ in outbox.read()]
         self._taken = 0
         self._drain_lock = threading.Lock()
@@ -125,7 +127,8 @@ class EventPump:
     def drain(self) -> None:
         """Moves what is there now."""
         with self._drain_lock:
-            events, self._taken, self.heartbeats = ray.get(self.actor.drain.remote(self._taken), timeout=30)
+            drained = ray.get(self.actor.drain.remote(self._taken), timeout=30)
+            events, self._taken, self.heartbeats, self.drained = drained
             if events:
                 self.tell(*events)
 

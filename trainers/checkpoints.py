@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -133,7 +134,7 @@ class CheckpointStore:
         for iteration in sorted(self._valid(), reverse=True):
             try:
                 return self.load(iteration)
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 logger.warning("checkpoint %s is damaged and is skipped: %s", self._folder(iteration), error)
         return None
 

@@ -33,7 +33,7 @@ from trainers.contract import (
 )
 from trainers.evaluation import Evaluator
 from trainers.loop import NotFiniteError, Now, StepWindow, TrainingLoop
-from trainers.worker import Channel, Command, Placement
+from trainers.worker import ENDED, Channel, Command, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -205,33 +205,39 @@ class Rank:
             "rank": self.placement.rank,
         }
 
-        def beat() -> None:
+        def beat(part: str) -> None:
+            now = self.now
+            heartbeat = Heartbeat(
+                **who,
+                time=time.time(),
+                section=now.section,
+                part=part,
+                iteration=now.iteration,
+                since=now.since,
+                image_files=now.image_files,
+            )
+            try:
+                self.command = self.channel.beat(heartbeat)
+            except Exception as error:  # the driver may be gone for a while; training goes on
+                logger.debug("no answer from the driver: %r", error)
+
+        def run() -> None:
             next_sample = 0.0
-            while not ended.wait(HEARTBEAT_SECONDS):
-                now = self.now
-                heartbeat = Heartbeat(
-                    **who,
-                    time=time.time(),
-                    section=now.section,
-                    part=now.part,
-                    iteration=now.iteration,
-                    since=now.since,
-                    image_files=now.image_files,
-                )
-                try:
-                    self.command = self.channel.beat(heartbeat)
-                except Exception as error:  # the driver may be gone for a while; training goes on
-                    logger.debug("no answer from the driver: %r", error)
+            while not ended.is_set():
+                beat(self.now.part)
                 if self.placement.local_rank == 0 and time.monotonic() >= next_sample:
                     next_sample = time.monotonic() + SYSTEM_SAMPLE_SECONDS
                     self.send(SystemSampled, host=self.placement.host, values=machine.system_metrics())
+                ended.wait(HEARTBEAT_SECONDS)
+            beat(ENDED)
 
-        thread = threading.Thread(target=beat, name="pulse", daemon=True)
+        thread = threading.Thread(target=run, name="pulse", daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
+            thread.join(timeout=10)
 
     @contextmanager
     def _log_file(self) -> Iterator[None]:

@@ -21,6 +21,9 @@ Command = Literal["run", "preempt", "stop"]
 """What the driver wants: go on; end with a checkpoint and be started again elsewhere; end with a checkpoint."""
 
 
+ENDED = "ended"
+"""Part that a rank's last heartbeat names: it is silent from then on."""
+
 CONFIRM_SECONDS = 30.0
 """Longest wait for the driver to confirm that it has events; after it, the worker goes on without."""
 

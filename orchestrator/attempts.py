@@ -1,0 +1,201 @@
+"""Runs one trial to its end: starts its workers, looks after them, and decides about another start when they fail.
+
+The trap it protects against: Ray Train waits for a stuck worker for ever and starts again after failures that can never
+succeed. Here every wait has an end, and every end has a cause that is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from ray.train import TrainingFailedError
+from ray.train.v2.api.exceptions import PreemptionError
+
+from orchestrator.launch import WorkerGroup, draining_nodes
+from orchestrator.policy import NOT_COUNTED, Policy, root_cause
+from orchestrator.sections import began
+from orchestrator.spec import Faults
+from orchestrator.stop import StopRequest
+from orchestrator.telemetry import EventPump
+from orchestrator.watchdog import Watchdog
+from trainers.contract import (
+    Attempt,
+    Event,
+    Heartbeat,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialEnded,
+    TrialPlan,
+    TrialRestarted,
+    TrialStarted,
+    WorkerFailed,
+    WorkerStarted,
+)
+
+LOOK_SECONDS = 0.2
+"""How often the driver looks after the workers."""
+
+DRAIN_LOOK_SECONDS = 1.0
+"""How often it asks whether a node is to be taken away."""
+
+E = TypeVar("E", bound=Event)
+
+
+def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, stop: StopRequest) -> TrialEnded:
+    """Runs a trial to its end, with as many attempts as the policy allows.
+
+    A trial that `pump` has events of already goes on from its newest checkpoint, as the next attempt.
+
+    Args:
+        plan: The trial.
+        faults: What is done about failures.
+        pump: Where its events go.
+        ray_dir: Folder for Ray Train's own files.
+        stop: Set when the user or the job server wants an end.
+
+    Returns:
+        How it ended; the same has been told to the pump.
+    """
+    return _Trial(plan, faults, pump, ray_dir, stop).run()
+
+
+class _Trial:
+    def __init__(self, plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, stop: StopRequest) -> None:
+        self.plan, self.pump, self.ray_dir, self.stop = plan, pump, ray_dir, stop
+        self.policy = Policy(faults)
+        self.number = 0
+
+    def run(self) -> TrialEnded:
+        earlier = [event for event in self.pump.events if event.trial == self.plan.name]
+        if earlier:
+            self.number = max(event.attempt for event in earlier) + 1
+            last = next((event for event in reversed(earlier) if isinstance(event, TrialEnded)), None)
+            message = f"resumed after {last.reason}" if last else "resumed after its driver was lost"
+            self._tell_restart("resumed", message, _iterations(earlier))
+        else:
+            self._tell(TrialStarted, plan=dataclasses.asdict(self.plan))
+        while True:
+            cause, reason = self._attempt()
+            if cause is None or reason or self.stop.requested:
+                break
+            iterations = max(cause.iteration, _iterations(self._own(Event)))
+            self.number += 1
+            message = f"rank {cause.rank}: {cause.message}" if cause.rank >= 0 else cause.message
+            self._tell_restart(cause.failure, message, iterations)
+        if cause is None:
+            return self._tell(TrialEnded, status="FINISHED", reason="")
+        if self.stop.requested:
+            return self._tell(TrialEnded, status="KILLED", reason="stopped by the user")
+        return self._tell(TrialEnded, status="FAILED", reason=reason)
+
+    def _attempt(self) -> tuple[WorkerFailed | None, str]:
+        """One start of the workers, to its end.
+
+        Returns:
+            What ended it, None when training is done; and why there must be no other start, "" when there may be.
+        """
+        self.pump.order("run", self.number)
+        earlier = [event for event in self.pump.events if event.trial == self.plan.name]
+        attempt = Attempt(self.number, began(earlier) if self.number else None)
+        group = WorkerGroup(self.plan, attempt, self.pump.actor, self.ray_dir)
+        preempted = self._look_after(group)
+        self.pump.drain()
+        finished = self._last(LoopFinished)
+        if finished and finished.reason in ("target", "max_iter"):
+            return None, ""
+        self._tell_lost(group.error)
+        cause = root_cause(self._own(WorkerFailed))
+        if preempted or (finished and finished.reason == "preempted") or isinstance(group.error, PreemptionError):
+            return self._failure(NOT_COUNTED, -1, "a node is being taken away", None), ""
+        if cause is None:
+            message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
+            cause = self._failure("unknown", -1, message, None)
+            if not self.stop.requested:
+                self.pump.tell(cause)
+        return cause, self.policy.give_up(cause, self._own(Event))
+
+    def _look_after(self, group: WorkerGroup) -> bool:
+        """Waits for the workers; returns whether they had to leave a node that is being taken away."""
+        watchdog = Watchdog(self.plan.timeouts, self.plan.world_size, time.time())
+        stopping = preempted = False
+        next_drain_look = 0.0
+        while not group.wait(LOOK_SECONDS):
+            if self.stop.requested and not stopping:
+                stopping = True
+                self.pump.order("stop", self.number)
+                if not self._own(LoopStarted):  # nothing has been trained that a checkpoint could keep
+                    group.end()
+                    break
+            if self.stop.overdue:
+                group.end()
+                break
+            if not preempted and not stopping and time.monotonic() >= next_drain_look:
+                next_drain_look = time.monotonic() + DRAIN_LOOK_SECONDS
+                if draining_nodes() & {worker.node_id for worker in self._own(WorkerStarted)}:
+                    preempted = True
+                    self.pump.order("preempt", self.number)
+            stuck = watchdog.look(self.pump.heartbeats, self.pump.drained)
+            if stuck:
+                for one in stuck:
+                    self.pump.tell(self._failure("stuck", one.rank, one.message, one.last))
+                ranks = {one.rank for one in stuck}
+                group.kill([worker for worker in self._own(WorkerStarted) if worker.rank in ranks])
+                if not group.wait(self.plan.timeouts["heartbeat"]):
+                    group.end()
+                break
+        return preempted
+
+    def _tell_lost(self, error: BaseException | None) -> None:
+        """Tells of the ranks whose process died: they could not tell it themselves."""
+        told = {event.rank for event in self._own(WorkerFailed)}
+        failures = getattr(error, "worker_failures", {}) if isinstance(error, TrainingFailedError) else {}
+        for rank, failure in failures.items():
+            if rank in told:
+                continue
+            sign = self.pump.heartbeats.get(rank)
+            reason = getattr(failure, "health_check_failure", failure)
+            out_of_memory = "OOM" in str(reason) and "memory pressure" in str(reason)
+            kind = "out_of_memory" if out_of_memory else "worker_lost"
+            message = f"its process died: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
+            self.pump.tell(self._failure(kind, rank, message, sign.heartbeat if sign else None))
+
+    def _failure(self, kind: str, rank: int, message: str, last: Heartbeat | None) -> WorkerFailed:
+        return WorkerFailed(
+            trial=self.plan.name,
+            attempt=self.number,
+            rank=rank,
+            time=time.time(),
+            failure=kind,  # type: ignore[arg-type]
+            iteration=last.iteration if last else _iterations(self._own(Event)),
+            section=last.section if last else "setup",
+            message=message,
+            image_files=last.image_files if last and last.section == "step" else (),
+        )
+
+    def _tell(self, kind: type[E], **fields: object) -> E:
+        event = kind(trial=self.plan.name, attempt=self.number, rank=-1, time=time.time(), **fields)
+        self.pump.tell(event)
+        return event
+
+    def _tell_restart(self, failure: str, message: str, iteration: int) -> None:
+        self._tell(TrialRestarted, failure=failure, message=message, iteration=iteration)
+
+    def _own(self, kind: type[E]) -> list[E]:
+        """Events of this attempt."""
+        name, number = self.plan.name, self.number
+        return [e for e in self.pump.events if isinstance(e, kind) and e.trial == name and e.attempt == number]
+
+    def _last(self, kind: type[E]) -> E | None:
+        return next(reversed(self._own(kind)), None)
+
+
+def _iterations(events: Sequence[Event]) -> int:
+    """Iterations that the last attempt among some events had done by its last sign."""
+    last = max((event.attempt for event in events), default=0)
+    own = [event for event in events if event.attempt == last]
+    done = [event.iteration for event in own if isinstance(event, StepsDone | LoopStarted | WorkerFailed)]
+    return max(done, default=0)
