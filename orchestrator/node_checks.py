@@ -32,15 +32,30 @@ class NodeRequest:
 
     Attributes:
         paths: Files and folders that workers read, by what they are.
-        storage: Folder that checkpoints go to, absolute; "" where storage is no folder.
-        probe: File that the driver wrote where storage is, "" for none.
-        probe_text: What it holds.
+        folders: Folders that workers write, absolute, to a file that the driver wrote there or above; "" for none.
+        checkpoints: The one of them that checkpoints go to; "" where they go elsewhere.
+        probe_text: What the driver's files hold.
     """
 
     paths: dict[str, str]
-    storage: str
-    probe: str = ""
+    folders: dict[str, str]
+    checkpoints: str = ""
     probe_text: str = ""
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """A folder to be written, as one node sees it.
+
+    Attributes:
+        free: Free bytes; None where it could not be looked at.
+        problem: Why it cannot be written, or "".
+        probe_seen: Whether the driver's file was there with its text; None where there was none to look for.
+    """
+
+    free: int | None
+    problem: str = ""
+    probe_seen: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +66,7 @@ class NodeReport:
         host: Its host name.
         versions: Package to version, with `python`; packages that are not installed are left out.
         unreadable: Of the paths asked for: what they are, to the reason.
-        storage_free: Free bytes where storage is; None where it could not be looked at.
-        storage_problem: Why storage cannot be written, or "".
-        probe_seen: Whether the driver's file was there with its text; None where there was none to look for.
+        folders: The folders asked for, as it sees them.
         shared_memory_free: Free bytes of /dev/shm; None without one.
         gpus: Name, memory and free memory of each GPU.
     """
@@ -61,23 +74,18 @@ class NodeReport:
     host: str
     versions: dict[str, str]
     unreadable: dict[str, str] = field(default_factory=dict)
-    storage_free: int | None = None
-    storage_problem: str = ""
-    probe_seen: bool | None = None
+    folders: dict[str, FolderState] = field(default_factory=dict)
     shared_memory_free: int | None = None
     gpus: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def inspect_node(request: NodeRequest) -> NodeReport:
     """Looks at the node this runs on; leaves nothing behind and raises nothing."""
-    free, problem = _try_storage(request.storage) if request.storage else (None, "")
     return NodeReport(
         host=socket.gethostname(),
         versions=_read_versions(),
         unreadable={what: reason for what, path in request.paths.items() if (reason := _unreadable(path))},
-        storage_free=free,
-        storage_problem=problem,
-        probe_seen=_sees_probe(request) if request.probe else None,
+        folders={folder: _try_folder(folder, probe, request.probe_text) for folder, probe in request.folders.items()},
         shared_memory_free=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         gpus=_list_gpus(),
     )
@@ -88,16 +96,17 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _try_storage(storage: str) -> tuple[int | None, str]:
-    folder = existing_parent(Path(storage))
+def _try_folder(name: str, probe: str, probe_text: str) -> FolderState:
+    folder = existing_parent(Path(name))
+    seen = _sees(probe, probe_text) if probe else None
     try:
         with tempfile.TemporaryFile(dir=folder) as stream:
             stream.write(b"x" * 4096)
             stream.flush()
             os.fsync(stream.fileno())
-        return shutil.disk_usage(folder).free, ""
+        return FolderState(shutil.disk_usage(folder).free, "", seen)
     except OSError as error:
-        return None, f"{folder} cannot be written: {error.strerror}"
+        return FolderState(None, f"{folder} cannot be written: {error.strerror}", seen)
 
 
 def _unreadable(path: str) -> str:
@@ -113,9 +122,9 @@ def _unreadable(path: str) -> str:
     return ""
 
 
-def _sees_probe(request: NodeRequest) -> bool:
+def _sees(probe: str, probe_text: str) -> bool:
     try:
-        return Path(request.probe).read_text(encoding="utf-8") == request.probe_text
+        return Path(probe).read_text(encoding="utf-8") == probe_text
     except (OSError, ValueError):
         return False
 
@@ -154,6 +163,7 @@ def judge_nodes(
     storage_bytes: float,
     shared_memory_bytes: float,
     needs_gpus: bool,
+    survives_storage: bool = False,
 ) -> list[Finding]:
     """Tells what is wrong on which node.
 
@@ -164,6 +174,7 @@ def judge_nodes(
         storage_bytes: Room that the run's checkpoints take.
         shared_memory_bytes: What the loaders of one node's workers hold in /dev/shm at most.
         needs_gpus: Whether workers run on GPUs.
+        survives_storage: Whether the run goes on where a checkpoint cannot be written: little room is no error then.
     """
     findings = FindingList()
     for report in reports:
@@ -171,7 +182,9 @@ def judge_nodes(
         for what, reason in report.unreadable.items():
             mend = "Put it on storage that all nodes share, at the same path, or copy it to each"
             findings.error("node_data", request.paths[what], node, f"{what} cannot be read there: {reason}", mend)
-        _judge_storage(report, request, storage_bytes, findings)
+        for folder, state in report.folders.items():
+            needed = storage_bytes if folder == request.checkpoints else 0
+            _judge_folder(folder, state, node, needed, findings, survives=survives_storage)
         free = report.shared_memory_free
         if free is not None and free < shared_memory_bytes:
             what = f"{SHARED_MEMORY} has {_size(free)} free; the loaders hold up to {_size(shared_memory_bytes)} in it"
@@ -198,19 +211,21 @@ def judge_nodes(
     return findings.to_list()
 
 
-def _judge_storage(report: NodeReport, request: NodeRequest, storage_bytes: float, findings: FindingList) -> None:
-    node = f"host {report.host}"
-    if report.storage_problem:
-        mend = "Set storage.path (or --output) to a folder that the run may write"
-        findings.error("storage_unwritable", request.storage, node, report.storage_problem, mend)
-    elif report.storage_free is not None and report.storage_free < storage_bytes:
-        what = f"{_size(report.storage_free)} free; the checkpoints of all trials take about {_size(storage_bytes)}"
-        mend = "Make room, set storage.path elsewhere, or storage.keep_checkpoints lower"
-        findings.error("storage_small", request.storage, node, what, mend)
-    if report.probe_seen is False:
+def _judge_folder(
+    folder: str, state: FolderState, node: str, needed: float, findings: FindingList, *, survives: bool
+) -> None:
+    if state.problem:
+        mend = "Set storage.path or storage.checkpoints (or --output) to a folder that the run may write"
+        findings.error("storage_unwritable", folder, node, state.problem, mend)
+    elif state.free is not None and state.free < needed:
+        what = f"{_size(state.free)} free; the checkpoints of all trials take about {_size(needed)}"
+        mend = "Make room, set storage.checkpoints elsewhere, or storage.keep_checkpoints lower"
+        report = findings.warning if survives else findings.error
+        report("storage_small", folder, node, what, mend)
+    if state.probe_seen is False:
         what = "not shared: a file that the driver wrote there is not seen from this host"
-        mend = "Set storage.path to a folder that all hosts mount at the same path"
-        findings.error("storage_not_shared", request.storage, node, what, mend)
+        mend = "Set storage.path and storage.checkpoints to folders that all hosts mount at the same path"
+        findings.error("storage_not_shared", folder, node, what, mend)
 
 
 def _size(num_bytes: float) -> str:

@@ -18,11 +18,14 @@ from orchestrator.node_checks import NodeRequest, inspect_node, judge_nodes
 from orchestrator.tracking_checks import check_tracking
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from orchestrator.coco_checks import Split
     from orchestrator.spec import Experiment
     from trainers.contract import TrialPlan
+
+REMOTE_SECONDS = 20.0
+"""Time for one small file; cloud clients look for credentials for some ten seconds before they give up."""
 
 PREFETCHED_BATCHES = 2
 """Batches that each loader process holds ready (torch's default)."""
@@ -47,6 +50,7 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
     ]
     if trials:
         findings += check_data(experiment, trials[0], verify_images=verify_images)
+        findings += check_remote_storage(trials[0])
         if not _joins_cluster(experiment):
             findings += check_this_machine(experiment, trials)
     return sort_findings(findings)
@@ -104,6 +108,7 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
         storage_bytes=storage_bytes(experiment, trials),
         shared_memory_bytes=shared_memory_bytes(experiment, trials, num_nodes=1),
         needs_gpus=any(trial.device == "cuda" for trial in trials),
+        survives_storage=trials[0].survive_storage,
     )
     for trial in trials:
         if trial.device == "cuda" and trial.world_size > len(report.gpus):
@@ -128,19 +133,65 @@ def node_request(experiment: Experiment, trials: Sequence[TrialPlan]) -> NodeReq
         paths["the model config"] = trial.config_file
     # What is not on the driver either is told once, by the checks of the data themselves.
     there = {what: path for what, path in paths.items() if Path(path).exists()}
-    storage = str(Path(trial.trial_dir).parent) if "://" not in trial.trial_dir else ""
-    return NodeRequest(paths=there, storage=storage)
+    run, checkpoints = str(Path(trial.trial_dir).parent), _checkpoint_root(trial)
+    folders = {run: ""} | ({checkpoints: ""} if checkpoints else {})
+    return NodeRequest(paths=there, folders=folders, checkpoints=checkpoints)
+
+
+def _checkpoint_root(trial: TrialPlan) -> str:
+    """Names the folder above the trials' own for checkpoints; "" where they go to an address."""
+    return "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)
+
+
+def check_remote_storage(trial: TrialPlan) -> list[Finding]:
+    """Writes and removes a small file where checkpoints go to an address (`s3://…`): the driver speaks for all."""
+    import uuid
+
+    if "://" not in trial.checkpoint_dir:
+        return []
+    shown = model_checks.redact(trial.checkpoint_dir)
+
+    def write_and_remove() -> None:
+        import pyarrow.fs
+
+        files, root = pyarrow.fs.FileSystem.from_uri(trial.checkpoint_dir.rsplit("/", 2)[0])
+        name = f"{root}/.preflight-{uuid.uuid4().hex}"
+        with files.open_output_stream(name) as stream:
+            stream.write(b"x")
+        files.delete_file(name)
+
+    reason = _reason_within(write_and_remove, REMOTE_SECONDS)
+    if not reason:
+        return []
+    mend = "Correct storage.checkpoints, or give this process the rights (the address's own environment variables)"
+    what = f"checkpoints cannot be written there: {reason}"
+    return [Finding("error", "storage_unwritable", shown, "storage.checkpoints", what, mend)]
+
+
+def _reason_within(action: Callable[[], None], seconds: float) -> str:
+    """Runs something that may hang in a thread; gives the reason why it did not succeed in time, or ""."""
+    import threading
+
+    reasons = [f"no answer within {seconds:g} s"]
+
+    def run() -> None:
+        try:
+            action()
+            reasons[0] = ""
+        except Exception as error:  # whatever a foreign file system raises
+            reasons[0] = model_checks.redact(str(error).strip().split("\n")[0][:200]) or type(error).__name__
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return reasons[0]
 
 
 def storage_bytes(experiment: Experiment, trials: Sequence[TrialPlan]) -> float:
     """Estimates the room for the checkpoints of all trials: those kept, the best, and one being written."""
     one = model_checks.estimate_checkpoint_bytes(experiment)
-    kept = [trial.keep_checkpoints for trial in trials if _writes_checkpoints(trial)]
-    return one * (sum(kept) + len(kept) + bool(kept))
-
-
-def _writes_checkpoints(trial: TrialPlan) -> bool:
-    return trial.solver.checkpoint_period > 0
+    # Without a period, the last one only.
+    return one * (1 + sum(trial.keep_checkpoints + 1 if trial.solver.checkpoint_period else 1 for trial in trials))
 
 
 def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, num_nodes: int) -> float:

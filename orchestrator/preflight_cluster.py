@@ -15,7 +15,7 @@ from orchestrator.node_checks import NodeReport, existing_parent, inspect_node, 
 from orchestrator.preflight import node_request, shared_memory_bytes, storage_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from orchestrator.spec import Experiment
     from trainers.contract import TrialPlan
@@ -138,15 +138,12 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
 
     request = node_request(experiment, trials)
     findings = FindingList()
-    probe: Path | None = None
-    if request.storage and len(nodes) > 1:
-        probe = existing_parent(Path(request.storage)) / f".preflight-{uuid.uuid4().hex}"
-        try:
-            probe.write_text(probe.name, encoding="utf-8")
-            request = replace(request, probe=str(probe), probe_text=probe.name)
-        except OSError:
-            probe = None  # told by the node that is the driver's
+    text = f".preflight-{uuid.uuid4().hex}"
+    probes: dict[str, str] = {}
     try:
+        if len(nodes) > 1:
+            probes = _write_probes(request.folders, text)
+            request = replace(request, folders=request.folders | probes, probe_text=text)
         task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
         pending = {_on_node(task, node).remote(request): node for node in nodes}
         reports: list[NodeReport] = []
@@ -164,17 +161,31 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
                 mend = "Use one image, or one `make install`, on all nodes"
                 findings.error("node_broken", "", f"host {pending[reference].host}", what, mend)
     finally:
-        if probe is not None:
-            probe.unlink(missing_ok=True)
+        for probe in probes.values():
+            Path(probe).unlink(missing_ok=True)
     judged = judge_nodes(
         reports,
         request,
-        versions=inspect_node(replace(request, paths={}, storage="", probe="")).versions,
+        versions=inspect_node(replace(request, paths={}, folders={})).versions,
         storage_bytes=storage_bytes(experiment, trials),
         shared_memory_bytes=shared_memory_bytes(experiment, trials, num_nodes=len(nodes)),
         needs_gpus=any(trial.device == "cuda" for trial in trials),
+        survives_storage=trials[0].survive_storage,
     )
     return [*findings.to_list(), *judged]
+
+
+def _write_probes(folders: Iterable[str], text: str) -> dict[str, str]:
+    """Writes a file into each folder, or the nearest one above it that is there; folders that refuse are left out."""
+    probes: dict[str, str] = {}
+    for folder in folders:
+        probe = existing_parent(Path(folder)) / text
+        try:
+            probe.write_text(text, encoding="utf-8")
+            probes[folder] = str(probe)
+        except OSError:
+            continue  # each node tells that it cannot write there
+    return probes
 
 
 def _on_node(task: Any, node: Node) -> Any:

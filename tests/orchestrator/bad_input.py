@@ -272,6 +272,10 @@ CASES = {
     "storage too small": Case(
         override(storage__keep_checkpoints=10**7), "storage_small", "host ", "the checkpoints of all trials"
     ),
+    "checkpoints to no address": Case(
+        override(storage__checkpoints="nowhere://user:secret@bucket/x"),
+        "storage_unwritable", "storage.checkpoints", "cannot be written there",
+    ),
     "too little shared memory": Case(
         override(resources__loader_workers=10**8), "shared_memory", "host ", "the loaders hold up to"
     ),

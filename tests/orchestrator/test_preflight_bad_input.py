@@ -60,6 +60,7 @@ def test_bad_input_is_named_with_its_place_and_mend(project: Project, case: Case
     place = f"{found[0]['file']} {found[0]['id']}"
     assert case.place in place and case.words in found[0]["what"] and found[0]["mend"]
     assert report["errors"] >= 1 and not report["ok"]
+    assert "secret" not in done.stdout + done.stderr
     # Nothing was started, and nothing is left behind.
     assert files(project.root) == before
 

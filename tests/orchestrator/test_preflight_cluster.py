@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from orchestrator.generate import generate
-from orchestrator.node_checks import NodeReport, NodeRequest, inspect_node, judge_nodes
+from orchestrator.node_checks import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from orchestrator.plan import Hardware, expand
 from orchestrator.preflight_cluster import Node, check_fit, check_token, needs_several_hosts
 from orchestrator.spec import parse_experiment
@@ -86,9 +86,11 @@ def test_a_cluster_on_loopback_needs_no_token(monkeypatch: pytest.MonkeyPatch) -
     assert check_token([node("a", 1, 1, "127.0.0.2"), node("b", 1, 1, "127.0.0.3")]) == []
 
 
-REQUEST = NodeRequest(paths={"the training images": "/data/train2017"}, storage="/shared/runs")
+RUNS, CHECKPOINTS = "/shared/runs", "/shared/checkpoints"
+REQUEST = NodeRequest({"the training images": "/data/train2017"}, {RUNS: "", CHECKPOINTS: ""}, CHECKPOINTS)
+FINE = FolderState(100 * GIB, "", True)
 GOOD = NodeReport(
-    host="a", versions={"python": "3.11.9", "ray": "2.60.0"}, storage_free=100 * GIB, probe_seen=True,
+    host="a", versions={"python": "3.11.9", "ray": "2.60.0"}, folders={RUNS: FINE, CHECKPOINTS: FINE},
     shared_memory_free=8 * GIB, gpus=[("H100", 80 * GIB, 79 * GIB)],
 )  # fmt: skip
 
@@ -109,9 +111,9 @@ def test_a_good_node_has_no_finding() -> None:
     ("change", "code", "words"),
     [
         ({"unreadable": {"the training images": "No such file"}}, "node_data", "the training images cannot be read"),
-        ({"storage_free": GIB}, "storage_small", "1.0 GiB free; the checkpoints of all trials take about 10.0 GiB"),
-        ({"storage_problem": "/shared cannot be written: Read-only"}, "storage_unwritable", "Read-only"),
-        ({"probe_seen": False}, "storage_not_shared", "not seen from this host"),
+        ({"folders": {CHECKPOINTS: FolderState(GIB)}}, "storage_small", "1.0 GiB free; the checkpoints of all trials"),
+        ({"folders": {RUNS: FolderState(None, "Read-only")}}, "storage_unwritable", "Read-only"),
+        ({"folders": {RUNS: FolderState(GIB, "", False)}}, "storage_not_shared", "not seen from this host"),
         ({"shared_memory_free": 64 * 2**20}, "shared_memory", "64 MiB free"),
         ({"versions": {"python": "3.11.9", "ray": "2.59.0"}}, "node_versions", "ray 2.59.0 (driver: 2.60.0)"),
         ({"versions": {"python": "3.11.9"}}, "node_versions", "ray none (driver: 2.60.0)"),
@@ -133,14 +135,27 @@ def test_a_node_is_inspected_without_leaving_anything(tmp_path: Path) -> None:
     (tmp_path / "probe").write_text("hello")
     before = sorted(tmp_path.iterdir())
     request = NodeRequest(
-        paths={"this": str(tmp_path), "that": str(tmp_path / "none")}, storage=str(tmp_path / "a" / "b"),
-        probe=str(tmp_path / "probe"), probe_text="hello",
+        {"this": str(tmp_path), "that": str(tmp_path / "none")},
+        {str(tmp_path / "a" / "b"): str(tmp_path / "probe")}, probe_text="hello",
     )  # fmt: skip
     report = inspect_node(request)
-    assert list(report.unreadable) == ["that"] and report.probe_seen and report.storage_free
+    assert list(report.unreadable) == ["that"]
+    (state,) = report.folders.values()
+    assert state.probe_seen and state.free and not state.problem
     assert report.versions["python"] and report.versions["ray"]
     assert sorted(tmp_path.iterdir()) == before
-    assert inspect_node(replace(request, probe_text="other")).probe_seen is False
+    (state,) = inspect_node(replace(request, probe_text="other")).folders.values()
+    assert state.probe_seen is False
+
+
+def test_little_room_is_no_error_where_the_run_goes_on_without_checkpoints() -> None:
+    tight = replace(GOOD, folders={CHECKPOINTS: FolderState(GIB)})
+    for survives, level in ((True, "warning"), (False, "error")):
+        (finding,) = judge_nodes(
+            [tight], REQUEST, versions=GOOD.versions, storage_bytes=10 * GIB, shared_memory_bytes=0, needs_gpus=False,
+            survives_storage=survives,
+        )  # fmt: skip
+        assert finding.level == level
 
 
 SCRIPT = """
