@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_context
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
 from trainers.contract import SAMPLES_FILE, TrialPlan, measured
-from trainers.loading import evaluation_loader
+from trainers.detections import coco_detections
+from trainers.loading import evaluation_loader, evaluation_records
 from trainers.scoring import IouType, score
 
 NUM_SAMPLES = 6
@@ -55,7 +58,7 @@ class Evaluator:
     def __init__(self, cfg: CfgNode, plan: TrialPlan) -> None:
         self._plan = plan
         self._with_masks: bool = cfg.MODEL.MASK_ON
-        records = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
+        records = evaluation_records(cfg, plan)
         self.num_images = len(records)
         self._loader = evaluation_loader(cfg, plan, records)
         shown = [record["image_id"] for record in records if record.get("annotations")] or [None]
@@ -79,9 +82,7 @@ class Evaluator:
         with inference_context(model):
             for batch in self._loader:
                 for record, output in zip(batch, model(batch), strict=True):
-                    for found in instances_to_coco_json(output["instances"].to("cpu"), record["image_id"]):
-                        found["category_id"] = self._category_ids[found["category_id"]]
-                        detections.append(found)
+                    detections += self._detections(output["instances"], record["image_id"])
         detected = time.perf_counter()
         gathered = comm.gather(detections, dst=0)
         parts = {"inference": detected - started, "gather": time.perf_counter() - detected}
@@ -89,7 +90,7 @@ class Evaluator:
             return Scores({}, time.time(), None, parts)
         everything = [found for share in gathered for found in share]
         results = Path(self._plan.trial_dir, "coco_instances_results.json")
-        results.write_text(json.dumps(everything), encoding="utf-8")
+        results.write_bytes(orjson.dumps(everything))
         samples = [found for found in everything if found["image_id"] in self._sample_ids]
         values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
         Path(self._plan.trial_dir, SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
@@ -101,6 +102,14 @@ class Evaluator:
             mask_scored = time.time()
         parts["score"] = time.perf_counter() - scoring_started
         return Scores(figures, box_scored, mask_scored, parts)
+
+    def _detections(self, instances: Instances, image_id: int) -> list[dict[str, Any]]:
+        if self._plan.recipe.batched_encoding:
+            return coco_detections(instances, image_id, self._category_ids)
+        found: list[dict[str, Any]] = instances_to_coco_json(instances.to("cpu"), image_id)
+        for detection in found:
+            detection["category_id"] = self._category_ids[detection["category_id"]]
+        return found
 
     def _figures(self, part: Literal["box", "mask"], detections: list[dict[str, Any]]) -> dict[str, float | None]:
         iou_type: IouType = "bbox" if part == "box" else "segm"

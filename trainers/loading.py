@@ -9,7 +9,7 @@ was killed sees each image exactly as an undisturbed one does, whatever the numb
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.samplers import InferenceSampler
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainers.contract import TrialPlan
+from trainers.dataset_cache import cached_records, image_sizes
+from trainers.fast_mapper import FastMapper
+from trainers.mask_targets import pack
 
 Record = dict[str, Any]
 """One image in detectron2's dataset format."""
@@ -132,25 +136,83 @@ def _as_list(batch: list[Record]) -> list[Record]:
     return batch
 
 
-def training_records(cfg: CfgNode) -> list[Record]:
+def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
     """The training images, those without a usable object left out where the config says so.
 
     Raises:
         ValueError: None is left.
     """
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    if plan.recipe.cached_annotations:
+        cached = cached_records(plan.train, filter_empty)
+        if not cached:
+            raise ValueError(f"{plan.train.name}: no image with a usable object")
+        return cached
     try:
-        records: list[Record] = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
+        records: list[Record] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
     except AssertionError as error:
-        raise ValueError(f"{cfg.DATASETS.TRAIN[0]}: no image with a usable object: {error}") from error
+        raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
     return records
+
+
+def evaluation_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
+    """All validation images."""
+    if plan.recipe.cached_annotations:
+        return cached_records(plan.val, filter_empty=False)
+    records: list[Record] = get_detection_dataset_dicts(cfg.DATASETS.TEST, filter_empty=False)
+    return records
+
+
+def build_mapper(cfg: CfgNode, plan: TrialPlan, is_train: bool) -> Callable[[Record], Record | None]:
+    """The recipe's mapper."""
+    recipe = plan.recipe
+    if recipe.mapper == "fast":
+        return FastMapper(cfg, is_train, packed_masks=recipe.packed_masks)
+    mapper: Callable[[Record], Record | None] = DatasetMapper(cfg, is_train=is_train)
+    return PackingMapper(mapper) if is_train and recipe.packed_masks else mapper
+
+
+class PackingMapper:
+    """Packs the masks of what another mapper gives."""
+
+    def __init__(self, mapper: Callable[[Record], Record | None]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Record) -> Record | None:
+        """Maps one image's record."""
+        mapped = self.mapper(record)
+        if mapped is not None and "instances" in mapped:
+            pack(mapped["instances"])
+        return mapped
+
+
+class DevicePrefetch(Iterable[list[Record]]):
+    """Batches whose images are on the GPU already: copied during the step before, on a stream of their own."""
+
+    def __init__(self, batches: Iterable[list[Record]], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        ahead: list[Record] | None = None
+        for batch in self.batches:
+            with torch.cuda.stream(stream):
+                copied = [{**record, "image": record["image"].to(self.device, non_blocking=True)} for record in batch]
+            if ahead is not None:
+                yield ahead
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            for record in copied:
+                # The memory belongs to the copying stream; it may be used again only after this one is done with it.
+                record["image"].record_stream(torch.cuda.current_stream(self.device))
+            ahead = copied
+        if ahead is not None:
+            yield ahead
 
 
 def training_loader(
     cfg: CfgNode, plan: TrialPlan, records: Sequence[Record], rank: int, skip: int
-) -> DataLoader[Record]:
-    """The endless loader of one worker's training batches.
+) -> Iterable[list[Record]]:
+    """The endless batches of one worker.
 
     Args:
         cfg: detectron2's config.
@@ -159,29 +221,45 @@ def training_loader(
         rank: This worker.
         skip: Iterations done already.
     """
-    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    order = TrainingOrder(
-        [grouped and record["width"] > record["height"] for record in records],
-        plan.batch_per_worker,
-        plan.seed,
-        rank,
-        plan.world_size,
-        skip,
-    )
-    return DataLoader(
-        TrainingImages(records, DatasetMapper(cfg, is_train=True), plan.seed),
+    sizes = image_sizes(records)
+    wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
+    order = TrainingOrder(wide.tolist(), plan.batch_per_worker, plan.seed, rank, plan.world_size, skip)
+    pinned = plan.recipe.pinned_loader and plan.device == "cuda"
+    loader: DataLoader[Record] = DataLoader(
+        TrainingImages(records, build_mapper(cfg, plan, is_train=True), plan.seed),
         batch_sampler=order,
         num_workers=plan.loader_workers,
         collate_fn=_as_list,
+        pin_memory=pinned,
+        prefetch_factor=4 if plan.loader_workers else None,
     )
+    return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device())) if pinned else loader
 
 
 def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> DataLoader[Record]:
-    """The loader of this worker's share of the validation images, one at a time as in detectron2."""
+    """The loader of this worker's share of the validation images, one at a time as in detectron2, or some of a size."""
+    batches = batches_of_a_size(InferenceSampler(len(records)), image_sizes(records), plan.recipe.evaluation_batch)
     return DataLoader(
-        EvaluationImages(records, DatasetMapper(cfg, is_train=False)),
-        sampler=InferenceSampler(len(records)),
-        batch_size=1,
+        EvaluationImages(records, build_mapper(cfg, plan, is_train=False)),
+        batch_sampler=batches,
         num_workers=plan.loader_workers,
         collate_fn=_as_list,
+        pin_memory=plan.recipe.pinned_loader and plan.device == "cuda",
+        persistent_workers=plan.loader_workers > 0,
     )
+
+
+def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], most: int) -> list[list[int]]:
+    """Images in batches of up to `most`, in the order in which batches fill.
+
+    Only images of one size go together: padding one to another's size would change what is detected near its border.
+    """
+    open_batches: dict[tuple[int, ...], list[int]] = {}
+    batches: list[list[int]] = []
+    for index in indices:
+        size = tuple(sizes[index].tolist())
+        batch = open_batches.setdefault(size, [])
+        batch.append(index)
+        if len(batch) == most:
+            batches.append(open_batches.pop(size))
+    return batches + list(open_batches.values())

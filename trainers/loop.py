@@ -21,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from trainers.contract import Section, StopReason, TrialPlan
+from trainers.speed import resolve_precision
 from trainers.worker import Command
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,8 @@ class TrainingLoop:
         self.batches, self.hooks, self.device, self.rank = batches, hooks, device, rank
         self.iteration, self.now, self._asked = start_iteration, now, asked
         self.stop_reason: StopReason | None = None
-        self.scaler = torch.amp.GradScaler(device.type, enabled=plan.recipe.precision == "amp")
+        self._precision = resolve_precision(plan.recipe.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "amp")
         self._loss_sums: torch.Tensor | None = None
         self._loss_names: tuple[str, ...] = ()
         self._first_bad = torch.full((), -1.0, device=device)
@@ -220,9 +222,9 @@ class TrainingLoop:
         return now
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.plan.recipe.precision == "fp32":
+        if self._precision == "fp32":
             return contextlib.nullcontext()
-        dtype = torch.float16 if self.plan.recipe.precision == "amp" else torch.bfloat16
+        dtype = torch.float16 if self._precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype)
 
     def _keep_losses(self, losses: dict[str, torch.Tensor], total: torch.Tensor) -> None:

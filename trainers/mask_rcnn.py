@@ -23,6 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract import DatasetPlan, TrialPlan
+from trainers.recipes import Recipe
+from trainers.speed import tune_model, tune_optimizer, tune_process
 
 
 class ConfigurationError(ValueError):
@@ -88,12 +90,12 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
         model: nn.Module = build_model(cfg)
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigurationError(f"detectron2 cannot build this model: {error!r}") from error
-    if plan.recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
     if cfg.MODEL.WEIGHTS:
         check_weights(cfg.MODEL.WEIGHTS, plan.weights_sha256)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model.train()
+    device = torch.device(plan.device)
+    tune_process(plan.recipe, device)
+    return tune_model(model, plan.recipe, device).train()
 
 
 def check_weights(weights: str, sha256: str | None) -> None:
@@ -121,7 +123,7 @@ def check_weights(weights: str, sha256: str | None) -> None:
         )
 
 
-def distribute(model: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+def distribute(model: nn.Module, device: torch.device, world_size: int, gradient_views: bool = False) -> nn.Module:
     """The model in DistributedDataParallel, on GPU or CPU; as it is for one worker.
 
     detectron2's `create_ddp_model` passes `device_ids`, which torch refuses for a CPU model.
@@ -129,10 +131,12 @@ def distribute(model: nn.Module, device: torch.device, world_size: int) -> nn.Mo
     if world_size == 1:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=gradient_views
+    )
 
 
-def build_solver(cfg: CfgNode, model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-    """detectron2's optimizer and learning rate schedule."""
-    optimizer = build_optimizer(cfg, model)
+def build_solver(cfg: CfgNode, model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
+    """detectron2's optimizer, as the recipe has it, and its learning rate schedule."""
+    optimizer = tune_optimizer(build_optimizer(cfg, model), cfg, recipe)
     return optimizer, build_lr_scheduler(cfg, optimizer)

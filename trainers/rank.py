@@ -113,10 +113,10 @@ class Rank:
         cfg = mask_rcnn.build_config(plan)
         mask_rcnn.register(plan.train)
         mask_rcnn.register(plan.val)
-        records = loading.training_records(cfg)
+        records = loading.training_records(cfg, plan)
         evaluator = Evaluator(cfg, plan)
         detector = mask_rcnn.build_detector(cfg, plan)
-        optimizer, scheduler = mask_rcnn.build_solver(cfg, detector)
+        optimizer, scheduler = mask_rcnn.build_solver(cfg, detector, plan.recipe)
 
         self.now.enter("checkpoint")
         store = CheckpointStore(
@@ -134,7 +134,7 @@ class Rank:
         evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send)
         loop = TrainingLoop(
             plan=plan,
-            model=mask_rcnn.distribute(detector, device, plan.world_size),
+            model=mask_rcnn.distribute(detector, device, plan.world_size, plan.recipe.gradient_views),
             optimizer=optimizer,
             scheduler=scheduler,
             batches=self.injector.poison(batches) if self.injector else batches,

@@ -5,27 +5,90 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Precision = Literal["fp32", "amp", "bf16"]
+Precision = Literal["fp32", "amp", "bf16", "auto"]
 Scorer = Literal["pycocotools", "hotcoco"]
+Mapper = Literal["detectron2", "fast"]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The switches of one way to train. Every switch can be set by itself in the experiment file.
 
+    The defaults are detectron2's own parts. What each switch gains is measured in docs/performance.md.
+
     Attributes:
-        precision: `fp32`; `amp` (float16 autocast with a gradient scaler, GPUs only); `bf16` (bfloat16 autocast).
-        channels_last: Keep images, activations and convolution weights in NHWC memory order.
+        precision: `fp32`; `amp` (float16 autocast with a gradient scaler, GPUs only); `bf16` (bfloat16 autocast);
+            `auto`: bf16 where the device computes in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else amp on
+            a GPU and fp32 on a CPU, where bf16 would be emulated and slower.
+        tf32: Let GPUs multiply matrices and convolve in TF32 (Ampere and later). Changes numerics.
+        channels_last: Keep images, activations and convolution weights in NHWC memory order. Rounding.
+        compile: Compile the backbone with `torch.compile` at the first step: tens of seconds, and again for each new
+            image size. Rounding.
+        sparse_pooling: On CPU, ROIAlign as one sparse product (trainers/roi_pooling.py). Rounding.
+        mapper: Who reads and augments images: detectron2, or trainers/fast_mapper.py (one grey level at most).
+        packed_masks: Draw mask targets an image at a time (trainers/mask_targets.py). The same, bit for bit.
+        cached_annotations: Keep parsed annotations in a mapped file (trainers/dataset_cache.py). The same records.
+        batched_clipping: Clip all gradients at once instead of one by one. The same, bit for bit.
+        fused_optimizer: One kernel for the whole update of SGD. Rounding.
+        quiet_heads: Leave out the heads' training statistics, which fetch figures from the device in every step and
+            which nobody reads here. The same losses.
+        gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
+        pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.
+        batched_encoding: Encode an image's masks in one call (trainers/detections.py). The same detections.
+        evaluation_batch: Images of one size that are detected on together; detectron2 takes them one by one. Rounding.
         scorer: Which COCO scorer computes the twelve figures; both give the same to 1e-6.
     """
 
     precision: Precision = "fp32"
+    tf32: bool = False
     channels_last: bool = False
+    compile: bool = False
+    sparse_pooling: bool = False
+    mapper: Mapper = "detectron2"
+    packed_masks: bool = False
+    cached_annotations: bool = False
+    batched_clipping: bool = False
+    fused_optimizer: bool = False
+    quiet_heads: bool = False
+    gradient_views: bool = False
+    pinned_loader: bool = False
+    batched_encoding: bool = False
+    evaluation_batch: int = 1
     scorer: Scorer = "pycocotools"
 
 
-RECIPES: dict[str, Recipe] = {
-    # detectron2's own numerics and its own parts.
-    "reference": Recipe(),
-    "fast": Recipe(precision="bf16", channels_last=True, scorer="hotcoco"),
-}
+PLAIN = Recipe()
+"""detectron2's parts and nothing else; the foot of the ablation ladder."""
+
+REFERENCE = Recipe(
+    packed_masks=True,
+    cached_annotations=True,
+    batched_clipping=True,
+    quiet_heads=True,
+    gradient_views=True,
+    pinned_loader=True,
+    batched_encoding=True,
+    scorer="hotcoco",
+)
+"""detectron2's numerics, bit for bit in training: only what cannot change a result is on."""
+
+FAST = Recipe(
+    precision="auto",
+    tf32=True,
+    channels_last=True,
+    sparse_pooling=True,
+    mapper="fast",
+    packed_masks=True,
+    cached_annotations=True,
+    batched_clipping=True,
+    fused_optimizer=True,
+    quiet_heads=True,
+    gradient_views=True,
+    pinned_loader=True,
+    batched_encoding=True,
+    evaluation_batch=8,
+    scorer="hotcoco",
+)
+"""Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
+
+RECIPES: dict[str, Recipe] = {"plain": PLAIN, "reference": REFERENCE, "fast": FAST}

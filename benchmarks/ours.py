@@ -1,0 +1,59 @@
+"""This program's worker in a process of one's own: the same function as under Ray, with nobody listening.
+
+Also the entry for torchrun, with which the launcher's tax is measured:
+`torchrun --nproc-per-node 2 -m benchmarks.ours PLAN.json EVENTS.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from trainers.contract import Attempt, Event, TrialPlan
+from trainers.worker import Channel, Placement
+
+
+def train_in_process(plan: TrialPlan) -> list[Event]:
+    """Trains a trial of one worker in this process, or one rank of it under torchrun; returns what it told."""
+    entered = time.time()
+    from trainers.rank import Rank
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    placement = Placement(
+        rank=rank,
+        world_size=world_size,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        host="localhost",
+    )
+    if world_size > 1:
+        torch.distributed.init_process_group("nccl" if plan.device == "cuda" else "gloo")
+    Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
+    events: list[Event] = []
+    channel = Channel(push=events.append, beat=lambda heartbeat: "run")
+    Rank(plan, Attempt(), placement, channel).train(entered)
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+    return events
+
+
+def main(plan_path: str, events_path: str) -> None:
+    """Trains the plan of a JSON file and writes rank 0's events, a line each."""
+    events = train_in_process(TrialPlan.from_dict(json.loads(Path(plan_path).read_text(encoding="utf-8"))))
+    if os.environ.get("RANK", "0") == "0":
+        Path(events_path).write_text("".join(event.to_json() + "\n" for event in events), encoding="utf-8")
+
+
+def write_plan(plan: TrialPlan, path: Path) -> None:
+    """Writes a plan for `main`."""
+    path.write_text(json.dumps(dataclasses.asdict(plan)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,168 @@
+"""What the speed recipes promise: the reference changes nothing, and each switch does what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling.roi_heads import fast_rcnn, mask_head
+from detectron2.solver import build_optimizer
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from benchmarks.ours import train_in_process
+from orchestrator.generate import generate
+from orchestrator.plan import Hardware, expand
+from orchestrator.spec import parse_experiment
+from tests.conftest import tiny_experiment
+from trainers import mask_rcnn
+from trainers.contract import Evaluated, LoopFinished, TrialPlan
+from trainers.loading import batches_of_a_size
+from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
+from trainers.roi_pooling import SparsePooler
+from trainers.speed import clip_each, quiet_mask_loss, resolve_precision, tune_optimizer
+
+
+@pytest.fixture(autouse=True)
+def own_cache_and_detectron2_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(mask_head, "mask_rcnn_loss", mask_head.mask_rcnn_loss)
+    monkeypatch.setattr(fast_rcnn, "_log_classification_stats", fast_rcnn._log_classification_stats)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def plan_of(folder: Path, recipe: Recipe, name: str) -> TrialPlan:
+    experiment = parse_experiment(tiny_experiment(), "test")
+    generated = experiment.data.generated
+    assert generated is not None
+    generate(folder / "data", num_train=16, num_val=4, size=64, num_classes=generated.num_classes, num_processes=1)
+    plan = expand(experiment, Hardware(), str(folder / name), folder / "data")[0]
+    return dataclasses.replace(plan, recipe=recipe, trial_dir=str(folder / name))
+
+
+def train(plan: TrialPlan) -> tuple[str, dict[str, float | None]]:
+    """The hash of the trained state, and the last evaluation's figures."""
+    events = train_in_process(plan)
+    hashes = [event.state_sha256 for event in events if isinstance(event, LoopFinished)]
+    figures = [event.figures for event in events if isinstance(event, Evaluated)]
+    return hashes[0], figures[-1]
+
+
+@pytest.mark.train
+def test_the_reference_recipe_trains_the_same_weights_as_detectron2s_parts_bit_for_bit(tmp_path: Path) -> None:
+    plain_hash, plain_figures = train(plan_of(tmp_path, PLAIN, "plain"))
+    reference_hash, reference_figures = train(plan_of(tmp_path, REFERENCE, "reference"))
+    assert reference_hash == plain_hash
+    assert reference_figures == pytest.approx(plain_figures, abs=1e-6)
+
+
+@pytest.mark.train
+def test_the_fast_recipe_trains(tmp_path: Path) -> None:
+    _, figures = train(plan_of(tmp_path, FAST, "fast"))
+    assert figures["box_ap"] is not None
+
+
+def test_every_recipe_is_made_of_known_switches() -> None:
+    assert set(RECIPES) == {"plain", "reference", "fast"}
+    assert RECIPES["plain"] == Recipe()
+
+
+def test_auto_precision_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert resolve_precision("auto", cpu) == ("bf16" if native else "fp32")
+    for capability, precision in (((7, 0), "amp"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert resolve_precision("auto", cuda) == precision
+    assert resolve_precision("bf16", cpu) == "bf16"
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_gradients_clipped_at_once_are_those_clipped_one_by_one(norm_type: float) -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 4, 5), (7,), (64, 128), (1,), (2, 2)]
+    gradients = [torch.randn(shape) * 10**i for i, shape in enumerate(shapes)] + [torch.zeros(3)]
+    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+        nn.utils.clip_grad_norm_(parameter, 5.0, norm_type)
+    clip_each(gradients, 5.0, norm_type)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter.grad is not None and parameter.grad.equal(gradient)
+    clip_each([], 5.0, norm_type)
+
+
+def updated(recipe: Recipe, plan: TrialPlan) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """Weights after three steps with given gradients."""
+    cfg = mask_rcnn.build_config(plan)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    optimizer = tune_optimizer(build_optimizer(cfg, model), cfg, recipe)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape) * 20
+        optimizer.step()
+    return optimizer, [parameter.detach() for parameter in model.parameters()]
+
+
+def test_tuned_optimizers_update_weights_alike_and_share_checkpoints(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, PLAIN, "x")
+    plain, expected = updated(PLAIN, plan)
+    for recipe, exactly in ((Recipe(batched_clipping=True), True), (FAST, False)):
+        optimizer, weights = updated(recipe, plan)
+        for ours, theirs in zip(weights, expected, strict=True):
+            assert ours.equal(theirs) if exactly else torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+        plain.load_state_dict(optimizer.state_dict())
+
+
+def test_the_fast_recipe_exchanges_the_poolers_and_keeps_the_names_of_weights(tmp_path: Path) -> None:
+    models = []
+    for recipe in (PLAIN, FAST):
+        plan = plan_of(tmp_path, recipe, "x")
+        models.append(mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan))
+    plain, fast = models
+    assert [type(module) for module in fast.modules()].count(SparsePooler) == 2
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    weight = fast.get_submodule("backbone.bottom_up.res2.0.conv2").weight
+    assert isinstance(weight, torch.Tensor) and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def proposals(classes: int, seed: int) -> Instances:
+    rng = np.random.default_rng(seed)
+    polygons = [[rng.uniform(0, 50, 12)] for _ in range(5)]
+    found = Instances((50, 50))
+    found.proposal_boxes = Boxes(torch.tensor([[5.0, 5, 40, 45]] * 5))
+    found.gt_classes = torch.tensor(rng.integers(0, classes, 5))
+    found.gt_masks = PolygonMasks(polygons)
+    return found
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_the_mask_loss_without_statistics_is_detectron2s(channels: int, num_images: int) -> None:
+    images = [proposals(channels, seed) for seed in range(num_images)] + [proposals(channels, 9)[:0]]
+    logits = torch.randn(5 * num_images, channels, 28, 28)
+    with EventStorage():
+        expected = mask_head.mask_rcnn_loss(logits, images)
+    assert quiet_mask_loss(logits, images).equal(expected)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_only_images_of_one_size_are_detected_on_together_and_none_is_lost(most: int) -> None:
+    kinds: np.ndarray[Any, Any] = np.array([(4, 6), (6, 4), (5, 5)], dtype=np.int32)
+    sizes = kinds[np.random.default_rng(0).integers(0, 3, 20)]
+    batches = batches_of_a_size(range(3, 20), sizes, most)
+    assert sorted(index for batch in batches for index in batch) == list(range(3, 20))
+    assert all(len(batch) <= most and len({tuple(sizes[i]) for i in batch}) == 1 for batch in batches)
+    if most == 1:
+        assert batches == [[index] for index in range(3, 20)]

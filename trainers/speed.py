@@ -1,0 +1,126 @@
+"""Puts a recipe's switches into effect on a model, its optimizer and this process.
+
+The trap this module protects against: a switch that quietly does nothing. Each function here is called once at the
+start, says in the log what it changed, and leaves checkpoints as they are, so that a trial can go on under another
+recipe.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.roi_heads import fast_rcnn, mask_head
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from trainers import roi_pooling
+from trainers.recipes import Precision, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "amp", "bf16"]:
+    """What `auto` means on a device: the fastest precision that it computes in without emulating it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "amp"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"
+
+
+def tune_process(recipe: Recipe, device: torch.device) -> None:
+    """Sets what holds for the whole process: TF32, and detectron2's heads without their statistics."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+        torch.backends.cudnn.allow_tf32 = recipe.tf32
+    if recipe.quiet_heads:
+        mask_head.mask_rcnn_loss = quiet_mask_loss
+        fast_rcnn._log_classification_stats = _log_nothing
+        logger.info("The heads' training statistics are left out.")
+
+
+def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Applies a recipe to a model with its weights loaded, in place; returns it."""
+    if recipe.sparse_pooling and device.type == "cpu":
+        logger.info("%d poolers are sparse products.", roi_pooling.install(model))
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        backbone = getattr(model, "backbone", None)
+        if isinstance(backbone, nn.Module):
+            backbone.compile(dynamic=False)  # in place: the names of its weights stay
+            logger.info("The backbone is compiled at its first step.")
+    return model
+
+
+def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recipe) -> torch.optim.Optimizer:
+    """Applies a recipe to detectron2's optimizer, in place; returns it.
+
+    detectron2 clips by making a subclass whose `step` clips one parameter after the other, with some ten small
+    operations each. The subclass is exchanged for one that clips all of them in three.
+    """
+    clips = cfg.SOLVER.CLIP_GRADIENTS
+    if recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm":
+        plain: Any = type(optimizer).__mro__[1]
+
+        def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            clip_each(gradients, clips.CLIP_VALUE, clips.NORM_TYPE)
+            return plain.step(self, closure)
+
+        optimizer.__class__ = type(f"{plain.__name__}WithBatchedClip", (plain,), {"step": step})
+    if recipe.fused_optimizer and isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+        optimizer._step_supports_amp_scaling = True
+    return optimizer
+
+
+@torch.no_grad()
+def clip_each(gradients: list[Tensor], most: float, norm_type: float) -> None:
+    """Scales each gradient, in place, to a norm of at most `most`, as `torch.nn.utils.clip_grad_norm_` does one by one.
+
+    Args:
+        gradients: Tensors of one dtype and device.
+        most: Greatest norm.
+        norm_type: Order of the norm.
+    """
+    if not gradients:
+        return
+    norms = torch._foreach_norm(gradients, norm_type)
+    # One vector for all scales; 1e-6 keeps a gradient of zeros from dividing by zero (torch/nn/utils/clip_grad.py).
+    scales = (most / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, scales.to(gradients[0].dtype).unbind())
+
+
+def quiet_mask_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:
+    """detectron2's `mask_rcnn_loss` without accuracies for its log, each of which waits for the device.
+
+    Args:
+        pred_mask_logits: (N, classes or 1, M, M), the logits of all proposals.
+        instances: For each image its proposals with `gt_classes`, `gt_masks` and `proposal_boxes`.
+        vis_period: Not used; nothing is drawn.
+
+    Returns:
+        The mean binary cross entropy over all proposals' masks of their own class.
+    """
+    chosen = [image for image in instances if len(image)]
+    if not chosen:
+        return pred_mask_logits.sum() * 0
+    side, device = pred_mask_logits.shape[2], pred_mask_logits.device
+    targets = [image.gt_masks.crop_and_resize(image.proposal_boxes.tensor, side).to(device) for image in chosen]
+    if pred_mask_logits.shape[1] == 1:
+        logits = pred_mask_logits[:, 0]
+    else:
+        classes = torch.cat([image.gt_classes for image in chosen]).to(torch.int64)
+        logits = pred_mask_logits[torch.arange(len(pred_mask_logits), device=device), classes]
+    wanted = torch.cat(targets).to(torch.float32)
+    return nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="mean")
+
+
+def _log_nothing(pred_logits: Tensor, gt_classes: Tensor, prefix: str = "fast_rcnn") -> None:
+    """Takes the place of detectron2's `_log_classification_stats`."""
