@@ -23,6 +23,7 @@ from orchestrator.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experi
 
 if TYPE_CHECKING:
     from orchestrator.records import ExperimentResult
+    from orchestrator.resume import EarlierRun
     from orchestrator.telemetry import EventPump
     from trainers.contract import TrialPlan
 
@@ -42,6 +43,12 @@ def main(
     output: Annotated[
         Path | None, typer.Option(help="Folder for results.json and all else; default: runs/EXPERIMENT/UTC-TIME.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run: its folder. Finished trials are kept.")
+    ] = None,
+    replay_outbox: Annotated[
+        Path | None, typer.Option(help="Track a run's folder in MLflow after the fact, and stop.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of every trial and stop.")] = False,
     preflight: Annotated[bool, typer.Option("--preflight", help="Check everything and stop.")] = False,
     verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image while checking.")] = False,
@@ -51,10 +58,26 @@ def main(
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
     console = Console(stderr=as_json)
     try:
-        experiment = load_experiment(config, assignments)
+        if replay_outbox is not None:
+            from orchestrator import resume as runs
+
+            console.print(runs.replay_outbox(replay_outbox), soft_wrap=True)
+            raise typer.Exit(DONE)
+        earlier = None
+        if resume is not None:
+            from orchestrator.resume import enter_working_directory, read_run
+
+            if assignments or output or config != DEFAULT_CONFIG:
+                raise SpecError("--resume goes on with the run as it was; give no experiment file, --set or --output")
+            earlier = read_run(resume)
+            enter_working_directory(earlier)
+        experiment = earlier.experiment if earlier else load_experiment(config, assignments)
+        output = earlier.run_dir if earlier else output
         if dry_run:
             raise typer.Exit(_show_plan(experiment, output, console, as_json))
-        session = Session(experiment, output, console, quiet=quiet, as_json=as_json, verify_images=verify_images)
+        session = Session(
+            experiment, output, console, quiet=quiet, as_json=as_json, verify_images=verify_images, earlier=earlier
+        )
         raise typer.Exit(session.check() if preflight else session.run())
     except SpecError as error:
         Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
@@ -84,6 +107,7 @@ class Session:
         quiet: Only failures and the closing table are shown.
         as_json: The result goes to stdout as JSON.
         verify_images: Preflight decodes every image.
+        earlier: The run to go on with; None for a new one.
     """
 
     def __init__(
@@ -95,8 +119,9 @@ class Session:
         quiet: bool,
         as_json: bool,
         verify_images: bool,
+        earlier: EarlierRun | None,
     ) -> None:
-        self.experiment, self.console = experiment, console
+        self.experiment, self.console, self.earlier = experiment, console, earlier
         self.quiet, self.as_json, self.verify_images = quiet, as_json, verify_images
         self.run_dir = _run_dir(experiment, output)
 
@@ -119,9 +144,13 @@ class Session:
         import ray
 
         from orchestrator.progress import plan_table
+        from orchestrator.resume import only_driver
 
-        if (self.run_dir / "results.json").exists():
-            raise SpecError(f"--output {self.run_dir}: holds the results of another run; name a new folder")
+        if self.earlier is None and any((self.run_dir / name).exists() for name in ("results.json", "events.jsonl")):
+            raise SpecError(f"--output {self.run_dir}: holds another run; name a new folder, or --resume it")
+        if self.earlier is not None:
+            with only_driver(self.run_dir):
+                pass  # said before anything is checked or started
         findings, plans = self._preflight()
         if any(finding.level == "error" for finding in findings):
             if self.as_json:
@@ -131,8 +160,10 @@ class Session:
             return UNFIT
         if not self.quiet:
             self.console.print(plan_table(plans))
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            return self._train(plans)
+            with only_driver(self.run_dir):
+                return self._train(plans)
         finally:
             ray.shutdown()
 
@@ -167,18 +198,19 @@ class Session:
         from orchestrator.outbox import FILE_NAME, Outbox
         from orchestrator.progress import ProgressDisplay
         from orchestrator.records import ExperimentResult
+        from orchestrator.resume import WORKING_DIRECTORY
         from orchestrator.stop import StopRequest, grace_seconds
         from orchestrator.telemetry import EventPump
         from orchestrator.tracking import Tracker, tracking_uri, without_credentials
-        from trainers.contract import RunStarted
+        from trainers.contract import RunStarted, TrialStarted
 
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        earlier = self.earlier
         uri = tracking_uri(self.experiment.tracking.uri)
         result = ExperimentResult(
             experiment=self.experiment.name,
             description=self.experiment.description,
             status="RUNNING",
-            started=_utc_now(),
+            started=_utc(earlier.started.time if earlier else time.time()),
             command=command_line(),
             environment=describe(command_line()),
             mlflow_tracking_uri=without_credentials(uri),
@@ -191,19 +223,29 @@ class Session:
         pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display])
         started = RunStarted(
             trial="",
-            attempt=0,
+            attempt=earlier.num_starts if earlier else 0,
             rank=-1,
             time=time.time(),
-            experiment=self.experiment.model_dump(mode="json"),
-            run_id=f"{self.experiment.name}/{uuid.uuid4().hex}",
-            tags={f"run.{key}": value for key, value in result.environment.items()},
+            experiment=earlier.started.experiment if earlier else self.experiment.model_dump(mode="json"),
+            run_id=earlier.started.run_id if earlier else f"{self.experiment.name}/{uuid.uuid4().hex}",
+            tags={f"run.{key}": value for key, value in result.environment.items()}
+            | {WORKING_DIRECTORY: str(Path.cwd())},
         )
         pump.tell(started)
         tracker.start()
         ended = []
         for plan in plans:
+            if earlier and plan.name in earlier.finished:
+                self._record(result, earlier.plans[plan.name], pump, tracker.run_ids())
+                continue
             if stop.requested:
                 break
+            if earlier and plan.name in earlier.plans:
+                plan = earlier.plans[plan.name]
+                display(TrialStarted(trial=plan.name, attempt=0, rank=-1, time=0.0, plan=dataclasses.asdict(plan)))
+            elif self.experiment.storage.checkpoints:
+                # Storage that outlives run folders: a later run of the same name must not find these checkpoints.
+                plan = dataclasses.replace(plan, checkpoint_dir=f"{plan.checkpoint_dir}-{started.run_id[-12:]}")
             ended.append(run_trial(plan, self.experiment.faults, pump, str(self.run_dir / "ray"), stop))
             self._record(result, plan, pump, tracker.run_ids())
         display.close()
@@ -235,7 +277,7 @@ class Session:
         from orchestrator.table import closing_table
         from trainers.contract import RunEnded
 
-        result.ended = _utc_now()
+        result.ended = _utc(time.time())
         result.mlflow_run_id = tracker.run_ids().get("")
         result.write(self.run_dir / "results.json")
         report, *_ = write_report(result, self.run_dir)
@@ -281,8 +323,8 @@ def _tracking_place(experiment: Experiment) -> str:
     return experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 
-def _utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _utc(when: float) -> str:
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

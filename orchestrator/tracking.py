@@ -25,6 +25,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.tracking import MlflowClient
 
 from orchestrator.outbox import FILE_NAME, Outbox
+from orchestrator.policy import root_cause
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
 from orchestrator.windows import JointWindow, WindowJoin
 from trainers.contract import (
@@ -38,6 +39,7 @@ from trainers.contract import (
     SystemSampled,
     TrialEnded,
     TrialPlan,
+    TrialRestarted,
     TrialStarted,
     WorkerStarted,
 )
@@ -73,6 +75,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._run_dir, self._uri = run_dir, uri
+        self._place = without_credentials(uri)
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
         self._consumer: _Consumer | None = None
@@ -147,8 +150,9 @@ class Tracker:
     def _read_state(self) -> dict[str, Any]:
         if self._state_file.exists():
             state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
-            return state
-        return {"offset": 0, "runs": {}, "experiment_id": None}
+            if state["place"] == self._place:
+                return state
+        return {"place": self._place, "offset": 0, "runs": {}, "experiment_id": None}
 
     def _write_state(self, state: dict[str, Any]) -> None:
         aside = self._state_file.with_suffix(".aside")
@@ -185,7 +189,9 @@ class _Consumer:
         elif isinstance(event, TrialStarted):
             self._start_trial(event)
         self._take_in(event)
-        if isinstance(event, WorkerStarted):
+        if isinstance(event, TrialRestarted):
+            self._client.update_run(self._runs[event.trial], status="RUNNING")
+        elif isinstance(event, WorkerStarted):
             tags = {f"host.{event.rank}": event.host, "device_name": event.device_name}
             tags |= {f"version.{package}": version for package, version in event.versions.items()}
             self._tag(self._runs[event.trial], tags)
@@ -241,6 +247,8 @@ class _Consumer:
         tags = {**event.tags, "mlflow.note.content": event.experiment.get("description", ""), "kind": "experiment"}
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, tags)
         self._runs[""] = run_id
+        if event.attempt:
+            self._client.update_run(run_id, status="RUNNING")
         self._params(run_id, dict(_flatten(event.experiment)))
         self._client.log_text(run_id, yaml.safe_dump(event.experiment, sort_keys=False), "experiment.yaml")
         for row in event.experiment["reference_rows"]:
@@ -295,7 +303,7 @@ class _Consumer:
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         for log in sorted(Path(plan.trial_dir).glob("log.txt*")):
             self._client.log_artifact(run_id, str(log))
-        self._tag(run_id, {"reason": result.reason} if result.reason else {})
+        self._tag(run_id, _story(result, self._events[event.trial]))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
 
     def _end_run(self, event: RunEnded) -> None:
@@ -373,6 +381,20 @@ def _summary(result: TrialResult) -> dict[str, float | None]:
         "coco/best_mask_ap": result.best_mask_ap,
         "restarts": result.num_restarts,
     }
+
+
+def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
+    """Tags that say why a trial ended, where it failed, and what each restart cost."""
+    tags = {"reason": result.reason} if result.reason else {}
+    cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
+    if cause is not None and result.status == "FAILED":
+        tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}
+    for restart in result.restarts:
+        down = f"{restart.downtime_seconds:.1f} s down" if restart.downtime_seconds is not None else "not up again"
+        tags[f"restart.{restart.attempt}"] = (
+            f"{restart.cause}: {restart.message}; {restart.lost_iterations} iterations lost, {down}"
+        )
+    return tags
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
