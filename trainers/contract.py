@@ -266,9 +266,9 @@ class StepsDone(Event):
         num_images: Images this rank trained on in the window.
         seconds: Wall time of the window on this rank, the device synchronised at both edges.
         step_seconds: Wall time of each step, in order.
-        part_seconds: Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. On a GPU these are
-            what the host waited, not what the device computed. With `communication`, waiting for other workers'
-            gradients with the own ones ready, `backward` is without it.
+        part_seconds: Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. With several workers
+            also `communication`, waiting for their gradients with the own ones ready; `backward` is without it. On a
+            GPU all of them, and the steps, are of the device's own line of time: `data` is its standing idle.
         data_seconds: Waiting for the loader, for each step, in order.
         losses: Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only).
         learning_rate: At the last step.

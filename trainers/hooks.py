@@ -58,6 +58,7 @@ class ProgressHook:
         measured = window.step_seconds[max(0, self.plan.throughput_warmup_iters - window.first_iteration) :]
         self._num_steps += len(measured)
         self._seconds += sum(measured)
+        parts = {"data": window.data_seconds, **window.part_seconds}
         self.send(
             StepsDone,
             first_iteration=window.first_iteration,
@@ -66,7 +67,8 @@ class ProgressHook:
             seconds=sum(window.step_seconds),
             step_seconds=tuple(window.step_seconds),
             data_seconds=tuple(window.data_seconds),
-            part_seconds=window.part_seconds,
+            part_seconds={name: sum(each) for name, each in parts.items()},
+            step_part_seconds={name: tuple(each) for name, each in window.part_seconds.items()},
             losses=window.losses if loop.rank == 0 else {},
             learning_rate=window.learning_rate,
             peak_memory_gib=peak_memory_gib(loop.device),

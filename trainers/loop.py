@@ -22,6 +22,7 @@ from torch import nn
 
 from trainers.contract import Section, StopReason, TrialPlan
 from trainers.speed import resolve_precision
+from trainers.step_clock import StepClock
 from trainers.worker import Command
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,6 @@ class Now:
         self.section, self.part = section, part
 
 
-PARTS = ("data", "forward", "backward", "optimizer")
-
 ENDS: tuple[Command, ...] = ("run", "preempt", "stop")
 """What may be asked of a rank, the strongest last."""
 
@@ -71,7 +70,7 @@ class StepWindow:
         num_images: Images trained on.
         step_seconds: Wall time of each.
         data_seconds: Waiting for data, of each.
-        part_seconds: Seconds by part.
+        part_seconds: Seconds by part, of each; `data` is in `data_seconds`.
         losses: Mean over the steps and the ranks, by name; filled when the window closes.
         learning_rate: At the last step.
         complete: Whether the window has had its last step.
@@ -81,7 +80,7 @@ class StepWindow:
     num_images: int = 0
     step_seconds: list[float] = field(default_factory=list)
     data_seconds: list[float] = field(default_factory=list)
-    part_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    part_seconds: dict[str, list[float]] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     learning_rate: float = 0.0
     complete: bool = False
@@ -150,6 +149,7 @@ class TrainingLoop:
         self._first_bad = torch.full((), -1.0, device=device)
         self._recent_files: deque[tuple[str, ...]] = deque(maxlen=plan.log_period)
         self.storage = EventStorage(start_iteration)
+        self.clock = StepClock(device, model)
 
     def run(self) -> StopReason:
         """Trains until the schedule or a hook ends it.
@@ -176,12 +176,13 @@ class TrainingLoop:
 
     def _step(self, window: StepWindow) -> None:
         started = time.perf_counter()
+        self.clock.begin()
         self.now.enter("step", "data")
         batch = next(self.batches)
         self.now.image_files = tuple(record["file_name"] for record in batch)
         self._recent_files.append(self.now.image_files)
-        at = self._lap(window, "data", started)
-        window.data_seconds.append(at - started)
+        self.clock.mark("data")
+        waited = time.perf_counter() - started
 
         # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
         # iteration: a resumed run needs no generator state to make them again.
@@ -190,12 +191,12 @@ class TrainingLoop:
         with self._autocast():
             losses: dict[str, torch.Tensor] = self.model(batch)
             total = torch.stack(list(losses.values())).sum()
-        at = self._lap(window, "forward", at)
+        self.clock.mark("forward")
 
         self.now.enter("step", "backward")
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        at = self._lap(window, "backward", at)
+        self.clock.mark("backward")
 
         self.now.enter("step", "optimizer")
         self.scaler.step(self.optimizer)
@@ -206,20 +207,17 @@ class TrainingLoop:
         self.iteration += 1
         self.now.iteration = self.iteration
         window.complete = self._closes_window()
-        if window.complete and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        at = self._lap(window, "optimizer", at)
+        self.clock.mark("optimizer")
+        if window.complete:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            window.step_seconds, window.part_seconds = self.clock.read()
+            window.data_seconds = window.part_seconds.pop("data")
 
         window.num_images += len(batch)
-        window.step_seconds.append(at - started)
-        self.storage.put_scalars(time=at - started, data_time=window.data_seconds[-1], smoothing_hint=False)
+        self.storage.put_scalars(time=time.perf_counter() - started, data_time=waited, smoothing_hint=False)
         self.storage.put_scalar("lr", window.learning_rate, smoothing_hint=False)
         self.storage.step()
-
-    def _lap(self, window: StepWindow, part: str, since: float) -> float:
-        now = time.perf_counter()
-        window.part_seconds[part] += now - since
-        return now
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._precision == "fp32":

@@ -1,0 +1,89 @@
+"""Times the parts of every step: on the device's own line of time where there is a GPU, by the host's clock elsewhere.
+
+The traps it protects against: a GPU's work is queued, so the host's clock tells how long it took to ask for it; and
+synchronising at every part would slow down what is measured. Events are put into the queue instead and read at the end
+of a window. Waiting for the other workers is told apart from the backward pass: it begins when the last of the own
+gradients is ready, which DistributedDataParallel's communication hook is told.
+"""
+
+# No `from __future__ import annotations` here: torch compares a communication hook's annotations with classes.
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+_BETWEEN = "between"
+
+
+class StepClock:
+    """Marks the ends of a step's parts, and tells their seconds when the window of steps is over.
+
+    Args:
+        device: Where the model is.
+        model: The model; where it is in DistributedDataParallel, waiting for gradients is timed too. A communication
+            hook is registered on it, of which it can have one.
+    """
+
+    def __init__(self, device: torch.device, model: nn.Module) -> None:
+        self._device = device
+        self._start: Any = None
+        self._marks: list[list[tuple[str, Any]]] = []
+        self._ready: Any = None
+        if isinstance(model, DistributedDataParallel):
+            model.register_comm_hook(self, _reduce)
+
+    def begin(self) -> None:
+        """A step begins. What was done since the last one of the window belongs to the step, and to no part of it."""
+        now = self._now()
+        if not self._marks:
+            self._start = now
+        self._marks.append([(_BETWEEN, now)])
+
+    def mark(self, part: str) -> None:
+        """A part of the step ends here."""
+        if part == "backward" and self._ready is not None:
+            self._marks[-1].append((part, self._ready))
+            part, self._ready = "communication", None
+        self._marks[-1].append((part, self._now()))
+
+    def own_gradients_ready(self) -> None:
+        """A bucket of gradients is ready to be shared; the last one of a backward pass counts."""
+        self._ready = self._now()
+
+    def read(self) -> tuple[list[float], dict[str, list[float]]]:
+        """The seconds of every step since the last call, and of its parts; the device must be synchronised."""
+        steps: list[float] = []
+        parts: dict[str, list[float]] = {}
+        before = self._start
+        for marks in self._marks:
+            began = before
+            for part, mark in marks:
+                if part != _BETWEEN:
+                    parts.setdefault(part, []).append(self._seconds(before, mark))
+                before = mark
+            steps.append(self._seconds(began, before))
+        self._marks = []
+        return steps, parts
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        # A microsecond is finer than either clock is sure of, and makes the events a third as long.
+        seconds: float = begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin
+        return round(seconds, 6)
+
+
+def _reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+    clock.own_gradients_ready()
+    assert dist.group.WORLD is not None
+    return allreduce_hook(dist.group.WORLD, bucket)
