@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.records import TrialResult
-from orchestrator.run_folder import RunFolder
+from orchestrator.run_folder import RunFolder, flatten
 from orchestrator.scaling import compare
 from orchestrator.spread import Interval, ratio_between_repeats
 from orchestrator.table import number_text, rate_text, seconds_text
@@ -71,24 +70,14 @@ def differing(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 def config_table(run: RunFolder) -> dict[str, str]:
     """An experiment's fields that can change a figure, dotted, as text."""
-    return {key: value for key, value in flatten(run.experiment) if key.split(".")[0] not in IRRELEVANT}
+    values = {key: value for key, value in flatten(run.experiment) if key.split(".")[0] not in IRRELEVANT}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
 def environment_table(run: RunFolder) -> dict[str, str]:
     """What an experiment was run with: versions, host, devices."""
     devices = sorted({trial.device_name for trial in run.result.trials if trial.device_name})
     return {**run.result.environment, "command": "", "devices": ", ".join(devices)}
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values as dotted keys and text."""
-    found = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found += flatten(value, f"{prefix}{key}.")
-        else:
-            found.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
-    return found
 
 
 def result_differences(base: RunFolder, others: Sequence[tuple[str, RunFolder]]) -> list[Difference]:

@@ -6,7 +6,7 @@ trial left is looked for in this folder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,3 +93,12 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
         experiment=run_started.experiment if run_started else {},
         tracking=orjson.loads(state.read_bytes()) if state.exists() else {},
     )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by their dotted keys, each with the prefix in front."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

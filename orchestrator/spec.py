@@ -323,6 +323,12 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
     return values
 
 
+def parse_yaml(text: str) -> dict[str, Any]:
+    """Reads text that this program wrote, such as a worker's resolved config."""
+    values: dict[str, Any] = yaml.safe_load(text)
+    return values
+
+
 def to_yaml(values: dict[str, Any]) -> str:
     """Values as the text of an experiment file."""
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

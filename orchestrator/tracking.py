@@ -8,27 +8,40 @@ training nothing, and tracking after the fact is the same code from offset 0.
 
 from __future__ import annotations
 
+import base64
 import getpass
 import hashlib
 import json
 import logging
 import os
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
+from orchestrator.metric_names import (
+    HEADLINE,
+    SHOWN_COLUMNS,
+    evaluation_metrics,
+    reference_metrics,
+    summary,
+    window_metrics,
+)
 from orchestrator.outbox import FILE_NAME, Outbox
 from orchestrator.policy import root_cause
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
-from orchestrator.windows import JointWindow, WindowJoin
+from orchestrator.run_folder import flatten
+from orchestrator.spec import ReferenceRow, parse_yaml, to_yaml
+from orchestrator.table import markdown_table, number_text, rate_text, seconds_text
+from orchestrator.windows import WindowJoin
 from trainers.contract import (
+    CheckpointSaved,
     DatasetPlan,
     Evaluated,
     Event,
@@ -47,8 +60,27 @@ from trainers.contract import (
 logger = logging.getLogger(__name__)
 
 RUN_KEY = "benchmark.key"
+VIEW_KEY = "benchmark"
+"""Of the view of the table of runs that is kept with the experiment, as MLflow's own "Share" button keeps one."""
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
+MAX_NOTE = 5000
 """MLflow's limits per call and per value."""
+HOW_TO_LOAD = """\
+# To load this model
+
+    import torch
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.merge_from_file("config.yaml")
+    model = build_model(cfg)
+    model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE)["model"])
+    model.eval()
+
+`state.pt` also holds optimizer and schedule. Where it is missing, the checkpoint lies where the model's tag
+`checkpoint` says.
+"""
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -74,6 +106,9 @@ class Tracker:
         # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # What they tell at level INFO, such as every step of making a database, is not for the user's screen.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._run_dir, self._uri = run_dir, uri
         self._place = without_credentials(uri)
         self._outbox = Outbox(run_dir / FILE_NAME)
@@ -121,7 +156,7 @@ class Tracker:
             self._consumer = None  # made anew from what is known to be tracked
             raise
         if offset != state["offset"]:
-            self._write_state({**state, "offset": offset})
+            self._write_state({**state, **self._consumer.known, "offset": offset})
         return self._finished
 
     def finish(self, timeout: float) -> bool:
@@ -173,6 +208,11 @@ class _Consumer:
         self._metrics: list[tuple[str, Metric]] = []
 
     @property
+    def known(self) -> dict[str, Any]:
+        """MLflow's ids of the experiment and of the runs, by trial; the references' as `reference/NAME`."""
+        return {"runs": self._runs, "experiment_id": self._state["experiment_id"]}
+
+    @property
     def pending(self) -> int:
         """Metric points not sent yet."""
         return len(self._metrics)
@@ -196,7 +236,9 @@ class _Consumer:
             tags |= {f"version.{package}": version for package, version in event.versions.items()}
             self._tag(self._runs[event.trial], tags)
         elif isinstance(event, LoopStarted) and event.config_yaml:
-            self._log_config(self._runs[event.trial], event.config_yaml)
+            values = dict(flatten(parse_yaml(event.config_yaml), "d2."))
+            self._params(self._runs[event.trial], values)
+            self._client.log_text(self._runs[event.trial], event.config_yaml, "config.yaml")
         elif isinstance(event, TrialEnded):
             self._end_trial(event)
         elif isinstance(event, RunEnded):
@@ -220,12 +262,9 @@ class _Consumer:
         elif isinstance(event, StepsDone):
             window = self._joins[event.trial].add(event)
             if window:
-                self._points(event.trial, _window_metrics(window), window.iteration, window.time)
+                self._points(event.trial, window_metrics(window), window.iteration, window.time)
         elif isinstance(event, Evaluated):
-            figures = {f"coco/{name}": value for name, value in event.figures.items()}
-            parts = {f"time/evaluation_{part}_seconds": seconds for part, seconds in event.part_seconds.items()}
-            values = {**figures, **parts, "time/evaluation_seconds": event.seconds}
-            self._points(event.trial, values, event.iteration, event.time)
+            self._points(event.trial, evaluation_metrics(event), event.iteration, event.time)
         elif isinstance(event, SystemSampled):
             started = self._events[event.trial][0].time
             values = {f"system/{event.host}/{name}": value for name, value in event.values.items()}
@@ -242,33 +281,38 @@ class _Consumer:
     def _start_run(self, event: RunStarted) -> None:
         name = event.experiment["name"]
         experiment = self._client.get_experiment_by_name(name)
-        self._state["experiment_id"] = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        found = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        self._state["experiment_id"] = found
+        for key, value in _experiment_tags(event.experiment.get("description", "")).items():
+            self._client.set_experiment_tag(found, key, value)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-        tags = {**event.tags, "mlflow.note.content": event.experiment.get("description", ""), "kind": "experiment"}
+        tags = {
+            **event.tags,
+            "mlflow.note.content": event.experiment.get("description", ""),
+            "mlflow.source.name": event.tags.get("run.command", ""),
+            "mlflow.source.type": "JOB" if "run.RAY_JOB_ID" in event.tags else "LOCAL",
+            "mlflow.source.git.commit": event.tags.get("run.git_commit", ""),
+            "kind": "experiment",
+        }
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, tags)
         self._runs[""] = run_id
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
-        self._params(run_id, dict(_flatten(event.experiment)))
-        self._client.log_text(run_id, yaml.safe_dump(event.experiment, sort_keys=False), "experiment.yaml")
+        self._params(run_id, dict(flatten(event.experiment)))
+        self._client.log_text(run_id, to_yaml(event.experiment), "experiment.yaml")
         for row in event.experiment["reference_rows"]:
-            self._reference_run(name, row)
+            self._reference_run(name, ReferenceRow.model_validate(row))
 
-    def _reference_run(self, experiment: str, row: dict[str, Any]) -> None:
+    def _reference_run(self, experiment: str, row: ReferenceRow) -> None:
         """A published figure as a run of its own, once per experiment, for MLflow's compare view."""
-        tags = {"kind": "reference", "world_size": str(row["world_size"]), "source": row["source"]}
-        run_id = self._run(f"reference/{experiment}/{row['name']}", row["name"], time.time(), tags)
+        tags = {"kind": "reference", "source": row.source, "mlflow.note.content": f"Published: {row.source}"}
+        run_id = self._run(f"reference/{experiment}/{row.name}", row.name, time.time(), tags)
+        self._runs[f"reference/{row.name}"] = run_id
         if self._client.get_run(run_id).info.status == "FINISHED":
             return
-        names = {
-            "images_per_second": "throughput/images_per_second",
-            "time_to_train_seconds": "time/to_train_seconds",
-            "box_ap": "coco/box_ap",
-            "mask_ap": "coco/mask_ap",
-        }
-        metrics = [Metric(names[key], row[key], 0, 0) for key in names if row[key] is not None]
-        self._client.log_batch(run_id, metrics=metrics)
-        self._params(run_id, {"world_size": str(row["world_size"])})
+        found = {name: value for name, value in reference_metrics(row).items() if value is not None}
+        self._client.log_batch(run_id, metrics=[Metric(name, value, 0, 0) for name, value in found.items()])
+        self._params(run_id, {"workers": str(row.world_size)})
         self._client.set_terminated(run_id, "FINISHED")
 
     def _start_trial(self, event: TrialStarted) -> None:
@@ -278,6 +322,7 @@ class _Consumer:
             **{key: value for key, value in parent.data.tags.items() if key.startswith(("mlflow.source", "run."))},
             "mlflow.parentRunId": self._runs[""],
             "kind": "trial",
+            "mlflow.note.content": _about(plan),
             "world_size": str(plan.world_size),
             "recipe": plan.recipe_name,
             "scaling": plan.scaling,
@@ -286,7 +331,7 @@ class _Consumer:
         }
         run_id = self._run(f"{parent.data.tags[RUN_KEY]}/{plan.name}", plan.name, event.time, tags)
         self._runs[event.trial] = run_id
-        self._params(run_id, {f"plan.{key}": value for key, value in _flatten(event.plan)})
+        self._params(run_id, {"workers": str(plan.world_size), **dict(flatten(event.plan, "plan."))})
         used = ((plan.train, "training"), (plan.val, "evaluation"))
         # A replayed log names data that lies elsewhere.
         inputs = [_dataset_input(data, context) for data, context in used if Path(data.annotations).is_file()]
@@ -298,11 +343,15 @@ class _Consumer:
         self.flush()
         result = trial_result(plan, self._events[event.trial], run_id)
         step, when = result.iterations or 0, int(event.time * 1000)
-        metrics = [Metric(name, value, when, step) for name, value in _summary(result).items() if value is not None]
+        metrics = [Metric(name, value, when, step) for name, value in summary(result).items() if value is not None]
         self._client.log_batch(run_id, metrics=metrics)
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         for log in sorted(Path(plan.trial_dir).glob("log.txt*")):
             self._client.log_artifact(run_id, str(log))
+        started = next(e for e in self._events[""] if isinstance(e, RunStarted))
+        if started.experiment["tracking"]["log_model"]:
+            self._log_model(run_id, plan, result)
+        self._client.set_tag(run_id, "mlflow.note.content", f"{_about(plan)}; {_outcome(result)}")
         self._tag(run_id, _story(result, self._events[event.trial]))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
 
@@ -318,12 +367,10 @@ class _Consumer:
                         values = {"scaling/efficiency": row.efficiency, "scaling/speed_up": row.speed_up}
                         metrics = [Metric(k, v, int(event.time * 1000), 0) for k, v in values.items() if v is not None]
                         self._client.log_batch(self._runs[trial.name], metrics=metrics)
+            self._client.set_tag(run_id, "mlflow.note.content", markdown_table(result)[:MAX_NOTE])
         for name in ("results.json", "report.md", "report.html", "table.csv"):
             if (self._run_dir / name).exists():
                 self._client.log_artifact(run_id, str(self._run_dir / name))
-        table = self._run_dir / "report.md"
-        if table.exists():
-            self._client.set_tag(run_id, "mlflow.note.content", table.read_text(encoding="utf-8")[:5000])
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
 
     def _run(self, key: str, name: str, started: float, tags: dict[str, str]) -> str:
@@ -337,6 +384,40 @@ class _Consumer:
         )
         return str(run.info.run_id)
 
+    def _log_model(self, run_id: str, plan: TrialPlan, result: TrialResult) -> None:
+        """The last checkpoint as one of MLflow's models, its AP linked to data set and iteration."""
+        saved = [e for e in self._events[plan.name] if isinstance(e, CheckpointSaved)]
+        configs = [e.config_yaml for e in self._events[plan.name] if isinstance(e, LoopStarted) and e.config_yaml]
+        if not saved or not configs:
+            return
+        last, experiment_id = saved[-1], self._state["experiment_id"]
+        found = self._client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        model = found[0] if found else self._client.create_logged_model(
+            experiment_id, plan.name, run_id, tags={"checkpoint": last.path, "iteration": str(last.iteration)},
+            params={"config": plan.config_file, "recipe": plan.recipe_name, "workers": str(plan.world_size)},
+            model_type="detectron2",
+        )  # fmt: skip
+        if model.status == LoggedModelStatus.READY:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.yaml").write_text(configs[-1], encoding="utf-8")
+            Path(folder, "README.md").write_text(HOW_TO_LOAD, encoding="utf-8")
+            # A checkpoint in an object store stays there; the tag says where.
+            for state in sorted(Path(last.path).glob("state*.pt"))[-1:]:
+                Path(folder, "state.pt").symlink_to(state)
+            self._client.log_model_artifacts(model.model_id, folder)
+        data = _dataset_input(plan.val, "evaluation").dataset if Path(plan.val.annotations).is_file() else None
+        known = {"model_id": model.model_id, "dataset_name": data and data.name, "dataset_digest": data and data.digest}
+        evaluated = [e for e in self._events[plan.name] if isinstance(e, Evaluated) and e.iteration == last.iteration]
+        metrics = [
+            Metric(f"coco/{name}", value, int(event.time * 1000), event.iteration, run_id=run_id, **known)
+            for event in evaluated[-1:]
+            for name, value in event.figures.items()
+            if value is not None
+        ]
+        self._client.log_batch(run_id, metrics=metrics)
+        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
         params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
         for start in range(0, len(params), MAX_PARAMS):
@@ -346,41 +427,30 @@ class _Consumer:
         if tags:
             self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def _log_config(self, run_id: str, config_yaml: str) -> None:
-        self._params(run_id, {f"d2.{key}": value for key, value in _flatten(yaml.safe_load(config_yaml))})
-        self._client.log_text(run_id, config_yaml, "config.yaml")
 
-
-def _window_metrics(window: JointWindow) -> dict[str, float | None]:
-    values = {f"loss/{name.removeprefix('loss_')}": value for name, value in window.losses.items()}
+def _experiment_tags(description: str) -> dict[str, str]:
+    """The experiment's note, and the view of its runs that shows the columns that matter without choosing them."""
+    meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in HEADLINE.items())
+    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "runsExpanded": {}, "viewMaximized": False})
     return {
-        **values,
-        "learning_rate": window.learning_rate,
-        "throughput/images_per_second": window.images_per_second,
-        "time/step_seconds_p50": window.step_seconds_p50,
-        "time/step_seconds_p95": window.step_seconds_p95,
-        "time/data_seconds": window.data_seconds,
-        "memory/peak_gib": window.peak_memory_gib,
+        "mlflow.note.content": f"{description}\n\n{meanings}"[:MAX_NOTE],
+        f"mlflow.sharedViewState.{VIEW_KEY}": "deflate;" + base64.b64encode(zlib.compress(view.encode())).decode(),
     }
 
 
-def _summary(result: TrialResult) -> dict[str, float | None]:
-    return {
-        "time/to_train_seconds": result.time_to_train_seconds,
-        "time/to_box_target_seconds": result.time_to_box_target_seconds,
-        "time/schedule_seconds": result.schedule_seconds,
-        "time/startup_seconds": result.startup_seconds,
-        "time/downtime_seconds": result.downtime_seconds,
-        "time/step_seconds_p50": result.step_seconds.p50,
-        "time/step_seconds_p95": result.step_seconds.p95,
-        "throughput/images_per_second": result.images_per_second,
-        "throughput/wall_images_per_second": result.wall_images_per_second,
-        "coco/final_box_ap": result.box_ap,
-        "coco/final_mask_ap": result.mask_ap,
-        "coco/best_box_ap": result.best_box_ap,
-        "coco/best_mask_ap": result.best_mask_ap,
-        "restarts": result.num_restarts,
+def _about(plan: TrialPlan) -> str:
+    workers = f"{plan.world_size} worker{'s' if plan.world_size > 1 else ''}"
+    return f"{workers} on {plan.device}, recipe {plan.recipe_name}, {plan.scaling} scaling, {plan.protocol}"
+
+
+def _outcome(result: TrialResult) -> str:
+    figures = {
+        "images/s": rate_text(result.images_per_second),
+        "s to train": seconds_text(result.time_to_train_seconds),
+        "box AP": number_text(result.box_ap, 2),
+        "mask AP": number_text(result.mask_ap, 2),
     }
+    return ", ".join(f"{value} {name}" for name, value in figures.items())
 
 
 def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
@@ -395,14 +465,6 @@ def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
             f"{restart.cause}: {restart.message}; {restart.lost_iterations} iterations lost, {down}"
         )
     return tags
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _dataset_input(dataset: DatasetPlan, context: str) -> DatasetInput:
