@@ -72,7 +72,6 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     result.scaling, result.fits = scaling_rows(result.trials), scaling_fits(result.trials)
     result.repeats = repeat_rows(result.trials)
     result.write(folder / "results.json")
-    (folder / "tracking.json").write_text(json.dumps({"offset": 0, "runs": {}, "experiment_id": "1"}))
     return folder
 
 
