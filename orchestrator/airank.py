@@ -55,7 +55,7 @@ def airank_log(plan: TrialPlan, events: Sequence[Event], result: TrialResult) ->
         if shown:
             lines.append(_line(scored, f"eval_accuracy:{shown}, total_epoch_cnt:{event.epoch:.6g}"))
         if target is not None and event.iteration == result.scored_iteration:
-            lines.append(_line(start + target, f"target_quality_time:{target:.3f}sec"))
+            lines.append(_line(max(scored, start + target), f"target_quality_time:{target:.3f}sec"))
             target = None
     finished = next((e for e in reversed(events) if isinstance(e, LoopFinished)), None)
     if finished is None:

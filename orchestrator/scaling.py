@@ -103,7 +103,7 @@ def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
     (Amdahl's law, 1967, with the rounds of a tree all-reduce), and `computation + communication x log2(N)` with the
     batch per worker kept, where a serial part cannot be told from computation. A ring's (N - 1) / N would not do: it is
     1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised. Two
-    sizes tell two terms apart.
+    sizes tell computation and one more term apart: the serial part, or communication where that fits better.
     """
     fits = []
     for (recipe, kind), sizes in _groups(trials).items():
@@ -114,8 +114,7 @@ def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
                 step_seconds[world_size] = repeats[0].global_batch_size / _median(rates)
         if len(step_seconds) < 2:
             continue
-        shapes = dict(list(_SHAPES[kind].items())[: len(step_seconds)])
-        found = _fit(shapes, step_seconds)
+        found = _fit(_SHAPES[kind], step_seconds)
         if found is None:
             continue
 
@@ -152,18 +151,27 @@ _SHAPES: dict[Kind, dict[str, Callable[[int], float]]] = {
 
 
 def _fit(shapes: Mapping[str, Callable[[int], float]], step_seconds: Mapping[int, float]) -> dict[str, float] | None:
-    """Non-negative least squares of relative errors: the best subset of terms with no negative one."""
+    """Least squares of relative errors by computation and as many more terms as the sizes allow, none negative.
+
+    Returns:
+        Seconds by term; a term that too few sizes can tell of is left out.
+    """
     best: tuple[float, dict[str, float]] | None = None
-    for count in range(1, len(shapes) + 1):
-        for names in combinations(shapes, count):
+    others = [name for name in shapes if name != "computation"]
+    for count in range(min(len(others), len(step_seconds) - 1) + 1):
+        for chosen in combinations(others, count):
+            names = ("computation", *chosen)
             rows = [[shapes[name](n) / seconds for name in names] for n, seconds in step_seconds.items()]
             solution = _least_squares(rows)
             if solution is None or min(solution) < 0:
                 continue
             error = sum((sum(x * a for x, a in zip(solution, row, strict=True)) - 1) ** 2 for row in rows)
             if best is None or error < best[0] - 1e-15:
-                best = error, {**dict.fromkeys(shapes, 0.0), **dict(zip(names, solution, strict=True))}
-    return best[1] if best else None
+                best = error, dict(zip(names, solution, strict=True))
+    if best is None:
+        return None
+    told = len(step_seconds) >= len(shapes)
+    return {**dict.fromkeys(shapes if told else (), 0.0), **best[1]}
 
 
 def _least_squares(rows: Sequence[Sequence[float]]) -> list[float] | None:

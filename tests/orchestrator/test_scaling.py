@@ -156,7 +156,19 @@ def test_weak_scaling_projects_a_batch_that_grows_with_the_workers():
 
 def test_no_part_of_a_fit_is_negative_where_scaling_is_better_than_ideal():
     (fit,) = scaling_fits([_trial(1, [1.0] * 4), _trial(2, [0.4] * 4)])
-    assert fit.computation_seconds > 0 and fit.serial_seconds == 0
+    assert fit.computation_seconds > 0 and not fit.serial_seconds and not fit.communication_seconds
+
+
+def test_two_workers_slower_than_one_are_put_down_to_communication():
+    (fit,) = scaling_fits([_trial(1, [1.0] * 4), _trial(2, [1.5] * 4)])
+    assert fit.communication_seconds == pytest.approx(1.0) and fit.serial_seconds is None
+    assert fit.worst_relative_error == pytest.approx(0, abs=1e-9)
+
+
+def test_two_sizes_with_a_gain_tell_the_serial_part():
+    # 0.4 + 0.6 / N.
+    (fit,) = scaling_fits([_trial(1, [1.0] * 4), _trial(2, [0.7] * 4)])
+    assert fit.serial_seconds == pytest.approx(0.4) and fit.communication_seconds is None
 
 
 def test_one_size_gives_no_projection():
