@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from orchestrator.page import KINDS, OTHER_DEFINITIONS
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
+from tests.conftest import ROOT
 from tests.orchestrator.made_trials import Story, plan, trained
 from trainers.contract import Event, event_from_json
 
@@ -222,3 +224,23 @@ def test_events_survive_the_outbox():
 
     events = trained().events
     assert [back(event) for event in events] == events
+
+
+def test_every_figure_of_a_trial_is_defined_in_the_docs():
+    text = (ROOT / "docs" / "measurement.md").read_text()
+    said_elsewhere = {
+        "name", "world_size", "num_nodes", "device", "device_name", "recipe", "scaling", "protocol", "seed", "status",
+        "hosts", "num_train_images", "num_val_images", "state_sha256", "mlflow_run_id",
+    }  # fmt: skip
+    missing = [name for name in TrialResult.model_fields if name not in said_elsewhere and f"`{name}" not in text]
+    assert missing == []
+
+
+def test_every_section_of_the_docs_that_the_report_links_to_is_there():
+    anchors = {
+        line[3:].strip().lower().replace(" ", "-")
+        for line in (ROOT / "docs" / "measurement.md").read_text().splitlines()
+        if line.startswith("## ")
+    }
+    linked = {kind.anchor for kind in KINDS} | set(OTHER_DEFINITIONS)
+    assert linked and linked <= anchors
