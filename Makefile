@@ -5,14 +5,20 @@ PYTHON ?= python3.11
 DETECTRON2 ?= sal-detectron2==0.7.2
 BIN := .venv/bin
 INSTALLED := .venv/installed
+EXTRAS ?= dev
+IMAGE ?= ray-detectron2-benchmark:0.1.0
+# What builds the image: the first that works. Another base: `make image BASE=docker.io/library/python:3.11-bookworm`.
+ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
+CONFIG ?= configs/scale_out.yaml
+ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: install demo test check bench ui schema lock
+.PHONY: install demo test test-cluster test-image check bench ui schema lock image mlflow-server submit
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt install_detectron2.sh
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	sh install_detectron2.sh '$(DETECTRON2)' $(BIN)
 	touch $@
 
@@ -21,6 +27,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-cluster: install  ## scenes on several hosts, made of network namespaces; skipped where these cannot be made
+	$(BIN)/python -m pytest -m cluster tests/cluster
+
+test-image: install
+	$(BIN)/python -m pytest -m image tests/cluster
 
 check: install
 	$(BIN)/ruff check .
@@ -33,6 +45,18 @@ bench: install
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+image:
+	@test -n '$(ENGINE)' || { echo 'no docker, podman or buildah that works is at hand' >&2; exit 2; }
+	$(ENGINE) build $(if $(BASE),--build-arg BASE=$(BASE)) --tag $(IMAGE) --file docker/Dockerfile $(BUILD_OPTIONS) .
+
+mlflow-server: install  ## MLflow on PostgreSQL, with a password; SERVER='--host 10.0.0.10 --allowed-host mlflow.internal'
+	$(BIN)/python -m cluster.mlflow_server $(SERVER)
+
+submit: install  ## CONFIG as a job of the cluster at ADDRESS; Ctrl-C leaves it running
+	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . --runtime-env cluster/job.yaml \
+		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD)", "submitted_by": "$(shell whoami)"}' \
+		-- python -m orchestrator.run $(CONFIG)
 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
 	$(BIN)/python -m orchestrator.spec > configs/experiment.schema.json

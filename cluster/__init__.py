@@ -1,0 +1,1 @@
+"""What a cluster needs besides the program: its tracking server and the environment of its jobs."""
