@@ -25,6 +25,9 @@ HEADLINE = {
 SHOWN_COLUMNS = ("params.`workers`", *(f"metrics.`{name}`" for name in list(HEADLINE)[:5]), "tags.`device_name`")
 """Columns of MLflow's own table of runs, in its own notation."""
 
+VIEW_KEY = "benchmark"
+"""Of the view of MLflow's table of runs that shows them; kept with the experiment, as its "Share" button keeps one."""
+
 
 def window_metrics(window: JointWindow) -> dict[str, float | None]:
     """The metrics of a window of steps."""

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from orchestrator import figures
 from orchestrator.comparison import config_table, differing, environment_table, labels, result_differences
 from orchestrator.figures import Material
+from orchestrator.metric_names import VIEW_KEY
 from orchestrator.records import Sections
 from orchestrator.run_folder import RunFolder, TrialStory
 from orchestrator.samples import LEAST_SCORE, Sample, sample_pictures
@@ -194,7 +195,7 @@ def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
 
 
 def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
-    """Name and address of the run's pages in MLflow: the compare view first; none where tracking knows no run."""
+    """Name and address of the run's pages in MLflow, the table first; none where tracking knows no run."""
     uri = run.result.mlflow_tracking_uri or ""
     base = f"{uri.rstrip('/')}/#" if uri.startswith(("http://", "https://")) else f"{MLFLOW_UI}/#"
     experiment = str(run.tracking.get("experiment_id") or "")
@@ -204,7 +205,8 @@ def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
     references = {name: i for name, i in run.tracking.get("runs", {}).items() if name.startswith("reference/")}
     listed = quote("[" + ",".join(f'"{i}"' for i in [*ids.values(), *references.values()]) + "]")
     compared = f"{base}/compare-runs?runs={listed}&experiments=%5B%22{quote(experiment)}%22%5D"
-    links = [("Compare all trials and references", compared)]
+    table = f"{base}/experiments/{quote(experiment)}/runs?viewStateShareKey={VIEW_KEY}"
+    links = [("Table of all runs", table), ("Compare these trials and the references", compared)]
     if run.result.mlflow_run_id:
         ids = {"This run (parent)": run.result.mlflow_run_id, **ids}
     return links + [(name, f"{base}/experiments/{quote(experiment)}/runs/{quote(i)}") for name, i in ids.items()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,8 @@ from orchestrator.table import csv_table, escape_markdown, markdown_table, neutr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+FAILURE_FILE = "report-failure.txt"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -49,37 +52,37 @@ def write_report(result: ExperimentResult, run_dir: Path) -> list[Path]:
     return _write(read_run_folder(run_dir, result), run_dir)
 
 
+def try_report(result: ExperimentResult, run_dir: Path) -> tuple[Path, str]:
+    """Writes the report of a run that has ended; whatever goes wrong with it is told, and fails nothing.
+
+    Returns:
+        The report that could be made (report.md where report.html failed), and what went wrong, or "".
+    """
+    try:
+        return write_report(result, run_dir)[0], ""
+    except Exception as error:
+        (run_dir / FAILURE_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        what = f"report.html could not be made ({type(error).__name__}: {error}); see {run_dir / FAILURE_FILE}"
+        return run_dir / "report.md", f"{what}. Make it again: python -m orchestrator.report {run_dir}"
+
+
 def _write(run: RunFolder, place: Path) -> list[Path]:
     from orchestrator.page import html_page
 
-    return _files(
-        place,
-        {
-            "report.md": markdown_report(run.result),
-            "table.csv": csv_table(run.result),
-            "report.html": html_page([run], place),
-        },
-    )
+    (place / "report.md").write_text(markdown_report(run.result), encoding="utf-8")
+    (place / "table.csv").write_text(csv_table(run.result), encoding="utf-8")
+    (place / "report.html").write_text(html_page([run], place), encoding="utf-8")
+    return [place / name for name in ("report.html", "report.md", "table.csv")]
 
 
 def write_comparison(runs: Sequence[RunFolder], place: Path) -> list[Path]:
     """Writes comparison.html, comparison.md and comparison.csv: every run against the first; returns their paths."""
     from orchestrator.page import html_page
 
-    return _files(
-        place,
-        {
-            "comparison.md": markdown_comparison(runs),
-            "comparison.csv": csv_comparison(runs),
-            "comparison.html": html_page(runs, place),
-        },
-    )
-
-
-def _files(place: Path, contents: dict[str, str]) -> list[Path]:
-    for name, content in contents.items():
-        (place / name).write_text(content, encoding="utf-8")
-    return [place / name for name in reversed(contents)]
+    (place / "comparison.md").write_text(markdown_comparison(runs), encoding="utf-8")
+    (place / "comparison.csv").write_text(csv_comparison(runs), encoding="utf-8")
+    (place / "comparison.html").write_text(html_page(runs, place), encoding="utf-8")
+    return [place / name for name in ("comparison.html", "comparison.md", "comparison.csv")]
 
 
 def markdown_report(result: ExperimentResult) -> str:

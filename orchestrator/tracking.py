@@ -28,6 +28,7 @@ from mlflow.tracking import MlflowClient
 from orchestrator.metric_names import (
     HEADLINE,
     SHOWN_COLUMNS,
+    VIEW_KEY,
     evaluation_metrics,
     reference_metrics,
     summary,
@@ -60,8 +61,6 @@ from trainers.contract import (
 logger = logging.getLogger(__name__)
 
 RUN_KEY = "benchmark.key"
-VIEW_KEY = "benchmark"
-"""Of the view of the table of runs that is kept with the experiment, as MLflow's own "Share" button keeps one."""
 MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
 MAX_NOTE = 5000
 """MLflow's limits per call and per value."""
@@ -431,9 +430,11 @@ class _Consumer:
 def _experiment_tags(description: str) -> dict[str, str]:
     """The experiment's note, and the view of its runs that shows the columns that matter without choosing them."""
     meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in HEADLINE.items())
-    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "runsExpanded": {}, "viewMaximized": False})
+    # Without the parents, trials and references stand side by side instead of folded away.
+    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "searchFilter": "tags.kind != 'experiment'"})
     return {
         "mlflow.note.content": f"{description}\n\n{meanings}"[:MAX_NOTE],
+        "mlflow.experimentKind": "custom_model_development",
         f"mlflow.sharedViewState.{VIEW_KEY}": "deflate;" + base64.b64encode(zlib.compress(view.encode())).decode(),
     }
 
