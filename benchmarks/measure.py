@@ -1,0 +1,130 @@
+"""Measures two ways of doing the same work against each other, and prints the table.
+
+The trap this module protects against: a machine whose speed drifts. Both sides run in turns, the ratio is taken
+between neighbours, and the table shows the median of these ratios with the smallest and the greatest.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "sal-detectron2", "detectron2", "pycocotools", "hotcoco", "numpy",
+            "opencv-python-headless", "pillow", "ray", "mlflow")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What `--only` takes.
+        against: What the peer does.
+        unit: Unit of the two sides' figures.
+        ours: This program's figures, in the order they were taken.
+        peer: The peer's.
+        target: Least ratio.
+        higher_is_better: Whether the figures are rates; else they are durations.
+        note: What a reader must know to read it.
+    """
+
+    name: str
+    against: str
+    unit: str
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+    target: float
+    higher_is_better: bool
+    note: str = ""
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast as the peer, for each pair of neighbours."""
+        pairs = zip(self.ours, self.peer, strict=True)
+        return [ours / peer if self.higher_is_better else peer / ours for ours, peer in pairs]
+
+    @property
+    def ratio(self) -> float:
+        """Median of `ratios`."""
+        return statistics.median(self.ratios)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target is met."""
+        return self.ratio >= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row with its ratio, for JSON."""
+        return {**asdict(self), "ratio": self.ratio, "ratios": self.ratios, "reached": self.reached}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def in_turns(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:
+    """Takes both sides' figures in turns, `repeats` times each."""
+    pairs = [(ours(), peer()) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def timed(
+    name: str,
+    against: str,
+    target: float,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    repeats: int = 5,
+    note: str = "",
+) -> Row:
+    """A row of durations: both sides are called once to warm up, then in turns."""
+    ours(), peer()
+    found, theirs = in_turns(lambda: seconds(ours), lambda: seconds(peer), repeats)
+    return Row(name, against, "s", tuple(found), tuple(theirs), target, higher_is_better=False, note=note)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    lines = ["| row | against | ours | peer | ratio | spread | target | |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        low, high = min(row.ratios), max(row.ratios)
+        ours, peer = statistics.median(row.ours), statistics.median(row.peer)
+        lines.append(
+            f"| {row.name} | {row.against} | {ours:.4g} {row.unit} | {peer:.4g} {row.unit} | {row.ratio:.2f} "
+            f"| {low:.2f} – {high:.2f} | {row.target:g} | {'reached' if row.reached else '**below**'} |"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": model,
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()) + " UTC",
+    }

@@ -1,0 +1,230 @@
+"""Training and evaluation against plain detectron2, each side in a process of its own with the same threads.
+
+Own processes, because a recipe changes detectron2's modules where it says so, and the peer must not gain by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.measure import Row, in_turns
+from benchmarks.ours import write_plan
+from orchestrator.generate import generate
+from orchestrator.plan import Hardware, expand
+from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
+from trainers.contract import TrialPlan, event_from_json
+from trainers.recipes import RECIPES
+
+WARMUP_STEPS = 5
+DATA = Path("data/benchmarks")
+"""Where generated images are kept between invocations."""
+
+
+def demo(steps: int, cpus: int = 1, world_size: int = 1, recipe: str = "reference", **protocol: Any) -> TrialPlan:
+    """The demo's model and data, for a number of steps without evaluation unless `protocol` says otherwise."""
+    values = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
+    return _plan(values, steps, cpus, world_size, recipe, protocol)
+
+
+def r50(steps: int, cpus: int, recipe: str) -> TrialPlan:
+    """The real R50-FPN at 320 px, batch 2."""
+    values = {
+        "name": "r50",
+        "data": {"generated": {"num_train": 32, "num_val": 8, "size": 320, "num_classes": 3}},
+        "model": {
+            "weights": "",
+            "overrides": {
+                "SOLVER.IMS_PER_BATCH": 2,
+                "SOLVER.BASE_LR": 0.0001,
+                "INPUT.MIN_SIZE_TRAIN": [320],
+                "INPUT.MIN_SIZE_TEST": 320,
+            },
+        },
+    }
+    return _plan(values, steps, cpus, 1, recipe, {})
+
+
+def _plan(
+    values: dict[str, Any], steps: int, cpus: int, world_size: int, recipe: str, protocol: dict[str, Any]
+) -> TrialPlan:
+    values["protocol"] = protocol or {
+        "kind": "throughput", "iterations": steps, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False
+    }  # fmt: skip
+    values["trials"] = {"world_sizes": [world_size], "scaling": "strong", "recipes": [recipe]}
+    values["resources"] = {"device": "cpu", "cpus_per_worker": cpus}
+    values["storage"] = {"checkpoint_period_iterations": 0}
+    experiment = parse_experiment(values, "benchmark")
+    drawn = experiment.data.generated
+    assert drawn is not None
+    root = (DATA / f"{drawn.size}px-{drawn.num_train}-{drawn.num_val}").absolute()
+    generate(root, num_train=drawn.num_train, num_val=drawn.num_val, size=drawn.size, num_classes=drawn.num_classes)
+    return expand(experiment, Hardware(num_cpus=os.cpu_count() or 1), "/unused", root)[0]
+
+
+def run_process(command: list[str], cpus: int) -> None:
+    """Runs a command with its threads pinned; its output is shown only if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cpus), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+
+
+def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
+    """Images per second of our worker, warm-up left out, started without Ray."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+        command = [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
+        run_process(command, plan.cpus_per_worker)
+        lines = Path(folder, "events").read_text(encoding="utf-8").splitlines()
+    steps = [s for event in map(event_from_json, lines) if event.kind == "steps_done" for s in event.step_seconds]  # type: ignore[attr-defined]
+    return plan.solver.global_batch_size / float(statistics.median(steps[WARMUP_STEPS:]))
+
+
+def peer_result(plan: TrialPlan, *flags: str) -> dict[str, Any]:
+    """What plain detectron2 measured on a plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+        command = [sys.executable, "-m", "benchmarks.peer", f"{folder}/plan.json", f"{folder}/result.json", *flags]
+        run_process(command, plan.cpus_per_worker)
+        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def peer_rate(plan: TrialPlan) -> float:
+    """Images per second of DefaultTrainer, warm-up left out."""
+    return plan.solver.global_batch_size / float(statistics.median(peer_result(plan)["step_seconds"][WARMUP_STEPS:]))
+
+
+def _recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recipe: str, repeats: int) -> Row:
+    ours, peer = plan(recipe), plan("plain")
+    found, theirs = in_turns(lambda: ours_rate(ours), lambda: peer_rate(peer), repeats)
+    against = f"DefaultTrainer, {peer.cpus_per_worker} thread(s)"
+    return Row(name, against, "images/s", tuple(found), tuple(theirs), target, higher_is_better=True)
+
+
+def reference_recipe() -> Row:
+    """The demo's model, the same numerics, one worker of one thread."""
+    return _recipe_row("reference_recipe", 1.1, lambda recipe: demo(30, recipe=recipe), "reference", 3)
+
+
+def fast_recipe() -> Row:
+    """The demo's model, everything on, one worker of one thread."""
+    return _recipe_row("fast_recipe", 1.4, lambda recipe: demo(30, recipe=recipe), "fast", 3)
+
+
+def fast_r50() -> Row:
+    """The real R50-FPN at 320 px with batch 2, on all cores."""
+    cpus = os.cpu_count() or 1
+    return _recipe_row("fast_r50", 2.2, lambda recipe: r50(12, cpus, recipe), "fast", 2)
+
+
+def evaluation() -> Row:
+    """From the first image to COCO's figures with the demo's model, one thread; see `benchmarks.evaluating`."""
+    plan = demo(1, recipe="fast", kind="time_to_train", eval_period_iterations=1000)
+
+    def side(which: str) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+            result = Path(folder, "result.json")
+            command = [sys.executable, "-m", "benchmarks.evaluating", f"{folder}/plan.json", str(result), which]
+            run_process(command, plan.cpus_per_worker)
+            return float(json.loads(result.read_text(encoding="utf-8"))["seconds"])
+
+    found, theirs = in_turns(lambda: side("ours"), lambda: side("peer"), 3)
+    return Row("evaluation", "inference_on_dataset with COCOEvaluator", "s", tuple(found), tuple(theirs), 1.5,
+               higher_is_better=False)  # fmt: skip
+
+
+def command(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs our command on an experiment; returns its results with the wall time and the first step's time added."""
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    started = time.time()
+    run_process([sys.executable, "-m", "orchestrator.run", str(path), "--output", str(folder / "run"), "--quiet"], 1)
+    wall = time.time() - started
+    found = next((folder / "run").rglob("results.json"))
+    results: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+    lines = [line for file in (folder / "run").rglob("*.jsonl") for line in file.read_text().splitlines()]
+    steps = [json.loads(line) for line in lines if '"kind":"steps_done"' in line]
+    first = min((step["time"] - step["seconds"] + step["step_seconds"][0] for step in steps), default=started)
+    return {**results, "wall_seconds": wall, "first_step_seconds": first - started}
+
+
+def _demo_experiment(recipe: str, world_size: int, cpus: int, folder: Path, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
+    values["trials"] = {"world_sizes": [world_size], "scaling": "strong", "recipes": [recipe]}
+    values["resources"] = {"device": "cpu", "cpus_per_worker": cpus}
+    values["tracking"] = {"uri": f"sqlite:///{folder}/mlflow.db"}
+    return {**values, **changes}
+
+
+def launcher_tax() -> Row:
+    """Steady images per second of two workers under Ray Train, and of the same function under torchrun."""
+    plan = demo(40, world_size=2)
+    protocol = {"kind": "throughput", "iterations": 40, "warmup_iterations": WARMUP_STEPS}
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+    def under_ray() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            results = command(_demo_experiment("reference", 2, 1, folder, protocol=protocol), folder)
+            return float(results["trials"][0]["images_per_second"])
+
+    found, theirs = in_turns(under_ray, lambda: ours_rate(plan, torchrun), 2)
+    return Row("launcher_tax", "the same worker under torchrun, 2 workers", "images/s", tuple(found), tuple(theirs),
+               0.99, higher_is_better=True)  # fmt: skip
+
+
+def first_step() -> Row:
+    """From the command to the first optimizer step; at most three times the plain script's."""
+    protocol = {"kind": "throughput", "iterations": 2, "warmup_iterations": 0}
+    plan = demo(2)
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            return float(
+                command(_demo_experiment("fast", 1, 1, folder, protocol=protocol), folder)["first_step_seconds"]
+            )
+
+    def peer() -> float:
+        started = time.time()
+        return float(peer_result(plan)["first_step"]) - started
+
+    found, theirs = in_turns(ours, peer, 2)
+    return Row("first_step", "the plain script's first step", "s", tuple(found), tuple(theirs), 1 / 3,
+               higher_is_better=False)  # fmt: skip
+
+
+def time_to_target() -> Row:
+    """From the command to the result at the demo's target, all cores of the machine on both sides."""
+    cpus = os.cpu_count() or 1
+    values = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
+    plan = demo(1, cpus=cpus, **values["protocol"])
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            return float(command(_demo_experiment("fast", cpus, 1, folder), folder)["wall_seconds"])
+
+    def peer() -> float:
+        started = time.time()
+        if not peer_result(plan, "--stop-at-target")["reached"]:
+            raise RuntimeError("plain detectron2 did not reach the target")
+        return time.time() - started
+
+    found, theirs = in_turns(ours, peer, 1)
+    return Row("time_to_target", "DefaultTrainer, script to result", "s", tuple(found), tuple(theirs), 1.5,
+               higher_is_better=False, note=f"recipes known: {', '.join(RECIPES)}")  # fmt: skip
