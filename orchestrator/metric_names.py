@@ -5,7 +5,7 @@ The trap it protects against: two names for one figure, so that a compare view s
 
 from __future__ import annotations
 
-from orchestrator.records import TrialResult
+from orchestrator.records import ExperimentResult, TrialResult
 from orchestrator.spec import ReferenceRow
 from orchestrator.windows import JointWindow
 from trainers.contract import Evaluated
@@ -25,6 +25,8 @@ HEADLINE = {
 SHOWN_COLUMNS = ("params.`workers`", *(f"metrics.`{name}`" for name in list(HEADLINE)[:5]), "tags.`device_name`")
 """Columns of MLflow's own table of runs, in its own notation."""
 
+MLFLOW_UI = "http://localhost:5000"
+"""Where `make ui` serves a store that has no server of its own."""
 VIEW_KEY = "benchmark"
 """Of the view of MLflow's table of runs that shows them; kept with the experiment, as its "Share" button keeps one."""
 
@@ -81,3 +83,9 @@ def reference_metrics(row: ReferenceRow) -> dict[str, float | None]:
         "coco/box_ap": row.box_ap,
         "coco/mask_ap": row.mask_ap,
     }
+
+
+def mlflow_base(result: ExperimentResult) -> str:
+    """What the addresses of MLflow's pages begin with: the tracking server's, or that of `make ui`."""
+    uri = result.mlflow_tracking_uri or ""
+    return f"{uri.rstrip('/') if uri.startswith(('http://', 'https://')) else MLFLOW_UI}/#"

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from orchestrator import figures
 from orchestrator.comparison import config_table, differing, environment_table, labels, result_differences
 from orchestrator.figures import Material
-from orchestrator.metric_names import VIEW_KEY
+from orchestrator.metric_names import VIEW_KEY, mlflow_base
 from orchestrator.records import Sections
 from orchestrator.run_folder import RunFolder, TrialStory
 from orchestrator.samples import LEAST_SCORE, Sample, sample_pictures
@@ -29,8 +29,6 @@ from orchestrator.table import number_text, percent_text, seconds_text, table_ce
 from trainers.contract import LoopStarted
 
 ROOT = Path(__file__).resolve().parent.parent
-MLFLOW_UI = "http://localhost:5000"
-"""Where `make ui` serves a store that has no server of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +194,7 @@ def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
 
 def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
     """Name and address of the run's pages in MLflow, the table first; none where tracking knows no run."""
-    uri = run.result.mlflow_tracking_uri or ""
-    base = f"{uri.rstrip('/')}/#" if uri.startswith(("http://", "https://")) else f"{MLFLOW_UI}/#"
+    base = mlflow_base(run.result)
     experiment = str(run.tracking.get("experiment_id") or "")
     ids: dict[str, str] = {t.name: t.mlflow_run_id for t in run.result.trials if t.mlflow_run_id}
     if not experiment or not ids:

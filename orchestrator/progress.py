@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import time
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -34,27 +36,31 @@ def duration(seconds: float | None) -> str:
 
 
 def plan_table(plans: list[TrialPlan]) -> Table:
-    """The plan of every trial, as `--dry-run` and the start of a run show it."""
-    table = Table(title="Plan", title_justify="left")
-    for heading in ("Trial", "Workers", "Device", "CPUs each", "Batch", "Base LR", "Iterations", "Warm-up", "LR steps"):
-        table.add_column(heading, justify="left" if heading in ("Trial", "Device") else "right")
-    table.add_column("Evaluation")
+    """The plan of every trial, as `--dry-run` and the start of a run show it; fits 80 columns."""
+    devices = " and ".join(dict.fromkeys(plan.device for plan in plans))
+    table = Table(
+        title=f"Plan, on {devices}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    table.add_column("Trial", no_wrap=True)
+    for heading in ("Work\ners", "CPUs\neach", "Batch", "Base\nLR", "Itera-\ntions", "Warm-\nup"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("LR\nsteps", justify="right")
+    table.add_column("Eval.\nevery", justify="right", no_wrap=True)
     for plan in plans:
         solver = plan.solver
-        evaluation = f"every {solver.eval_period}" if solver.eval_period else ""
-        if solver.evaluate_at_end and not solver.eval_period:
-            evaluation = "at the end"
+        evaluation = str(solver.eval_period) if solver.eval_period else "end" if solver.evaluate_at_end else "none"
+        steps = [step for step in solver.steps if step < solver.max_iter]
         table.add_row(
-            plan.name,
+            escape(plan.name),
             str(plan.world_size),
-            plan.device,
             str(plan.cpus_per_worker),
             str(solver.global_batch_size),
             f"{solver.base_lr:g}",
             str(solver.max_iter),
             str(solver.warmup_iters),
-            ", ".join(map(str, solver.steps)),
-            evaluation or "none",
+            " ".join(map(str, steps)) or "none",
+            evaluation,
         )
     return table
 
@@ -105,15 +111,23 @@ class ProgressDisplay:
         elif isinstance(event, CheckpointSaved) and not self._progress:
             self._say(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
         elif isinstance(event, WorkerFailed):
-            self._say(f"[red]rank {event.rank} failed[/] in {event.section}: {event.message}", always=True)
+            self._say(f"[red]rank {event.rank} failed[/] in {event.section}: {escape(event.message)}", always=True)
             for file in event.image_files if event.failure in ("bad_input", "not_finite") else ():
-                self._say(f"  image of its batch: {file}", always=True)
+                self._say(f"  image of its batch: {escape(file)}", always=True)
         elif isinstance(event, TrialRestarted):
-            self._say(f"[yellow]starting the workers again[/] ({event.failure}: {event.message})", always=True)
+            self._say(f"[yellow]starting the workers again[/] ({event.failure}: {escape(event.message)})", always=True)
         elif isinstance(event, TrialEnded):
             self.close()
             if event.status != "FINISHED":
-                self._say(f"[red]{event.status.lower()}[/]: {event.reason}", always=True)
+                self._say(f"[red]{event.status.lower()}[/]: {escape(event.reason)}", always=True)
+
+    def stopping(self, grace_seconds: float) -> None:
+        """Says that somebody asked for the end, and what happens now."""
+        self._say(
+            f"[yellow]stopping[/]: the workers take a last checkpoint, for at most {grace_seconds:.0f} s; "
+            "Ctrl-C again ends at once",
+            always=True,
+        )
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -129,7 +143,7 @@ class ProgressDisplay:
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=None),
                 TextColumn("{task.completed}/{task.total}"),
                 _Eta(),
                 TextColumn("{task.fields[rate]}"),
@@ -137,6 +151,7 @@ class ProgressDisplay:
                 TextColumn("{task.fields[ap]}"),
                 console=self._console,
                 transient=True,
+                expand=True,
             )
             self._task = self._progress.add_task(
                 plan.name, total=plan.solver.max_iter, rate="starting", loss="", ap="", eta=None
@@ -149,7 +164,7 @@ class ProgressDisplay:
         if self._loop_started and window.iteration > self._loop_started[1]:
             began, first = self._loop_started
             eta = (window.time - began) / (window.iteration - first) * (self._plan.solver.max_iter - window.iteration)
-        rate = f"{window.images_per_second:.2f} images/s"
+        rate = f"{window.images_per_second:.4g} images/s"
         loss = f"loss {window.losses.get('total_loss', 0.0):.3f}"
         self._update(window.iteration, rate=rate, loss=loss, eta=eta)
         if not self._progress and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
@@ -177,7 +192,7 @@ class ProgressDisplay:
             parts.append(text)
         self._last_ap = event.figures
         self._say(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s)")
-        self._update(event.iteration, ap=f"box AP {event.figures.get('box_ap') or 0:.1f}")
+        self._update(event.iteration, ap=f"AP {event.figures.get('box_ap') or 0:.1f}")
 
     def _say(self, text: str, always: bool = False) -> None:
         if always or not self._quiet:

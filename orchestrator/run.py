@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import sys
 import time
 import uuid
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from orchestrator.plan import Hardware, expand, generated_root
+from orchestrator.plan import Hardware, expand, generated_root, under
 from orchestrator.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def _show_plan(experiment: Experiment, output: Path | None, console: Console, as
         print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
         return DONE
     console.print(plan_table(plans))
-    console.print(f"Results in {run_dir}, tracked in {_tracking_place(experiment)} as {experiment.name!r}.")
+    place = f"Results in {run_dir}, tracked in {_tracking_place(experiment)} as {experiment.name!r}."
+    console.print(place, soft_wrap=True, markup=False, highlight=False)
     return DONE
 
 
@@ -218,7 +221,7 @@ class Session:
         )
         tracker = Tracker(self.run_dir, uri)
         display = ProgressDisplay(self.console, self.quiet)
-        stop = StopRequest(grace_seconds())
+        stop = StopRequest(grace_seconds(), display.stopping)
         stop.install()
         pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display])
         started = RunStarted(
@@ -245,7 +248,7 @@ class Session:
                 display(TrialStarted(trial=plan.name, attempt=0, rank=-1, time=0.0, plan=dataclasses.asdict(plan)))
             elif self.experiment.storage.checkpoints:
                 # Storage that outlives run folders: a later run of the same name must not find these checkpoints.
-                plan = dataclasses.replace(plan, checkpoint_dir=f"{plan.checkpoint_dir}-{started.run_id[-12:]}")
+                plan = dataclasses.replace(plan, checkpoint_dir=under(plan.checkpoint_dir, started.run_id[-12:]))
             ended.append(run_trial(plan, self.experiment.faults, pump, str(self.run_dir / "ray"), stop))
             self._record(result, plan, pump, tracker.run_ids())
         display.close()
@@ -273,14 +276,15 @@ class Session:
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
         from orchestrator.airank import write_airank_summary
-        from orchestrator.report import write_report
+        from orchestrator.metric_names import VIEW_KEY, mlflow_base
+        from orchestrator.report import try_report
         from orchestrator.table import closing_table
         from trainers.contract import RunEnded
 
         result.ended = _utc(time.time())
         result.mlflow_run_id = tracker.run_ids().get("")
         result.write(self.run_dir / "results.json")
-        report, *_ = write_report(result, self.run_dir)
+        report, report_failure = try_report(result, self.run_dir)
         write_airank_summary(result, self.run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = result.status if result.status != "RUNNING" else "FAILED"
         pump.close()
@@ -296,18 +300,22 @@ class Session:
             sys.stdout.write(result.model_dump_json(indent=2) + "\n")
         self.console.print()
         self.console.print(closing_table(result))
-        self.console.print(f"Report: {report}", soft_wrap=True)
+        say = partial(self.console.print, soft_wrap=True, markup=False, highlight=False)
+        say(f"Report: {report}")
+        if report_failure:
+            say(report_failure, style="red")
         if tracked:
-            self.console.print(f"MLflow: {result.mlflow_tracking_uri} ({_ui_hint(result)})", soft_wrap=True)
+            table = f"{mlflow_base(result)}/experiments/{tracker.experiment_id()}/runs?viewStateShareKey={VIEW_KEY}"
+            served = "" if (result.mlflow_tracking_uri or "").startswith("http") else "`make ui`, then "
+            say(f"MLflow: {served}{table}")
         else:
-            self.console.print(
-                f"[yellow]MLflow has not taken everything; {self.run_dir}/events.jsonl keeps it.[/]", soft_wrap=True
+            say(f"MLflow has not taken everything; {self.run_dir}/events.jsonl keeps it.", style="yellow")
+        if result.status == "KILLED":
+            say(
+                f"Stopped. {self.run_dir} keeps results, events and checkpoints; go on with: "
+                f"python -m orchestrator.run --resume {shlex.quote(str(self.run_dir))}",
+                style="yellow",
             )
-
-
-def _ui_hint(result: ExperimentResult) -> str:
-    uri = result.mlflow_tracking_uri or ""
-    return "`make ui` opens it" if uri.startswith("sqlite") else f"experiment {result.experiment!r}"
 
 
 def _run_dir(experiment: Experiment, output: Path | None) -> Path:

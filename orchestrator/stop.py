@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 
@@ -13,10 +14,11 @@ class StopRequest:
 
     Args:
         grace_seconds: How long workers may take for a last checkpoint after the first signal.
+        on_request: Called with these seconds at the first signal.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
-        self._grace_seconds = grace_seconds
+    def __init__(self, grace_seconds: float, on_request: Callable[[float], None] | None = None) -> None:
+        self._grace_seconds, self._on_request = grace_seconds, on_request
         self._first: float | None = None
         self._signals = 0
 
@@ -41,6 +43,8 @@ class StopRequest:
         self._signals += 1
         if self._first is None:
             self._first = time.monotonic()
+            if self._on_request:
+                self._on_request(self._grace_seconds)
 
 
 def grace_seconds() -> float:

@@ -126,6 +126,11 @@ class Tracker:
         """MLflow's run ids so far, by trial; the parent's under ""."""
         return dict(self._read_state()["runs"])
 
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment; None as long as it is not known."""
+        found = self._read_state()["experiment_id"]
+        return None if found is None else str(found)
+
     def sync(self) -> bool:
         """Tracks everything in the outbox that is not tracked yet.
 
