@@ -40,7 +40,9 @@ RAY_TRAIN_SETTINGS = {
 
 
 def start_ray(address: str | None) -> Hardware:
-    """Joins the cluster around this process or at an address, or starts one on this machine.
+    """Joins the cluster at an address or the one this job runs in, or starts one of its own on this machine.
+
+    A cluster that merely happens to run on this machine is somebody else's: it is joined only by `address: auto`.
 
     Returns:
         What the cluster offers.
@@ -50,12 +52,12 @@ def start_ray(address: str | None) -> Hardware:
     """
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    own = address is None and "RAY_ADDRESS" not in os.environ
     ray.init(
-        address=address,
+        address="local" if own else address,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        include_dashboard=False if address is None and "RAY_ADDRESS" not in os.environ else None,
-        configure_logging=True,
+        include_dashboard=False if own else None,
     )
     resources = ray.cluster_resources()
     hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}

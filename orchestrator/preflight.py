@@ -207,7 +207,5 @@ def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, 
 
 
 def _joins_cluster(experiment: Experiment) -> bool:
-    """Tells whether Ray would join a cluster instead of starting one here: asked to, told to, or one is running."""
-    if experiment.resources.address or os.environ.get("RAY_ADDRESS"):
-        return True
-    return (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").exists()  # noqa: S108 - Ray's own
+    """Tells whether Ray joins a cluster (asked to, or as a job in one) instead of starting its own here."""
+    return bool(experiment.resources.address or os.environ.get("RAY_ADDRESS"))

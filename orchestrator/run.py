@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shlex
 import sys
 import time
@@ -59,6 +60,8 @@ def main(
 ) -> None:
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
     console = Console(stderr=as_json)
+    # A thread that outlives its cluster must not join another one by itself, as Ray does by default.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         if replay_outbox is not None:
             from orchestrator import resume as runs
@@ -326,8 +329,6 @@ def _run_dir(experiment: Experiment, output: Path | None) -> Path:
 
 
 def _tracking_place(experiment: Experiment) -> str:
-    import os
-
     return experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
 
 

@@ -170,7 +170,8 @@ class Resources(_Model):
     price_per_accelerator_hour: float | None = Field(None, ge=0)
     """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs in it."""
     address: str | None = None
-    """Ray cluster to join (`auto`, `host:6379`); null: the one around this job, else a local one."""
+    """Ray cluster to join: `host:6379`, or `auto` for the one on this machine. null: the one this job runs in, else one
+    that is started here and ended with the run."""
 
 
 class Tracking(_Model):
