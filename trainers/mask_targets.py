@@ -2,25 +2,24 @@
 
 detectron2 copies, shifts, scales, rasterizes and decodes the polygons of every proposal by itself, in Python, and
 copies all polygons again whenever instances are selected. Here an image's polygons are one array that selections
-share, and one call rasterizes all proposals with the same compiled function (pycocotools' `rleFrPoly`).
+share, and all proposals are drawn together in a few dozen array operations.
 
-The trap this module protects against: a rasterizer of another library fills other border pixels. The vertices that
-reach pycocotools are the same floats that detectron2 computes, down to which of its steps round to 32 bits.
+The trap this module protects against: a rasterizer of another library fills other border pixels. This one fills those
+of pycocotools, from the same floats that detectron2 computes, down to which of its steps round to 32 bits.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import hotcoco.mask
 import numpy as np
-import pycocotools.mask
 import torch
 from detectron2.structures import Instances, PolygonMasks
 from numpy.typing import NDArray
 
+FINE = 5
+"""Steps per pixel in which pycocotools walks along an edge (maskApi.c, `rleFrPoly`)."""
 SMALLEST_SIDE = 0.1
 """Pixels; a box narrower than this is scaled as if it were this wide (detectron2/structures/masks.py)."""
 
@@ -106,16 +105,77 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
             scale = (mask_size / np.maximum(sides, least)).astype(np.float64)
             scale[sides < least] = mask_size / SMALLEST_SIDE
             vertices = (self._points[points] - corners[owner, :2]) * scale[owner]
-            bounds = (2 * _starts(self._first_point[polygons + 1] - self._first_point[polygons])).tolist()
-            flat = vertices.reshape(-1)
-            pieces = [flat[start:end] for start, end in itertools.pairwise(bounds)]
-            rles = pycocotools.mask.frPyObjects(pieces, mask_size, mask_size)
-            masks = hotcoco.mask.decode(rles).transpose(2, 0, 1)
-            further = np.diff(owners, prepend=-1) == 0  # all but the first polygon of an instance
-            drawn[owners[~further]] = masks[~further]
-            for polygon in np.flatnonzero(further).tolist():
+            masks = rasterize(vertices, polygon_of_point, len(polygons), mask_size)
+            further = np.flatnonzero(np.diff(owners, prepend=-1) == 0)  # all but the first polygon of an instance
+            # Assigned from the last to the first, an instance keeps its first; the others are added to it.
+            drawn[owners[::-1]] = masks[::-1]
+            for polygon in further.tolist():
                 drawn[owners[polygon]] |= masks[polygon]
         return torch.from_numpy(drawn.view(np.bool_)).to(boxes.device)
+
+
+def rasterize(
+    vertices: NDArray[np.float64], polygon: NDArray[np.int64], num_polygons: int, side: int
+) -> NDArray[np.uint8]:
+    """Draws polygons, each on a square grid of its own: the pixels that pycocotools' `rleFrPoly` fills.
+
+    pycocotools walks along every edge in steps of a fifth of a pixel, and fills a column of pixels by parity from the
+    points where the walk crosses the column's middle. Only these crossings matter, and there are at most as many on
+    an edge as columns: they are worked out directly, for all edges at once, in the roundings that the walk has.
+
+    Args:
+        vertices: (V, 2), x and y in pixels of the grid, polygon after polygon.
+        polygon: (V,) which polygon each belongs to, ascending from 0.
+        num_polygons: How many there are; each has a vertex at least.
+        side: Rows and columns of a grid.
+
+    Returns:
+        (num_polygons, side, side), 0 or 1.
+    """
+    points = np.trunc(vertices * FINE + 0.5).astype(np.int64)
+    last = np.flatnonzero(np.diff(polygon, append=-1))
+    following = np.arange(1, len(polygon) + 1)
+    following[last] = np.concatenate([[0], last[:-1] + 1])
+    ends = points[following]
+    delta = np.abs(ends - points)
+    shallow = delta[:, 0] >= delta[:, 1]
+    # Edges are walked from left to right, steep ones from top to bottom.
+    turned = np.where(shallow, points[:, 0] > ends[:, 0], points[:, 1] > ends[:, 1])[:, None]
+    points, ends = np.where(turned, ends, points), np.where(turned, points, ends)
+    low, high = np.minimum(points[:, 0], ends[:, 0]), np.maximum(points[:, 0], ends[:, 0])
+    first = np.maximum(-((2 - low) // FINE), 0)
+    count = np.maximum(np.minimum((high - 3) // FINE, side - 1) - first + 1, 0)
+
+    # One entry for each crossing of an edge and a column's middle, between fine positions 2 and 3 of the column.
+    edge = np.repeat(np.arange(len(count)), count)
+    column = np.arange(len(edge)) - (np.cumsum(count) - count)[edge] + first[edge]
+    middle = column * FINE + 2
+    across, down = ends[:, 0] - points[:, 0], ends[:, 1] - points[:, 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = np.where(shallow, down, across) / np.where(shallow, across, down)
+    x, y, slope, is_shallow = points[:, 0][edge], points[:, 1][edge], slopes[edge], shallow[edge]
+    before = y + slope * (middle - x) + 0.5
+    after = y + slope * (middle + 1 - x) + 0.5
+    on_shallow = np.trunc(np.minimum(before, after))
+    # On a steep edge: the last step before the walk reaches the middle, or the last one after it when going left.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        step = np.where(slope > 0, np.ceil((middle + 0.5 - x) / slope) - 1, np.floor((middle + 0.5 - x) / slope))
+    step = np.where(is_shallow, 0, step)
+
+    def beyond(steps: NDArray[np.float64]) -> NDArray[np.bool_]:
+        past: NDArray[np.bool_] = (x + slope * steps + 0.5 >= middle + 1) == (slope > 0)
+        return past
+
+    step = np.where(beyond(step), step - 1, step)
+    step = np.where(~beyond(step + 1), step + 1, step)
+    fine = np.where(is_shallow, on_shallow, y + step)
+    row = np.ceil(np.clip((fine + 0.5) / FINE - 0.5, 0, side)).astype(np.int64)
+    cells = side * side + 1
+    crossings = np.bincount(polygon[edge] * cells + column * side + row, minlength=num_polygons * cells)
+    # A closed outline crosses a column's middle an even number of times: the parity is 0 again at the next column.
+    parity = np.cumsum(crossings.astype(np.uint8), dtype=np.uint8) & np.uint8(1)
+    masks: NDArray[np.uint8] = parity.reshape(num_polygons, cells)[:, :-1].reshape(num_polygons, side, side)
+    return masks.transpose(0, 2, 1)
 
 
 def pack(instances: Instances) -> Instances:
