@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Precision = Literal["fp32", "amp", "bf16", "auto"]
@@ -91,4 +91,16 @@ FAST = Recipe(
 )
 """Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
 
-RECIPES: dict[str, Recipe] = {"plain": PLAIN, "reference": REFERENCE, "fast": FAST}
+POOLING = replace(REFERENCE, sparse_pooling=True)
+"""A rung of the ablation ladder: the reference with the poolers exchanged."""
+
+LAYOUT = replace(POOLING, channels_last=True, fused_optimizer=True)
+"""The next rung: memory order and optimizer as well."""
+
+RECIPES: dict[str, Recipe] = {
+    "plain": PLAIN,
+    "reference": REFERENCE,
+    "pooling": POOLING,
+    "layout": LAYOUT,
+    "fast": FAST,
+}

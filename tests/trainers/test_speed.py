@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,12 @@ def test_the_fast_recipe_trains(tmp_path: Path) -> None:
     assert figures["box_ap"] is not None
 
 
-def test_every_recipe_is_made_of_known_switches() -> None:
-    assert set(RECIPES) == {"plain", "reference", "fast"}
+def test_the_ladder_only_ever_turns_switches_on() -> None:
+    assert list(RECIPES) == ["plain", "reference", "pooling", "layout", "fast"]
     assert RECIPES["plain"] == Recipe()
+    for lower, upper in itertools.pairwise(RECIPES.values()):
+        changed = {f.name for f in dataclasses.fields(Recipe) if getattr(lower, f.name) != getattr(upper, f.name)}
+        assert changed and all(getattr(lower, name) == getattr(Recipe(), name) for name in changed)
 
 
 def test_auto_precision_is_what_the_device_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
