@@ -10,9 +10,10 @@ IMAGE ?= ray-detectron2-benchmark:0.1.0
 # What builds the image: the first that works. Another base: `make image BASE=docker.io/library/python:3.11-bookworm`.
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
 CONFIG ?= configs/scale_out.yaml
+SEEDS ?= 20
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: install demo test test-cluster test-image check bench ui schema lock image mlflow-server submit
+.PHONY: install demo test test-cluster test-image chaos check bench ui schema lock image mlflow-server submit
 
 install: $(INSTALLED)
 
@@ -33,6 +34,9 @@ test-cluster: install  ## scenes on several hosts, made of network namespaces; s
 
 test-image: install
 	$(BIN)/python -m pytest -m image tests/cluster
+
+chaos: install  ## SEEDS runs with random faults, each compared with an undisturbed one
+	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS)
 
 check: install
 	$(BIN)/ruff check .

@@ -23,14 +23,17 @@ from trainers.loop import Now
 
 VARIABLE = "BENCHMARK_FAULTS"
 
+PAUSE_SECONDS = 6.0
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that goes wrong.
 
     Attributes:
-        kind: `kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `raise`
-            (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch).
+        kind: `kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `pause`
+            (it sleeps for a few seconds, and time to do something else is gained), `raise` (an exception that nobody
+            expects), `out_of_memory`, `nan` (in the images of the batch).
         rank: Where.
         iteration: When: iterations done.
         attempt: In which attempt; None for every one.
@@ -38,7 +41,7 @@ class Fault:
         part: At which part of a step.
     """
 
-    kind: Literal["kill", "crash", "freeze", "stall", "raise", "out_of_memory", "nan"]
+    kind: Literal["kill", "crash", "freeze", "stall", "pause", "raise", "out_of_memory", "nan"]
     rank: int
     iteration: int
     attempt: int | None = 0
@@ -92,8 +95,8 @@ class Injector(Now):
         if fault.kind in signals:
             os.kill(os.getpid(), signals[fault.kind])
             time.sleep(1)  # a signal to the own process is delivered when the interpreter comes round to it
-        elif fault.kind == "stall":
-            time.sleep(3600)
+        elif fault.kind in ("stall", "pause"):
+            time.sleep(3600 if fault.kind == "stall" else PAUSE_SECONDS)
         elif fault.kind == "out_of_memory":
             torch.empty(1 << 48, dtype=torch.uint8)
         else:

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.results import trial_result
 from orchestrator.spec import Faults
-from tests.faults.conftest import ITERATIONS, Bench, Outcome
+from tests.faults.bench import ITERATIONS, Bench, Outcome
 from trainers.contract import CheckpointSaved, LoopFinished, StepsDone, TrialRestarted, WorkerFailed
 from trainers.faults import Fault
 
@@ -91,7 +91,7 @@ def test_a_frozen_process_is_noticed_within_twice_the_time_out(bench: Bench, und
 
 def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench: Bench, tmp_path: Path) -> None:
     from orchestrator.generate import generate
-    from tests.faults.conftest import experiment
+    from tests.faults.bench import experiment
 
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
     generate(tmp_path, **values["data"]["generated"])

@@ -1,0 +1,131 @@
+"""A node is lost, or taken away with notice: the trial goes on elsewhere as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.spec import Faults
+from tests.faults.bench import Bench, Outcome
+from trainers.contract import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
+from trainers.faults import VARIABLE, Fault
+
+pytestmark = pytest.mark.cluster
+
+
+class Nodes:
+    """Three Ray nodes on this machine: the driver's without room for workers, and two with room for a trial each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"})
+        self.workers = {}
+        for address in ("127.0.0.2", "127.0.0.3"):
+            node: Any = self.cluster.add_node(num_cpus=2, node_ip_address=address)
+            self.workers[node.node_id] = node
+
+    def kill(self, node_id: str) -> None:
+        """Takes a node away without a word."""
+        self.cluster.remove_node(self.workers.pop(node_id), allow_graceful=False)
+
+    def announce(self, node_id: str, seconds: int) -> None:
+        """Announces that a node will be taken away, as a spot market does."""
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.cluster.address,
+                "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot",
+                "--deadline-remaining-seconds", str(seconds),
+            ],
+            check=True,
+            timeout=60,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    with started(tmp_path_factory.mktemp("control")) as (bench, _):
+        return bench.run()
+
+
+class started:  # noqa: N801 - used like a function
+    """A bench on fresh nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> tuple[Bench, Nodes]:
+        import ray
+
+        from orchestrator.launch import RAY_TRAIN_SETTINGS
+
+        faults_file = self.folder / "faults.json"
+        os.environ |= {**RAY_TRAIN_SETTINGS, VARIABLE: str(faults_file), "RAY_AUTH_MODE": "disabled"}
+        self.nodes = Nodes()
+        ray.init(address=self.nodes.cluster.address, log_to_driver=False)
+        return Bench(self.folder, faults_file), self.nodes
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        ray.shutdown()
+        self.nodes.cluster.shutdown()
+        del os.environ[VARIABLE], os.environ["RAY_AUTH_MODE"]
+
+
+@pytest.fixture
+def bench_and_nodes(tmp_path: Path) -> Iterator[tuple[Bench, Nodes]]:
+    with started(tmp_path) as both:
+        yield both
+
+
+class At:
+    """Does something once, when training has come to an iteration, with the node that the workers are on."""
+
+    def __init__(self, iteration: int, action: Any) -> None:
+        self.iteration, self.action, self.node_id, self.done_at = iteration, action, "", 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, WorkerStarted) and event.attempt == 0:
+            self.node_id = event.node_id
+        if isinstance(event, StepsDone) and event.iteration == self.iteration and not self.done_at:
+            self.done_at = event.time
+            self.action(self.node_id)
+
+
+def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
+    bench, nodes = bench_and_nodes
+    loss = At(6, nodes.kill)
+    outcome = bench.run(Fault("pause", rank=0, iteration=7), listeners=[loss])
+    assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
+    assert [event.failure for event in outcome.of(TrialRestarted)] == ["worker_lost"]
+    homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
+    assert homes[1] != homes[0] == loss.node_id
+    assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
+    resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
+    print(f"\nlost node: {resumed - loss.done_at:.1f} s from the loss to the next step")
+
+
+def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
+    bench_and_nodes: tuple[Bench, Nodes], control: Outcome
+) -> None:
+    bench, nodes = bench_and_nodes
+    notice = At(6, lambda node_id: nodes.announce(node_id, seconds=60))
+    outcome = bench.run(
+        Fault("pause", rank=0, iteration=7),
+        policy=Faults(max_failures=0),
+        listeners=[notice],
+    )
+    assert notice.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
+    assert [event.failure for event in outcome.of(TrialRestarted)] == ["preempted"]
+    assert outcome.of(LoopFinished)[0].reason == "preempted"
+    assert [event.iteration for event in outcome.of(CheckpointSaved) if event.attempt == 0] == [3, 6, 9]
+    homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
+    assert homes[1] != homes[0]
+    assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)

@@ -1,0 +1,144 @@
+"""The real command under signals: what a stop leaves behind, and that `--resume` ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator.outbox import FILE_NAME, Outbox
+from orchestrator.records import ExperimentResult
+from tests.conftest import run_command, write_experiment
+from tests.faults.bench import Outcome, experiment, metric_rows
+from trainers.contract import CheckpointSaved, Event, LoopFinished, TrialRestarted
+from trainers.faults import VARIABLE, Fault, fired
+
+pytestmark = pytest.mark.train
+
+
+@dataclasses.dataclass
+class Command:
+    """A run that was started as a user starts one, and what it left."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def events(self) -> list[Event]:
+        return [event for event, _ in Outbox(self.run_dir / FILE_NAME).read()]
+
+    @property
+    def result(self) -> ExperimentResult:
+        return ExperimentResult.model_validate_json((self.run_dir / "results.json").read_text())
+
+    def mlflow_status(self) -> str:
+        from mlflow.tracking import MlflowClient
+
+        (trial,) = self.result.trials
+        assert trial.mlflow_run_id
+        return str(MlflowClient(self.uri).get_run(trial.mlflow_run_id).info.status)
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+
+@contextmanager
+def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator[Command]:
+    """The command, waited for until its rank 0 pauses at an iteration; nothing of it is alive afterwards."""
+    config = write_experiment(folder, values)
+    faults = folder / "faults.json"
+    faults.write_text(json.dumps([dataclasses.asdict(Fault("pause", rank=0, iteration=iteration))]))
+    arguments = [sys.executable, "-m", "orchestrator.run", str(config), "--output", str(folder / "run")]
+    env = {**os.environ, VARIABLE: str(faults)}
+    process = subprocess.Popen(
+        arguments,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 300
+        while not fired(faults):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("RayTrainWorker" in " ".join(member.cmdline()) for member in family)
+        yield Command(folder, process)
+        process.communicate(timeout=120)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive, f"left behind: {[member.cmdline() for member in alive]}"
+    finally:
+        for member in [*family, process]:
+            if member.is_running():
+                member.kill()
+
+
+def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome) -> None:
+    again = run_command("--resume", command.run_dir, "--quiet", cwd=command.folder)
+    assert again.returncode == 0, again.stdout + again.stderr
+    (trial,) = command.result.trials
+    assert trial.status == "FINISHED" and trial.state_sha256 == undisturbed.state
+    assert {e.iteration: e.figures for e in trial.evaluations} == undisturbed.scores
+    assert trial.mlflow_run_id and metric_rows(command.uri, trial.mlflow_run_id) == undisturbed.rows
+    assert command.mlflow_status() == "FINISHED"
+
+
+def test_ctrl_c_keeps_a_last_checkpoint_and_the_resumed_run_is_as_if_it_had_not_been_stopped(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    # A checkpoint is due every 6 iterations, a window ends every 3: the last one is taken because of the stop.
+    values = experiment(storage={"checkpoint_period_iterations": 6})
+    with paused_run(tmp_path, values, iteration=8) as command:
+        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    assert command.process.returncode == 130
+    assert [e.iteration for e in command.events if isinstance(e, CheckpointSaved)] == [6, 9]
+    assert [e.reason for e in command.events if isinstance(e, LoopFinished)] == ["interrupted"]
+    assert command.result.status == "KILLED" and command.mlflow_status() == "KILLED"
+    assert_resumed_as_undisturbed(command, undisturbed)
+    (restart,) = command.result.trials[0].restarts
+    assert (restart.cause, restart.lost_iterations) == ("resumed", 0)
+
+
+def test_a_stop_where_an_evaluation_is_due_does_not_lose_the_evaluation(tmp_path: Path, undisturbed: Outcome) -> None:
+    with paused_run(tmp_path, experiment(), iteration=5) as command:
+        command.process.send_signal(signal.SIGTERM)
+    assert command.process.returncode == 130
+    assert max(e.iteration for e in command.events if isinstance(e, CheckpointSaved)) == 6
+    assert_resumed_as_undisturbed(command, undisturbed)
+
+
+def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_path: Path, undisturbed: Outcome) -> None:
+    with paused_run(tmp_path, experiment(), iteration=8) as command:
+        second = run_command("--resume", command.run_dir, cwd=tmp_path)
+        assert second.returncode == 2 and f"process {command.process.pid} on" in second.stderr
+        new = run_command(tmp_path / "tiny.yaml", "--output", command.run_dir, cwd=tmp_path)
+        assert new.returncode == 2 and "holds another run" in new.stderr
+        command.process.kill()
+    assert not (command.run_dir / "results.json").exists()
+    shutil.rmtree(command.run_dir / "ray")  # Ray Train's own bookkeeping may be torn or gone: nothing is read from it
+    assert_resumed_as_undisturbed(command, undisturbed)
+    (event,) = (event for event in command.events if isinstance(event, TrialRestarted))
+    assert (event.failure, event.message) == ("resumed", "resumed after its driver was lost")
+    finished = run_command("--resume", command.run_dir, "--quiet", cwd=tmp_path)
+    assert finished.returncode == 0 and command.result.trials[0].num_restarts == 1, "a finished trial is kept as it is"

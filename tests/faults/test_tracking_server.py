@@ -1,0 +1,138 @@
+"""MLflow dead, slow, silent and back again: training's side never waits, and every point arrives exactly once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator.outbox import FILE_NAME, Outbox
+from orchestrator.tracking import Tracker
+from tests.conftest import run_command, write_experiment
+from tests.faults.bench import Outcome, experiment, metric_rows
+from tests.faults.s3 import free_port
+from trainers.contract import Evaluated
+
+pytestmark = pytest.mark.train
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A real MLflow server on a database that outlives it; killed, not stopped."""
+    store = f"sqlite:///{folder / 'server.db'}"
+    arguments = ["server", "--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *arguments, "--port", str(port), "--workers", "1"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def lines(undisturbed: Outcome) -> list[str]:
+    """The outbox of a finished run, line by line."""
+    outbox = Path(undisturbed.plan.trial_dir).parent / FILE_NAME
+    return outbox.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def test_a_server_that_dies_and_comes_back_gets_every_point_once(
+    tmp_path: Path, lines: list[str], undisturbed: Outcome
+) -> None:
+    run_dir, port = tmp_path / "run", free_port()
+    run_dir.mkdir()
+    outbox, uri = run_dir / FILE_NAME, f"http://127.0.0.1:{port}"
+    outbox.write_text("".join(lines[: len(lines) // 2]))
+    tracker = Tracker(run_dir, uri)
+    with pytest.raises(Exception, match="refused"):
+        tracker.sync()  # dead at first
+    with mlflow_server(tmp_path, port):
+        tracker.sync()
+        half = Tracker(run_dir, uri).run_ids()[undisturbed.plan.name]
+        seen = metric_rows(uri, half)
+    assert 0 < sum(seen.values()) < sum(undisturbed.rows.values()), "the server did not die in the middle"
+    with outbox.open("a") as file:
+        file.writelines(lines[len(lines) // 2 :])
+    with pytest.raises(Exception, match="refused"):
+        tracker.sync()  # dead again
+    with mlflow_server(tmp_path, port):
+        assert tracker.sync()
+        (run_dir / "tracking.json").unlink()  # the driver died before it noted that all is there
+        assert Tracker(run_dir, uri).sync()
+        assert Tracker(run_dir, uri).run_ids()[undisturbed.plan.name] == half, "another run was made"
+        assert metric_rows(uri, half) == undisturbed.rows
+
+
+def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_driver(
+    tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    event = undisturbed.of(Evaluated)[0]
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        shutil.copy(Path(undisturbed.plan.trial_dir).parent / FILE_NAME, tmp_path)
+        tracker = Tracker(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker.start()
+        time.sleep(1)  # it hangs in its first call now
+        outbox, slowest = Outbox(tmp_path / FILE_NAME), 0.0
+        for _ in range(50):
+            started = time.perf_counter()
+            outbox.append(event)
+            slowest = max(slowest, time.perf_counter() - started)
+        assert slowest < 0.5, f"an event took {slowest:.2f} s to be kept"
+        started = time.perf_counter()
+        assert not tracker.finish(timeout=2)
+        assert time.perf_counter() - started < 3
+
+
+def test_replaying_the_outbox_tracks_a_run_after_the_fact(
+    tmp_path: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'later.db'}"
+    folder = Path(undisturbed.plan.trial_dir).parent
+    for _ in range(2):  # a second time changes nothing
+        done = run_command("--replay-outbox", folder, cwd=tmp_path, MLFLOW_TRACKING_URI=uri)
+        assert done.returncode == 0, done.stderr
+        assert "has all of" in done.stdout
+    run = Tracker(folder, uri).run_ids()[undisturbed.plan.name]
+    assert metric_rows(uri, run) == undisturbed.rows
+
+
+def test_nothing_is_replayed_from_a_folder_without_a_run(tmp_path: Path) -> None:
+    done = run_command("--replay-outbox", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and "no run was started in this folder" in done.stderr
+
+
+def test_a_silent_server_at_the_start_is_an_error_within_seconds(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = write_experiment(tmp_path, experiment(tracking={"uri": uri}))
+        started = time.monotonic()
+        done = run_command(config, cwd=tmp_path)
+        seconds = time.monotonic() - started
+    assert done.returncode == 2 and "no MLflow server answers within 3 s" in done.stdout + done.stderr
+    print(f"\nsilent MLflow at the start: an error after {seconds:.1f} s, the command's own start included")
+    assert not (tmp_path / "runs" / "tiny").exists() or not list((tmp_path / "runs" / "tiny").glob("*/events.jsonl"))
