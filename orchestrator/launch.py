@@ -53,6 +53,8 @@ def start_ray(address: str | None) -> Hardware:
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     own = address is None and "RAY_ADDRESS" not in os.environ
+    # A cluster of one's own guards itself with a token: wanted, and nothing for the user to act on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     ray.init(
         address="local" if own else address,
         log_to_driver=False,
