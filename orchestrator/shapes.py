@@ -122,9 +122,9 @@ def _draw_ground(rng: np.random.Generator, height: int, width: int) -> tuple[Mas
     import numpy as np
 
     colour = rng.uniform(60, 195, 3)
-    coarse = rng.normal(0, 14, (max(2, height // 16), max(2, width // 16), 3)).astype(np.float32)
+    coarse = rng.normal(0, 6, (max(2, height // 16), max(2, width // 16), 3)).astype(np.float32)
     texture = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    noise = rng.normal(0, 7, (height, width, 3))
+    noise = rng.normal(0, 2, (height, width, 3))
     return np.clip(colour + texture + noise, 0, 255).astype(np.uint8), colour
 
 
@@ -135,7 +135,7 @@ def _paint(rng: np.random.Generator, ground: npt.NDArray[np.float64], num_pixels
     colour = rng.uniform(0, 255, 3)
     while float(np.abs(colour - ground).max()) < 90:
         colour = rng.uniform(0, 255, 3)
-    return np.clip(colour + rng.normal(0, 5, (num_pixels, 3)), 0, 255).astype(np.uint8)
+    return np.clip(colour + rng.normal(0, 2, (num_pixels, 3)), 0, 255).astype(np.uint8)
 
 
 def _draw_crowd(
