@@ -6,7 +6,6 @@ the events alone; and an absent result is an error, never a blank.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -26,6 +25,7 @@ from orchestrator.records import (
 )
 from orchestrator.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.sections import Stay, began, sections, stays
+from orchestrator.step_figures import data_wait_share, quantiles, rank_figures, step_parts, windows_by_rank
 from trainers import clock
 from trainers.contract import (
     CheckpointSaved,
@@ -78,10 +78,10 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     log = _last(events, LogReplayed)
     curve = clock.stretches(windows, plan.throughput_warmup_iters, _most_points(windows, log))
     parts = {
-        name: _quantiles(_step_parts(steps, name, plan.throughput_warmup_iters))
+        name: quantiles(step_parts(steps, name, plan.throughput_warmup_iters))
         for name in ("data", "forward", "backward", "communication", "optimizer")
     }
-    ranks = [] if log else [_rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
+    ranks = [] if log else [rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
     own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
     restarts = _restarts(events, attempts)
     target = _target(plan, scored)
@@ -114,10 +114,10 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
             if iterations and last_end is not None and last_end > attempts[0].started
             else None
         ),
-        step_seconds=_quantiles(_step_parts(steps, "step", plan.throughput_warmup_iters)),
+        step_seconds=quantiles(step_parts(steps, "step", plan.throughput_warmup_iters)),
         data_seconds=parts.pop("data"),
         part_seconds={name: quantiles for name, quantiles in parts.items() if quantiles.p50 is not None},
-        data_wait_share=_data_wait_share(steps, plan.throughput_warmup_iters),
+        data_wait_share=data_wait_share(steps, plan.throughput_warmup_iters),
         ranks=ranks,
         rank_skew=clock.skew(own) if len(own) == len(ranks) else None,
         rate_curve=[curve_point(point) for point in curve],
@@ -181,16 +181,6 @@ def _most_points(windows: Mapping[int, Sequence[clock.Window]], log: LogReplayed
         return 50
     seconds = sum(sum(window.step_seconds) for own in windows.values() for window in own)
     return max(1, min(50, int(seconds / 60)))
-
-
-def windows_by_rank(steps: Sequence[StepsDone]) -> dict[int, list[clock.Window]]:
-    """Every rank's windows of steps, in the order they were run."""
-    windows: dict[int, list[clock.Window]] = defaultdict(list)
-    for step in sorted(steps, key=lambda e: (e.attempt, e.first_iteration)):
-        count = step.iteration - step.first_iteration
-        each = step.step_seconds or (step.seconds / count,) * count
-        windows[step.rank].append(clock.Window(step.first_iteration, step.num_images, each))
-    return dict(windows)
 
 
 def curve_point(point: clock.Stretch) -> CurvePoint:
@@ -283,49 +273,3 @@ def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart
             )
         )
     return found
-
-
-def _step_parts(steps: Sequence[StepsDone], part: str, warmup_iters: int) -> list[float]:
-    """Seconds of a part (or `step`, the whole) of every step after warm-up, all given ranks together."""
-    values: list[float] = []
-    for event in steps:
-        whole = {"step": event.step_seconds, "data": event.data_seconds}
-        each = whole.get(part) or event.step_part_seconds.get(part, ())
-        values += each[max(0, warmup_iters - event.first_iteration) :]
-    return values
-
-
-def _data_wait_share(steps: Sequence[StepsDone], warmup_iters: int) -> float | None:
-    waited = sum(_step_parts(steps, "data", warmup_iters))
-    whole = sum(_step_parts(steps, "step", warmup_iters))
-    if not whole:  # a log tells of windows alone
-        told = [
-            e for e in steps if not e.step_seconds and e.first_iteration >= warmup_iters and "data" in e.part_seconds
-        ]
-        waited, whole = sum(e.part_seconds["data"] for e in told), sum(e.seconds for e in told)
-    return waited / whole if whole > 0 else None
-
-
-def _rank_figures(
-    rank: int, steps: Sequence[StepsDone], workers: Sequence[WorkerStarted], plan: TrialPlan
-) -> RankFigures:
-    own = [e for e in steps if e.rank == rank]
-    warmup = plan.throughput_warmup_iters
-    parts = {
-        name: _step_parts(own, name, warmup) for name in ("data", "forward", "backward", "communication", "optimizer")
-    }
-    whole = _step_parts(own, "step", warmup)
-    waits_known = plan.world_size > 1 and len(parts["communication"]) == len(whole) > 0
-    return RankFigures(
-        rank=rank,
-        host=next((e.host for e in reversed(workers) if e.rank == rank), None),
-        images_per_second=clock.throughput(windows_by_rank(own), warmup),
-        step_seconds=_quantiles(whole),
-        part_seconds={name: _quantiles(values) for name, values in parts.items() if values},
-        own_seconds=sum(whole) - sum(parts["communication"]) if waits_known else None,
-        peak_memory_gib=max((e.peak_memory_gib for e in own), default=None),
-    )
-
-
-def _quantiles(values: Sequence[float]) -> Quantiles:
-    return Quantiles(**{f"p{q}": clock.quantile(values, q / 100) for q in (50, 95, 99)})
