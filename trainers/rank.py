@@ -71,7 +71,10 @@ class Rank:
         Raises:
             Exception: Whatever ended training; it has been sent to the driver as a `WorkerFailed` before.
         """
-        with self._log_file(), self._pulse():
+        # TorchScript (RetinaNet's focal loss) changes its kernels after a process's first calls. On CPU it may not:
+        # there, a resumed run promises the same bits.
+        repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined,no-untyped-call]
+        with self._log_file(), self._pulse(), repeatable:
             try:
                 self._train(entered)
             except Exception as error:
