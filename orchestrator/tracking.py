@@ -74,7 +74,7 @@ HOW_TO_LOAD = """\
     cfg = get_cfg()
     cfg.merge_from_file("config.yaml")
     model = build_model(cfg)
-    model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE)["model"])
+    model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE, weights_only=True)["model"])
     model.eval()
 
 `state.pt` also holds optimizer and schedule. Where it is missing, the checkpoint lies where the model's tag
