@@ -102,17 +102,23 @@ def cached_records(dataset: DatasetPlan, filter_empty: bool, folder: Path | None
         folder: Where caches are kept; None for `$XDG_CACHE_HOME/ray-detectron2-benchmark` (`~/.cache/…`).
 
     Returns:
-        The records; a plain list where they hold something that a cache would not give back unchanged (NaN).
+        The records; a plain list where they hold something that a cache would not give back unchanged (NaN), or where
+        no cache can be written.
 
     Raises:
-        OSError: The annotations cannot be read or the cache cannot be written.
+        OSError: The annotations cannot be read.
     """
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-detectron2-benchmark"
-    folder.mkdir(parents=True, exist_ok=True)
     source = Path(dataset.annotations).absolute()
     identity = [str(source), dataset.images, filter_empty]
     path = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.records"
-    with _locked(path.with_suffix(".lock")):
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(path.with_suffix(".lock")))
+        except OSError as error:  # a home that is read-only, or storage without locks
+            logger.warning("%s: no cache can be kept there, annotations are parsed at every start: %s", folder, error)
+            return _parse(dataset, filter_empty)
         records: Sequence[Record] | None = _open_current(path, source)
         if records is None:
             records = _build(dataset, filter_empty, path, source)
@@ -135,9 +141,7 @@ def image_sizes(records: Sequence[Record]) -> NDArray[np.int32]:
 def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -> Sequence[Record]:
     stamp = _stamp(source)
     digest = _sha256(source)
-    records: list[Record] = load_coco_json(dataset.annotations, dataset.images, dataset.name)
-    if filter_empty:
-        records = filter_images_with_only_crowd_annotations(records)
+    records = _parse(dataset, filter_empty)
     metadata = MetadataCatalog.get(dataset.name)
     header = {
         **stamp,
@@ -155,8 +159,17 @@ def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -
         logger.warning("%s: holds values that cannot be cached (NaN?); it is parsed at every start", source)
         return records
     bounds = np.concatenate([[0], np.cumsum([len(data) for data in encoded], dtype=np.int64)]).astype(np.int64)
-    _write(path, header, bounds.tobytes(), image_sizes(records).tobytes(), *encoded)
+    try:
+        _write(path, header, bounds.tobytes(), image_sizes(records).tobytes(), *encoded)
+    except OSError as error:
+        logger.warning("%s: the cache cannot be written, annotations are parsed at every start: %s", path, error)
+        return records
     return CachedRecords(path)
+
+
+def _parse(dataset: DatasetPlan, filter_empty: bool) -> list[Record]:
+    records: list[Record] = load_coco_json(dataset.annotations, dataset.images, dataset.name)
+    return filter_images_with_only_crowd_annotations(records) if filter_empty else records
 
 
 def _write(path: Path, header: dict[str, Any], *parts: bytes) -> None:

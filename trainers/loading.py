@@ -143,13 +143,12 @@ def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
         ValueError: None is left.
     """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    if plan.recipe.cached_annotations:
-        cached = cached_records(plan.train, filter_empty)
-        if not cached:
-            raise ValueError(f"{plan.train.name}: no image with a usable object")
-        return cached
     try:
-        records: list[Record] = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
+        if plan.recipe.cached_annotations:
+            records: Sequence[Record] = cached_records(plan.train, filter_empty)
+            assert records, "every image is empty or holds crowds only"
+        else:
+            records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
     except AssertionError as error:
         raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
     return records

@@ -139,6 +139,15 @@ def test_what_cannot_be_cached_is_parsed_every_time(
     assert "cannot be cached" in caplog.text
 
 
+def test_a_folder_that_cannot_be_written_costs_the_cache_and_nothing_else(
+    tmp_path: Path, dataset: DatasetPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    records = cached_records(dataset, False, tmp_path / "file" / "cache")
+    assert isinstance(records, list) and len(records) == 4
+    assert "parsed at every start" in caplog.text
+
+
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the COCO excerpt is not here")
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
