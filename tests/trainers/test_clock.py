@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainers.clock import Stretch, Window, drift_ratio, join_stretches, matched, quantile, rate, skew, stretches
@@ -77,6 +77,7 @@ def test_skew_needs_company():
 _windows = st.lists(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), min_size=1, max_size=8)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(_windows, st.integers(0, 50), st.integers(1, 6))
 def test_joining_stretches_loses_no_image_and_no_second(step_lists, warmup, size):
     first, windows = 0, []
@@ -92,6 +93,7 @@ def test_joining_stretches_loses_no_image_and_no_second(step_lists, warmup, size
     assert whole is None or joined_rate == pytest.approx(whole)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.integers(1, 8))
 def test_identical_workers_rate_as_often_as_they_are(steps, workers):
     window = Window(0, 2.0 * len(steps), tuple(steps))
