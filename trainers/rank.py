@@ -73,7 +73,7 @@ class Rank:
         """
         # TorchScript (RetinaNet's focal loss) changes its kernels after a process's first calls. On CPU it may not:
         # there, a resumed run promises the same bits.
-        repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined,no-untyped-call]
+        repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined]
         with self._log_file(), self._pulse(), repeatable:
             try:
                 self._train(entered)
