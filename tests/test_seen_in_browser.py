@@ -1,0 +1,196 @@
+"""The report and MLflow's pages as a person sees them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webdriver import WebDriver
+from selenium.webdriver.support.ui import WebDriverWait
+
+from orchestrator.page import KINDS, mlflow_links
+from orchestrator.report import write_report
+from orchestrator.run_folder import RunFolder, read_run_folder
+from orchestrator.tracking import Tracker
+from tests.browser import as_device, browser, keep_screenshot, needs_chromium
+from tests.orchestrator.made_run import made_experiment, make_run
+
+pytestmark = needs_chromium
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator[WebDriver]:
+    with browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunFolder:
+    """A run that is tracked, with a model logged for every trial, and its report."""
+    place = tmp_path_factory.mktemp("seen")
+    folder = make_run(place / "run", made_experiment(tracking={"log_model": True}))
+    before = Path.cwd()
+    os.chdir(place)  # where MLflow's default store lies, and its artifacts
+    try:
+        assert Tracker(folder, f"sqlite:///{place}/mlflow.db").sync()
+    finally:
+        os.chdir(before)
+    run = read_run_folder(folder)
+    ids = run.tracking["runs"]
+    run.result.mlflow_run_id = ids[""]
+    for trial in run.result.trials:
+        trial.mlflow_run_id = ids[trial.name]
+    run.result.write(folder / "results.json")
+    write_report(run.result, folder)
+    return run
+
+
+def _open_report(driver: WebDriver, run: RunFolder) -> None:
+    driver.get((run.path / "report.html").as_uri())
+
+
+def test_the_report_opens_from_disk_and_shows_every_figure(driver, run):
+    as_device(driver, 1200, 900)
+    _open_report(driver, run)
+    for kind in KINDS:
+        figure = driver.find_element(By.ID, kind.function)
+        svg = figure.find_element(By.TAG_NAME, "svg")
+        assert figure.is_displayed() and svg.size["width"] > 400 and svg.size["height"] > 150, kind.function
+    table = driver.find_element(By.CSS_SELECTOR, "[data-testid=results]").text
+    for text in ("reference-1xcpu", "reference-4xcpu", "seed, 1 x V100 (reference)", "Efficiency", "Cost to target"):
+        assert text in table
+    images = driver.find_elements(By.CSS_SELECTOR, ".pictures img")
+    assert len(images) == 6
+    assert all(driver.execute_script("return arguments[0].naturalWidth", image) > 100 for image in images)
+    loaded = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [name for name in loaded if not name.startswith("data:")] == []
+    keep_screenshot(driver, "report", 1500)
+
+
+def test_a_figure_s_link_leads_to_its_definition(driver, run):
+    _open_report(driver, run)
+    link = driver.find_element(By.CSS_SELECTOR, "#wall_clock figcaption a")
+    assert "Rank 0's line of time" in link.get_attribute("title")
+    driver.execute_script("arguments[0].click()", link)
+    assert driver.current_url.endswith("#def-wall-clock")
+    assert driver.find_element(By.ID, "def-wall-clock").is_displayed()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_and_curves_stand_out_in_either_theme(driver, run, dark):
+    as_device(driver, 1200, 900, dark=dark)
+    _open_report(driver, run)
+    background = _luminance(driver, "return getComputedStyle(document.body).backgroundColor")
+    assert background < 0.05 if dark else background > 0.9
+    for script in (
+        "return getComputedStyle(document.body).color",
+        "return getComputedStyle(document.querySelector('#throughput svg text')).fill",
+        "return getComputedStyle(document.querySelector('.note')).color",
+    ):
+        ink = _luminance(driver, script)
+        contrast = (max(ink, background) + 0.05) / (min(ink, background) + 0.05)
+        assert contrast >= 4.5, script  # WCAG 2.2, success criterion 1.4.3
+    if dark:
+        keep_screenshot(driver, "report-dark", 900)
+
+
+def test_a_phone_shows_the_report_without_scrolling_sideways(driver, run):
+    as_device(driver, 375, 800)
+    _open_report(driver, run)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 375
+    assert driver.find_element(By.CSS_SELECTOR, "#throughput svg").size["width"] > 300
+    assert driver.find_element(By.CSS_SELECTOR, "td[data-label='Box AP']").is_displayed()
+    keep_screenshot(driver, "report-phone", 1600)
+
+
+def test_paper_gets_light_colours_and_the_whole_table(driver, run):
+    as_device(driver, 794, 1123, dark=True, print_=True)
+    _open_report(driver, run)
+    assert _luminance(driver, "return getComputedStyle(document.documentElement).getPropertyValue('--paper')") > 0.9
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 794
+    as_device(driver, 1200, 900)
+
+
+@pytest.fixture(scope="module")
+def mlflow_ui(run) -> Iterator[str]:
+    """MLflow's pages on the store of the run, served as `make ui` does it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    place = run.path.parent
+    makefile = Path(__file__).resolve().parent.parent / "Makefile"
+    arguments = re.search(r"mlflow (ui .*)", makefile.read_text()).group(1).split()
+    command = [sys.executable, "-m", "mlflow", *arguments, "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(address, timeout=5)
+                break
+            except OSError:
+                assert time.monotonic() < deadline and server.poll() is None, "MLflow's server does not come up"
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callable[[str], bool]) -> str:
+    """Opens a page of MLflow by the report's link, waits until its text is there, and returns it."""
+    _, address = mlflow_links(run)[page]
+    driver.get("about:blank")
+    driver.get(address.replace("http://localhost:5000", ui))
+
+    def shown(driver: WebDriver) -> str | None:
+        text = driver.find_element(By.TAG_NAME, "body").text
+        return text if until(text) else None
+
+    return WebDriverWait(driver, 180, poll_frequency=2).until(shown)
+
+
+def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driver, run, mlflow_ui):
+    as_device(driver, 1900, 700)
+    columns = ("workers", "throughput/images_per_second", "time/to_train_seconds", "coco/box_ap", "coco/mask_ap")
+    text = _visit(driver, run, mlflow_ui, 0, lambda text: "reference-4xcpu" in text and columns[0] in text)
+    for column in (*columns, "scaling/efficiency", "seed, 1 x V100"):
+        assert column in text
+    keep_screenshot(driver, "mlflow-table", 700)
+
+
+def test_mlflow_s_compare_page_sets_trials_beside_the_seed_s_figures(driver, run, mlflow_ui):
+    as_device(driver, 1500, 1000)
+    text = _visit(driver, run, mlflow_ui, 1, lambda text: "Comparing 4 Runs" in text and "coco/box_ap" in text)
+    for name in (
+        "reference-1xcpu", "reference-2xcpu", "reference-4xcpu", "seed, 1 x V100", "workers", "coco/box_ap",
+        "coco/mask_ap", "throughput/images_per_second", "time/to_train_seconds", "scaling/efficiency", "9.66",
+    ):  # fmt: skip
+        assert name in text, name
+    metrics = [e for e in driver.find_elements(By.XPATH, "//*[text()='Metrics']") if e.is_displayed()]
+    driver.execute_script("arguments[0].scrollIntoView()", metrics[-1])
+    keep_screenshot(driver, "mlflow-compare", 1000)
+
+
+def test_the_parent_s_page_holds_the_table(driver, run, mlflow_ui):
+    text = _visit(driver, run, mlflow_ui, 2, lambda text: "Time to train" in text)
+    assert "reference-4xcpu" in text and "Efficiency" in text
+
+
+def _luminance(driver: WebDriver, script: str) -> float:
+    """Relative luminance (WCAG 2.2) of a CSS colour that a script returns."""
+    color = driver.execute_script(script).strip()
+    if color.startswith("#"):
+        channels = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+    else:
+        channels = [int(float(part)) for part in re.findall(r"[\d.]+", color)[:3]]
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
