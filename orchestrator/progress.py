@@ -14,6 +14,7 @@ from rich.text import Text
 
 from orchestrator.windows import JointWindow, WindowJoin
 from trainers.contract import (
+    CheckpointFailed,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -110,6 +111,8 @@ class ProgressDisplay:
             self._evaluated(event)
         elif isinstance(event, CheckpointSaved) and not self._progress:
             self._say(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
+        elif isinstance(event, CheckpointFailed):
+            self._say(f"[red]going on without a new checkpoint[/]: {escape(event.message)}", always=True)
         elif isinstance(event, WorkerFailed):
             self._say(f"[red]rank {event.rank} failed[/] in {event.section}: {escape(event.message)}", always=True)
             for file in event.image_files if event.failure in ("bad_input", "not_finite") else ():
