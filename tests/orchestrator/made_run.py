@@ -28,6 +28,7 @@ def made_experiment(name: str = "demo", **changes: Any) -> Experiment:
     """The demo, for 1, 2 and 4 workers, with a price and a reference; `changes` replace whole sections."""
     values = read_yaml(CONFIGS / "demo.yaml")
     values["data"] = {"generated": {"num_train": 8, "num_val": 8, "size": 96}}
+    values["description"] = "Made-up figures, to look at the pages: nothing was trained."
     values |= {"name": name, "trials": {"world_sizes": [1, 2, 4], "scaling": "strong"}, "reference_rows": [SEED_ROW]}
     values["protocol"] = {**values["protocol"], "iterations": 240, "eval_period_iterations": 60}
     values["resources"] = {**values["resources"], "price_per_accelerator_hour": 2.5}
