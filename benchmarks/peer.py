@@ -71,10 +71,12 @@ def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
     cfg = mask_rcnn.build_config(plan)
     mask_rcnn.register(plan.train)
     mask_rcnn.register(plan.val)
+    cfg.defrost()
     if not (plan.solver.evaluate_at_end or plan.solver.eval_period):
-        cfg.defrost()
         cfg.DATASETS.TEST = ()
-        cfg.freeze()
+    # detectron2 divides by the period; one beyond the end is its way of writing no checkpoint on the way.
+    cfg.SOLVER.CHECKPOINT_PERIOD = plan.solver.checkpoint_period or plan.solver.max_iter + 1
+    cfg.freeze()
     trainer = PlainTrainer(cfg)
     if not cfg.DATASETS.TEST:
         trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, EvalHook)]
