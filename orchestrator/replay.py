@@ -27,6 +27,7 @@ from orchestrator.mlperf import mllog_text, write_mllog
 from orchestrator.replayed import RECIPE, Targets, known_targets, replayed_events
 from orchestrator.report import write_report
 from orchestrator.results import ExperimentResult, TrialResult, repeat_rows, scaling_fits, scaling_rows, trial_result
+from orchestrator.spec import Tracking
 from orchestrator.table import closing_table, number_text, percent_text, seconds_text
 from trainers.contract import Event, RunEnded, RunStarted, TrialPlan, TrialStarted
 
@@ -199,7 +200,12 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
     began = min(one.events[0].time for one in replayed)
     ended = max(one.events[-1].time for one in replayed)
     whole: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1}
-    experiment = {"name": result.experiment, "description": result.description, "reference_rows": []}
+    experiment = {
+        "name": result.experiment,
+        "description": result.description,
+        "tracking": Tracking().model_dump(),
+        "reference_rows": [],
+    }
     tags = {"run.kind": "reference", "run.source": ", ".join(one.source.name for one in replayed)}
     (run_dir / FILE_NAME).unlink(missing_ok=True)
     Outbox(run_dir / FILE_NAME).append(
