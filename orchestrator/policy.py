@@ -87,9 +87,6 @@ def _made_progress(events: Sequence[Event]) -> bool:
 
 
 def _same_place(last: WorkerFailed, cause: WorkerFailed) -> bool:
-    """Whether the same thing happened twice; a lost connection or a slow start says nothing about its place."""
-    if (last.failure, last.iteration, last.section) != (cause.failure, cause.iteration, cause.section):
-        return False
-    if cause.failure == "worker_lost":
-        return cause.section == "step" and cause.rank == last.rank
-    return cause.failure in ("out_of_memory", "unknown")
+    """Whether the same exception came twice; where a process was that died without a word is known to a second only."""
+    places = [(failure.failure, failure.iteration, failure.section) for failure in (last, cause)]
+    return cause.failure in ("out_of_memory", "unknown") and places[0] == places[1]

@@ -222,7 +222,7 @@ class Faults(_Model):
     """Restarts in a row without one new checkpoint before a trial is given up."""
     restart_on: list[FailureKind] = ["worker_lost", "communication", "stuck", "out_of_memory", "unknown"]
     """Failures after which the workers are started again, from the newest checkpoint; any other ends the trial at once.
-    `out_of_memory`, `unknown` and `worker_lost` end it too when they come twice at the same iteration of a rank."""
+    `out_of_memory` and `unknown` end it too when they come twice at the same iteration."""
     on_storage_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written: end the trial, or go on with the older ones and try again at the next."""
     timeouts: Timeouts = Timeouts()

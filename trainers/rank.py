@@ -269,7 +269,7 @@ def classify(error: BaseException) -> FailureKind:
     """What sort of failure an exception is: decides whether starting again can help."""
     kinds: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
         (loading.BadInputError, "bad_input"),
-        (NotFiniteError, "not_finite"),
+        ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
         (mask_rcnn.ConfigurationError, "configuration"),
         ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
         ((torch.distributed.DistError, ConnectionError), "communication"),

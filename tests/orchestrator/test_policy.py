@@ -73,12 +73,18 @@ def test_the_file_decides_what_is_started_again() -> None:
     assert Policy(Faults(restart_on=[])).give_up(failed("worker_lost"), [])
 
 
-@pytest.mark.parametrize("failure", ["unknown", "worker_lost", "out_of_memory"])
-def test_twice_at_the_same_iteration_of_a_rank_ends_the_trial(failure: str) -> None:
+@pytest.mark.parametrize("failure", ["unknown", "out_of_memory"])
+def test_an_exception_twice_at_the_same_iteration_ends_the_trial(failure: str) -> None:
     policy = Policy(Faults())
     assert policy.give_up(failed(failure, image_files=("a.jpg",)), []) == ""
     reason = policy.give_up(failed(failure, image_files=("a.jpg",)), [])
     assert reason.startswith("twice at the same place") and "iteration 7" in reason and "a.jpg" in reason
+
+
+def test_a_process_that_dies_twice_is_left_to_the_limit_because_its_iteration_is_not_known_exactly() -> None:
+    policy = Policy(Faults(max_failures=2))
+    assert [policy.give_up(failed("worker_lost"), []) for _ in range(2)] == ["", ""]
+    assert policy.give_up(failed("worker_lost"), []).startswith("3 failures in a row")
 
 
 def test_the_same_failure_at_another_iteration_is_started_again() -> None:
