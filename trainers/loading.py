@@ -9,6 +9,8 @@ was killed sees each image exactly as an undisturbed one does, whatever the numb
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,16 +37,20 @@ Place = tuple[int, int]
 class BadInputError(ValueError):
     """An image or its annotations cannot be used.
 
-    Attributes:
-        image_file: The image.
+    One argument, the message: a loader process hands on an exception as its type and its text alone, and one that
+    cannot be made of these arrives as a RuntimeError.
     """
 
-    def __init__(self, image_file: str, problem: str) -> None:
-        super().__init__(image_file, problem)
-        self.image_file = image_file
+    @classmethod
+    def of(cls, image_file: str, problem: str) -> BadInputError:
+        """The error for an image and what is wrong with it."""
+        return cls(f"image {json.dumps(image_file)}: {problem}")
 
-    def __str__(self) -> str:
-        return f"{self.image_file}: {self.args[1]}"
+    @property
+    def image_file(self) -> str:
+        """The image."""
+        named = re.search(r'image ("(?:[^"\\]|\\.)*"):', str(self))
+        return str(json.loads(named[1])) if named else ""
 
 
 class TrainingOrder(Sampler[list[Place]]):
@@ -104,9 +110,9 @@ class TrainingImages(Dataset[Record]):
         try:
             mapped = self.mapper(record)
         except Exception as error:
-            raise BadInputError(record["file_name"], f"{type(error).__name__}: {error}") from error
+            raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
         if mapped is None:
-            raise BadInputError(record["file_name"], "no usable annotation")
+            raise BadInputError.of(record["file_name"], "no usable annotation")
         return mapped
 
     def __len__(self) -> int:
@@ -124,7 +130,7 @@ class EvaluationImages(Dataset[Record]):
         try:
             mapped = self.mapper(record)
         except Exception as error:
-            raise BadInputError(record["file_name"], f"{type(error).__name__}: {error}") from error
+            raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
         assert mapped is not None
         return mapped
 

@@ -84,7 +84,7 @@ class Rank:
                     failure=classify(error),
                     iteration=self.now.iteration,
                     section=self.now.section,
-                    message=f"{type(error).__name__}: {error}",
+                    message=_in_short(error),
                     image_files=(error.image_file,)
                     if isinstance(error, loading.BadInputError)
                     else self.now.image_files,
@@ -263,6 +263,12 @@ class Rank:
             for named in loggers:
                 named.removeHandler(handler)
             handler.close()
+
+
+def _in_short(error: BaseException) -> str:
+    """An exception without the traceback that a loader process puts into its text."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
 
 
 def classify(error: BaseException) -> FailureKind:

@@ -75,6 +75,6 @@ def test_an_image_that_cannot_be_read_is_named() -> None:
     def fail(record: dict[str, object]) -> None:
         raise OSError("truncated")
 
-    with pytest.raises(BadInputError, match=r"broken.jpg: OSError: truncated") as caught:
+    with pytest.raises(BadInputError, match=r'broken.jpg": OSError: truncated') as caught:
         TrainingImages([{"file_name": "broken.jpg"}], fail, seed=0)[0, 0]
     assert caught.value.image_file == "broken.jpg"

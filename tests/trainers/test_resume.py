@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from trainers.contract import (
     LoopStarted,
     StepsDone,
     TrialPlan,
+    WorkerFailed,
 )
+from trainers.faults import VARIABLE, Fault, fired
 from trainers.rank import Rank
 from trainers.worker import Channel, Command, Placement
 
@@ -108,6 +111,27 @@ def test_an_evaluation_that_a_stop_left_out_is_made_at_the_next_start(tmp_path: 
     assert not [event for event in first if isinstance(event, Evaluated)]
     second = train(plan, attempt=1)
     assert [event.iteration for event in second if isinstance(event, Evaluated)] == [6, 12]
+
+
+def test_what_detectron2_refuses_as_nan_is_told_as_such_with_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults_file = tmp_path / "faults.json"
+    faults_file.write_text(json.dumps([dataclasses.asdict(Fault("nan", rank=0, iteration=5))]))
+    monkeypatch.setenv(VARIABLE, str(faults_file))
+    events: list[Event] = []
+    rank = Rank(
+        plan_of(tmp_path, "mask_rcnn"),
+        Attempt(),
+        Placement(0, 1, 0, 1, "here"),
+        Channel(push=events.append, beat=lambda heartbeat: "run"),
+    )
+    with pytest.raises(FloatingPointError):
+        rank.train(0.0)
+    assert fired(faults_file)
+    failure = last(events, WorkerFailed)
+    assert (failure.failure, failure.iteration, len(failure.image_files)) == ("not_finite", 5, 4)
+    assert last(events, CheckpointSaved).iteration == 4
 
 
 def test_a_trial_that_was_done_does_nothing_more(tmp_path: Path) -> None:
