@@ -3,9 +3,9 @@
     python -m cluster.mlflow_server --home /mnt/shared/mlflow [--host ADDRESS] [--allowed-host NAME]...
 
 The trap it protects against: MLflow's own defaults keep runs in a file, ask nobody who he is, and answer a host name
-that they were not told with 403. The administrator's password is made on the first start and kept, for this user alone, in
-HOME/credentials and in ~/.mlflow/credentials, where every MLflow client of this host finds it. Nothing secret stands on
-a command line, where everyone on the host could read it.
+that they were not told with 403. The administrator's password is made on the first start and kept, for this user alone,
+in HOME/credentials and in ~/.mlflow/credentials, where every MLflow client of this host finds it. Nothing secret stands
+on a command line, where everyone on the host could read it.
 """
 
 from __future__ import annotations

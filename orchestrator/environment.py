@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -12,7 +13,7 @@ from pathlib import Path
 
 PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "mlflow", "numpy")
 
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "RAY_JOB_ID")
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that are recorded; no other is."""
 
 
@@ -28,6 +29,7 @@ def describe(argv: list[str]) -> dict[str, str]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "cpus": str(os.cpu_count()),
+        **_job(),
         **_git(),
     }
     for package in PACKAGES:
@@ -42,6 +44,14 @@ def command_line() -> list[str]:
     """This process's command, as one would type it."""
     main = sys.modules["__main__"].__spec__
     return ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+
+
+def _job() -> dict[str, str]:
+    """The Ray job around this process: its id and what its sender said of it, such as the commit of the code."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    told = {str(key): str(value) for key, value in job.get("metadata", {}).items()}
+    names = {"job_submission_id": "ray_job_id", "git_commit": "git_commit"}
+    return {names.get(key, f"ray_job.{key}"): value for key, value in told.items() if key != "job_name"}
 
 
 def _git() -> dict[str, str]:

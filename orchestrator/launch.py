@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -20,13 +21,19 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.node_checks import CREDENTIALS
+from orchestrator.placement import capacity, equal_shares
 from orchestrator.plan import Hardware
+from orchestrator.spec import SpecError
 from trainers.contract import Attempt, TrialPlan, WorkerStarted
 
 logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 20.0
 """Longest wait for a process to be gone."""
+
+NODES_LOOK_SECONDS = 1.0
+"""How often it is asked whether the nodes for an attempt are there."""
 
 RAY_TRAIN_SETTINGS = {
     # The working directory of a worker stays the driver's; every path is absolute anyway.
@@ -39,31 +46,65 @@ RAY_TRAIN_SETTINGS = {
 }
 
 
-def start_ray(address: str | None) -> Hardware:
+def start_ray(address: str | None, network_interface: str | None = None) -> Hardware:
     """Joins the cluster at an address or the one this job runs in, or starts one of its own on this machine.
 
     A cluster that merely happens to run on this machine is somebody else's: it is joined only by `address: auto`.
 
+    Args:
+        address: Of a cluster; None for the one around this job, else a new one.
+        network_interface: Interface for NCCL and gloo on all hosts; None for what their environment says.
+
     Returns:
-        What the cluster offers.
+        What the cluster offers; where it has GPUs, the CPUs beside them.
 
     Raises:
-        ConnectionError: There is no cluster at the address.
+        SpecError: There is no cluster at the address, or it does not let us in.
     """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise SpecError(f"RAY_ADDRESS {address}: a job server; send the run there: `make submit ADDRESS={address}`")
     for name, value in RAY_TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    own = address is None and "RAY_ADDRESS" not in os.environ
+    interface = {}
+    if network_interface:
+        interface = {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
+        # What the job's own environment names stays; Ray would refuse to have it twice.
+        interface = {name: value for name, value in interface.items() if name not in os.environ}
+        os.environ.update(interface)
     # A cluster of one's own guards itself with a token: wanted, and nothing for the user to act on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    ray.init(
-        address="local" if own else address,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        include_dashboard=False if own else None,
-    )
-    resources = ray.cluster_resources()
-    hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    return Hardware(num_gpus=int(resources.get("GPU", 0)), num_cpus=int(resources.get("CPU", 0)), num_hosts=len(hosts))
+    # A cluster that is started here inherits this environment, and its workers need no credentials.
+    held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=None if address else False,
+            runtime_env={"env_vars": interface} if interface else None,
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise SpecError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {error}") from error
+    finally:
+        os.environ.update(held)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    counted = [each for each in alive if each.get("GPU")] or alive
+    gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
+    return Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(alive))
+
+
+def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:
+    """Names each worker's node, equally many workers a node; None where there are not the nodes for it now."""
+    leaving = draining_nodes()
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
+    capacities = {
+        node: capacity(plan, int(free.get("GPU", 0)), int(free.get("CPU", 0)))
+        for node, free in ray._private.state.available_resources_per_node().items()
+        if node in alive
+    }
+    shares = equal_shares(capacities, plan.world_size, plan.num_nodes)
+    return [{"ray.io/node-id": node} for node, each in shares.items() for _ in range(each)] if shares else None
 
 
 class WorkerGroup:
@@ -81,13 +122,14 @@ class WorkerGroup:
 
         # How long Ray Train waits for resources, after a node was lost for example; read when the trainer starts.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.timeouts["setup"])
-        self._trainer = TorchTrainer(
+        self._make_trainer: Callable[[Any], Any] = lambda nodes: TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"plan": plan, "attempt": attempt, "telemetry": telemetry},
             scaling_config=ScalingConfig(
                 num_workers=plan.world_size,
                 use_gpu=plan.device == "cuda",
                 resources_per_worker={"CPU": plan.cpus_per_worker} | ({"GPU": 1} if plan.device == "cuda" else {}),
+                label_selector=nodes,
             ),
             torch_config=TorchConfig(
                 backend="nccl" if plan.device == "cuda" else "gloo",
@@ -100,6 +142,8 @@ class WorkerGroup:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
+        self._plan = plan
+        self._ended = threading.Event()
         self.error: BaseException | None = None
         # In a thread of its own, so that the driver's can hear signals and look after the workers meanwhile.
         self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
@@ -124,6 +168,7 @@ class WorkerGroup:
 
     def end(self) -> None:
         """Ends the attempt, whatever it is at: without its controller, Ray takes the workers away."""
+        self._ended.set()
         job = ray.get_runtime_context().get_job_id()
         for actor in ray._private.state.actors(job_id=ray.JobID.from_hex(job)).values():
             if actor["ActorClassName"] == "TrainController" and actor["State"] != "DEAD":
@@ -132,9 +177,24 @@ class WorkerGroup:
 
     def _fit(self) -> None:
         try:
-            self._trainer.fit()
+            nodes = self._wait_for_nodes()
+            if nodes:
+                self._make_trainer(nodes).fit()
         except BaseException as error:
             self.error = error
+
+    def _wait_for_nodes(self) -> list[dict[str, str]] | None:
+        """The workers' nodes, as soon as there are enough: a lost one may be on its way back."""
+        deadline = time.monotonic() + self._plan.timeouts["setup"]
+        while not self._ended.is_set():
+            nodes = choose_nodes(self._plan)
+            if nodes:
+                return nodes
+            if time.monotonic() > deadline:
+                on = f"{self._plan.num_nodes} hosts" if self._plan.num_nodes else "any number of hosts"
+                raise TimeoutError(f"no room for {self._plan.world_size} workers, equally many on each of {on}")
+            self._ended.wait(NODES_LOOK_SECONDS)
+        return None
 
 
 def draining_nodes() -> set[str]:

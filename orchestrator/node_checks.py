@@ -20,6 +20,9 @@ from orchestrator.findings import Finding, FindingList
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "sal-detectron2", "detectron2", "pycocotools", "mlflow")
 """Packages whose versions must be the same on all nodes."""
 
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables that open the tracking server: the driver's alone."""
+
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place torch's loaders use, not a choice of ours
 
 BUSY_SHARE = 0.9
@@ -69,6 +72,7 @@ class NodeReport:
         folders: The folders asked for, as it sees them.
         shared_memory_free: Free bytes of /dev/shm; None without one.
         gpus: Name, memory and free memory of each GPU.
+        credentials: Names of the variables there that open the tracking server.
     """
 
     host: str
@@ -77,6 +81,7 @@ class NodeReport:
     folders: dict[str, FolderState] = field(default_factory=dict)
     shared_memory_free: int | None = None
     gpus: list[tuple[str, int, int]] = field(default_factory=list)
+    credentials: tuple[str, ...] = ()
 
 
 def inspect_node(request: NodeRequest) -> NodeReport:
@@ -88,6 +93,7 @@ def inspect_node(request: NodeRequest) -> NodeReport:
         folders={folder: _try_folder(folder, probe, request.probe_text) for folder, probe in request.folders.items()},
         shared_memory_free=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         gpus=_list_gpus(),
+        credentials=tuple(name for name in CREDENTIALS if name in os.environ),
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.node_checks import NodeReport, existing_parent, inspect_node, judge_nodes
+from orchestrator.placement import capacity, equal_shares
 from orchestrator.preflight import node_request, shared_memory_bytes, storage_bytes
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ class Node:
 
     def capacity(self, trial: TrialPlan) -> int:
         """Workers of a trial that fit on it."""
-        by_cpu = self.num_cpus // trial.cpus_per_worker
-        return min(self.num_gpus, by_cpu) if trial.device == "cuda" else by_cpu
+        return capacity(trial, self.num_gpus, self.num_cpus)
 
     def describe(self, trial: TrialPlan) -> str:
         """Shows what it has and how many workers of a trial that makes."""
@@ -104,12 +104,16 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Findin
         if sum(capacities) < trial.world_size:
             what = f"asks for {trial.world_size} workers of {each}; the cluster takes {sum(capacities)}: {have}"
             findings.error(code, "trials.world_sizes", place, what, mend)
-        elif trial.num_nodes:
-            per_node = -(-trial.world_size // trial.num_nodes)
-            fit = sum(capacity >= per_node for capacity in capacities)
-            if fit < trial.num_nodes:
+        elif not equal_shares({node.id: node.capacity(trial) for node in nodes}, trial.world_size, trial.num_nodes):
+            if trial.num_nodes:
+                per_node = -(-trial.world_size // trial.num_nodes)
+                fit = sum(capacity >= per_node for capacity in capacities)
                 what = f"asks for {trial.num_nodes} hosts with {per_node} workers of {each}; {fit} have room: {have}"
                 findings.error(code, "resources.num_nodes", place, what, mend)
+            else:
+                what = f"{trial.world_size} workers of {each} do not spread equally over the hosts: {have}"
+                mend = "Take world sizes that several hosts take equally; uneven hosts would wait for the fullest"
+                findings.error("uneven_nodes", "trials.world_sizes", place, what, mend)
     return findings.to_list()
 
 
@@ -163,6 +167,11 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
     finally:
         for probe in probes.values():
             Path(probe).unlink(missing_ok=True)
+    for report in reports:
+        if report.credentials:
+            what = f"workers there would have {', '.join(report.credentials)}"
+            mend = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
+            findings.error("credentials_on_workers", "environment", f"host {report.host}", what, mend)
     judged = judge_nodes(
         reports,
         request,

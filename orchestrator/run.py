@@ -192,7 +192,7 @@ class Session:
             from orchestrator.launch import start_ray
             from orchestrator.preflight_cluster import preflight_cluster
 
-            hardware = start_ray(self.experiment.resources.address)
+            hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
             plans = expand(self.experiment, hardware, str(self.run_dir), root)
             findings = sort_findings([*findings, *preflight_cluster(self.experiment, plans)])
         print_findings(findings)

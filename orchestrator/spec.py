@@ -166,7 +166,9 @@ class Resources(_Model):
     loader_workers: int | None = Field(None, ge=0)
     """Loader processes per worker; null: the model config's on GPUs (4), 0 on CPUs."""
     num_nodes: int | None = Field(None, ge=1)
-    """Hosts the workers of a trial are spread over evenly; null: wherever they fit."""
+    """Hosts the workers of a trial are spread over equally; null: the fewest hosts that take them equally."""
+    network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
+    """Interface between hosts (`ens5`), for NCCL and gloo on every host alike; null: what their environment says."""
     price_per_accelerator_hour: float | None = Field(None, ge=0)
     """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs in it."""
     address: str | None = None

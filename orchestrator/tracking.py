@@ -294,7 +294,7 @@ class _Consumer:
             **event.tags,
             "mlflow.note.content": event.experiment.get("description", ""),
             "mlflow.source.name": event.tags.get("run.command", ""),
-            "mlflow.source.type": "JOB" if "run.RAY_JOB_ID" in event.tags else "LOCAL",
+            "mlflow.source.type": "JOB" if "run.ray_job_id" in event.tags else "LOCAL",
             "mlflow.source.git.commit": event.tags.get("run.git_commit", ""),
             "kind": "experiment",
         }
@@ -460,8 +460,9 @@ def _outcome(result: TrialResult) -> str:
 
 
 def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
-    """Tags that say why a trial ended, where it failed, and what each restart cost."""
+    """Tags that say where a trial ran, why it ended, where it failed, and what each restart cost."""
     tags = {"reason": result.reason} if result.reason else {}
+    tags |= {"num_nodes": str(result.num_nodes)} if result.num_nodes else {}
     cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
     if cause is not None and result.status == "FAILED":
         tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import configparser
 import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from orchestrator.findings import Finding, FindingList
 from orchestrator.model_checks import redact
@@ -24,11 +27,10 @@ def check_tracking(experiment: Experiment) -> list[Finding]:
     shown = redact(uri)
     report = findings.warning if experiment.tracking.offline else findings.error
     if uri.startswith(("http://", "https://")):
-        reason = _reach(uri)
-        if reason:
-            what = f"no MLflow server answers within {REACH_SECONDS:g} s: {reason}"
-            mend = "Start it (`mlflow server`), correct tracking.uri, or set tracking.offline=true and replay later"
-            report("tracking_unreachable", "tracking.uri", shown, what, mend)
+        problem = _ask_server(uri)
+        if problem:
+            code, what, mend = problem
+            report(code, "tracking.uri", shown, what, mend)
     elif uri.startswith("sqlite:"):
         _check_sqlite(uri, experiment, findings)
     elif uri.startswith("file:") or "://" not in uri:
@@ -37,18 +39,49 @@ def check_tracking(experiment: Experiment) -> list[Finding]:
     return findings.to_list()
 
 
-def _reach(uri: str) -> str:
-    """Asks a server for its health; gives the reason why it does not answer, or ""."""
+def _ask_server(uri: str) -> tuple[str, str, str] | None:
+    """Asks a server for its experiments as a run will; gives code, reason and mend of a refusal, or None."""
+    parts = urlsplit(uri)
+    bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    user, headers = _credentials(parts.username, parts.password)
+    request = urllib.request.Request(f"{bare}/api/2.0/mlflow/experiments/search?max_results=1", headers=headers)  # noqa: S310
+    start = "Start it (`make mlflow-server`), correct tracking.uri, or set tracking.offline=true and replay later"
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS) as answer:  # noqa: S310 - http(s)
+        with urllib.request.urlopen(request, timeout=REACH_SECONDS) as answer:  # noqa: S310 - http(s)
             answer.read(100)
     except urllib.error.HTTPError as error:
-        # It answers, so it is there; whether it lets us in shows at the first call, with its own words.
-        return "" if error.code in (401, 403) else f"it answers {error.code}"
+        text = error.read(200).decode(errors="replace").strip()
+        if error.code == 403 and "Host header" in text:
+            mend = f"Name it to the server: `--allowed-host {parts.hostname}` of `make mlflow-server`"
+            return "tracking_host", f"the server does not answer to the name {parts.hostname}", mend
+        if error.code in (401, 403):
+            given = f"it refuses the user {user} and the password given" if user else "it asks for user and password"
+            mend = "Put them into ~/.mlflow/credentials on this host, for the driver alone (docs/cluster.md)"
+            return "tracking_denied", f"{given} ({error.code})", mend
+        return "tracking_unreachable", f"it answers {error.code}: {text[:120]}", start
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        return str(reason)[:120] or type(error).__name__
-    return ""
+        reason = str(getattr(error, "reason", error))[:120] or type(error).__name__
+        return "tracking_unreachable", f"no MLflow server answers within {REACH_SECONDS:g} s: {reason}", start
+    return None
+
+
+def _credentials(user: str | None, password: str | None) -> tuple[str | None, dict[str, str]]:
+    """User and header of what MLflow's client sends: of the address, else the environment, else its file."""
+    if user:
+        user, password = unquote(user), unquote(password or "")
+    else:
+        user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if not user and not token:
+        read = configparser.ConfigParser(interpolation=None)
+        read.read(Path.home() / ".mlflow" / "credentials")
+        user, password = (
+            read.get("mlflow", f"mlflow_tracking_{name}", fallback=None) for name in ("username", "password")
+        )
+    if user:
+        pair = f"{user}:{password or ''}".encode()
+        return user, {"Authorization": "Basic " + base64.b64encode(pair).decode()}
+    return None, {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _check_sqlite(uri: str, experiment: Experiment, findings: FindingList) -> None:

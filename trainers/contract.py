@@ -79,7 +79,7 @@ class TrialPlan:
         experiment: Name of the experiment.
         name: Name of the trial, unique within the run and fit for a path.
         world_size: Number of workers, one per accelerator.
-        num_nodes: Number of hosts the workers must spread over evenly; None for wherever they fit.
+        num_nodes: Number of hosts the workers spread over equally; None for the fewest that take them equally.
         recipe_name: Name of the recipe.
         recipe: Its switches, with the experiment's own changes applied.
         seed: Seed of the weights, the training order and the augmentations.

@@ -1,0 +1,24 @@
+from orchestrator.placement import equal_shares
+
+
+def test_the_fewest_hosts_are_taken_that_take_equally_many() -> None:
+    assert equal_shares({"a": 8, "b": 8}, 8, None) == {"a": 8}
+    assert equal_shares({"a": 8, "b": 8}, 16, None) == {"a": 8, "b": 8}
+    assert equal_shares({"a": 3, "b": 3, "c": 2}, 6, None) == {"a": 3, "b": 3}
+
+
+def test_a_full_host_and_a_nearly_empty_one_are_not_filled_unequally() -> None:
+    # Ray would put 3 and 1; two on each do not fit, and four on one do not either.
+    assert equal_shares({"a": 3, "b": 1}, 4, None) is None
+    assert equal_shares({"a": 3, "b": 1}, 2, None) == {"a": 2}
+
+
+def test_an_asked_for_number_of_hosts_is_kept() -> None:
+    assert equal_shares({"a": 8, "b": 8, "c": 8}, 8, 2) == {"a": 4, "b": 4}
+    assert equal_shares({"a": 8}, 8, 2) is None
+    assert equal_shares({"a": 8, "b": 8}, 9, 2) is None
+
+
+def test_no_host_takes_nothing() -> None:
+    assert equal_shares({}, 1, None) is None
+    assert equal_shares({"a": 0, "b": 2}, 2, None) == {"b": 2}
