@@ -97,11 +97,11 @@ def only_driver(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            with suppress(ValueError):
+            text = "another process"
+            with suppress(ValueError, KeyError):
                 owner = json.loads(file.read())
                 text = f"process {owner['pid']} on {owner['host']}"
-                raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
-            raise SpecError(f"{run_dir}: another process is still running it") from error
+            raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()

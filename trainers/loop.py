@@ -257,6 +257,7 @@ class TrainingLoop:
             files = list(self._recent_files)
             known = bad.get(self.rank) == first and self.iteration - first <= len(files)
             self.now.image_files = files[first - self.iteration] if known else ()
+            self.now.section, self.now.iteration = "step", first  # where it happened, not where it was found
             raise NotFiniteError(f"the loss became NaN or infinite at iteration {first} (first on rank {ranks})")
         means = [sum(column) / len(rows) for column in zip(*(row[:-2] for row in rows), strict=True)]
         window.losses = dict(zip(self._loss_names, means, strict=True))

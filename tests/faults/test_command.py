@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,23 @@ def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator
         assert any("RayTrainWorker" in " ".join(member.cmdline()) for member in family)
         yield Command(folder, process)
         process.communicate(timeout=120)
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive, f"left behind: {[member.cmdline() for member in alive]}"
+        deadline = time.monotonic() + 20
+        while (alive := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not alive, f"left behind: {alive}"
     finally:
-        for member in [*family, process]:
-            if member.is_running():
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
                 member.kill()
+        process.kill()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended stays in the table where nobody asks for its exit code (in a container)."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome) -> None:
