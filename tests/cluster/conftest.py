@@ -48,14 +48,14 @@ class Job:
     def iterations(self) -> int:
         return max((event["iteration"] for event in self.events("steps_done")), default=0)
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 400) -> int:
         """Waits for the end as `ray job submit` sees it; returns its exit code."""
         try:
             return self.sender.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self.name} has not ended within {seconds:g} s:\n{self.output[-3000:]}")
 
-    def wait_for_iteration(self, iteration: int, seconds: float = 150) -> None:
+    def wait_for_iteration(self, iteration: int, seconds: float = 240) -> None:
         def there() -> bool:
             assert self.sender.poll() is None, self.output[-3000:]
             return self.iterations() >= iteration

@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "eth0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "PYTHONUNBUFFERED": "1",
+    "RAY_worker_niceness": "0",  # else whatever else runs on this machine goes before the workers
     "LC_ALL": "C.UTF-8",
 }
 
@@ -118,6 +119,12 @@ class Host:
     def __init__(self, name: str, address: str, shared: Path | None, token: str) -> None:
         self.name, self.address = name, address
         mount = f"mount --bind {shlex.quote(str(shared))} {SHARED}" if shared else "true"
+        # Names are looked up nowhere else: a server that does not answer would cost each look-up ten seconds.
+        known = {f"10.77.0.{number}": f"host{number}" for number in range(1, 40)}
+        known |= {"127.0.0.1": "localhost", "10.77.0.5": "mlflow.internal other.internal", address: name}
+        if name == "tracking":
+            known[address] += " mlflow.internal other.internal"
+        names = "".join(f"{number} {names}\\n" for number, names in known.items())
         # The program and its environment stay where they are, also below a /tmp that this host does not see.
         places = dict.fromkeys(path for path in (str(ROOT), sys.prefix) if path.startswith("/tmp/"))  # noqa: S108
         keep = "".join(f"mkdir -p /mnt{path} && mount --bind {path} /mnt{path} && " for path in places)
@@ -127,8 +134,8 @@ class Host:
             mount -t tmpfs tmpfs /mnt && mkdir {SHARED} && {mount}
             {keep}mount -t tmpfs tmpfs /tmp && mount -t tmpfs tmpfs /dev/shm && chmod 1777 /tmp /dev/shm
             mkdir -p /tmp/home/.ray && (umask 077 && printf %s '{token}' > /tmp/home/.ray/auth_token)
-            printf '127.0.0.1 localhost\\n{address} {name}\\n10.77.0.5 mlflow.internal other.internal\\n' > /tmp/hosts
-            mount --bind /tmp/hosts /etc/hosts
+            printf '{names}' > /tmp/hosts && mount --bind /tmp/hosts /etc/hosts
+            echo 'nameserver 127.0.0.1' > /tmp/resolv.conf && mount --bind /tmp/resolv.conf /etc/resolv.conf
             {bring_back}hostname {name} && ip link set lo up"""
         self.namespace = _Namespace("--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", script=script)
         self.pid = self.namespace.pid

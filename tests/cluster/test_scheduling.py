@@ -1,0 +1,101 @@
+"""Where the workers of 1 to 32 GPUs go on four hosts of eight: equally many on each, ranks of a host together."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator.plan import Hardware, expand
+from orchestrator.spec import parse_experiment
+from tests.conftest import tiny_experiment
+
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
+
+
+def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any]:
+    values = tiny_experiment(
+        trials={"world_sizes": list(world_sizes), "scaling": "weak", "reference_world_size": 1},
+        resources={"device": "cuda", "num_nodes": num_nodes},
+    )
+    hardware = Hardware(num_gpus=32, num_cpus=384, num_hosts=4)
+    return expand(parse_experiment(values, "test"), hardware, str(tmp), tmp)
+
+
+@pytest.fixture(scope="module")
+def four_hosts_of_eight() -> Iterator[Any]:
+    """A CPU head and four nodes that say they have 8 GPUs, with addresses of their own."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            for number in range(2, 6):
+                cluster.add_node(num_cpus=96, num_gpus=8, node_ip_address=f"127.0.0.{number}", wait=False)
+            ray.init(address=cluster.address, log_to_driver=False)
+            cluster.wait_for_nodes(timeout=60)
+            yield ray
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_nodes", "shares"),
+    [(1, None, [1]), (8, None, [8]), (16, None, [8, 8]), (32, None, [8, 8, 8, 8]), (8, 4, [2, 2, 2, 2])],
+)
+def test_the_scheduler_puts_workers_where_the_plan_does(
+    four_hosts_of_eight: Any, tmp_path: Any, world_size: int, num_nodes: int | None, shares: list[int]
+) -> None:
+    """By Ray's own placement of the same bundles: what Ray Train asks for its workers."""
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+    from orchestrator.launch import choose_nodes
+    from orchestrator.preflight_cluster import check_fit, list_nodes
+
+    ray = four_hosts_of_eight
+    (plan,) = plans(tmp_path, world_size, num_nodes=num_nodes)
+    assert plan.cpus_per_worker == 10
+    assert check_fit(list_nodes(), [plan]) == []
+    nodes = choose_nodes(plan)
+    assert nodes is not None
+    bundle = {"CPU": plan.cpus_per_worker, "GPU": 1}
+    group = placement_group([bundle] * world_size, strategy="PACK", bundle_label_selector=nodes)
+    try:
+        ray.get(group.ready(), timeout=60)
+        placed = placement_group_table(group)["bundles_to_node_id"]
+        assert [placed[index] for index in range(world_size)] == [node["ray.io/node-id"] for node in nodes]
+        assert sorted(Counter(placed.values()).values()) == shares
+    finally:
+        remove_placement_group(group)
+
+
+def test_what_does_not_spread_equally_is_refused(four_hosts_of_eight: Any, tmp_path: Any) -> None:
+    from orchestrator.launch import choose_nodes
+    from orchestrator.preflight_cluster import check_fit, list_nodes
+
+    for world_size, code in ((9, None), (20, None), (28, None), (31, "uneven_nodes"), (33, "too_few_gpus")):
+        (plan,) = plans(tmp_path, world_size)
+        findings = check_fit(list_nodes(), [plan])
+        assert [finding.code for finding in findings] == ([code] if code else []), world_size
+        assert (choose_nodes(plan) is None) == bool(code)
+
+
+def test_hosts_that_another_job_has_taken_are_not_chosen(four_hosts_of_eight: Any, tmp_path: Any) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    from orchestrator.launch import choose_nodes
+
+    ray = four_hosts_of_eight
+    (plan,) = plans(tmp_path, 16)
+    nodes = choose_nodes(plan)
+    assert nodes is not None
+    taken = placement_group([{"GPU": 8}], bundle_label_selector=[nodes[0]])
+    try:
+        ray.get(taken.ready(), timeout=60)
+        others = choose_nodes(plan)
+        assert others is not None and nodes[0] not in others and len(others) == 16
+    finally:
+        remove_placement_group(taken)
