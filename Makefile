@@ -36,6 +36,7 @@ test-image: install
 	$(BIN)/python -m pytest -m image tests/cluster
 
 chaos: install  ## SEEDS runs with random faults, each compared with an undisturbed one
+	$(BIN)/python -m pytest -m soak tests/faults
 	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS)
 
 check: install

@@ -131,6 +131,7 @@ def test_ctrl_c_keeps_a_last_checkpoint_and_the_resumed_run_is_as_if_it_had_not_
     assert (restart.cause, restart.lost_iterations) == ("resumed", 0)
 
 
+@pytest.mark.soak
 def test_a_stop_where_an_evaluation_is_due_does_not_lose_the_evaluation(tmp_path: Path, undisturbed: Outcome) -> None:
     with paused_run(tmp_path, experiment(), iteration=5) as command:
         command.process.send_signal(signal.SIGTERM)

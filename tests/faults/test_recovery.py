@@ -106,6 +106,7 @@ def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench:
     assert outcome.ended.reason.startswith("bad_input") and str(victim) in outcome.ended.reason
 
 
+@pytest.mark.soak
 def test_out_of_memory_at_the_same_place_twice_ends_the_trial(bench: Bench) -> None:
     outcome = bench.run(Fault("out_of_memory", rank=1, iteration=2, attempt=None))
     assert len(outcome.fired) == 2
@@ -120,6 +121,7 @@ def test_storage_that_fails_ends_the_trial_with_its_words(bench: Bench, tmp_path
     assert str(blocked) in outcome.ended.reason
 
 
+@pytest.mark.soak
 def test_failures_without_progress_are_limited(bench: Bench) -> None:
     faults = [Fault("kill", rank=0, iteration=iteration, attempt=iteration) for iteration in (0, 1)]
     outcome = bench.run(*faults, policy=Faults(max_failures=1))
