@@ -287,8 +287,6 @@ class _Consumer:
         experiment = self._client.get_experiment_by_name(name)
         found = experiment.experiment_id if experiment else self._client.create_experiment(name)
         self._state["experiment_id"] = found
-        for key, value in _experiment_tags(event.experiment.get("description", "")).items():
-            self._client.set_experiment_tag(found, key, value)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
         tags = {
             **event.tags,
@@ -300,6 +298,8 @@ class _Consumer:
         }
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, tags)
         self._runs[""] = run_id
+        for key, value in _experiment_tags(event.experiment.get("description", ""), run_id).items():
+            self._client.set_experiment_tag(found, key, value)
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
         self._params(run_id, dict(flatten(event.experiment)))
@@ -432,11 +432,10 @@ class _Consumer:
             self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
 
-def _experiment_tags(description: str) -> dict[str, str]:
-    """The experiment's note, and the view of its runs that shows the columns that matter without choosing them."""
+def _experiment_tags(description: str, newest_run_id: str) -> dict[str, str]:
+    """The experiment's note, and the view of its runs: the columns that matter, and its newest run unfolded."""
     meanings = "\n".join(f"- `{name}`: {meaning}" for name, meaning in HEADLINE.items())
-    # Without the parents, trials and references stand side by side instead of folded away.
-    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "searchFilter": "tags.kind != 'experiment'"})
+    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "runsExpanded": {newest_run_id: True}})
     return {
         "mlflow.note.content": f"{description}\n\n{meanings}"[:MAX_NOTE],
         "mlflow.experimentKind": "custom_model_development",

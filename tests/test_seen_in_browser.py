@@ -145,6 +145,12 @@ def mlflow_ui(run) -> Iterator[str]:
         server.wait(30)
 
 
+SCROLLABLE = """return [...document.querySelectorAll('div')].filter(
+    e => e.scrollHeight > e.clientHeight + 20 && /auto|scroll/.test(getComputedStyle(e).overflowY))"""
+
+SCROLL_ON = "const box = arguments[0], at = box.scrollTop; box.scrollTop += 200; return box.scrollTop == at"
+
+
 def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callable[[str], bool]) -> str:
     """Opens a page of MLflow by the report's link, waits until its text is there, and returns it."""
     _, address = mlflow_links(run)[page]
@@ -155,7 +161,14 @@ def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callabl
         text = driver.find_element(By.TAG_NAME, "body").text
         return text if until(text) else None
 
-    return WebDriverWait(driver, 180, poll_frequency=2).until(shown)
+    text = WebDriverWait(driver, 180, poll_frequency=2).until(shown)
+    # Long tables hold only the rows in sight: scroll every one of them through.
+    for box in driver.execute_script(SCROLLABLE):
+        for _ in range(30):
+            if driver.execute_script(SCROLL_ON, box):
+                break
+            text += driver.find_element(By.TAG_NAME, "body").text
+    return text
 
 
 def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driver, run, mlflow_ui):
