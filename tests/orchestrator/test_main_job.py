@@ -127,7 +127,7 @@ def test_a_run_never_touches_an_older_one(done: Done) -> None:
     before = (done.run_dir / "results.json").read_bytes()
     again = run_command(done.folder / "tiny.yaml", "--output", done.run_dir, cwd=done.folder)
     assert again.returncode == 2
-    assert "holds the results of another run" in again.stderr
+    assert "holds another run; name a new folder" in again.stderr
     assert (done.run_dir / "results.json").read_bytes() == before
 
 
