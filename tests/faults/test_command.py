@@ -86,6 +86,9 @@ def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator
         assert any("RayTrainWorker" in " ".join(member.cmdline()) for member in family)
         yield Command(folder, process)
         process.communicate(timeout=120)
+        if process.returncode == -signal.SIGKILL:
+            # Ray's agents of a driver that was killed look for their parent at leisure; what trains must be gone.
+            family = [member for member in family if not (_is_alive(member) and "Agent" in member.name())]
         deadline = time.monotonic() + 20
         while (alive := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
             time.sleep(0.2)
