@@ -171,6 +171,7 @@ def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callabl
     return text
 
 
+@pytest.mark.mlflow_pages
 def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driver, run, mlflow_ui):
     as_device(driver, 1900, 700)
     columns = ("workers", "throughput/images_per_second", "time/to_train_seconds", "coco/box_ap", "coco/mask_ap")
@@ -180,6 +181,7 @@ def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driv
     keep_screenshot(driver, "mlflow-table", 700)
 
 
+@pytest.mark.mlflow_pages
 def test_mlflow_s_compare_page_sets_trials_beside_the_seed_s_figures(driver, run, mlflow_ui):
     as_device(driver, 1500, 1000)
     text = _visit(driver, run, mlflow_ui, 1, lambda text: "Comparing 4 Runs" in text and "coco/box_ap" in text)
@@ -193,6 +195,7 @@ def test_mlflow_s_compare_page_sets_trials_beside_the_seed_s_figures(driver, run
     keep_screenshot(driver, "mlflow-compare", 1000)
 
 
+@pytest.mark.mlflow_pages
 def test_the_parent_s_page_holds_the_table(driver, run, mlflow_ui):
     text = _visit(driver, run, mlflow_ui, 2, lambda text: "Time to train" in text)
     assert "reference-4xcpu" in text and "Efficiency" in text
