@@ -193,5 +193,5 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     assert [plan["world_size"] for plan in json.loads(done.stdout)] == [1, 2]
     assert list(tmp_path.iterdir()) == []
     shown = run_command("--dry-run", cwd=tmp_path).stdout
-    for words in ("reference-1xcpu", "reference-2xcpu", "sqlite:///mlflow.db", str(tmp_path / "runs" / "demo")):
+    for words in ("fast-1xcpu", "fast-2xcpu", "sqlite:///mlflow.db", str(tmp_path / "runs" / "demo")):
         assert words in shown
