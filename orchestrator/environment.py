@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -41,9 +42,10 @@ def describe(argv: list[str]) -> dict[str, str]:
 
 
 def command_line() -> list[str]:
-    """This process's command, as one would type it."""
+    """This process's command, as one would type it; a user and password in an address are left out."""
     main = sys.modules["__main__"].__spec__
-    return ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+    command = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
+    return [re.sub(r"://[^/@\s]*@", "://", part) for part in command]
 
 
 def _job() -> dict[str, str]:

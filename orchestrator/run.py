@@ -232,7 +232,7 @@ class Session:
             attempt=earlier.num_starts if earlier else 0,
             rank=-1,
             time=time.time(),
-            experiment=earlier.started.experiment if earlier else self.experiment.model_dump(mode="json"),
+            experiment=earlier.started.experiment if earlier else self._published(),
             run_id=earlier.started.run_id if earlier else f"{self.experiment.name}/{uuid.uuid4().hex}",
             tags={f"run.{key}": value for key, value in result.environment.items()}
             | {WORKING_DIRECTORY: str(Path.cwd())},
@@ -259,6 +259,15 @@ class Session:
         result.status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
         self._finish(result, pump, tracker)
         return EXIT_CODES[result.status]
+
+    def _published(self) -> dict[str, Any]:
+        """The experiment's values as they are kept and tracked: a password in the tracking address stays out."""
+        from orchestrator.tracking import without_credentials
+
+        values = self.experiment.model_dump(mode="json")
+        if values["tracking"]["uri"]:
+            values["tracking"]["uri"] = without_credentials(values["tracking"]["uri"])
+        return values
 
     def _record(self, result: ExperimentResult, plan: TrialPlan, pump: EventPump, run_ids: dict[str, str]) -> None:
         """Adds an ended trial to results.json: what is measured is kept whatever comes after."""
