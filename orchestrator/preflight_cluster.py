@@ -231,8 +231,8 @@ def check_communication(trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> l
         what = f"an all-reduce between {names} fails: {reason}"
         mend = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         findings.error("canary_failed", "network", f"trial {trial.name}", what, mend)
-    finally:
-        for reference in references:
+        # Of those that still wait alone: in Ray 2.60, cancelling a task that ends at that moment can abort the driver.
+        for reference in ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []:
             ray.cancel(reference, force=True)
     return findings.to_list()
 
