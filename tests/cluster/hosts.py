@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def why_not() -> str:
     """Why hosts cannot be made here, or ""."""
     if os.geteuid() != 0:
         return "network namespaces need root"
+    if missing := [tool for tool in ("ip", "unshare", "nsenter", "curl") if shutil.which(tool) is None]:
+        return f"{', '.join(missing)} not installed"
     try:
         with Network():
             return ""
