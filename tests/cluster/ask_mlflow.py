@@ -1,4 +1,4 @@
-"""Prints an experiment's runs as JSON, with the artifacts fetched through the server; run on a host that may ask it."""
+"""Prints the runs of some experiments as JSON, with the sizes of artifacts fetched through the server."""
 
 import json
 import sys
@@ -8,17 +8,15 @@ from pathlib import Path
 from mlflow import MlflowClient, artifacts
 
 client = MlflowClient()
-experiment = client.get_experiment_by_name(sys.argv[1])
-assert experiment
-runs = []
-for run in client.search_runs([experiment.experiment_id]):
-    files = {}
-    for entry in client.list_artifacts(run.info.run_id):
-        path = artifacts.download_artifacts(
-            run_id=run.info.run_id, artifact_path=entry.path, dst_path=tempfile.mkdtemp()
-        )
-        with Path(path).open("rb") as file:
-            files[entry.path] = len(file.read())
-    shown = {"status": run.info.status, "tags": run.data.tags, "params": run.data.params, "artifacts": files}
-    runs.append({**shown, "metrics": run.data.metrics})
-print(json.dumps(runs))
+found = []
+for name in sys.argv[1:]:
+    experiment = client.get_experiment_by_name(name)
+    assert experiment, name
+    runs = []
+    for run in client.search_runs([experiment.experiment_id]):
+        folder = artifacts.download_artifacts(run_id=run.info.run_id, dst_path=tempfile.mkdtemp())
+        sizes = {path.name: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
+        shown = {"status": run.info.status, "tags": run.data.tags, "params": run.data.params}
+        runs.append({**shown, "metrics": run.data.metrics, "artifacts": sizes})
+    found.append(runs)
+print(json.dumps(found))

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from tests.cluster.hosts import SHARED, Host, Network, wait_for, why_not
-from tests.conftest import ROOT, tiny_experiment
+from tests.conftest import ROOT
 
 TRACKING = "http://10.77.0.5:5000"
 JOB_SERVER = "http://10.77.0.10:8265"
@@ -96,15 +96,11 @@ class ClusterOfHosts:
         self.workers.append(host)
         return host
 
-    def submit(self, name: str, **changes: Any) -> Job:
-        """Sends an experiment from the laptop, as docs/cluster.md says."""
-        values = tiny_experiment(
-            name=name,
-            trials={"world_sizes": [4], "scaling": "strong"},
-            resources={"device": "cpu", "cpus_per_worker": 1, "num_nodes": 2},
-        )
-        storage = {"path": f"{SHARED}/runs", "checkpoint_period_iterations": 4}
-        values |= changes | {"storage": storage}
+    def submit(self, name: str, values: dict[str, Any]) -> Job:
+        """Sends an experiment from the laptop, as docs/cluster.md says; it runs on two hosts."""
+        values["name"] = name
+        values["resources"] |= {"num_nodes": 2}
+        values["storage"] |= {"path": f"{SHARED}/runs"}
         (self.shared / f"{name}.yaml").write_text(yaml.safe_dump(values))
         log = self.folder / f"{name}.log"
         run = f"python -m orchestrator.run {SHARED}/{name}.yaml --output {SHARED}/runs/{name}"
@@ -116,16 +112,16 @@ class ClusterOfHosts:
         )
         return Job(name, self, sender, log)
 
-    def tracked(self, name: str) -> list[dict[str, Any]]:
-        """The runs of an experiment, and the size of each one's artifact result.json, asked for from the laptop."""
+    def tracked(self, *names: str) -> list[list[dict[str, Any]]]:
+        """The runs of each of some experiments, with the sizes of their artifacts, asked for from the laptop."""
         user, password = re.findall(r"= (\S+)", self.credentials)
         found = self.laptop.check(
-            f"python {Path(__file__).with_name('ask_mlflow.py')} {name}",
+            f"python {Path(__file__).with_name('ask_mlflow.py')} {' '.join(names)}",
             MLFLOW_TRACKING_URI=TRACKING,
             MLFLOW_TRACKING_USERNAME=user,
             MLFLOW_TRACKING_PASSWORD=password,
         )
-        runs: list[dict[str, Any]] = json.loads(found.splitlines()[-1])
+        runs: list[list[dict[str, Any]]] = json.loads(found.splitlines()[-1])
         return runs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ pytestmark = pytest.mark.cluster
 
 
 class Nodes:
-    """Three Ray nodes on this machine: the driver's without room for workers, and two with room for a trial each."""
+    """Four Ray nodes on this machine: the driver's without room for workers, and three with room for a trial each."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"})
         self.workers = {}
-        for address in ("127.0.0.2", "127.0.0.3"):
+        for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
             node: Any = self.cluster.add_node(num_cpus=2, node_ip_address=address)
             self.workers[node.node_id] = node
 
@@ -49,40 +48,26 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def control(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    with started(tmp_path_factory.mktemp("control")) as (bench, _):
-        return bench.run()
+def bench_and_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Nodes]]:
+    import ray
 
+    from orchestrator.launch import RAY_TRAIN_SETTINGS
 
-class started:  # noqa: N801 - used like a function
-    """A bench on fresh nodes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> tuple[Bench, Nodes]:
-        import ray
-
-        from orchestrator.launch import RAY_TRAIN_SETTINGS
-
-        faults_file = self.folder / "faults.json"
-        os.environ |= {**RAY_TRAIN_SETTINGS, VARIABLE: str(faults_file), "RAY_AUTH_MODE": "disabled"}
-        self.nodes = Nodes()
-        ray.init(address=self.nodes.cluster.address, log_to_driver=False)
-        return Bench(self.folder, faults_file), self.nodes
-
-    def __exit__(self, *error: object) -> None:
-        import ray
-
+    folder = tmp_path_factory.mktemp("nodes")
+    faults_file = folder / "faults.json"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**RAY_TRAIN_SETTINGS, VARIABLE: str(faults_file), "RAY_AUTH_MODE": "disabled"}.items():
+            patch.setenv(name, value)
+        nodes = Nodes()
+        ray.init(address=nodes.cluster.address, log_to_driver=False)
+        yield Bench(folder, faults_file), nodes
         ray.shutdown()
-        self.nodes.cluster.shutdown()
-        del os.environ[VARIABLE], os.environ["RAY_AUTH_MODE"]
+        nodes.cluster.shutdown()
 
 
-@pytest.fixture
-def bench_and_nodes(tmp_path: Path) -> Iterator[tuple[Bench, Nodes]]:
-    with started(tmp_path) as both:
-        yield both
+@pytest.fixture(scope="module")
+def control(bench_and_nodes: tuple[Bench, Nodes]) -> Outcome:
+    return bench_and_nodes[0].run()
 
 
 class At:
