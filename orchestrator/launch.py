@@ -19,6 +19,9 @@ import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.node_checks import CREDENTIALS
@@ -43,6 +46,8 @@ RAY_TRAIN_SETTINGS = {
     # How often the controller looks at the workers; its default of 2 s is added to the end of every trial.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # The driver looks for nodes that are to be taken away itself (`draining_nodes`).
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -107,6 +112,18 @@ def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:
     return [{"ray.io/node-id": node} for node, each in shares.items() for _ in range(each)] if shares else None
 
 
+class _BareTorchTrainer(TorchTrainer):  # type: ignore[misc]
+    """Without the helpers of Ray Train that are of no use here: each is a process to start before a worker can.
+
+    The placement group cleaner asks the dashboard whether the controller lives. Where there is none, in a cluster of
+    our own, that question holds up the end of every attempt for 12 s; `_clear_placement_groups` does its work.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+
 class WorkerGroup:
     """The workers of one attempt: started once, in a thread of its own, and ended for certain.
 
@@ -122,7 +139,7 @@ class WorkerGroup:
 
         # How long Ray Train waits for resources, after a node was lost for example; read when the trainer starts.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.timeouts["setup"])
-        self._make_trainer: Callable[[Any], Any] = lambda nodes: TorchTrainer(
+        self._make_trainer: Callable[[Any], Any] = lambda nodes: _BareTorchTrainer(
             train_loop_per_worker,
             train_loop_config={"plan": plan, "attempt": attempt, "telemetry": telemetry},
             scaling_config=ScalingConfig(
@@ -177,6 +194,7 @@ class WorkerGroup:
 
     def _fit(self) -> None:
         try:
+            _clear_placement_groups()
             nodes = self._wait_for_nodes()
             if nodes:
                 self._make_trainer(nodes).fit()
@@ -201,6 +219,14 @@ def draining_nodes() -> set[str]:
     """Nodes that are to be taken away soon: a spot instance's notice, a node that is scaled down."""
     # What Ray Train's own preemption watcher asks; asked from here, it costs the workers no barrier.
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def _clear_placement_groups() -> None:
+    """Gives back what a controller that was killed still holds: a job keeps its placement groups to its end."""
+    job = ray.get_runtime_context().get_job_id()
+    for group, values in ray.util.placement_group_table().items():
+        if group.endswith(job) and values["state"] != "REMOVED":  # the last bytes of its id are the job's that made it
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _end_process(pid: int) -> None:
