@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from ray.train import TrainingFailedError
-from ray.train.v2.api.exceptions import PreemptionError
 
 from orchestrator.launch import WorkerGroup, draining_nodes
 from orchestrator.policy import NOT_COUNTED, Policy, root_cause
@@ -98,7 +97,7 @@ class _Trial:
         Returns:
             What ended it, None when training is done; and why there must be no other start, "" when there may be.
         """
-        self.pump.order("run", self.number)
+        self.pump.begin(self.number)
         earlier = [event for event in self.pump.events if event.trial == self.plan.name]
         attempt = Attempt(self.number, began(earlier) if self.number else None)
         group = WorkerGroup(self.plan, attempt, self.pump.actor, self.ray_dir)
@@ -107,13 +106,16 @@ class _Trial:
         finished = self._last(LoopFinished)
         if finished and finished.reason in ("target", "max_iter"):
             return None, ""
+        if self.pump.lost:
+            message = "the actor that takes the workers' events was lost"
+            self.pump.tell(self._failure("communication", -1, message))
         self._tell_lost(group.error)
         cause = root_cause(self._own(WorkerFailed))
-        if preempted or (finished and finished.reason == "preempted") or isinstance(group.error, PreemptionError):
-            return self._failure(NOT_COUNTED, -1, "a node is being taken away", None), ""
+        if preempted or (finished and finished.reason == "preempted"):
+            return self._failure(NOT_COUNTED, -1, "a node is being taken away"), ""
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
-            cause = self._failure("unknown", -1, message, None)
+            cause = self._failure("unknown", -1, message)
             if not self.stop.requested:
                 self.pump.tell(cause)
         return cause, self.policy.give_up(cause, self._own(Event))
@@ -130,7 +132,7 @@ class _Trial:
                 if not self._own(LoopStarted):  # nothing has been trained that a checkpoint could keep
                     group.end()
                     break
-            if self.stop.overdue:
+            if self.stop.overdue or self.pump.lost:
                 group.end()
                 break
             if not preempted and not stopping and time.monotonic() >= next_drain_look:
@@ -141,7 +143,7 @@ class _Trial:
             stuck = watchdog.look(self.pump.heartbeats, self.pump.drained)
             if stuck:
                 for one in stuck:
-                    self.pump.tell(self._failure("stuck", one.rank, one.message, one.last))
+                    self.pump.tell(self._failure("stuck", one.rank, one.message, one.last, one.began))
                 ranks = {one.rank for one in stuck}
                 group.kill([worker for worker in self._own(WorkerStarted) if worker.rank in ranks])
                 if not group.wait(self.plan.timeouts["heartbeat"]):
@@ -161,9 +163,12 @@ class _Trial:
             out_of_memory = "OOM" in str(reason) and "memory pressure" in str(reason)
             kind = "out_of_memory" if out_of_memory else "worker_lost"
             message = f"its process died: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
-            self.pump.tell(self._failure(kind, rank, message, sign.heartbeat if sign else None))
+            last, began = (sign.heartbeat, sign.received) if sign else (None, None)
+            self.pump.tell(self._failure(kind, rank, message, last, began))
 
-    def _failure(self, kind: str, rank: int, message: str, last: Heartbeat | None) -> WorkerFailed:
+    def _failure(
+        self, kind: str, rank: int, message: str, last: Heartbeat | None = None, began: float | None = None
+    ) -> WorkerFailed:
         return WorkerFailed(
             trial=self.plan.name,
             attempt=self.number,
@@ -174,6 +179,7 @@ class _Trial:
             section=last.section if last else "setup",
             message=message,
             image_files=last.image_files if last and last.section == "step" else (),
+            began=began,
         )
 
     def _tell(self, kind: type[E], **fields: object) -> E:

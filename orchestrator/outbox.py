@@ -6,6 +6,7 @@ line, left by a crash, is cut off when the file is opened for writing again.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -37,10 +38,16 @@ class Outbox:
             self._write(events)
 
     def _write(self, events: tuple[Event, ...]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{event.to_json()}\n" for event in events)
-            file.flush()
-            os.fsync(file.fileno())
+        content = "".join(f"{event.to_json()}\n" for event in events).encode()
+        with self.path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:  # all or nothing: they will be written again
+                file.truncate(end)
+                raise
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from a byte offset on, each with the offset after it; a line still being written is left."""

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 0.25
 
+ANSWER_SECONDS = 120.0
+"""Longest wait for the actor, on a machine that has far too much to do; after it, the actor counts as lost."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sign:
@@ -88,23 +91,20 @@ class EventPump:
 
     Attributes:
         events: All events of the run.
+        actor: Where the workers of the running attempt send theirs.
+        lost: Whether that died or answers no more; the next attempt gets a new one.
         heartbeats: The last of each rank of the running attempt.
         drained: When they were fetched (Unix seconds).
     """
 
     def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
         self.outbox, self._listeners = outbox, listeners
-        # On the driver's node: the actor lives and dies with the driver, and no spot node takes it away.
-        self.actor: Any = (
-            ray.remote(Telemetry)
-            .options(num_cpus=0, label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()})
-            .remote()
-        )
+        self.events: list[Event] = [event for event, _ in outbox.read()]
         self.heartbeats: dict[int, Sign] = {}
         self.drained = 0.0
-        self.events: list[Event] = [event for event, _ in outbox.read()]
-        self._taken = 0
+        self.lost, self._taken = True, 0
         self._drain_lock = threading.Lock()
+        self._renew()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
         self._thread.start()
@@ -120,28 +120,49 @@ class EventPump:
                 except Exception:
                     logger.exception("a listener failed on %s", event.kind)
 
+    def begin(self, attempt: int) -> None:
+        """Prepares for the workers of a new attempt."""
+        if self.lost:
+            self._renew()
+        self.heartbeats = {}
+        self.order("run", attempt)
+
     def order(self, command: Command, attempt: int) -> None:
-        """Tells all workers of an attempt to go on or to end."""
-        ray.get(self.actor.order.remote(command, attempt), timeout=30)
+        """Tells all workers of an attempt to go on or to end; the actor takes calls in their order."""
+        self.actor.order.remote(command, attempt)
 
     def drain(self) -> None:
         """Moves what is there now."""
         with self._drain_lock:
-            drained = ray.get(self.actor.drain.remote(self._taken), timeout=30)
-            events, self._taken, self.heartbeats, self.drained = drained
+            if self.lost:
+                return
+            try:
+                drained = ray.get(self.actor.drain.remote(self._taken), timeout=ANSWER_SECONDS)
+            except ray.exceptions.RayError as error:  # GetTimeoutError among them
+                logger.warning("the actor that takes the workers' events is lost: %s", error)
+                self.lost = True
+                return
+            events, taken, self.heartbeats, self.drained = drained
             if events:
                 self.tell(*events)
+            self._taken = taken
 
     def close(self) -> None:
         """Moves the rest and ends the thread."""
         self._ended.set()
         self._thread.join(timeout=60)
 
+    def _renew(self) -> None:
+        # On the driver's node: the actor lives and dies with the driver, and no spot node takes it away.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self.actor: Any = ray.remote(Telemetry).options(num_cpus=0, label_selector=here).remote()
+        self.lost, self._taken = False, 0
+
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
                 self.drain()
-            except Exception as error:
-                logger.warning("events could not be fetched from the workers' side: %s", error)
+            except OSError as error:
+                logger.warning("events could not be written down: %s", error)
                 time.sleep(1)
             self._ended.wait(DRAIN_SECONDS)

@@ -29,11 +29,13 @@ class Stuck:
         rank: Which.
         message: What it does or does not do, and for how long.
         last: Its last heartbeat; None where it never sent one.
+        began: Since when it is so (Unix seconds of the driver's host).
     """
 
     rank: int
     message: str
     last: Heartbeat | None
+    began: float
 
 
 class Watchdog:
@@ -65,7 +67,7 @@ class Watchdog:
 
     def _find(self, signs: dict[int, Sign], now: float) -> list[Stuck]:
         silent = [
-            Stuck(rank, f"no sign of life for {now - sign.received:.0f} s", sign.heartbeat)
+            Stuck(rank, f"no sign of life for {now - sign.received:.0f} s", sign.heartbeat, sign.received)
             for rank, sign in signs.items()
             if sign.heartbeat.part != ENDED and now - sign.received > self._timeouts["heartbeat"]
         ]
@@ -74,16 +76,18 @@ class Watchdog:
         if now - self._started > self._timeouts["setup"]:
             absent = [rank for rank in range(self._world_size) if rank not in signs]
             if absent:
-                return [Stuck(rank, f"did not start within {now - self._started:.0f} s", None) for rank in absent]
+                message = f"did not start within {now - self._started:.0f} s"
+                return [Stuck(rank, message, None, self._started) for rank in absent]
         slow = {rank: sign for rank, sign in signs.items() if self._overdue(sign, now)}
         if not slow:
             return []
         # Whoever waits for the others is overdue as well: the least advanced rank is the one they wait for.
         behind = min(_progress(sign.heartbeat) for sign in signs.values() if sign.heartbeat.part != ENDED)
         return [
-            Stuck(rank, _where(sign.heartbeat, sign.seconds_in_section(now)), sign.heartbeat)
+            Stuck(rank, _where(sign.heartbeat, seconds), sign.heartbeat, now - seconds)
             for rank, sign in signs.items()
             if _progress(sign.heartbeat) == behind
+            for seconds in [sign.seconds_in_section(now)]
         ]
 
     def _overdue(self, sign: Sign, now: float) -> bool:

@@ -75,7 +75,8 @@ class CheckpointStore:
         on_saved: Called from the writing thread for every checkpoint that is complete.
         on_failed: Called from the writing thread with the iteration and the reason when one could not be written, and
             training goes on; None raises StorageError at the next save instead.
-        before_valid: Called from the writing thread before a checkpoint becomes valid.
+        before_valid: Called from the writing thread before a checkpoint becomes valid; returns whether it may: what
+            happened before it must not be lost with whoever was told.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class CheckpointStore:
         attempt: int,
         on_saved: Callable[[Saved], None],
         on_failed: Callable[[int, str], None] | None = None,
-        before_valid: Callable[[], None] = lambda: None,
+        before_valid: Callable[[], bool] = lambda: True,
     ) -> None:
         self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
         self._local = isinstance(self._files, pyarrow.fs.LocalFileSystem)
@@ -176,7 +177,9 @@ class CheckpointStore:
                 "score": snapshot.score,
                 "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
             }
-            self._before_valid()
+            if not self._before_valid():
+                logger.warning("the checkpoint of iteration %d does not count: the driver lacks its story", iteration)
+                return
             self._check_owner()
             self._put(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
         except OSError as error:

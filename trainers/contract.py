@@ -414,6 +414,8 @@ class WorkerFailed(Event):
         message: What happened, for a person.
         image_files: Images of the batch it happened on.
         traceback: The worker's traceback, or "".
+        began: When it happened, where that was before it was told (Unix seconds of the driver's host): the last sign
+            of life of a process that died, the beginning of what a stuck one is at.
     """
 
     kind: ClassVar[str] = "worker_failed"
@@ -423,6 +425,7 @@ class WorkerFailed(Event):
     message: str
     image_files: tuple[str, ...] = ()
     traceback: str = ""
+    began: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

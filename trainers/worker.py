@@ -25,7 +25,7 @@ ENDED = "ended"
 """Part that a rank's last heartbeat names: it is silent from then on."""
 
 CONFIRM_SECONDS = 30.0
-"""Longest wait for the driver to confirm that it has events; after it, the worker goes on without."""
+"""Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class Channel:
         push: Sends an event without waiting.
         beat: Sends a heartbeat and returns what the driver wants; may take a while, raises when there is no answer.
         flush: Waits until all that this rank has pushed has left its process.
-        kept: Waits until all that has arrived from any rank is on the driver's disk.
+        kept: Waits until all that has arrived from any rank is on the driver's disk; returns whether it is.
     """
 
     push: Callable[[Event], None]
     beat: Callable[[Heartbeat], Command]
     flush: Callable[[], None] = lambda: None
-    kept: Callable[[], None] = lambda: None
+    kept: Callable[[], bool] = lambda: True
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -92,25 +92,32 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         # Calls of one process are answered in their order: when this one is, all that was pushed before has arrived.
         return int(ray.get(telemetry.arrived.remote(), timeout=CONFIRM_SECONDS))
 
-    def kept() -> None:
+    def flush() -> None:
+        _answer(arrived)
+
+    def kept() -> bool:
         number, deadline = arrived(), time.monotonic() + CONFIRM_SECONDS
-        while ray.get(telemetry.written.remote(), timeout=CONFIRM_SECONDS) < number and time.monotonic() < deadline:
+        while ray.get(telemetry.written.remote(), timeout=CONFIRM_SECONDS) < number:
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.05)
+        return True
 
     channel = Channel(
         push=lambda event: telemetry.push.remote(event),
         beat=lambda heartbeat: ray.get(telemetry.beat.remote(heartbeat), timeout=10),
-        flush=lambda: _try(arrived),
-        kept=lambda: _try(kept),
+        flush=flush,
+        kept=lambda: bool(_answer(kept)),
     )
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
     Rank(config["plan"], config["attempt"], placement, channel).train(entered)
 
 
-def _try(confirm: Callable[[], object]) -> None:
-    """Training does not end because the driver is away for a while; it ends the run itself if it stays away."""
+def _answer(ask: Callable[[], int]) -> int | None:
+    """What the driver says; training does not end because it is away for a while, it ends the run if it stays away."""
     try:
-        confirm()
+        return ask()
     except Exception as error:
         logger.warning("the driver does not confirm what it has: %r", error)
+        return None

@@ -35,6 +35,7 @@ def test_the_rank_that_the_others_wait_for_is_blamed() -> None:
     found = verdict(sign(0, "step", "backward", 7, since=85), sign(1, "step", "forward", 7, since=85))
     assert [one.rank for one in found] == [1]
     assert found[0].message == "step (forward) of iteration 7 has taken 18 s"
+    assert found[0].began == 85, "on the driver's clock"
 
 
 def test_a_rank_that_waits_at_the_end_of_a_window_is_not_blamed() -> None:
@@ -50,7 +51,7 @@ def test_a_rank_that_has_gone_on_to_the_next_step_is_not_blamed() -> None:
 def test_a_process_without_a_sign_of_life_is_blamed_before_those_that_wait_for_it() -> None:
     found = verdict(sign(0, "step", "backward", 7, since=80), sign(1, "step", "optimizer", 7, since=94, at=94))
     assert [one.rank for one in found] == [1]
-    assert "no sign of life" in found[0].message
+    assert "no sign of life" in found[0].message and found[0].began == 94
 
 
 def test_a_long_evaluation_is_not_a_long_step() -> None:

@@ -65,13 +65,22 @@ def test_what_changes_after_the_snapshot_is_not_in_it(tmp_path: Path) -> None:
 
 def test_writing_goes_on_beside_training(tmp_path: Path) -> None:
     training, written = threading.Event(), []
-    target = store(tmp_path, on_saved=written.append, before_valid=lambda: training.wait(10) and None)
+    target = store(tmp_path, on_saved=written.append, before_valid=lambda: training.wait(10))
     target.save(1, state(1), None)
     assert written == [], "the write cannot be done: it waits for training to go on"
     training.set()
     target.wait()
     (saved,) = written
     assert isinstance(saved, Saved) and saved.stall_seconds < saved.write_seconds
+
+
+def test_a_checkpoint_whose_story_the_driver_lacks_does_not_count(tmp_path: Path) -> None:
+    told = iter([True, False, True])
+    target = store(tmp_path, keep=3, before_valid=lambda: next(told))
+    save(target, 3, 6)
+    assert newest(tmp_path) == 3
+    save(target, 9)
+    assert newest(tmp_path) == 9
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
