@@ -129,3 +129,5 @@ class Restart(_Record):
     """Iterations that had to be trained again."""
     downtime_seconds: float | None = None
     """From the last sign of progress before the failure to the first batch asked for after it."""
+    recovery_seconds: float | None = None
+    """From the failure to the end of the first step trained after it; null where nothing failed: a resumed run."""

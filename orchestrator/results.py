@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from orchestrator.policy import root_cause
 from orchestrator.records import (
     CurvePoint,
     Evaluation,
@@ -263,6 +264,9 @@ def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart
             continue
         before = [stay for stay in attempts if stay.attempt < event.attempt]
         after = next((stay for stay in attempts if stay.attempt == event.attempt), None)
+        cause = root_cause([e for e in events if e.attempt == event.attempt - 1])
+        failed = (cause.began or cause.time) if cause and cause.failure == event.failure else None
+        next_step = after.started + after.steps[0].step_seconds[0] if after and after.steps else None
         found.append(
             Restart(
                 attempt=event.attempt,
@@ -270,6 +274,7 @@ def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart
                 message=event.message,
                 lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
                 downtime_seconds=after.started - before[-1].last_progress if after and before else None,
+                recovery_seconds=next_step - failed if next_step is not None and failed is not None else None,
             )
         )
     return found

@@ -467,6 +467,8 @@ def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
         tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}
     for restart in result.restarts:
         down = f"{restart.downtime_seconds:.1f} s down" if restart.downtime_seconds is not None else "not up again"
+        if restart.recovery_seconds is not None:
+            down += f", {restart.recovery_seconds:.1f} s from the failure to the next step"
         tags[f"restart.{restart.attempt}"] = (
             f"{restart.cause}: {restart.message}; {restart.lost_iterations} iterations lost, {down}"
         )

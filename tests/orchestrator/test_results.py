@@ -6,7 +6,7 @@ from orchestrator.page import KINDS, OTHER_DEFINITIONS
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
 from tests.conftest import ROOT
 from tests.orchestrator.made_trials import Story, plan, trained
-from trainers.contract import Event, event_from_json
+from trainers.contract import Event, WorkerFailed, event_from_json
 
 
 def _result(story: Story) -> TrialResult:
@@ -118,6 +118,9 @@ def _restarted() -> Story:
     story.checkpoint(20.5, 4, 0.5)
     for rank in (0, 1):
         story.steps(22.5, 4, 0.75, 1.25, rank=rank)
+    lost = {"failure": "worker_lost", "iteration": 6, "section": "step", "message": "is gone"}
+    story.tell(WorkerFailed, 24.0, failure="communication", iteration=6, section="step", message="peer closed")
+    story.tell(WorkerFailed, 25.0, rank=1, **lost, began=story.epoch + 23.5)
     story.restarted(30.0, iteration=6)
     story.workers(35.0)
     story.loop(37.0, iteration=4, setup_seconds=2.0)
@@ -134,6 +137,8 @@ def test_a_restart_in_the_middle_stays_on_the_seed_clock_and_is_told_by_itself()
     assert result.time_to_train_seconds == pytest.approx(43 - 10)
     assert result.downtime_seconds == pytest.approx(37 - 22.5)
     assert result.num_restarts == 1 and result.restarts[0].lost_iterations == 2
+    # From the last sign of life of the rank that was lost to the end of the first step of the next attempt.
+    assert result.restarts[0].recovery_seconds == pytest.approx(37 + 1 - 23.5)
     assert result.lost_work_seconds == pytest.approx(2.0)
     assert result.iterations == 8
     _adds_up(result)
