@@ -94,6 +94,9 @@ def throughput(material: Material) -> Drawing:
     if len(sizes) > 1:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
+        low, high = axes.get_ylim()
+        if high < 8 * low:  # powers of 2 would be two labels, or one
+            axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -131,8 +134,7 @@ def _accuracy(material: Material, over_time: bool) -> Drawing:
         axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (1, 2)))
         text = f"target, {' and '.join(parts)}: {target:g}"
         axes.annotate(
-            text, (1, target), (-2, -3), xycoords=("axes fraction", "data"), textcoords="offset points", size=8,
-            ha="right", va="top",
+            text, (0, target), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points", size=8,
         )  # fmt: skip
     handles = [
         Line2D([], [], color=color_of(position), label=material.stories[position].label)
@@ -205,8 +207,8 @@ def step_times(material: Material) -> Drawing:
     for percent in (50, 95):
         axes.axhline(percent, color=MUTED, linewidth=0.8, linestyle=":")
         axes.annotate(
-            f"p{percent}", (1, percent), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", size=8, color=MUTED,
+            f"p{percent}", (0, percent), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+            size=8, color=MUTED,
         )  # fmt: skip
     if longest > 4 * max(middle):
         axes.set_xscale("log")
@@ -336,7 +338,8 @@ def time_line(material: Material) -> Drawing:
                 axes.annotate(text, (at, row - 0.42), (4, 0), textcoords="offset points", size=7.5, va="center")
     names = {"backward": "training"}
     patches = [swatch(SECTION_COLORS[n], names.get(n, n)) for n in SECTION_COLORS if n in used]
-    patches.append(Line2D([], [], color=INK, linestyle="", marker="v", markersize=5, label="restart"))
+    if any(isinstance(event, TrialRestarted) for story in stories for event in story.events):
+        patches.append(Line2D([], [], color=INK, linestyle="", marker="v", markersize=5, label="restart"))
     axes.set_yticks(range(len(stories)), [story.label for story in stories])
     axes.set_ylim(len(stories) - 0.5, -0.75)
     axes.grid(axis="y", visible=False)
