@@ -64,7 +64,7 @@ mlflow-server: install  ## MLflow on PostgreSQL, with a password; SERVER='--host
 submit: install  ## CONFIG as a job of the cluster at ADDRESS; Ctrl-C leaves it running
 	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . --runtime-env cluster/job.yaml \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD)", "submitted_by": "$(shell whoami)"}' \
-		-- python -m orchestrator.run $(CONFIG)
+		-- exec python -m orchestrator.run $(CONFIG)
 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
 	$(BIN)/python -m orchestrator.spec > configs/experiment.schema.json

@@ -103,7 +103,7 @@ class ClusterOfHosts:
         values["storage"] |= {"path": f"{SHARED}/runs"}
         (self.shared / f"{name}.yaml").write_text(yaml.safe_dump(values))
         log = self.folder / f"{name}.log"
-        run = f"python -m orchestrator.run {SHARED}/{name}.yaml --output {SHARED}/runs/{name}"
+        run = f"exec python -m orchestrator.run {SHARED}/{name}.yaml --output {SHARED}/runs/{name}"
         metadata = json.dumps({"git_commit": "c0ffee", "submitted_by": "tests"})
         sender = self.laptop.start(
             f"cd {ROOT} && ray job submit --address {JOB_SERVER} --submission-id {name} --working-dir . "

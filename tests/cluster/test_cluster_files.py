@@ -152,7 +152,9 @@ def test_the_kuberay_job_is_what_the_launcher_would_start() -> None:
     spec = manifest["spec"]
     cluster = spec["rayClusterSpec"]
     assert manifest["apiVersion"] == "ray.io/v1"
-    assert "orchestrator.run" in spec["entrypoint"]
+    # Ray waits for the job's process to be gone: a shell's child would outlive it as a zombie (see docs/cluster.md, Jobs).
+    assert spec["entrypoint"].startswith("exec python -m orchestrator.run")
+    assert "-- exec python -m orchestrator.run" in (ROOT / "Makefile").read_text()
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == yaml.safe_load((ROOT / "cluster/job.yaml").read_text())
     (workers,) = cluster["workerGroupSpecs"]
     assert (workers["minReplicas"], workers["maxReplicas"]) == (0, 4)

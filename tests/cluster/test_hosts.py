@@ -88,8 +88,10 @@ def test_a_stopped_job_ends_cleanly(cluster: ClusterOfHosts) -> None:
     long = {"kind": "throughput", "iterations": 2000, "warmup_iterations": 2}
     job = cluster.submit("stopped", tiny_experiment(trials={"world_sizes": [4], "scaling": "strong"}, protocol=long))
     job.wait_for_iteration(10)
+    asked = time.monotonic()
     cluster.laptop.check(f"ray job stop --address {JOB_SERVER} stopped")
-    assert "STOPPED" in cluster.laptop.check(f"ray job status --address {JOB_SERVER} stopped")
+    assert time.monotonic() - asked < 100, "it was killed at the end of its grace time"
+    assert "was stopped" in cluster.laptop.check(f"ray job status --address {JOB_SERVER} stopped")
     (trial,) = job.trials()
     assert trial["status"] == "KILLED" and 10 <= trial["iterations"] < 2000
     last = max(event["iteration"] for event in job.events("checkpoint_saved"))
