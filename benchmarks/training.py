@@ -81,10 +81,15 @@ def run_process(command: list[str], cpus: int) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
+def _within(plan: TrialPlan, folder: str) -> TrialPlan:
+    """The plan with all that it writes in a folder: a checkpoint left by another run would be gone on from."""
+    return dataclasses.replace(plan, trial_dir=f"{folder}/trial", checkpoint_dir=f"{folder}/checkpoints")
+
+
 def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
     """Images per second of our worker, warm-up left out, started without Ray."""
     with tempfile.TemporaryDirectory() as folder:
-        write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+        write_plan(_within(plan, folder), Path(folder, "plan.json"))
         command = [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
         run_process(command, plan.cpus_per_worker)
         lines = Path(folder, "events").read_text(encoding="utf-8").splitlines()
@@ -95,7 +100,7 @@ def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
 def peer_result(plan: TrialPlan, *flags: str) -> dict[str, Any]:
     """What plain detectron2 measured on a plan."""
     with tempfile.TemporaryDirectory() as folder:
-        write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+        write_plan(_within(plan, folder), Path(folder, "plan.json"))
         command = [sys.executable, "-m", "benchmarks.peer", f"{folder}/plan.json", f"{folder}/result.json", *flags]
         run_process(command, plan.cpus_per_worker)
         result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
@@ -136,7 +141,7 @@ def evaluation() -> Row:
 
     def side(which: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            write_plan(dataclasses.replace(plan, trial_dir=f"{folder}/trial"), Path(folder, "plan.json"))
+            write_plan(_within(plan, folder), Path(folder, "plan.json"))
             result = Path(folder, "result.json")
             command = [sys.executable, "-m", "benchmarks.evaluating", f"{folder}/plan.json", str(result), which]
             run_process(command, plan.cpus_per_worker)

@@ -24,12 +24,15 @@ class Recipe:
         channels_last: Keep images, activations and convolution weights in NHWC memory order. Rounding.
         compile: Compile the backbone with `torch.compile` at the first step: tens of seconds, and again for each new
             image size. Rounding.
+        winograd: On CPU, convolutions with fewer multiplications (trainers/convolution.py); needs `channels_last` and
+            fp32. Rounding.
         sparse_pooling: On CPU, ROIAlign as one sparse product (trainers/roi_pooling.py). Rounding.
         mapper: Who reads and augments images: detectron2, or trainers/fast_mapper.py (one grey level at most).
         packed_masks: Draw mask targets an image at a time (trainers/mask_targets.py). The same, bit for bit.
         cached_annotations: Keep parsed annotations in a mapped file (trainers/dataset_cache.py). The same records.
         batched_clipping: Clip all gradients at once instead of one by one. The same, bit for bit.
         fused_optimizer: One kernel for the whole update of SGD. Rounding.
+        kept_memory: On CPU, keep freed memory for the next step (mallopt of glibc) instead of giving it back. The same.
         quiet_heads: Leave out the heads' training statistics, which fetch figures from the device in every step and
             which nobody reads here. The same losses.
         gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
@@ -43,12 +46,14 @@ class Recipe:
     tf32: bool = False
     channels_last: bool = False
     compile: bool = False
+    winograd: bool = False
     sparse_pooling: bool = False
     mapper: Mapper = "detectron2"
     packed_masks: bool = False
     cached_annotations: bool = False
     batched_clipping: bool = False
     fused_optimizer: bool = False
+    kept_memory: bool = False
     quiet_heads: bool = False
     gradient_views: bool = False
     pinned_loader: bool = False
@@ -64,6 +69,7 @@ REFERENCE = Recipe(
     packed_masks=True,
     cached_annotations=True,
     batched_clipping=True,
+    kept_memory=True,
     quiet_heads=True,
     gradient_views=True,
     pinned_loader=True,
@@ -76,12 +82,14 @@ FAST = Recipe(
     precision="auto",
     tf32=True,
     channels_last=True,
+    winograd=True,
     sparse_pooling=True,
     mapper="fast",
     packed_masks=True,
     cached_annotations=True,
     batched_clipping=True,
     fused_optimizer=True,
+    kept_memory=True,
     quiet_heads=True,
     gradient_views=True,
     pinned_loader=True,

@@ -7,6 +7,7 @@ recipe.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from detectron2.modeling.roi_heads import fast_rcnn, mask_head
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from trainers import roi_pooling
+from trainers import convolution, roi_pooling
 from trainers.recipes import Precision, Recipe
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,25 @@ def tune_process(recipe: Recipe, device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
         torch.backends.cudnn.allow_tf32 = recipe.tf32
+    if recipe.kept_memory and device.type == "cpu":
+        keep_memory()
     if recipe.quiet_heads:
         mask_head.mask_rcnn_loss = quiet_mask_loss
         fast_rcnn._log_classification_stats = _log_nothing
         logger.info("The heads' training statistics are left out.")
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, where its C library can (glibc).
+
+    glibc gives large blocks back to the system at once, and the next step's activations are then cleared and mapped
+    again, page by page. Values and numbers of the options: mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        kept = mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)
+        logger.info("Freed memory is %s.", "kept" if kept else "given back: mallopt refused")
 
 
 def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -49,6 +65,8 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
         logger.info("%d poolers are sparse products.", roi_pooling.install(model))
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if recipe.winograd and device.type == "cpu" and resolve_precision(recipe.precision, device) == "fp32":
+        logger.info("%d convolutions are Winograd's or matrix products.", convolution.install(model))
     if recipe.compile:
         backbone = getattr(model, "backbone", None)
         if isinstance(backbone, nn.Module):
@@ -64,6 +82,10 @@ def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recip
     operations each. The subclass is exchanged for one that clips all of them in three.
     """
     clips = cfg.SOLVER.CLIP_GRADIENTS
+    if recipe.fused_optimizer and isinstance(optimizer, torch.optim.SGD):
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+        optimizer._step_supports_amp_scaling = True
     if recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm":
         plain: Any = type(optimizer).__mro__[1]
 
@@ -73,10 +95,6 @@ def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recip
             return plain.step(self, closure)
 
         optimizer.__class__ = type(f"{plain.__name__}WithBatchedClip", (plain,), {"step": step})
-    if recipe.fused_optimizer and isinstance(optimizer, torch.optim.SGD):
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
-        optimizer._step_supports_amp_scaling = True
     return optimizer
 
 

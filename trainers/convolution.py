@@ -1,0 +1,253 @@
+"""Convolutions on the CPU with fewer multiplications: Winograd, matrix products, and sparse gradients.
+
+oneDNN has no Winograd kernel for training on CPUs with AVX2, and its backward pass runs at a fifth of the processor's
+speed on large maps. Here, on channels-last maps, where a pixel's channels are a row of a matrix:
+
+- 3 x 3 with stride 1: Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, forward and backward. Matrices of
+  Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.
+- 3 x 3 on maps of a few pixels: one matrix product over the pixels' neighbourhoods.
+- 1 x 1: one matrix product, without a copy.
+- The backward pass of the RPN's convolution: only the sampled anchors have a loss, so nearly all rows of its gradient
+  are zero, and the product over the others is the whole gradient.
+
+The trap this module protects against: rounding that depends on the run. Every sum has a fixed order. Against detectron2
+results differ by rounding, in the fifth digit of the largest value.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, linear, pad
+
+Way = Literal["tiles", "rows", "torch"]
+
+OUTPUT, INPUT = 4, 6
+"""Side of a tile of results, and of the tile of inputs that it depends on."""
+
+FEWEST_TILES, FEWEST_CHANNELS = 48, 128
+"""Below, transforming the weights or the pixels costs more than is saved (measured; docs/performance.md)."""
+
+MOST_ROWS = 128
+"""Up to so many results, a product over neighbourhoods is faster than oneDNN (measured)."""
+
+SPARSE = 0.2
+"""Up to this share of rows with a gradient, the product over these rows alone is faster than Winograd (measured)."""
+
+_INPUT = torch.tensor(
+    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+     [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]], dtype=torch.float64)  # fmt: skip
+_WEIGHT = torch.tensor(
+    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
+     [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]], dtype=torch.float64)  # fmt: skip
+_OUTPUT = torch.tensor(
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    dtype=torch.float64)  # fmt: skip
+# Both directions of an image at once: one matrix product transforms all tiles and channels.
+OF_INPUT, OF_WEIGHT, OF_OUTPUT = (torch.kron(m, m).float().contiguous() for m in (_INPUT, _WEIGHT, _OUTPUT))
+
+
+def install(model: nn.Module) -> int:
+    """Exchanges how a CPU model's convolutions are computed, in place; checkpoints stay as they are.
+
+    Returns:
+        How many convolutions are computed here from now on; 7 x 7, dilated and grouped ones stay torch's.
+    """
+    found = [module for module in model.modules() if type(module) is Conv2d and _can_compute(module)]
+    rpn = getattr(getattr(model, "proposal_generator", None), "rpn_head", None)
+    sparse = {id(module) for module in rpn.modules()} if rpn is not None else set()
+    for module in found:
+        module.sparse_gradient = id(module) in sparse  # type: ignore[assignment]
+        module.forward = MethodType(_forward, module)
+    return len(found)
+
+
+def _can_compute(module: Conv2d) -> bool:
+    sides = (module.kernel_size, module.padding)
+    return (
+        sides in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+        and module.stride in ((1, 1), (2, 2))
+        and module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+    )
+
+
+def _forward(self: Conv2d, x: Tensor) -> Tensor:
+    """detectron2's `Conv2d.forward`, its convolution computed here."""
+    if self.kernel_size == (1, 1):
+        x = _one_by_one(x, self.weight, self.bias, self.stride[0])
+    else:
+        x = three_by_three(x, self.weight, self.bias, self.stride[0], self.sparse_gradient)
+    if self.norm is not None:
+        x = self.norm(x)
+    return x if self.activation is None else self.activation(x)
+
+
+def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    pixels = x.permute(0, 2, 3, 1)[:, ::stride, ::stride]
+    return linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sparse_gradient: bool) -> Tensor:
+    """A convolution with 3 x 3 weights and a border of one zero, by the fastest of three ways.
+
+    Args:
+        x: (N, C, H, W) in 32 bits.
+        weight: (O, C, 3, 3).
+        bias: (O,) or none.
+        stride: 1 or 2.
+        sparse_gradient: Whether to look for results without a gradient in the backward pass.
+
+    Returns:
+        (N, O, H / stride, W / stride), rounded up, in channels-last memory order.
+    """
+    images, channels, height, width = x.shape
+    results = images * -(-height // stride) * -(-width // stride)
+    tiles = images * -(-height // OUTPUT) * -(-width // OUTPUT)
+    way: Way = "torch"
+    if stride == 1 and tiles >= FEWEST_TILES and min(channels, len(weight)) >= FEWEST_CHANNELS:
+        way = "tiles"
+    elif 0 < results <= MOST_ROWS:
+        way = "rows"
+    elif not sparse_gradient:
+        return conv2d(x, weight, bias, stride, padding=1)
+    found: Tensor = _ThreeByThree.apply(x, weight, bias, stride, way, sparse_gradient)
+    return found
+
+
+class _ThreeByThree(torch.autograd.Function):
+    """`three_by_three` by Winograd's tiles, row by row, or by torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, way: Way, sparse_gradient: bool
+    ) -> Tensor:
+        transformed = _of_weight(weight) if way == "tiles" else None
+        ctx.save_for_backward(x, weight, transformed)
+        ctx.stride, ctx.way, ctx.sparse_gradient, ctx.has_bias = stride, way, sparse_gradient, bias is not None
+        if way == "torch":
+            return conv2d(x, weight, bias, stride, padding=1)
+        pixels = x.permute(0, 2, 3, 1)
+        result = _by_rows(pixels, weight, stride) if transformed is None else _by_tiles(pixels, transformed)
+        if bias is not None:
+            result += bias
+        return result.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, transformed = ctx.saved_tensors
+        wants_x: bool = ctx.needs_input_grad[0]
+        pixels, of_results = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
+        rows = of_results.reshape(-1, len(weight))
+        there = (rows != 0).any(1).nonzero()[:, 0] if ctx.sparse_gradient else None
+        if ctx.way == "rows" or (there is not None and len(there) <= SPARSE * len(rows)):
+            of_x, of_weight = _rows_backward(pixels, weight, rows, ctx.stride, there, wants_x)
+        elif ctx.way == "tiles":
+            of_x, of_weight = _tiles_backward(pixels, transformed, of_results, wants_x)
+        else:
+            of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [wants_x, True, False]
+            )
+        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None, None
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """(O, C, 3, 3) weights as (O, 9 C): a view of channels-last weights."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _unflat(flat: Tensor, weight: Tensor) -> Tensor:
+    return flat.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+
+
+def _rows(pixels: Tensor) -> Tensor:
+    """The pixels and a border of one zero as rows of channels."""
+    return pad(pixels, (0, 0, 1, 1, 1, 1)).flatten(0, 2)
+
+
+def _neighbours(pixels: Tensor, stride: int) -> Tensor:
+    """For each result the nine rows of `_rows` that it is made from, (results, 9)."""
+    images, height, width, _ = pixels.shape
+    number = torch.arange(images * (height + 2) * (width + 2)).view(images, height + 2, width + 2)
+    first = number[:, :height:stride, :width:stride].reshape(-1, 1)
+    return first + number[0, :3, :3].reshape(1, 9)
+
+
+def _by_rows(pixels: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The results, (N, H / stride, W / stride, O)."""
+    images, height, width, _ = pixels.shape
+    results = _rows(pixels)[_neighbours(pixels, stride)].flatten(1) @ _flat(weight).t()
+    return results.view(images, -(-height // stride), -(-width // stride), -1)
+
+
+def _rows_backward(
+    pixels: Tensor, weight: Tensor, gradient: Tensor, stride: int, there: Tensor | None, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of pixels and weights from the rows `there` of the results' gradient, (results, O)."""
+    images, height, width, channels = pixels.shape
+    seen, rows = _neighbours(pixels, stride), _rows(pixels)
+    if there is not None:
+        seen, gradient = seen[there], gradient[there]
+    of_weight = _unflat(gradient.t() @ rows[seen].flatten(1), weight)
+    if not wants_x:
+        return None, of_weight
+    spread = (gradient @ _flat(weight)).view(-1, channels)
+    of_rows = torch.zeros_like(rows).index_add_(0, seen.flatten(), spread)
+    of_pixels = of_rows.view(images, height + 2, width + 2, channels)[:, 1:-1, 1:-1]
+    return of_pixels.permute(0, 3, 1, 2), of_weight
+
+
+def _to_tiles(pixels: Tensor) -> Tensor:
+    """All overlapping input tiles of (N, H, W, C) pixels, transformed: (36, tiles, C)."""
+    images, height, width, channels = pixels.shape
+    down, across = -(-height // OUTPUT), -(-width // OUTPUT)
+    padded = pad(pixels, (0, 0, 1, OUTPUT * across + 1 - width, 1, OUTPUT * down + 1 - height))
+    image, row, column, channel = padded.stride()
+    tiles = padded.as_strided(
+        (INPUT, INPUT, images, down, across, channels),
+        (row, column, image, OUTPUT * row, OUTPUT * column, channel),
+    )
+    return (OF_INPUT @ tiles.reshape(INPUT**2, -1)).view(INPUT**2, -1, channels)
+
+
+def _of_weight(weight: Tensor) -> Tensor:
+    """Transformed weights, (36, O, C)."""
+    outputs, channels = weight.shape[:2]
+    return (OF_WEIGHT @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(INPUT**2, outputs, channels)
+
+
+def _by_tiles(pixels: Tensor, weight: Tensor) -> Tensor:
+    """The results, (N, H, W, O), from transformed weights."""
+    images, height, width, _ = pixels.shape
+    down, across, outputs = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[1]
+    products = torch.bmm(_to_tiles(pixels), weight.transpose(1, 2))
+    tiles = (OF_OUTPUT @ products.view(INPUT**2, -1)).view(OUTPUT, OUTPUT, images, down, across, outputs)
+    whole = tiles.permute(2, 3, 0, 4, 1, 5).reshape(images, OUTPUT * down, OUTPUT * across, outputs)
+    return whole[:, :height, :width]
+
+
+def _tiles_backward(pixels: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The transpose of each step of the forward pass, last step first; from transformed weights."""
+    images, height, width, channels = pixels.shape
+    down, across, outputs = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[1]
+    padded = pad(gradient, (0, 0, 0, OUTPUT * across - width, 0, OUTPUT * down - height))
+    tiles = padded.reshape(images, down, OUTPUT, across, OUTPUT, outputs).permute(2, 4, 0, 1, 3, 5)
+    of_products = (OF_OUTPUT.t() @ tiles.reshape(OUTPUT**2, -1)).view(INPUT**2, -1, outputs)
+    of_transformed = torch.bmm(of_products.transpose(1, 2), _to_tiles(pixels))
+    of_weight = (OF_WEIGHT.t() @ of_transformed.view(INPUT**2, -1)).view(3, 3, outputs, channels).permute(2, 3, 0, 1)
+    of_weight = of_weight.contiguous(memory_format=torch.channels_last)
+    if not wants_x:
+        return None, of_weight
+    of_tiles = torch.bmm(of_products, weight)
+    of_tiles = (OF_INPUT.t() @ of_tiles.view(INPUT**2, -1)).view(INPUT, INPUT, images, down, across, channels)
+    whole = of_tiles.new_zeros(images, OUTPUT * down + 2, OUTPUT * across + 2, channels)
+    for i in range(INPUT):
+        for j in range(INPUT):
+            whole[:, i : i + OUTPUT * down : OUTPUT, j : j + OUTPUT * across : OUTPUT] += of_tiles[i, j]
+    return whole[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight
