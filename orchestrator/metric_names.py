@@ -27,6 +27,7 @@ SHOWN_COLUMNS = ("params.`workers`", *(f"metrics.`{name}`" for name in list(HEAD
 
 MLFLOW_UI = "http://localhost:5000"
 """Where `make ui` serves a store that has no server of its own."""
+
 VIEW_KEY = "benchmark"
 """Of the view of MLflow's table of runs that shows them; kept with the experiment, as its "Share" button keeps one."""
 
@@ -83,6 +84,11 @@ def reference_metrics(row: ReferenceRow) -> dict[str, float | None]:
         "coco/box_ap": row.box_ap,
         "coco/mask_ap": row.mask_ap,
     }
+
+
+def table_address(base: str, experiment_id: str) -> str:
+    """Where MLflow shows the experiment's runs in that view."""
+    return f"{base}/experiments/{experiment_id}/runs?viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
 
 
 def mlflow_base(result: ExperimentResult) -> str:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from orchestrator import figures
 from orchestrator.comparison import config_table, differing, environment_table, labels, result_differences
 from orchestrator.figures import Material
-from orchestrator.metric_names import VIEW_KEY, mlflow_base
+from orchestrator.metric_names import mlflow_base, table_address
 from orchestrator.records import Sections
 from orchestrator.run_folder import RunFolder, TrialStory
 from orchestrator.samples import LEAST_SCORE, Sample, sample_pictures
@@ -202,7 +202,7 @@ def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
     references = {name: i for name, i in run.tracking.get("runs", {}).items() if name.startswith("reference/")}
     listed = quote("[" + ",".join(f'"{i}"' for i in [*ids.values(), *references.values()]) + "]")
     compared = f"{base}/compare-runs?runs={listed}&experiments=%5B%22{quote(experiment)}%22%5D"
-    table = f"{base}/experiments/{quote(experiment)}/runs?viewStateShareKey={VIEW_KEY}"
+    table = table_address(base, quote(experiment))
     links = [("Table of all runs", table), ("Compare these trials and the references", compared)]
     if run.result.mlflow_run_id:
         ids = {"This run (parent)": run.result.mlflow_run_id, **ids}

@@ -288,7 +288,7 @@ class Session:
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
         from orchestrator.airank import write_airank_summary
-        from orchestrator.metric_names import VIEW_KEY, mlflow_base
+        from orchestrator.metric_names import mlflow_base, table_address
         from orchestrator.report import try_report
         from orchestrator.table import closing_table
         from trainers.contract import RunEnded
@@ -317,7 +317,7 @@ class Session:
         if report_failure:
             say(report_failure, style="red")
         if tracked:
-            table = f"{mlflow_base(result)}/experiments/{tracker.experiment_id()}/runs?viewStateShareKey={VIEW_KEY}"
+            table = table_address(mlflow_base(result), str(tracker.experiment_id()))
             served = "" if (result.mlflow_tracking_uri or "").startswith("http") else "`make ui`, then "
             say(f"MLflow: {served}{table}")
         else:
