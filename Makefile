@@ -13,7 +13,7 @@ CONFIG ?= configs/scale_out.yaml
 SEEDS ?= 20
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: install demo test test-faults test-cluster test-image chaos check bench ui schema lock image mlflow-server submit
+.PHONY: install demo test test-cluster test-image chaos check bench ui schema lock image mlflow-server submit
 
 install: $(INSTALLED)
 
@@ -31,9 +31,6 @@ test: install
 
 test-cluster: install  ## scenes on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
-
-test-faults: install  ## real runs broken on purpose, a few minutes
-	$(BIN)/python -m pytest -o addopts='-ra' -m 'not soak' tests/faults
 
 test-image: install
 	$(BIN)/python -m pytest -m image tests/cluster

@@ -32,8 +32,8 @@ class Fault:
 
     Attributes:
         kind: `kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `pause`
-            (it sleeps for a few seconds, and time to do something else is gained), `raise` (an exception that nobody
-            expects), `out_of_memory`, `nan` (in the images of the batch).
+            (it sleeps for a few seconds, and time to do something else is gained), `hold` (it sleeps until the file is
+            gone), `raise` (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch).
         rank: Where.
         iteration: When: iterations done.
         attempt: In which attempt; None for every one.
@@ -41,7 +41,7 @@ class Fault:
         part: At which part of a step.
     """
 
-    kind: Literal["kill", "crash", "freeze", "stall", "pause", "raise", "out_of_memory", "nan"]
+    kind: Literal["kill", "crash", "freeze", "stall", "pause", "hold", "raise", "out_of_memory", "nan"]
     rank: int
     iteration: int
     attempt: int | None = 0
@@ -97,6 +97,9 @@ class Injector(Now):
             time.sleep(1)  # a signal to the own process is delivered when the interpreter comes round to it
         elif fault.kind in ("stall", "pause"):
             time.sleep(3600 if fault.kind == "stall" else PAUSE_SECONDS)
+        elif fault.kind == "hold":
+            while self._path.exists():
+                time.sleep(0.1)
         elif fault.kind == "out_of_memory":
             torch.empty(1 << 48, dtype=torch.uint8)
         else:

@@ -98,7 +98,7 @@ class Bench:
         from orchestrator.tracking import Tracker
 
         self._number += 1
-        run_dir = self.folder / f"run{self._number}"
+        run_dir = self.run_dir = self.folder / f"run{self._number}"
         run_dir.mkdir()
         settings = Experiment.model_validate(values or experiment())
         assert settings.data.generated is not None

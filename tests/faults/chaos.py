@@ -17,9 +17,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from orchestrator.results import trial_result
 from orchestrator.spec import Faults, Timeouts
 from tests.faults.bench import ITERATIONS, Bench, Outcome
-from trainers.contract import Event, StepsDone, TrialRestarted
+from trainers.contract import Event, TrialRestarted
 from trainers.faults import VARIABLE, Fault
 
 KINDS = {"kill": 6, "crash": 2, "raise": 2, "freeze": 1, "stall": 1}
@@ -28,7 +29,7 @@ KINDS = {"kill": 6, "crash": 2, "raise": 2, "freeze": 1, "stall": 1}
 DAMAGE_SHARE = 0.25
 """Share of restarts before which the newest checkpoint is damaged."""
 
-TIMEOUTS = Timeouts(step=20, heartbeat=20)
+TIMEOUTS = Timeouts(step=10, heartbeat=10)
 
 
 def draw(chance: random.Random, mean_iterations: float) -> list[Fault]:
@@ -50,28 +51,17 @@ def draw(chance: random.Random, mean_iterations: float) -> list[Fault]:
 class Damage:
     """Flips a byte of the newest checkpoint before some of the restarts."""
 
-    def __init__(self, chance: random.Random, folder: Path) -> None:
-        self.chance, self.folder, self.count = chance, folder, 0
+    def __init__(self, chance: random.Random, bench: Bench) -> None:
+        self.chance, self.bench, self.count = chance, bench, 0
 
     def __call__(self, event: Event) -> None:
-        states = sorted(self.folder.glob("*/*/checkpoints/iter_*/state-*.pt"), key=lambda path: path.stat().st_mtime)
-        if isinstance(event, TrialRestarted) and states and self.chance.random() < DAMAGE_SHARE:
-            content = bytearray(states[-1].read_bytes())
+        valid = sorted(self.bench.run_dir.glob("*/checkpoints/iter_*/manifest.json"))
+        if isinstance(event, TrialRestarted) and valid and self.chance.random() < DAMAGE_SHARE:
+            state = max(valid[-1].parent.glob("state-*.pt"))
+            content = bytearray(state.read_bytes())
             content[self.chance.randrange(len(content))] ^= 0xFF
-            states[-1].write_bytes(content)
+            state.write_bytes(content)
             self.count += 1
-
-
-def recovery_seconds(outcome: Outcome) -> list[float]:
-    """For every fault that was followed by another attempt, the time from it to the end of the next step."""
-    found = []
-    for attempt in {event.attempt for event in outcome.of(StepsDone)} - {0}:
-        before = [fault["time"] for fault in outcome.fired if fault["attempt"] == attempt - 1]
-        first = min(
-            (event for event in outcome.of(StepsDone) if event.attempt == attempt), key=lambda event: event.time
-        )
-        found.append(first.time - first.seconds + first.step_seconds[0] - max(before))
-    return found
 
 
 def broken(outcome: Outcome, control: Outcome) -> list[str]:
@@ -93,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="how many runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--mean-iterations", type=float, default=5.0, help="mean time between failures, in iterations")
+    parser.add_argument("--mean-iterations", type=float, default=10.0, help="mean time between failures, in iterations")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         faults_file = Path(folder) / "faults.json"
@@ -104,7 +94,7 @@ def main() -> int:
         bench = Bench(Path(folder), faults_file)
         control = bench.run()
         print(f"control: state {control.state[:12]}, {sum(control.rows.values())} metric rows\n")
-        print("| seed | faults that fired | checkpoints damaged | restarts | recovery, median s | run s | verdict |")
+        print("| seed | faults: kind rank@iteration | damaged | restarts | recovery, s | run, s | verdict |")
         print("|---|---|---|---|---|---|---|")
         recoveries: list[float] = []
         kinds: Counter[str] = Counter()
@@ -112,7 +102,7 @@ def main() -> int:
         for seed in range(options.first, options.first + options.seeds):
             chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
             faults = draw(chance, options.mean_iterations)
-            damage = Damage(chance, Path(folder))
+            damage = Damage(chance, bench)
             started = time.monotonic()
             outcome = bench.run(
                 *faults, policy=Faults(max_failures=20), timeouts=TIMEOUTS.model_dump(), listeners=[damage]
@@ -123,19 +113,19 @@ def main() -> int:
             if {(fault["attempt"], fault["kind"]) for fault in outcome.fired} != due:
                 problems.append("not every fault fired")
             failed += bool(problems)
-            recoveries += (own := recovery_seconds(outcome))
+            restarts = trial_result(outcome.plan, outcome.events).restarts
+            recoveries += (own := [r.recovery_seconds for r in restarts if r.recovery_seconds is not None])
             kinds += Counter(fault["kind"] for fault in outcome.fired)
             what = ", ".join(f"{fault['kind']} {fault['rank']}@{fault['iteration']}" for fault in outcome.fired)
-            median = f"{statistics.median(own):.1f}" if own else "–"
-            restarts = len(outcome.of(TrialRestarted))
+            took = ", ".join(f"{each:.0f}" for each in own) or "–"
             verdict = "; ".join(problems) or "held"
-            row = (seed, what or "none", damage.count, restarts, median, f"{seconds:.0f}", verdict)
+            row = (seed, what or "none", damage.count, len(restarts), took, f"{seconds:.0f}", verdict)
             print(f"| {' | '.join(map(str, row))} |", flush=True)
         print(f"\n{options.seeds - failed} of {options.seeds} seeds held all invariants; {sum(kinds.values())} faults:")
         print(", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) or "none")
         if recoveries:
             worst, middle = max(recoveries), statistics.median(recoveries)
-            print(f"recovery, from the fault to the end of the next step: median {middle:.1f} s, worst {worst:.1f} s")
+            print(f"recovery, from the failure to the end of the next step: median {middle:.1f} s, worst {worst:.1f} s")
         import ray
 
         ray.shutdown()

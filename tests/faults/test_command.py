@@ -27,6 +27,9 @@ from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train
 
+HEARD_SECONDS = 5.0
+"""How long it takes at most until a signal to the driver is known to its workers."""
+
 
 @dataclasses.dataclass
 class Command:
@@ -61,10 +64,10 @@ class Command:
 
 @contextmanager
 def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator[Command]:
-    """The command, waited for until its rank 0 pauses at an iteration; nothing of it is alive afterwards."""
+    """The command, held at an iteration of rank 0 until some seconds after; nothing of it is alive in the end."""
     config = write_experiment(folder, values)
     faults = folder / "faults.json"
-    faults.write_text(json.dumps([dataclasses.asdict(Fault("pause", rank=0, iteration=iteration))]))
+    faults.write_text(json.dumps([dataclasses.asdict(Fault("hold", rank=0, iteration=iteration))]))
     arguments = [sys.executable, "-m", "orchestrator.run", str(config), "--output", str(folder / "run")]
     env = {**os.environ, VARIABLE: str(faults)}
     process = subprocess.Popen(
@@ -85,6 +88,8 @@ def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("RayTrainWorker" in " ".join(member.cmdline()) for member in family)
         yield Command(folder, process)
+        time.sleep(HEARD_SECONDS)
+        faults.unlink()
         process.communicate(timeout=120)
         if process.returncode == -signal.SIGKILL:
             # Ray's agents of a driver that was killed look for their parent at leisure; what trains must be gone.
@@ -108,8 +113,12 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def resume(command: Command) -> subprocess.CompletedProcess[str]:
+    return run_command("--resume", command.run_dir, "--quiet", cwd=command.folder, **{VARIABLE: ""})
+
+
 def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome) -> None:
-    again = run_command("--resume", command.run_dir, "--quiet", cwd=command.folder)
+    again = resume(command)
     assert again.returncode == 0, again.stdout + again.stderr
     (trial,) = command.result.trials
     assert trial.status == "FINISHED" and trial.state_sha256 == undisturbed.state
@@ -141,6 +150,7 @@ def test_a_stop_where_an_evaluation_is_due_does_not_lose_the_evaluation(tmp_path
     assert command.process.returncode == 130
     assert max(e.iteration for e in command.events if isinstance(e, CheckpointSaved)) == 6
     assert_resumed_as_undisturbed(command, undisturbed)
+    assert resume(command).returncode == 0 and command.result.trials[0].num_restarts == 1, "what is finished is kept"
 
 
 def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_path: Path, undisturbed: Outcome) -> None:
@@ -155,5 +165,3 @@ def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_pat
     assert_resumed_as_undisturbed(command, undisturbed)
     (event,) = (event for event in command.events if isinstance(event, TrialRestarted))
     assert (event.failure, event.message) == ("resumed", "resumed after its driver was lost")
-    finished = run_command("--resume", command.run_dir, "--quiet", cwd=tmp_path)
-    assert finished.returncode == 0 and command.result.trials[0].num_restarts == 1, "a finished trial is kept as it is"

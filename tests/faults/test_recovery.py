@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from orchestrator.results import trial_result
-from orchestrator.spec import Faults
+from orchestrator.spec import Faults, Timeouts
 from tests.faults.bench import ITERATIONS, Bench, Outcome, experiment
 from tests.trainers.test_resume import MODELS
-from trainers.contract import CheckpointSaved, LoopFinished, StepsDone, TrialRestarted, WorkerFailed
+from trainers.contract import CheckpointSaved, Event, LoopFinished, LoopStarted, StepsDone, TrialRestarted, WorkerFailed
 from trainers.faults import Fault
 
 pytestmark = pytest.mark.train
+
+STEP_SECONDS, HEARTBEAT_SECONDS = 8, 5
+
+
+def alone(**changes: Any) -> dict[str, Any]:
+    """The experiment with one worker, for what needs no second: it starts sooner."""
+    return experiment(trials={"world_sizes": [1], "scaling": "strong"}, **changes)
 
 
 def assert_as_undisturbed(outcome: Outcome, undisturbed: Outcome) -> None:
@@ -35,21 +46,49 @@ def test_an_undisturbed_trial_tells_every_window_and_ends_at_once(undisturbed: O
     assert restarts(undisturbed) == []
 
 
-def test_a_killed_worker_is_replaced_and_the_weights_are_as_if_it_had_lived(bench: Bench, undisturbed: Outcome) -> None:
-    outcome = bench.run(Fault("kill", rank=1, iteration=8))
-    assert [fault["kind"] for fault in outcome.fired] == ["kill"]
-    assert_as_undisturbed(outcome, undisturbed)
-    assert restarts(outcome) == [("worker_lost", 1)]
-    (restart,) = trial_result(outcome.plan, outcome.events).restarts
-    assert restart.message.startswith("rank 1: its process died")
-    # It died at 8 and goes on from 6; it was last heard of up to a second before.
-    assert (
-        restart.lost_iterations in (0, 1, 2) and restart.downtime_seconds is not None and restart.downtime_seconds > 1
+@pytest.fixture(scope="module")
+def disturbed(bench: Bench) -> Outcome:
+    """One trial that meets three faults, one in each attempt but the last: starting workers is what takes long."""
+    faults = (
+        Fault("kill", rank=1, iteration=4, attempt=0),
+        Fault("stall", rank=1, iteration=7, attempt=1),
+        Fault("freeze", rank=0, iteration=10, attempt=2),
     )
-    assert outcome.tags["restart.1"].startswith("worker_lost: rank 1")
-    assert f"{restart.lost_iterations} iterations lost" in outcome.tags["restart.1"]
-    resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
-    print(f"\nkilled worker: {resumed - outcome.fired[0]['time']:.1f} s from the kill to the next step")
+    outcome = bench.run(*faults, timeouts=Timeouts(step=STEP_SECONDS, heartbeat=HEARTBEAT_SECONDS).model_dump())
+    assert [fault["kind"] for fault in outcome.fired] == ["kill", "stall", "freeze"]
+    return outcome
+
+
+def test_a_trial_that_met_three_faults_ends_as_if_it_had_met_none(disturbed: Outcome, undisturbed: Outcome) -> None:
+    assert_as_undisturbed(disturbed, undisturbed)
+    assert restarts(disturbed) == [("worker_lost", 1), ("stuck", 2), ("stuck", 3)]
+
+
+def test_a_killed_worker_is_replaced_and_what_that_cost_is_told(disturbed: Outcome) -> None:
+    restart = trial_result(disturbed.plan, disturbed.events).restarts[0]
+    assert restart.message.startswith("rank 1: its process died")
+    # It died at 4 and goes on from 3; it was last heard of up to a second before.
+    assert restart.lost_iterations in (0, 1) and restart.downtime_seconds is not None and restart.downtime_seconds > 1
+    assert disturbed.tags["restart.1"].startswith("worker_lost: rank 1")
+    assert f"{restart.lost_iterations} iterations lost" in disturbed.tags["restart.1"]
+    # From the kill itself, not from when it was noticed.
+    loop = next(event for event in disturbed.of(LoopStarted) if (event.attempt, event.rank) == (1, 0))
+    step = next(event for event in disturbed.of(StepsDone) if (event.attempt, event.rank) == (1, 0))
+    truth = loop.time + step.step_seconds[0] - disturbed.fired[0]["time"]
+    assert restart.recovery_seconds is not None and truth <= restart.recovery_seconds < truth + 10
+    print(f"\nkilled worker: {truth:.1f} s to the end of the next step, {restart.recovery_seconds:.1f} s by the run")
+
+
+def test_a_stuck_training_thread_is_found_and_not_those_that_wait_for_it(disturbed: Outcome) -> None:
+    (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 1)
+    assert (stuck.rank, stuck.iteration) == (1, 7) and "step (forward) of iteration 7 has taken" in stuck.message
+    assert stuck.time - disturbed.fired[1]["time"] < 2 * STEP_SECONDS
+
+
+def test_a_frozen_process_is_noticed_within_twice_the_time_out(disturbed: Outcome) -> None:
+    (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 2)
+    assert stuck.rank == 0 and "no sign of life" in stuck.message
+    assert stuck.time - disturbed.fired[2]["time"] < 2 * HEARTBEAT_SECONDS
 
 
 def test_nan_on_one_rank_stops_all_together_and_names_its_images(bench: Bench) -> None:
@@ -66,38 +105,46 @@ def test_nan_on_one_rank_stops_all_together_and_names_its_images(bench: Bench) -
 
 
 def test_a_crash_at_the_same_iteration_twice_ends_the_trial_and_names_the_images(bench: Bench) -> None:
-    outcome = bench.run(Fault("raise", rank=0, iteration=4, attempt=None))
+    outcome = bench.run(Fault("raise", rank=0, iteration=4, attempt=None), values=alone())
     assert [fault["attempt"] for fault in outcome.fired] == [None, None]
     assert outcome.ended.status == "FAILED" and restarts(outcome) == [("unknown", 1)]
     assert outcome.ended.reason.startswith("twice at the same place: unknown (rank 0, iteration 4, step)")
-    assert outcome.ended.reason.count(".jpg") == 2
+    assert outcome.ended.reason.count(".jpg") == 4
 
 
-def test_a_stuck_training_thread_is_found_and_not_those_that_wait_for_it(bench: Bench, undisturbed: Outcome) -> None:
-    timeouts = bench_timeouts(step=4)
-    outcome = bench.run(Fault("stall", rank=1, iteration=7), timeouts=timeouts)
-    assert outcome.fired
+@pytest.mark.soak
+def test_a_rank_that_is_stuck_between_steps_is_named_with_what_it_is_at(bench: Bench, undisturbed: Outcome) -> None:
+    places = (("report", 3), ("evaluation", 6), ("checkpoint", 9))
+    faults = [Fault("stall", 1, iteration, attempt, section) for attempt, (section, iteration) in enumerate(places)]
+    timeouts = Timeouts(report=STEP_SECONDS, evaluation=STEP_SECONDS, checkpoint=STEP_SECONDS)
+    outcome = bench.run(*faults, timeouts=timeouts.model_dump())
+    assert len(outcome.fired) == 3
     assert_as_undisturbed(outcome, undisturbed)
-    stuck = [event for event in outcome.of(WorkerFailed) if event.failure == "stuck"]
-    assert [(event.rank, event.iteration) for event in stuck] == [(1, 7)]
-    assert stuck[0].time - outcome.fired[0]["time"] < 2 * 4 + 1
-    assert restarts(outcome) == [("stuck", 1)]
+    # Between steps, whoever waits for it is at the same place and is named too.
+    stuck = [event for event in outcome.of(WorkerFailed) if (event.failure, event.rank) == ("stuck", 1)]
+    assert tuple((event.section, event.iteration) for event in stuck) == places
 
 
-def test_a_frozen_process_is_noticed_within_twice_the_time_out(bench: Bench, undisturbed: Outcome) -> None:
-    timeouts = bench_timeouts(heartbeat=4)
-    outcome = bench.run(Fault("freeze", rank=0, iteration=7), timeouts=timeouts)
-    assert outcome.fired
+@pytest.mark.soak
+def test_what_the_workers_tell_is_not_lost_with_the_actor_that_takes_it(bench: Bench, undisturbed: Outcome) -> None:
+    killed: list[int] = []
+
+    def kill_the_actor(event: Event) -> None:
+        if isinstance(event, StepsDone) and event.iteration == 6 and not killed:
+            actors = ray._private.state.actors().values()
+            killed.extend(a["Pid"] for a in actors if a["ActorClassName"] == "Telemetry" and a["State"] == "ALIVE")
+            os.kill(killed[0], signal.SIGKILL)
+
+    outcome = bench.run(listeners=[kill_the_actor])
+    assert len(killed) == 1
     assert_as_undisturbed(outcome, undisturbed)
-    stuck = [event for event in outcome.of(WorkerFailed) if event.failure == "stuck"]
-    assert [event.rank for event in stuck] == [0] and "no sign of life" in stuck[0].message
-    assert stuck[0].time - outcome.fired[0]["time"] < 2 * 4 + 1
+    assert restarts(outcome) == [("communication", 1)]
 
 
 def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench: Bench, tmp_path: Path) -> None:
     from orchestrator.generate import generate
 
-    values = experiment(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
+    values = alone(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
     generate(tmp_path, **values["data"]["generated"])
     victim = sorted(tmp_path.rglob("train*/*.jpg"))[5]
     victim.write_bytes(victim.read_bytes()[:200])
@@ -116,7 +163,7 @@ def test_out_of_memory_at_the_same_place_twice_ends_the_trial(bench: Bench) -> N
 def test_storage_that_fails_ends_the_trial_with_its_words(bench: Bench, tmp_path: Path) -> None:
     blocked = tmp_path / "a_file"
     blocked.write_text("not a folder")
-    outcome = bench.run(checkpoint_dir=str(blocked / "checkpoints"))
+    outcome = bench.run(values=alone(), checkpoint_dir=str(blocked / "checkpoints"))
     assert outcome.ended.status == "FAILED" and outcome.ended.reason.startswith("storage")
     assert str(blocked) in outcome.ended.reason
 
@@ -128,9 +175,3 @@ def test_failures_without_progress_are_limited(bench: Bench) -> None:
     assert len(outcome.fired) == 2
     assert "2 failures in a row without a new checkpoint" in outcome.ended.reason
     assert not outcome.of(LoopFinished)
-
-
-def bench_timeouts(**changes: float) -> dict[str, float]:
-    from orchestrator.spec import Timeouts
-
-    return Timeouts(**changes).model_dump()
