@@ -266,7 +266,9 @@ def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart
         after = next((stay for stay in attempts if stay.attempt == event.attempt), None)
         cause = root_cause([e for e in events if e.attempt == event.attempt - 1])
         failed = (cause.began or cause.time) if cause and cause.failure == event.failure else None
-        next_step = after.started + after.steps[0].step_seconds[0] if after and after.steps else None
+        # A replayed log tells of windows, not of steps.
+        first = after.steps[0].step_seconds[:1] if after and after.steps else ()
+        next_step = after.started + first[0] if after and first else None
         found.append(
             Restart(
                 attempt=event.attempt,
