@@ -275,13 +275,14 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     num_train_images = _num_train_images(experiment, train.annotations)
     resources, trials, protocol = experiment.resources, experiment.trials, experiment.protocol
     device = resources.device if resources.device != "auto" else ("cuda" if hardware.num_gpus else "cpu")
-    loader_workers = resources.loader_workers
-    if loader_workers is None:
-        loader_workers = int(model_value(experiment, "DATALOADER.NUM_WORKERS")) if device == "cuda" else 0
     cpus = resources.cpus_per_worker
     if cpus is None:
         # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
+    loader_workers, most_loader_workers = resources.loader_workers or 0, 0
+    if resources.loader_workers is None and device == "cuda":
+        loader_workers = int(model_value(experiment, "DATALOADER.NUM_WORKERS"))
+        most_loader_workers = cpus - 1  # one is for the training process itself
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
     checkpoints = experiment.storage.checkpoints
     checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
@@ -296,6 +297,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 name=name,
                 world_size=world_size,
                 num_nodes=resources.num_nodes,
+                min_workers=resources.min_workers,
                 recipe_name=recipe,
                 recipe=_recipe(experiment, recipe),
                 seed=seed,
@@ -316,6 +318,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 device=device,
                 cpus_per_worker=cpus,
                 loader_workers=loader_workers,
+                most_loader_workers=most_loader_workers,
                 log_period=experiment.log_period_iterations,
                 trial_dir=f"{run_dir}/{name}",
                 checkpoint_dir=under(checkpoint_root, f"{name}/checkpoints"),

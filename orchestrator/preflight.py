@@ -16,6 +16,7 @@ from orchestrator.bars import show_bar
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.node_checks import NodeRequest, inspect_node, judge_nodes
 from orchestrator.tracking_checks import check_tracking
+from trainers.contract import PREFETCHED_BATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 REMOTE_SECONDS = 20.0
 """Time for one small file; cloud clients look for credentials for some ten seconds before they give up."""
-
-PREFETCHED_BATCHES = 2
-"""Batches that each loader process holds ready (torch's default)."""
 
 
 def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False) -> list[Finding]:
@@ -198,7 +196,7 @@ def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, 
     """Estimates what the loader processes of one node hold in /dev/shm at most: their prefetched batches."""
     batches = (
         math.ceil(trial.world_size / (trial.num_nodes or num_nodes))
-        * trial.loader_workers
+        * max(trial.loader_workers, trial.most_loader_workers)
         * PREFETCHED_BATCHES
         * trial.batch_per_worker
         for trial in trials

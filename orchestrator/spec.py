@@ -164,9 +164,13 @@ class Resources(_Model):
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs each worker reserves and computes with; null: 1 without GPUs, else a GPU's share of the CPUs, 10 at most."""
     loader_workers: int | None = Field(None, ge=0)
-    """Loader processes per worker; null: the model config's on GPUs (4), 0 on CPUs."""
+    """Loader processes per worker; null: 0 on CPUs; on GPUs the model config's (4) to begin with, then as many as
+    the measured speed of mapper and step asks for and the worker's CPUs allow."""
     num_nodes: int | None = Field(None, ge=1)
     """Hosts the workers of a trial are spread over equally; null: the fewest hosts that take them equally."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest workers a trial may go on with after a failure, where a minute later there is no room for all of them: the
+    most that take the batch and the hosts equally. Batch and learning rate stay. null: it waits for the room."""
     network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
     """Interface between hosts (`ens5`), for NCCL and gloo on every host alike; null: what their environment says."""
     price_per_accelerator_hour: float | None = Field(None, ge=0)

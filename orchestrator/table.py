@@ -27,6 +27,9 @@ from trainers import clock
 
 NOT_MEASURED = "–"
 DEFINITIONS = "docs/measurement.md"
+
+STARVED = 0.05
+"""Share of the step time spent waiting for data above which a row says so; the seed's runs waited for less than 1 %."""
 """Where every column is defined."""
 
 HEADINGS = (
@@ -232,6 +235,12 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
     )
     met = [trial for trial in trials if trial.time_to_train_seconds is not None]
     notes = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
+    waits = [trial.data_wait_share for trial in trials if trial.data_wait_share is not None]
+    if waits and max(waits) > STARVED:
+        notes.append(
+            f"starved: {max(waits):.0%} of the step time went by waiting for data; "
+            "give it more CPUs (resources.cpus_per_worker) or loader processes (resources.loader_workers)"
+        )
     aps = [ap_to_show(trial) for trial in trials]
     if first.protocol == "throughput" and any(ap != (None, None) for ap in aps):
         # The seed's table leaves these blank: nobody trained to them, and they would be read as if.

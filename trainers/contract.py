@@ -31,6 +31,10 @@ FailureKind = Literal[
 ]
 
 
+PREFETCHED_BATCHES = 4
+"""Batches that each loader process holds ready."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetPlan:
     """One COCO-format data set: an annotation file and the folder its images lie in.
@@ -80,6 +84,7 @@ class TrialPlan:
         name: Name of the trial, unique within the run and fit for a path.
         world_size: Number of workers, one per accelerator.
         num_nodes: Number of hosts the workers spread over equally; None for the fewest that take them equally.
+        min_workers: Fewest workers it may go on with after a failure; None for no fewer than `world_size`.
         recipe_name: Name of the recipe.
         recipe: Its switches, with the experiment's own changes applied.
         seed: Seed of the weights, the training order and the augmentations.
@@ -99,7 +104,8 @@ class TrialPlan:
         stop_at_target: Whether training ends when all targets are met.
         device: `cuda` or `cpu`.
         cpus_per_worker: CPUs a worker reserves; its threads are pinned to that number.
-        loader_workers: Loader processes per worker; 0 loads in the training process.
+        loader_workers: Loader processes per worker at the start; 0 loads in the training process.
+        most_loader_workers: As many as it may become once the speed of loader and step is known; 0 to leave it.
         log_period: Iterations between progress events, also the window of device synchronisation.
         trial_dir: Absolute path of the trial's folder: logs, detections; the same for all workers.
         checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
@@ -140,6 +146,8 @@ class TrialPlan:
     timeouts: dict[str, float] = field(default_factory=dict)
     survive_storage: bool = False
     price_per_accelerator_hour: float | None = None
+    min_workers: int | None = None
+    most_loader_workers: int = 0
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
@@ -211,6 +219,7 @@ class WorkerStarted(Event):
         node_id: Ray's id of the node, or "" outside Ray.
         pid: Process id.
         local_rank: Rank within the node.
+        world_size: Number of workers of this attempt; 0 for as many as the plan says.
         device_name: Model name of the accelerator or the processor.
         device_memory_gib: Memory of that device.
         versions: Package name to version.
@@ -232,6 +241,7 @@ class WorkerStarted(Event):
     host_cores: int | None = None
     host_memory_gib: float | None = None
     operating_system: str = ""
+    world_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

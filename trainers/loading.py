@@ -22,7 +22,7 @@ from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainers.contract import TrialPlan
+from trainers.contract import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
 from trainers.fast_mapper import FastMapper
 from trainers.mask_targets import pack
@@ -214,29 +214,35 @@ class DevicePrefetch(Iterable[list[Record]]):
             yield ahead
 
 
+def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> TrainingImages:
+    """The images of `training_records` as the recipe's mapper makes them."""
+    return TrainingImages(records, build_mapper(cfg, plan, is_train=True), plan.seed)
+
+
 def training_loader(
-    cfg: CfgNode, plan: TrialPlan, records: Sequence[Record], rank: int, skip: int
+    cfg: CfgNode, plan: TrialPlan, images: TrainingImages, rank: int, skip: int, num_processes: int
 ) -> Iterable[list[Record]]:
     """The endless batches of one worker.
 
     Args:
         cfg: detectron2's config.
         plan: The trial.
-        records: Images, from `training_records`.
+        images: From `training_images`.
         rank: This worker.
         skip: Iterations done already.
+        num_processes: Processes that read; 0 reads in this one.
     """
-    sizes = image_sizes(records)
+    sizes = image_sizes(images.records)
     wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
     order = TrainingOrder(wide.tolist(), plan.batch_per_worker, plan.seed, rank, plan.world_size, skip)
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
     loader: DataLoader[Record] = DataLoader(
-        TrainingImages(records, build_mapper(cfg, plan, is_train=True), plan.seed),
+        images,
         batch_sampler=order,
-        num_workers=plan.loader_workers,
+        num_workers=num_processes,
         collate_fn=_as_list,
         pin_memory=pinned,
-        prefetch_factor=4 if plan.loader_workers else None,
+        prefetch_factor=PREFETCHED_BATCHES if num_processes else None,
     )
     return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device())) if pinned else loader
 

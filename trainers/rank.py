@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from trainers.contract import (
     WorkerStarted,
 )
 from trainers.evaluation import Evaluator
+from trainers.loader_sizing import LoaderSizing
 from trainers.loop import NotFiniteError, Now, StepWindow, TrainingLoop
 from trainers.worker import ENDED, Channel, Command, Placement
 
@@ -104,6 +105,7 @@ class Rank:
             node_id=placement.node_id,
             pid=os.getpid(),
             local_rank=placement.local_rank,
+            world_size=placement.world_size,
             device_name=machine.device_name(device),
             device_memory_gib=machine.device_memory_gib(device),
             versions=machine.package_versions(),
@@ -133,7 +135,12 @@ class Rank:
         state, restored_from = self._newest(store) or (None, "")
         start = self.now.iteration = state["iteration"] if state else 0
         self.now.enter("setup")
-        batches = iter(loading.training_loader(cfg, plan, records, placement.rank, skip=start))
+        images = loading.training_images(cfg, plan, records)
+
+        def load(skip: int, num_processes: int) -> Iterable[list[loading.Record]]:
+            return loading.training_loader(cfg, plan, images, placement.rank, skip, num_processes)
+
+        batches = iter(load(start, plan.loader_workers))
         evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send)
         loop = TrainingLoop(
             plan=plan,
@@ -145,6 +152,7 @@ class Rank:
                 hooks.ProgressHook(plan, self.send),
                 evaluation,
                 hooks.CheckpointHook(plan, store, evaluation, self.channel.flush),
+                LoaderSizing(plan, images, start, load),
             ],
             device=device,
             rank=placement.rank,

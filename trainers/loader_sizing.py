@@ -1,0 +1,87 @@
+"""Sizes a loader for its model: as many processes as keep the data ahead of the step, no more.
+
+The trap this module protects against: a number of loader processes taken from another machine. Too few starve the
+accelerator, too many take the CPUs that decode. The training order does not depend on the number, so the loader can be
+exchanged in the middle of training and every image still comes once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trainers.contract import TrialPlan
+from trainers.loading import TrainingImages
+from trainers.loop import StepWindow, TrainingLoop
+
+logger = logging.getLogger(__name__)
+
+RESERVE = 1.5
+"""How much faster than the steps the loader shall be: images differ in size, and decoding is not even."""
+
+NUM_TIMED = 8
+"""Images, evenly spaced over the data set, on which the mapper's speed is measured."""
+
+
+class LoaderSizing:
+    """A hook that looks at the first window and once exchanges the loader for one of the right size.
+
+    Args:
+        plan: The trial; nothing is done unless it leaves the number of processes open.
+        images: What the loader reads.
+        start: Iteration at which training starts.
+        load: Makes the batches from an iteration on with a number of processes.
+    """
+
+    every_window = False
+
+    def __init__(
+        self, plan: TrialPlan, images: TrainingImages, start: int, load: Callable[[int, int], Iterable[Any]]
+    ) -> None:
+        self.plan, self.images, self.load = plan, images, load
+        self._at = start + plan.log_period
+
+    def due(self, iteration: int, ending: bool) -> bool:
+        """Once, after the first window."""
+        return iteration == self._at and self.plan.most_loader_workers > self.plan.loader_workers
+
+    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
+        """Exchanges the loader where another number of processes is right; each rank decides for itself."""
+        steps = [step - data for step, data in zip(window.step_seconds, window.data_seconds, strict=True)]
+        step = statistics.median(steps[len(steps) // 2 :])  # the first ones compile kernels and fill caches
+        batch = self._seconds_per_image() * self.plan.batch_per_worker
+        wanted = processes(batch, step, self.plan.most_loader_workers)
+        logger.info(
+            "One process makes a batch in %.3f s, a step takes %.3f s without waiting: %d loader processes, from %d.",
+            batch, step, wanted, self.plan.loader_workers,
+        )  # fmt: skip
+        if wanted != self.plan.loader_workers:
+            loop.batches = iter(self.load(loop.iteration, wanted))
+
+    def _seconds_per_image(self) -> float:
+        taken = []
+        for number in range(NUM_TIMED):
+            started = time.perf_counter()
+            self.images[number, number * len(self.images) // NUM_TIMED]
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+
+def processes(batch_seconds: float, step_seconds: float, most: int) -> int:
+    """Loader processes that stay ahead of the steps.
+
+    Args:
+        batch_seconds: What one process takes to make a batch.
+        step_seconds: A step without its wait for data.
+        most: CPUs that there are for loading.
+
+    Returns:
+        1 to `most`.
+    """
+    if step_seconds <= 0:
+        return most
+    return max(1, min(most, math.ceil(RESERVE * batch_seconds / step_seconds)))
