@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import components, training
+from benchmarks import components, tracking, training
 from benchmarks.measure import Row, machine, table
 
 ROWS: dict[str, Callable[[], Row]] = {
@@ -27,6 +27,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "reference_recipe": training.reference_recipe,
     "fast_recipe": training.fast_recipe,
     "fast_r50": training.fast_r50,
+    "tracking": tracking.tracking,
     "launcher_tax": training.launcher_tax,
     "first_step": training.first_step,
     "time_to_target": training.time_to_target,
