@@ -13,7 +13,7 @@ CONFIG ?= configs/scale_out.yaml
 SEEDS ?= 20
 ADDRESS ?= http://127.0.0.1:8265
 
-.PHONY: install demo test test-cluster test-image chaos check bench ui schema lock image mlflow-server submit
+.PHONY: install demo test test-cluster test-image chaos check bench bench-gpu ui schema lock image mlflow-server submit
 
 install: $(INSTALLED)
 
@@ -47,6 +47,9 @@ check: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: install  ## the real model on this machine's GPU
+	$(BIN)/python -m benchmarks.gpu
 
 ui: install
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db

@@ -37,32 +37,38 @@ def demo(steps: int, cpus: int = 1, world_size: int = 1, recipe: str = "referenc
     return _plan(values, steps, cpus, world_size, recipe, protocol)
 
 
-def r50(steps: int, cpus: int, recipe: str) -> TrialPlan:
-    """The real R50-FPN at 320 px, batch 2."""
+def r50(steps: int, cpus: int, recipe: str, size: int = 320, device: str = "cpu") -> TrialPlan:
+    """The real R50-FPN, batch 2."""
     values = {
         "name": "r50",
-        "data": {"generated": {"num_train": 32, "num_val": 8, "size": 320, "num_classes": 3}},
+        "data": {"generated": {"num_train": 32, "num_val": 8, "size": size, "num_classes": 3}},
         "model": {
             "weights": "",
             "overrides": {
                 "SOLVER.IMS_PER_BATCH": 2,
                 "SOLVER.BASE_LR": 0.0001,
-                "INPUT.MIN_SIZE_TRAIN": [320],
-                "INPUT.MIN_SIZE_TEST": 320,
+                "INPUT.MIN_SIZE_TRAIN": [size],
+                "INPUT.MIN_SIZE_TEST": size,
             },
         },
     }
-    return _plan(values, steps, cpus, 1, recipe, {})
+    return _plan(values, steps, cpus, 1, recipe, {}, device)
 
 
 def _plan(
-    values: dict[str, Any], steps: int, cpus: int, world_size: int, recipe: str, protocol: dict[str, Any]
+    values: dict[str, Any],
+    steps: int,
+    cpus: int,
+    world_size: int,
+    recipe: str,
+    protocol: dict[str, Any],
+    device: str = "cpu",
 ) -> TrialPlan:
     values["protocol"] = protocol or {
         "kind": "throughput", "iterations": steps, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False
     }  # fmt: skip
     values["trials"] = {"world_sizes": [world_size], "scaling": "strong", "recipes": [recipe]}
-    values["resources"] = {"device": "cpu", "cpus_per_worker": cpus}
+    values["resources"] = {"device": device, "cpus_per_worker": cpus}
     values["storage"] = {"checkpoint_period_iterations": 0}
     experiment = parse_experiment(values, "benchmark")
     drawn = experiment.data.generated
@@ -111,7 +117,8 @@ def peer_rate(plan: TrialPlan) -> float:
     return plan.solver.global_batch_size / float(statistics.median(peer_result(plan)["step_seconds"][WARMUP_STEPS:]))
 
 
-def _recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recipe: str, repeats: int) -> Row:
+def recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recipe: str, repeats: int) -> Row:
+    """A recipe against DefaultTrainer on the same plan."""
     ours, peer = plan(recipe), plan("plain")
     found, theirs = in_turns(lambda: ours_rate(ours), lambda: peer_rate(peer), repeats)
     against = f"DefaultTrainer, {peer.cpus_per_worker} thread(s)"
@@ -120,18 +127,18 @@ def _recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], reci
 
 def reference_recipe() -> Row:
     """The demo's model, the same numerics, one worker of one thread."""
-    return _recipe_row("reference_recipe", 1.1, lambda recipe: demo(30, recipe=recipe), "reference", 3)
+    return recipe_row("reference_recipe", 1.1, lambda recipe: demo(30, recipe=recipe), "reference", 3)
 
 
 def fast_recipe() -> Row:
     """The demo's model, everything on, one worker of one thread."""
-    return _recipe_row("fast_recipe", 1.4, lambda recipe: demo(30, recipe=recipe), "fast", 3)
+    return recipe_row("fast_recipe", 1.4, lambda recipe: demo(30, recipe=recipe), "fast", 3)
 
 
 def fast_r50() -> Row:
     """The real R50-FPN at 320 px with batch 2, on all cores."""
     cpus = os.cpu_count() or 1
-    return _recipe_row("fast_r50", 2.2, lambda recipe: r50(12, cpus, recipe), "fast", 2)
+    return recipe_row("fast_r50", 2.2, lambda recipe: r50(12, cpus, recipe), "fast", 2)
 
 
 def evaluation() -> Row:
