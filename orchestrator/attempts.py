@@ -140,6 +140,7 @@ class _Trial:
                 if draining_nodes() & {worker.node_id for worker in self._own(WorkerStarted)}:
                     preempted = True
                     self.pump.order("preempt", self.number)
+            watchdog.world_size = group.plan.world_size  # fewer than planned, where a node did not come back
             stuck = watchdog.look(self.pump.heartbeats, self.pump.drained)
             if stuck:
                 for one in stuck:

@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.node_checks import CREDENTIALS
-from orchestrator.placement import capacity, equal_shares
+from orchestrator.placement import capacity, equal_shares, smaller
 from orchestrator.plan import Hardware
 from orchestrator.spec import SpecError
 from trainers.contract import Attempt, TrialPlan, WorkerStarted
@@ -37,6 +37,9 @@ KILL_SECONDS = 20.0
 
 NODES_LOOK_SECONDS = 1.0
 """How often it is asked whether the nodes for an attempt are there."""
+
+SMALLER_AFTER_SECONDS = 60.0
+"""How long a lost node is waited for before a trial that may goes on with fewer workers."""
 
 RAY_TRAIN_SETTINGS = {
     # The working directory of a worker stays the driver's; every path is absolute anyway.
@@ -132,6 +135,10 @@ class WorkerGroup:
         attempt: Which start of it this is.
         telemetry: The actor that workers send their events to.
         ray_dir: Folder for Ray Train's own files.
+
+    Attributes:
+        plan: The trial, with as many workers as there was room for.
+        error: What ended the workers, None for their own end.
     """
 
     def __init__(self, plan: TrialPlan, attempt: Attempt, telemetry: Any, ray_dir: str) -> None:
@@ -139,7 +146,7 @@ class WorkerGroup:
 
         # How long Ray Train waits for resources, after a node was lost for example; read when the trainer starts.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(plan.timeouts["setup"])
-        self._make_trainer: Callable[[Any], Any] = lambda nodes: _BareTorchTrainer(
+        self._make_trainer: Callable[[TrialPlan, Any], Any] = lambda plan, nodes: _BareTorchTrainer(
             train_loop_per_worker,
             train_loop_config={"plan": plan, "attempt": attempt, "telemetry": telemetry},
             scaling_config=ScalingConfig(
@@ -159,7 +166,7 @@ class WorkerGroup:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
-        self._plan = plan
+        self.plan, self._may_be_smaller = plan, attempt.number > 0
         self._ended = threading.Event()
         self.error: BaseException | None = None
         # In a thread of its own, so that the driver's can hear signals and look after the workers meanwhile.
@@ -197,20 +204,23 @@ class WorkerGroup:
             _clear_placement_groups()
             nodes = self._wait_for_nodes()
             if nodes:
-                self._make_trainer(nodes).fit()
+                self._make_trainer(self.plan, nodes).fit()
         except BaseException as error:
             self.error = error
 
     def _wait_for_nodes(self) -> list[dict[str, str]] | None:
         """The workers' nodes, as soon as there are enough: a lost one may be on its way back."""
-        deadline = time.monotonic() + self._plan.timeouts["setup"]
+        plan, began = self.plan, time.monotonic()
         while not self._ended.is_set():
-            nodes = choose_nodes(self._plan)
-            if nodes:
-                return nodes
-            if time.monotonic() > deadline:
-                on = f"{self._plan.num_nodes} hosts" if self._plan.num_nodes else "any number of hosts"
-                raise TimeoutError(f"no room for {self._plan.world_size} workers, equally many on each of {on}")
+            waited = time.monotonic() - began
+            late = self._may_be_smaller and waited > SMALLER_AFTER_SECONDS
+            for each in [plan, *(smaller(plan) if late else [])]:
+                if nodes := choose_nodes(each):
+                    self.plan = each
+                    return nodes
+            if waited > plan.timeouts["setup"]:
+                on = f"{plan.num_nodes} hosts" if plan.num_nodes else "any number of hosts"
+                raise TimeoutError(f"no room for {plan.world_size} workers, equally many on each of {on}")
             self._ended.wait(NODES_LOOK_SECONDS)
         return None
 

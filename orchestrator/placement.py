@@ -6,6 +6,7 @@ they come, which is equal only by luck; so the hosts are chosen here and named t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -36,3 +37,10 @@ def equal_shares(capacities: Mapping[str, int], world_size: int, num_nodes: int 
         if not rest and number <= len(roomiest) and capacities[roomiest[number - 1]] >= each:
             return dict.fromkeys(roomiest[:number], each)
     return None
+
+
+def smaller(plan: TrialPlan) -> list[TrialPlan]:
+    """The trial with fewer workers, the most first: as few as it allows, over any hosts, with the same batch."""
+    sizes = range(plan.world_size - 1, (plan.min_workers or plan.world_size) - 1, -1)
+    fit = [size for size in sizes if plan.solver.global_batch_size % size == 0]
+    return [dataclasses.replace(plan, world_size=size, num_nodes=None) for size in fit]

@@ -25,6 +25,7 @@ from trainers.contract import (
     TrialRestarted,
     TrialStarted,
     WorkerFailed,
+    WorkerStarted,
 )
 
 PLAIN_LINE_SECONDS = 30.0
@@ -103,6 +104,11 @@ class ProgressDisplay:
                 f"set up in {event.setup_seconds:.1f} s{resumed}"
             )
             self._update(event.iteration)
+        elif isinstance(event, WorkerStarted):
+            self._join.expect(event)
+            if self._plan and event.rank == 0 and event.world_size not in (0, self._plan.world_size):
+                of = self._plan.world_size
+                self._say(f"[yellow]going on with {event.world_size} of {of} workers[/]", always=True)
         elif isinstance(event, StepsDone):
             window = self._join.add(event)
             if window:

@@ -125,6 +125,8 @@ class Restart(_Record):
     """What sort of failure ended the one before."""
     message: str
     """The cause, for a person."""
+    world_size: int | None = None
+    """Workers of the new attempt; null where they never started."""
     lost_iterations: int
     """Iterations that had to be trained again."""
     downtime_seconds: float | None = None

@@ -66,6 +66,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     if ended is None:
         raise ValueError(f"trial {plan.name} has not ended")
     workers = [e for e in events if isinstance(e, WorkerStarted)]
+    sizes = {e.attempt: e.world_size or plan.world_size for e in workers}
     loops = [e for e in events if isinstance(e, LoopStarted) and e.rank == 0]
     steps = [e for e in events if isinstance(e, StepsDone)]
     finished = _last(events, LoopFinished)
@@ -75,16 +76,18 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     evaluations = [_evaluation(e, seed_clock) for e in scored]
     done = [e.iteration for e in steps if e.rank == 0] + ([finished.iteration] if finished else [])
     iterations = max(done, default=0 if loops else None)
-    windows = windows_by_rank(steps)
+    # A rate belongs to one world size.
+    timed = [e for e in steps if sizes.get(e.attempt, plan.world_size) == plan.world_size]
+    windows = windows_by_rank(timed)
     log = _last(events, LogReplayed)
     curve = clock.stretches(windows, plan.throughput_warmup_iters, _most_points(windows, log))
     parts = {
-        name: quantiles(step_parts(steps, name, plan.throughput_warmup_iters))
+        name: quantiles(step_parts(timed, name, plan.throughput_warmup_iters))
         for name in ("data", "forward", "backward", "communication", "optimizer")
     }
-    ranks = [] if log else [rank_figures(rank, steps, workers, plan) for rank in sorted(windows)]
+    ranks = [] if log else [rank_figures(rank, timed, workers, plan) for rank in sorted(windows)]
     own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
-    restarts = _restarts(events, attempts)
+    restarts = _restarts(events, attempts, sizes)
     target = _target(plan, scored)
     time_to_train = target[1] - seed_clock if target and seed_clock is not None else None
     where = sections(events)
@@ -115,10 +118,10 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
             if iterations and last_end is not None and last_end > attempts[0].started
             else None
         ),
-        step_seconds=quantiles(step_parts(steps, "step", plan.throughput_warmup_iters)),
+        step_seconds=quantiles(step_parts(timed, "step", plan.throughput_warmup_iters)),
         data_seconds=parts.pop("data"),
         part_seconds={name: quantiles for name, quantiles in parts.items() if quantiles.p50 is not None},
-        data_wait_share=data_wait_share(steps, plan.throughput_warmup_iters),
+        data_wait_share=data_wait_share(timed, plan.throughput_warmup_iters),
         ranks=ranks,
         rank_skew=clock.skew(own) if len(own) == len(ranks) else None,
         rate_curve=[curve_point(point) for point in curve],
@@ -155,6 +158,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         num_train_images=loops[0].num_train_images if loops else None,
         num_val_images=loops[0].num_val_images if loops else None,
         mlflow_run_id=mlflow_run_id,
+        notes=_notes(plan, sizes),
     )
     return _as_logged(result, log, plan) if log else result
 
@@ -174,6 +178,13 @@ def _as_logged(result: TrialResult, log: LogReplayed, plan: TrialPlan) -> TrialR
         figures["evaluations"] = [e.model_copy(update=clocks) for e in result.evaluations]
     figures |= dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields)
     return TrialResult.model_validate({**result.model_dump(), **figures})
+
+
+def _notes(plan: TrialPlan, sizes: Mapping[int, int]) -> list[str]:
+    """What must be known of a trial that did not keep its world size."""
+    fewer = [f"attempt {attempt} with {size}" for attempt, size in sorted(sizes.items()) if size != plan.world_size]
+    what = "rates and step times are of the attempts with all workers, clocks and costs of all attempts"
+    return [f"{', '.join(fewer)} of {plan.world_size} workers: {what}"] if fewer else []
 
 
 def _most_points(windows: Mapping[int, Sequence[clock.Window]], log: LogReplayed | None) -> int:
@@ -257,7 +268,7 @@ def _time_to_box(plan: TrialPlan, scored: Sequence[Evaluated], seed_clock: float
     return next(met, None)
 
 
-def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart]:
+def _restarts(events: Sequence[Event], attempts: Sequence[Stay], sizes: Mapping[int, int]) -> list[Restart]:
     found = []
     for event in events:
         if not isinstance(event, TrialRestarted):
@@ -274,6 +285,7 @@ def _restarts(events: Sequence[Event], attempts: Sequence[Stay]) -> list[Restart
                 attempt=event.attempt,
                 cause=event.failure,
                 message=event.message,
+                world_size=sizes.get(event.attempt),
                 lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
                 downtime_seconds=after.started - before[-1].last_progress if after and before else None,
                 recovery_seconds=next_step - failed if next_step is not None and failed is not None else None,

@@ -263,6 +263,8 @@ class _Consumer:
         if isinstance(event, TrialStarted):
             plan = TrialPlan.from_dict(event.plan)
             self._plans[event.trial], self._joins[event.trial] = plan, WindowJoin(plan.world_size)
+        elif isinstance(event, WorkerStarted):
+            self._joins[event.trial].expect(event)
         elif isinstance(event, StepsDone):
             window = self._joins[event.trial].add(event)
             if window:
@@ -471,6 +473,8 @@ def _story(result: TrialResult, events: list[Event]) -> dict[str, str]:
         down = f"{restart.downtime_seconds:.1f} s down" if restart.downtime_seconds is not None else "not up again"
         if restart.recovery_seconds is not None:
             down += f", {restart.recovery_seconds:.1f} s from the failure to the next step"
+        if restart.world_size not in (None, result.world_size):
+            down += f", with {restart.world_size} workers"
         tags[f"restart.{restart.attempt}"] = (
             f"{restart.cause}: {restart.message}; {restart.lost_iterations} iterations lost, {down}"
         )

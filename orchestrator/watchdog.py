@@ -48,7 +48,7 @@ class Watchdog:
     """
 
     def __init__(self, timeouts: dict[str, float], world_size: int, started: float) -> None:
-        self._timeouts, self._world_size, self._started = timeouts, world_size, started
+        self._timeouts, self.world_size, self._started = timeouts, world_size, started
         self._suspected: tuple[set[int], float] = (set(), 0.0)
 
     def look(self, signs: dict[int, Sign], now: float) -> list[Stuck]:
@@ -74,7 +74,7 @@ class Watchdog:
         if silent:
             return silent
         if now - self._started > self._timeouts["setup"]:
-            absent = [rank for rank in range(self._world_size) if rank not in signs]
+            absent = [rank for rank in range(self.world_size) if rank not in signs]
             if absent:
                 message = f"did not start within {now - self._started:.0f} s"
                 return [Stuck(rank, message, None, self._started) for rank in absent]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers import clock
-from trainers.contract import StepsDone
+from trainers.contract import StepsDone, WorkerStarted
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +42,23 @@ class WindowJoin:
     """Collects windows of one trial until every rank's has arrived.
 
     Args:
-        world_size: Number of ranks.
+        world_size: Number of ranks, where an attempt's workers do not say otherwise.
     """
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
+        self._sizes: dict[int, int] = {}
         self._waiting: dict[tuple[int, int], dict[int, StepsDone]] = {}
+
+    def expect(self, worker: WorkerStarted) -> None:
+        """Takes from a worker how many ranks its attempt has."""
+        self._sizes[worker.attempt] = worker.world_size or self._world_size
 
     def add(self, event: StepsDone) -> JointWindow | None:
         """Takes one rank's window; returns the joint one when it was the last of them."""
         ranks = self._waiting.setdefault((event.attempt, event.iteration), {})
         ranks[event.rank] = event
-        if sum(window.num_ranks for window in ranks.values()) < self._world_size:
+        if sum(window.num_ranks for window in ranks.values()) < self._sizes.get(event.attempt, self._world_size):
             return None
         del self._waiting[event.attempt, event.iteration]
         steps = [seconds for window in ranks.values() for seconds in window.step_seconds]

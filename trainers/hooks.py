@@ -20,6 +20,7 @@ from trainers.checkpoints import CheckpointStore
 from trainers.contract import Evaluated, StepsDone, TrialPlan
 from trainers.evaluation import Evaluator, Scores
 from trainers.loop import StepWindow, TrainingLoop, peak_memory_gib
+from trainers.overlap import Overlap
 
 logger = logging.getLogger(__name__)
 
@@ -91,19 +92,40 @@ class ProgressHook:
 class EvaluationHook:
     """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so.
 
+    With `overlapped_evaluation`, rank 0 hands the weights on and trains; what is found comes later. The last evaluation
+    is made by all ranks in any case: there is nothing left to train beside it.
+
+    Args:
+        plan: The trial.
+        evaluator: This rank's share.
+        num_train_images: Images of an epoch.
+        send: Sends an event.
+        rate: Told the iteration and the box AP of an evaluation that was made beside training.
+
     Attributes:
         last_scores: What the last evaluation found (rank 0).
         last_iteration: When that was.
-        owed: Whether an evaluation was left out because training had to end there; the next start makes it.
+        beside: The process that evaluates beside training; None on other ranks, and where training stands still.
     """
 
     every_window = False
 
-    def __init__(self, plan: TrialPlan, evaluator: Evaluator, num_train_images: int, send: Send) -> None:
+    def __init__(
+        self,
+        plan: TrialPlan,
+        evaluator: Evaluator,
+        num_train_images: int,
+        send: Send,
+        rate: Callable[[int, float], None],
+    ) -> None:
         self.plan, self.evaluator, self.num_train_images, self.send = plan, evaluator, num_train_images, send
+        self.rate = rate
         self.last_scores: Scores | None = None
         self.last_iteration = 0
-        self.owed = False
+        self.beside: Overlap | None = None
+        self._left_out = self._reached = False
+        self._begun = -1  # the iteration whose model was last handed on; all ranks know it
+        self._stall = 0.0
 
     def due(self, iteration: int, ending: bool) -> bool:
         """At multiples of the period, and after the last iteration where the plan asks for it."""
@@ -112,39 +134,91 @@ class EvaluationHook:
         return periodic or (solver.evaluate_at_end and iteration == solver.max_iter)
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Evaluates on all ranks; rank 0 scores, and all learn whether to stop."""
-        self.owed = loop.stop_reason in ("interrupted", "preempted")
-        if self.owed:
+        """Evaluates, or hands the model on to be evaluated."""
+        self._left_out = loop.stop_reason in ("interrupted", "preempted")
+        if self._left_out:
+            return
+        last = loop.iteration == self.plan.solver.max_iter
+        self.settle(loop)
+        if loop.stop_reason == "target" and not last:
             return
         loop.now.enter("evaluation")
         started = time.perf_counter()
         share_buffers(loop.model, self.plan.world_size)
+        if self.plan.recipe.overlapped_evaluation and not last:
+            self._begun = loop.iteration
+            if self.beside:
+                self.beside.begin(unwrapped(loop.model))
+            self._stall = time.perf_counter() - started
+            return
         scores = self.evaluator.run(unwrapped(loop.model))
-        reached = torch.tensor([float(self._reached(scores))], device=loop.device)
-        if self.plan.world_size > 1:
-            dist.broadcast(reached, src=0)
         if loop.rank == 0:
-            self.last_scores, self.last_iteration = scores, loop.iteration
-            self.send(
-                Evaluated,
-                iteration=loop.iteration,
-                epoch=loop.iteration * self.plan.solver.global_batch_size / self.num_train_images,
-                figures=scores.figures,
-                box_scored=scores.box_scored,
-                mask_scored=scores.mask_scored,
-                seconds=time.perf_counter() - started,
-                part_seconds=scores.part_seconds,
-            )
-            logger.info("Evaluation after %d iterations: %s", loop.iteration, scores.figures)
-        if reached.item() and self.plan.stop_at_target:
-            loop.stop_reason = "target"
+            self._tell(loop.iteration, scores, time.time(), time.perf_counter() - started, scores.part_seconds)
+        self._agree(loop)
 
-    def _reached(self, scores: Scores) -> bool:
+    def owed(self, iteration: int) -> bool:
+        """Whether an evaluation of this iteration is missing: training ends here, or it is still being made.
+
+        The next start from a checkpoint of it makes it first.
+        """
+        return self._left_out or self._begun == iteration
+
+    def settle(self, loop: TrainingLoop) -> None:
+        """Waits for the evaluation of an older iteration that is still being made; all ranks call it together."""
+        if not 0 <= self._begun < loop.iteration:
+            return
+        loop.now.enter("evaluation")
+        started = time.perf_counter()
+        if self.beside:
+            self._fetch(started)
+        self._begun = -1
+        self._agree(loop)
+
+    def target_reached(self) -> bool:
+        """Whether training has reached the target and is to stop there, as far as this rank knows; does not wait."""
+        if self.beside and self.beside.known():
+            self._fetch(time.perf_counter())
+        return self._reached
+
+    def _fetch(self, waiting_since: float) -> None:
+        found = self.beside.fetch() if self.beside else None
+        if found:
+            scores, seconds = found
+            stall = self._stall + time.perf_counter() - waiting_since
+            known = scores.mask_scored or scores.box_scored
+            self._tell(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
+            if (box_ap := scores.figures.get("box_ap")) is not None:
+                self.rate(self._begun, box_ap)
+
+    def _tell(
+        self, iteration: int, scores: Scores, known: float, seconds: float, part_seconds: dict[str, float]
+    ) -> None:
         plan = self.plan
+        self.last_scores, self.last_iteration = scores, iteration
+        self.send(
+            Evaluated,
+            time=known,
+            iteration=iteration,
+            epoch=iteration * plan.solver.global_batch_size / self.num_train_images,
+            figures=scores.figures,
+            box_scored=scores.box_scored,
+            mask_scored=scores.mask_scored,
+            seconds=seconds,
+            part_seconds=part_seconds,
+        )
+        logger.info("Evaluation after %d iterations: %s", iteration, scores.figures)
         wanted = {"box_ap": plan.target_box_ap, "mask_ap": plan.target_mask_ap}
         targets = {name: target for name, target in wanted.items() if target is not None}
-        found = scores.figures
-        return bool(targets) and all((found.get(name) or 0.0) >= target for name, target in targets.items())
+        met = bool(targets) and all((scores.figures.get(name) or 0.0) >= target for name, target in targets.items())
+        self._reached = self._reached or (met and plan.stop_at_target)
+
+    def _agree(self, loop: TrainingLoop) -> None:
+        """Ends training on all ranks where rank 0 has seen the target reached."""
+        reached = torch.tensor([float(self._reached)], device=loop.device)
+        if self.plan.world_size > 1:
+            dist.broadcast(reached, src=0)
+        if reached.item():
+            loop.stop_reason = "target"
 
 
 class CheckpointHook:
@@ -170,14 +244,18 @@ class CheckpointHook:
         return ending or (period > 0 and iteration % period == 0)
 
     def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Takes it on rank 0, with what the other ranks alone know."""
+        """Takes it on rank 0, with what the other ranks alone know.
+
+        An evaluation of an older iteration is waited for: a start from this checkpoint could not make it again.
+        """
+        self.evaluation.settle(loop)
         loop.now.enter("checkpoint")
         started = time.perf_counter()
         self.flush()
         share_buffers(loop.model, self.plan.world_size)
         ranks = comm.gather(rank_state(loop.model), dst=0)
         if loop.rank == 0:
-            state = training_state(loop) | {"ranks": ranks, "evaluation_owed": self.evaluation.owed}
+            state = training_state(loop) | {"ranks": ranks, "evaluation_owed": self.evaluation.owed(loop.iteration)}
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = scores.figures.get("box_ap") if scores else None
             self.store.save(loop.iteration, state, score, since=started)
@@ -215,7 +293,8 @@ def rank_state(model: nn.Module) -> dict[str, float]:
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
     """Puts back a state that the checkpoint hook saved."""
     unwrapped(loop.model).load_state_dict(state["model"])
-    for name, normalizer in state["ranks"][loop.rank].items():
+    # There may be more or fewer ranks than there were.
+    for name, normalizer in state["ranks"][loop.rank % len(state["ranks"])].items():
         unwrapped(loop.model).get_submodule(name).loss_normalizer = normalizer
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scheduler.load_state_dict(state["scheduler"])

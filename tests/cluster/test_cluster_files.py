@@ -152,7 +152,7 @@ def test_the_kuberay_job_is_what_the_launcher_would_start() -> None:
     spec = manifest["spec"]
     cluster = spec["rayClusterSpec"]
     assert manifest["apiVersion"] == "ray.io/v1"
-    # Ray waits for the job's process to be gone: a shell's child would outlive it as a zombie (see docs/cluster.md, Jobs).
+    # Ray waits for the job's processes to be gone: a shell's child can stay as a zombie (docs/cluster.md, Jobs).
     assert spec["entrypoint"].startswith("exec python -m orchestrator.run")
     assert "-- exec python -m orchestrator.run" in (ROOT / "Makefile").read_text()
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == yaml.safe_load((ROOT / "cluster/job.yaml").read_text())

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.results import trial_result
 from orchestrator.spec import Faults
-from tests.faults.bench import Bench, Outcome
+from tests.faults.bench import Bench, Outcome, experiment
 from trainers.contract import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
 from trainers.faults import VARIABLE, Fault
 
@@ -24,11 +25,15 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.1"})
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.workers = {}
         for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
-            node: Any = self.cluster.add_node(num_cpus=2, node_ip_address=address)
-            self.workers[node.node_id] = node
+            self.add(address)
+
+    def add(self, address: str) -> None:
+        """Brings a node."""
+        node: Any = self.cluster.add_node(num_cpus=2, node_ip_address=address)
+        self.workers[node.node_id] = node
 
     def kill(self, node_id: str) -> None:
         """Takes a node away without a word."""
@@ -84,19 +89,6 @@ class At:
             self.action(self.node_id)
 
 
-def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
-    bench, nodes = bench_and_nodes
-    loss = At(6, nodes.kill)
-    outcome = bench.run(Fault("pause", rank=0, iteration=7), listeners=[loss])
-    assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
-    assert [event.failure for event in outcome.of(TrialRestarted)] == ["worker_lost"]
-    homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
-    assert homes[1] != homes[0] == loss.node_id
-    assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
-    resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
-    print(f"\nlost node: {resumed - loss.done_at:.1f} s from the loss to the next step")
-
-
 def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
     bench_and_nodes: tuple[Bench, Nodes], control: Outcome
 ) -> None:
@@ -114,3 +106,34 @@ def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
     homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
     assert homes[1] != homes[0]
     assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
+
+
+def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_back(
+    bench_and_nodes: tuple[Bench, Nodes], control: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, nodes = bench_and_nodes
+    monkeypatch.setattr("orchestrator.launch.SMALLER_AFTER_SECONDS", 3.0)
+    # One worker fills a node: two nodes are left, and one of them is lost.
+    values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
+    loss = At(6, nodes.kill)
+    outcome = bench.run(Fault("pause", rank=0, iteration=7), values=values, listeners=[loss])
+    assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
+    assert {event.attempt: event.world_size for event in outcome.of(WorkerStarted)} == {0: 2, 1: 1}
+    assert outcome.rows == control.rows, "every point of every curve, once"
+    result = trial_result(outcome.plan, outcome.events)
+    assert (result.world_size, result.iterations, [restart.world_size for restart in result.restarts]) == (2, 12, [1])
+    assert result.notes[0].startswith("attempt 1 with 1 of 2 workers")
+    nodes.add("127.0.0.5")
+
+
+def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
+    bench, nodes = bench_and_nodes
+    loss = At(6, nodes.kill)
+    outcome = bench.run(Fault("pause", rank=0, iteration=7), listeners=[loss])
+    assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
+    assert [event.failure for event in outcome.of(TrialRestarted)] == ["worker_lost"]
+    homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
+    assert homes[1] != homes[0] == loss.node_id
+    assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
+    resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
+    print(f"\nlost node: {resumed - loss.done_at:.1f} s from the loss to the next step")

@@ -62,6 +62,19 @@ def test_ranks_share_every_pass_without_repeating_or_leaving_out_an_image() -> N
     assert set(images.values()) == {2}, "two passes, each image once in each"
 
 
+def test_every_batch_of_all_workers_together_is_the_same_at_every_world_size() -> None:
+    """A trial that goes on with fewer workers sees the images it would have seen (where all are of one shape)."""
+
+    def batches(world_size: int) -> list[list[tuple[int, int]]]:
+        batch_size = 8 // world_size
+        orders = (TrainingOrder([False] * 21, batch_size, 3, rank, world_size, skip=2) for rank in range(world_size))
+        together = zip(*(first(order, 7) for order in orders), strict=True)
+        return [sorted(itertools.chain.from_iterable(parts)) for parts in together]
+
+    assert batches(1) == batches(2) == batches(4) == batches(8)
+    assert len(batches(1)[0]) == 8
+
+
 def test_augmentation_depends_on_the_place_alone() -> None:
     def draw(record: dict[str, object]) -> dict[str, object]:
         return {**record, "drawn": np.random.rand()}
