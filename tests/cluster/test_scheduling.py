@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import parse_experiment
+from tests.cluster.hosts import wait_for
 from tests.conftest import tiny_experiment
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -22,8 +23,15 @@ def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any
     return expand(parse_experiment(values, "test"), hardware, str(tmp), tmp)
 
 
+@pytest.fixture
+def four_hosts_of_eight(cluster_of_eights: Any) -> Any:
+    """The cluster, when what the test before took has been given back: that takes a moment."""
+    wait_for(lambda: cluster_of_eights.available_resources().get("GPU") == 32, 30)
+    return cluster_of_eights
+
+
 @pytest.fixture(scope="module")
-def four_hosts_of_eight() -> Iterator[Any]:
+def cluster_of_eights() -> Iterator[Any]:
     """A CPU head and four nodes that say they have 8 GPUs, with addresses of their own."""
     import ray
     from ray.cluster_utils import Cluster
