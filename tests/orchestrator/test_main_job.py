@@ -2,16 +2,22 @@
 
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlflow
 import pytest
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from orchestrator.outbox import FILE_NAME, Outbox
 from orchestrator.records import ExperimentResult
 from tests.conftest import run_command, tiny_experiment, write_experiment
+from trainers.checkpoints import state_sha256
 from trainers.contract import StepsDone
 
 pytestmark = pytest.mark.train
@@ -33,6 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("main_job")
     values = tiny_experiment(
         trials={"world_sizes": [1, 2], "scaling": "strong"},
+        tracking={"log_model": True},
         reference_rows=[{"name": "published", "world_size": 8, "images_per_second": 55.26, "box_ap": 37.8}],
     )
     completed = run_command(write_experiment(folder, values), "--output", folder / "run", cwd=folder)
@@ -121,6 +128,26 @@ def test_mlflow_holds_the_curves_once(done: Done) -> None:
         assert [point.step for point in history] == [4, 8]
         names = {name.split("/")[0] for name in done.runs[trial.name].data.metrics}
         assert {"loss", "throughput", "time", "coco", "system"} <= names
+
+
+def test_a_logged_model_loads_as_its_readme_says_and_is_the_one_that_was_scored(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{done.folder / 'mlflow.db'}")
+    trial = done.result.trials[0]
+    (model,) = done.client.search_logged_models(
+        [done.runs[trial.name].info.experiment_id], f"source_run_id = '{trial.mlflow_run_id}'"
+    )
+    folder = mlflow.artifacts.download_artifacts(f"models:/{model.model_id}", dst_path=str(tmp_path))
+    code = textwrap.dedent(Path(folder, "README.md").read_text().split("\n\n", 1)[1].rsplit("\n\n", 1)[0])
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    state = torch.load(Path(folder, "state.pt"), weights_only=True)
+    only_in_checkpoints = ("ranks", "evaluation_owed")
+    assert state_sha256({k: v for k, v in state.items() if k not in only_in_checkpoints}) == trial.state_sha256
+    (scored,) = (metric for metric in model.metrics if metric.key == "coco/box_ap")
+    assert (scored.value, scored.step) == (pytest.approx(trial.box_ap), 8)
+    assert (scored.run_id, scored.dataset_name) == (trial.mlflow_run_id, "generated_val")
 
 
 def test_a_run_never_touches_an_older_one(done: Done) -> None:
