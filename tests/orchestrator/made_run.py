@@ -58,7 +58,7 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
         experiment=experiment.name, description=experiment.description, status="FINISHED",
         started="2026-09-21T13:46:40+00:00", ended="2026-09-21T14:26:40+00:00",
         command=["python", "-m", "orchestrator.run", "configs/demo.yaml"],
-        environment={"host": "made", "python": "3.11", "torch": "2.14.1"},
+        environment={"host": "made", "python": "3.11", "torch": "2.14.1", "git_commit": "0" * 40},
         mlflow_tracking_uri="sqlite:////tmp/made/mlflow.db", mlflow_run_id="0" * 32,
         reference_rows=experiment.reference_rows,
     )  # fmt: skip
