@@ -24,6 +24,7 @@ ROWS: dict[str, Callable[[], Row]] = {
     "scoring_box": components.scoring_box,
     "scoring_mask": components.scoring_mask,
     "evaluation": training.evaluation,
+    "evaluation_stall": training.evaluation_stall,
     "reference_recipe": training.reference_recipe,
     "fast_recipe": training.fast_recipe,
     "fast_r50": training.fast_r50,

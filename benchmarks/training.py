@@ -24,7 +24,7 @@ from benchmarks.ours import write_plan
 from orchestrator.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
-from trainers.contract import TrialPlan, event_from_json
+from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json
 
 WARMUP_STEPS = 5
 DATA = Path("data/benchmarks")
@@ -91,14 +91,18 @@ def _within(plan: TrialPlan, folder: str) -> TrialPlan:
     return dataclasses.replace(plan, trial_dir=f"{folder}/trial", checkpoint_dir=f"{folder}/checkpoints")
 
 
-def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
-    """Images per second of our worker, warm-up left out, started without Ray."""
+def ours_events(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> list[Event]:
+    """What our worker told, started without Ray."""
     with tempfile.TemporaryDirectory() as folder:
         write_plan(_within(plan, folder), Path(folder, "plan.json"))
         command = [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
         run_process(command, plan.cpus_per_worker)
-        lines = Path(folder, "events").read_text(encoding="utf-8").splitlines()
-    steps = [s for event in map(event_from_json, lines) if event.kind == "steps_done" for s in event.step_seconds]  # type: ignore[attr-defined]
+        return [event_from_json(line) for line in Path(folder, "events").read_text(encoding="utf-8").splitlines()]
+
+
+def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
+    """Images per second of our worker, warm-up left out."""
+    steps = [s for event in ours_events(plan, launcher) if isinstance(event, StepsDone) for s in event.step_seconds]
     return plan.solver.global_batch_size / float(statistics.median(steps[WARMUP_STEPS:]))
 
 
@@ -155,6 +159,32 @@ def evaluation() -> Row:
 
     found, theirs = in_turns(lambda: side("ours"), lambda: side("peer"), 3)
     return Row("evaluation", "inference_on_dataset with COCOEvaluator", "s", tuple(found), tuple(theirs), 1.5,
+               higher_is_better=False)  # fmt: skip
+
+
+def evaluation_stall() -> Row:
+    """What one evaluation of 256 images adds to the time of training, beside it and with training standing still.
+
+    Training without any is taken before each pair; a difference that is lost in its noise counts as 10 ms.
+    """
+    plan = demo(79, kind="time_to_train", iterations=79, eval_period_iterations=40, evaluate_at_end=False)
+    plan = dataclasses.replace(plan, val=dataclasses.replace(plan.train, name=plan.val.name))
+
+    def seconds(overlapped: bool, eval_period: int = 40) -> float:
+        recipe = dataclasses.replace(plan.recipe, overlapped_evaluation=overlapped)
+        solver = dataclasses.replace(plan.solver, eval_period=eval_period)
+        events = ours_events(dataclasses.replace(plan, recipe=recipe, solver=solver))
+        if len([event for event in events if isinstance(event, Evaluated)]) != (1 if eval_period else 0):
+            raise RuntimeError("not as many evaluations as asked for")
+        times = {event.kind: event.time for event in events}
+        return times["loop_finished"] - times["loop_started"]
+
+    pairs = []
+    for _ in range(3):
+        without = seconds(False, eval_period=0)
+        pairs.append([max(seconds(overlapped) - without, 0.01) for overlapped in (True, False)])
+    ours, peer = zip(*pairs, strict=True)
+    return Row("evaluation_stall", "the same evaluation with training standing still", "s", ours, peer, 5,
                higher_is_better=False)  # fmt: skip
 
 

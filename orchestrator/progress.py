@@ -200,8 +200,10 @@ class ProgressDisplay:
                 text += f", target {target:g} " + ("met" if ap >= target else f"{target - ap:.2f} away")
             parts.append(text)
         self._last_ap = event.figures
-        self._say(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s)")
-        self._update(event.iteration, ap=f"AP {event.figures.get('box_ap') or 0:.1f}")
+        beside = f" beside training, which stood still {event.stall_seconds:.1f} s" if event.overlapped else ""
+        self._say(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s{beside})")
+        if self._progress:
+            self._progress.update(self._task, ap=f"AP {event.figures.get('box_ap') or 0:.1f}")
 
     def _say(self, text: str, always: bool = False) -> None:
         if always or not self._quiet:

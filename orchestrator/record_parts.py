@@ -35,7 +35,7 @@ class Evaluation(_Record):
     mask_ap: float | None = None
     """Mask AP, 0–100."""
     seconds: float | None = None
-    """How long training stood still for it."""
+    """How long it took; training stood still as long, or for the part `stall` where it was made beside training."""
     elapsed_seconds: float | None = None
     """Seed clock when the box figures were known."""
     mask_elapsed_seconds: float | None = None
@@ -43,7 +43,7 @@ class Evaluation(_Record):
     figures: dict[str, float | None] = {}
     """COCO's twelve figures for boxes and for masks (`box_ap50`, …), 0–100."""
     part_seconds: dict[str, float] = {}
-    """The seconds by part: inference, gather, score."""
+    """The seconds by part: inference, gather, score; and stall, of an evaluation beside training."""
 
 
 class Sections(_Record):

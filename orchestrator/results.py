@@ -136,7 +136,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
         scored_mask_ap=target[0].figures.get("mask_ap") if target else None,
         schedule_seconds=finished.time - seed_clock if finished and seed_clock is not None else None,
         startup_seconds=attempts[0].started - trial_started.time if attempts and trial_started else None,
-        evaluation_seconds=sum(e.seconds for e in events if isinstance(e, Evaluated)),
+        evaluation_seconds=sum(e.stall_seconds for e in events if isinstance(e, Evaluated)),
         checkpoint_seconds=sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         downtime_seconds=sum(r.downtime_seconds or 0.0 for r in restarts),
         lost_work_seconds=where.lost_work if where else None,

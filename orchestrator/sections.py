@@ -111,7 +111,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
         "startup": attempts[0].started - started,
         **parts,
         "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
-        "evaluation": sum(e.seconds for e in events if isinstance(e, Evaluated)),
+        "evaluation": sum(e.stall_seconds for e in events if isinstance(e, Evaluated)),
         # A log says when a checkpoint was begun, not how long training stood still for it.
         "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,

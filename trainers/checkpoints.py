@@ -119,6 +119,10 @@ class CheckpointStore:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def rate(self, iteration: int, score: float) -> None:
+        """Notes what the model of an older checkpoint scored, where there is one; after the write in progress."""
+        self._writer.submit(self._rate, iteration, score)
+
     def take_over(self) -> None:
         """Makes this attempt the one that may write; an earlier one that is still alive finds out and gives up.
 
@@ -191,6 +195,15 @@ class CheckpointStore:
             self._prune()
         except OSError as error:
             logger.warning("old checkpoints under %s could not be deleted: %s", self._root, error)
+
+    def _rate(self, iteration: int, score: float) -> None:
+        path = f"{self._folder(iteration)}/{MANIFEST}"
+        try:
+            self._check_owner()
+            manifest = json.loads(self._read(path)) | {"score": score}
+            self._put(path, json.dumps(manifest, indent=2).encode())
+        except (OSError, ValueError) as error:
+            logger.info("no checkpoint of iteration %d takes its score: %s", iteration, error)
 
     def _fail(self, iteration: int, error: OSError) -> None:
         message = f"the checkpoint of iteration {iteration} could not be written to {self._root}: {error}"

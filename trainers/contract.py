@@ -315,8 +315,9 @@ class Evaluated(Event):
             None where COCO gives none (no object of that size, a model without masks).
         box_scored: When the box figures were known (Unix seconds).
         mask_scored: When the mask figures were known; None without masks.
-        seconds: Standing still of training, from the last step to this event.
-        part_seconds: The same by part: `inference`, `gather`, `score`.
+        seconds: How long it took; training stood still as long, where it was not made beside training.
+        part_seconds: The same by part: `inference`, `gather`, `score`. With an evaluation beside training also `stall`:
+            how long training stood still for it, handing the weights on and waiting at the next one or a checkpoint.
     """
 
     kind: ClassVar[str] = "evaluated"
@@ -327,6 +328,16 @@ class Evaluated(Event):
     mask_scored: float | None
     seconds: float
     part_seconds: dict[str, float]
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether it was made beside training."""
+        return "stall" in self.part_seconds
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long training stood still for it."""
+        return self.part_seconds.get("stall", self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

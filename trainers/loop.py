@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -57,8 +57,13 @@ class Now:
         self.section, self.part = section, part
 
 
-ENDS: tuple[Command, ...] = ("run", "preempt", "stop")
-"""What may be asked of a rank, the strongest last."""
+Asked = Command | Literal["target"]
+"""What a rank may ask of all: what the driver wants of it, or to end because the target is reached."""
+
+ENDS: dict[Asked, StopReason | None] = {
+    "run": None, "preempt": "preempted", "stop": "interrupted", "target": "target"
+}  # fmt: skip
+"""What that means for training, the strongest last."""
 
 
 @dataclass(slots=True)
@@ -121,7 +126,7 @@ class TrainingLoop:
         rank: This worker.
         start_iteration: Iterations done already.
         now: Where the loop says what it is doing.
-        asked: Says what this rank has been asked to do.
+        asked: Says what this rank asks of all.
     """
 
     def __init__(
@@ -136,7 +141,7 @@ class TrainingLoop:
         rank: int,
         start_iteration: int,
         now: Now,
-        asked: Callable[[], Command],
+        asked: Callable[[], Asked],
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.batches, self.hooks, self.device, self.rank = batches, hooks, device, rank
@@ -239,7 +244,7 @@ class TrainingLoop:
         """Shares what the ranks must agree on, and raises on all of them if any has seen a loss that is not finite."""
         self.now.enter("report")
         assert self._loss_sums is not None
-        stop = torch.tensor([float(ENDS.index(self._asked()))], device=self.device)
+        stop = torch.tensor([float(list(ENDS).index(self._asked()))], device=self.device)
         shared = torch.cat([self._loss_sums / len(window.step_seconds), self._first_bad.reshape(1), stop])
         # A NaN would spread over the sums; it is told by its own entry.
         shared[:-2] = torch.nan_to_num(shared[:-2], posinf=0.0, neginf=0.0)
@@ -263,8 +268,8 @@ class TrainingLoop:
         window.losses = dict(zip(self._loss_names, means, strict=True))
         if self.iteration == self.plan.solver.max_iter:
             self.stop_reason = "max_iter"
-        elif wanted := int(max(row[-1] for row in rows)):
-            self.stop_reason = "interrupted" if ENDS[wanted] == "stop" else "preempted"
+        else:
+            self.stop_reason = list(ENDS.values())[int(max(row[-1] for row in rows))]
         self.storage.put_scalars(**window.losses, smoothing_hint=False)
 
 

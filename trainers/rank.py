@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
-from trainers import faults, hooks, loading, machine, mask_rcnn
+from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
 from trainers.checkpoints import CheckpointStore, Saved, StorageError, state_sha256
 from trainers.contract import (
     Attempt,
@@ -141,7 +142,7 @@ class Rank:
             return loading.training_loader(cfg, plan, images, placement.rank, skip, num_processes)
 
         batches = iter(load(start, plan.loader_workers))
-        evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send)
+        evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send, store.rate)
         loop = TrainingLoop(
             plan=plan,
             model=mask_rcnn.distribute(detector, device, plan.world_size, plan.recipe.gradient_views),
@@ -158,7 +159,7 @@ class Rank:
             rank=placement.rank,
             start_iteration=start,
             now=self.now,
-            asked=lambda: self.command,
+            asked=lambda: "target" if evaluation.target_reached() else self.command,
         )
         if state:
             hooks.restore(loop, state)
@@ -174,9 +175,10 @@ class Rank:
             config_yaml=config_yaml if placement.rank == 0 else "",
             restored_from=restored_from,
         )
-        if state and state["evaluation_owed"]:
-            evaluation.run(loop, StepWindow(start))
-        reason = loop.run()
+        with overlap.beside(plan, detector, placement.rank) as evaluation.beside:
+            if state and state["evaluation_owed"]:
+                evaluation.run(loop, StepWindow(start))
+            reason = loop.run()
         self.now.enter("checkpoint")
         store.wait()
         if placement.rank == 0:
@@ -288,6 +290,7 @@ def classify(error: BaseException) -> FailureKind:
         ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
         ((torch.distributed.DistError, ConnectionError), "communication"),
         (StorageError, "storage"),
+        (BrokenProcessPool, "worker_lost"),
     ]
     for kind, failure in kinds:
         if isinstance(error, kind):

@@ -39,6 +39,8 @@ class Recipe:
         pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.
         batched_encoding: Encode an image's masks in one call (trainers/detections.py). The same detections.
         evaluation_batch: Images of one size that are detected on together; detectron2 takes them one by one. Rounding.
+        overlapped_evaluation: Evaluate in a process beside rank 0 (trainers/overlap.py) while training goes on. Takes
+            a second model's memory. The same figures; a target that is met ends training some iterations later.
         scorer: Which COCO scorer computes the twelve figures; both give the same to 1e-6.
     """
 
@@ -59,6 +61,7 @@ class Recipe:
     pinned_loader: bool = False
     batched_encoding: bool = False
     evaluation_batch: int = 1
+    overlapped_evaluation: bool = False
     scorer: Scorer = "pycocotools"
 
 

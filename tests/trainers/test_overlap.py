@@ -1,0 +1,202 @@
+"""Evaluation beside training finds what it finds when training stands still, and outlives nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.ours import write_plan
+from tests.trainers.test_resume import last, plan_of, train
+from trainers.contract import (
+    Attempt,
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialPlan,
+    WorkerFailed,
+    event_from_json,
+)
+from trainers.loading import BadInputError
+from trainers.rank import Rank
+from trainers.worker import Channel, Placement
+
+pytestmark = pytest.mark.train
+
+
+def plan_beside(folder: Path, name: str, overlapped: bool = True, **solver: int) -> TrialPlan:
+    """Evaluates every 4 of 12 iterations; all detections count, so that there are some after a few steps."""
+    plan = plan_of(folder, "mask_rcnn")
+    return dataclasses.replace(
+        plan,
+        recipe=dataclasses.replace(plan.recipe, overlapped_evaluation=overlapped),
+        overrides={**plan.overrides, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0},
+        solver=dataclasses.replace(plan.solver, **{"eval_period": 4, **solver}),
+        trial_dir=str(folder / name),
+        checkpoint_dir=str(folder / name / "checkpoints"),
+    )
+
+
+def figures(events: list[Event]) -> dict[int, dict[str, float | None]]:
+    return {event.iteration: event.figures for event in events if isinstance(event, Evaluated)}
+
+
+def evaluating(process: psutil.Process) -> list[psutil.Process]:
+    """The processes that evaluate beside a training process."""
+    return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def wait_for(met: Callable[[], object], what: str) -> None:
+    until = time.monotonic() + 120
+    while not met():
+        assert time.monotonic() < until, f"waited too long for {what}"
+        time.sleep(0.1)
+
+
+def train_with(plan: TrialPlan, act: Callable[[Event], None]) -> list[Event]:
+    """Trains in this process; `act` is called with every event, and training waits for it."""
+    events: list[Event] = []
+
+    def push(event: Event) -> None:
+        events.append(event)
+        act(event)
+
+    channel = Channel(push=push, beat=lambda heartbeat: "run")
+    try:
+        Rank(plan, Attempt(), Placement(0, 1, 0, 1, "here"), channel).train(0.0)
+    except Exception:
+        assert last(events, WorkerFailed)
+    return events
+
+
+def test_beside_training_the_same_is_found_at_the_same_iterations_and_nothing_else_changes(tmp_path: Path) -> None:
+    detections: dict[str, list[list[dict[str, Any]]]] = {"still": [], "beside": []}
+    processes: set[int] = set()
+
+    def look(name: str) -> Callable[[Event], None]:
+        def look_at(event: Event) -> None:
+            if isinstance(event, Evaluated):
+                detections[name].append(json.loads((tmp_path / name / "coco_instances_results.json").read_text()))
+            if isinstance(event, StepsDone) and name == "beside":
+                processes.add(len(evaluating(psutil.Process())))
+
+        return look_at
+
+    still = train_with(plan_beside(tmp_path, "still", overlapped=False), look("still"))
+    plan = plan_beside(tmp_path, "beside")
+    beside = train_with(plan, look("beside"))
+    assert processes == {1} and not evaluating(psutil.Process())
+
+    expected, found = figures(still), figures(beside)
+    assert list(found) == list(expected) == [4, 8, 12]
+    for iteration in expected:
+        assert found[iteration] == pytest.approx(expected[iteration], abs=1e-9)
+    # After so few steps figures may all be 0; what they are made of is not, and changes with the weights.
+    assert detections["beside"] == detections["still"]
+    assert all(detections["still"]) and len({json.dumps(each) for each in detections["still"]}) == 3
+    assert last(beside, LoopFinished).state_sha256 == last(still, LoopFinished).state_sha256
+
+    by_iteration = {event.iteration: event for event in beside if isinstance(event, Evaluated)}
+    assert [event.overlapped for event in by_iteration.values()] == [True, True, False]
+    assert by_iteration[12].stall_seconds == by_iteration[12].seconds
+    stored = Path(plan.checkpoint_dir).glob("iter_*/manifest.json")
+    scores = {manifest["iteration"]: manifest["score"] for manifest in (json.loads(p.read_text()) for p in stored)}
+    assert scores and scores == {iteration: found[iteration]["box_ap"] for iteration in scores}
+
+
+def test_a_start_after_a_death_makes_the_evaluation_that_was_being_made(tmp_path: Path) -> None:
+    whole = figures(train(plan_beside(tmp_path, "still", overlapped=False)))
+    plan = plan_beside(tmp_path, "beside")
+    # The process beside is still importing torch when the training process is at its 6th step.
+    first = train(plan, die_at=6)
+    assert last(first, CheckpointSaved).iteration == 4 and not figures(first)
+    assert not evaluating(psutil.Process())
+    second = train(plan, attempt=1)
+    assert last(second, LoopStarted).iteration == 4
+    assert list(figures(second)) == [4, 8, 12]
+    for iteration, figure in figures(second).items():
+        assert figure == pytest.approx(whole[iteration], abs=1e-9)
+
+
+def test_a_stop_waits_for_an_older_evaluation_before_its_checkpoint(tmp_path: Path) -> None:
+    plan = plan_beside(tmp_path, "beside")
+    first = train(plan, stop_at=6)
+    assert last(first, LoopFinished).reason == "interrupted"
+    kinds = [type(event) for event in first if isinstance(event, Evaluated | CheckpointSaved)]
+    assert [event.iteration for event in first if isinstance(event, CheckpointSaved)] == [4, 6]
+    assert list(figures(first)) == [4] and kinds[-1] is CheckpointSaved
+    assert list(figures(train(plan, attempt=1))) == [8, 12]
+
+
+def test_a_target_that_is_found_to_be_met_ends_training_at_the_next_window(tmp_path: Path) -> None:
+    plan = plan_beside(tmp_path, "beside", eval_period=10, max_iter=30, checkpoint_period=0)
+    plan = dataclasses.replace(plan, target_box_ap=0.0, stop_at_target=True)
+    detected = Path(plan.trial_dir, "coco_instances_results.json")
+
+    def wait(event: Event) -> None:
+        if isinstance(event, StepsDone) and event.iteration == 12:
+            wait_for(detected.is_file, "detections")
+            time.sleep(2)  # a moment to score them
+
+    events = train_with(plan, wait)
+    finished = last(events, LoopFinished)
+    assert (finished.reason, finished.iteration, list(figures(events))) == ("target", 14, [10])
+    assert last(events, CheckpointSaved).iteration == 14
+    assert [type(event) for event in train(plan, attempt=1) if isinstance(event, StepsDone | Evaluated)] == []
+
+
+def test_a_target_ends_all_ranks_together(tmp_path: Path) -> None:
+    plan = plan_beside(tmp_path, "beside", eval_period=4, max_iter=400, checkpoint_period=0)
+    plan = dataclasses.replace(plan, world_size=2, target_box_ap=0.0, stop_at_target=True)
+    write_plan(plan, tmp_path / "plan.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ours = ["-m", "benchmarks.ours", str(tmp_path / "plan.json"), str(tmp_path / "events")]
+    done = subprocess.run([*torchrun, *ours], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = [event_from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert last(events, LoopFinished).reason == "target" and list(figures(events)) == [4]
+    assert 4 < last(events, LoopFinished).iteration <= 8
+
+
+def test_what_ends_the_evaluation_ends_training_with_its_cause(tmp_path: Path) -> None:
+    plan = plan_beside(tmp_path, "beside")
+    image = next(path for path in sorted(Path(plan.val.images).iterdir()) if path.is_file())
+    image.write_bytes(b"no image")
+    failure = last(train_with(plan, lambda event: None), WorkerFailed)
+    assert (failure.failure, failure.image_files) == ("bad_input", (str(image),))
+    assert failure.iteration < 12 and BadInputError.__name__ in failure.traceback
+    assert not evaluating(psutil.Process())
+
+
+def test_the_death_of_the_process_beside_is_told(tmp_path: Path) -> None:
+    def kill(event: Event) -> None:
+        for process in evaluating(psutil.Process()):
+            process.kill()
+
+    failure = last(train_with(plan_beside(tmp_path, "beside"), kill), WorkerFailed)
+    assert failure.failure == "worker_lost" and failure.iteration <= 8
+
+
+def test_the_process_beside_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
+    plan = plan_beside(tmp_path, "beside", max_iter=100_000, eval_period=50_000)
+    write_plan(plan, tmp_path / "plan.json")
+    ours = [sys.executable, "-m", "benchmarks.ours", str(tmp_path / "plan.json"), str(tmp_path / "events")]
+    with subprocess.Popen(ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
+        family = psutil.Process(training.pid)
+        wait_for(lambda: evaluating(family), "the process beside")
+        (beside,) = evaluating(family)
+        os.kill(training.pid, signal.SIGKILL)
+    beside.wait(timeout=30)

@@ -1,0 +1,147 @@
+"""Evaluation beside training: a process of its own detects and scores while rank 0 trains on.
+
+Traps this module protects against: a process that outlives the training it belongs to (it ends itself when the other
+end of a pipe is closed, also by SIGKILL), and weights that change while they are detected with (they are copied).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor, nn
+
+from trainers import mask_rcnn
+from trainers.contract import TrialPlan
+from trainers.evaluation import Evaluator, Scores
+
+_ALIGNMENT = 16  # bytes: a tensor of any type may begin there
+
+_serving: tuple[nn.Module, list[Tensor], Evaluator]
+"""Of the process beside training: its model, the weights it was sent, and its evaluator."""
+
+
+class Overlap:
+    """The process that evaluates beside rank 0; it begins to set itself up at once.
+
+    Args:
+        plan: The trial.
+        model: The model that is trained, not wrapped in DistributedDataParallel.
+    """
+
+    def __init__(self, plan: TrialPlan, model: nn.Module) -> None:
+        # One block of memory: a file descriptor for each tensor could be more than a process may have.
+        size = sum(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in model.state_dict().values())
+        shared = torch.zeros(size, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        self._weights = _views(shared, model)
+        context = multiprocessing.get_context("spawn")
+        ours_gone, self._ours = context.Pipe(duplex=False)
+        self._process = ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(ours_gone,))
+        device = next(model.parameters()).device
+        # The weights that training starts from are not needed there.
+        self._ready = self._process.submit(_set_up, dataclasses.replace(plan, weights=""), shared, device)
+        self._found: Future[tuple[Scores, float]] | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Begins to evaluate a model as it is now; the evaluation before must have been fetched.
+
+        Raises:
+            BrokenProcessPool: The process died.
+        """
+        with torch.no_grad():
+            for shared, tensor in zip(self._weights, model.state_dict().values(), strict=True):
+                shared.copy_(tensor)
+        self._found = self._process.submit(_evaluate)
+
+    def known(self) -> bool:
+        """Whether an evaluation that was begun has come to its end, or failed, and has not been fetched."""
+        return self._found is not None and self._found.done()
+
+    def fetch(self) -> tuple[Scores, float] | None:
+        """Waits for the evaluation that was begun; None where none was, or it has been fetched.
+
+        Returns:
+            What was found, and the seconds that it took.
+
+        Raises:
+            BrokenProcessPool: The process died.
+            Exception: Whatever ended the evaluation, or the process's setting up.
+        """
+        if self._found is None:
+            return None
+        self._ready.result()
+        found, self._found = self._found.result(), None
+        return found
+
+    def close(self) -> None:
+        """Ends the process, in the middle of its work where there is any."""
+        if not self._ready.done() or (self._found is not None and not self._found.done()):
+            self._ours.send_bytes(b"")
+        self._process.shutdown()
+        self._ours.close()
+
+
+@contextmanager
+def beside(plan: TrialPlan, model: nn.Module, rank: int) -> Iterator[Overlap | None]:
+    """The process that evaluates beside rank 0, where there is something to evaluate before the end; else None.
+
+    It ends with the block.
+    """
+    periodic = 0 < plan.solver.eval_period < plan.solver.max_iter
+    if rank != 0 or not (plan.recipe.overlapped_evaluation and periodic):
+        yield None
+        return
+    overlap = Overlap(plan, model)
+    try:
+        yield overlap
+    finally:
+        overlap.close()
+
+
+def _views(shared: Tensor, model: nn.Module) -> list[Tensor]:
+    """The parts of a block of memory that take the tensors of a model's state dict, in its order."""
+    views, start = [], 0
+    for tensor in model.state_dict().values():
+        views.append(shared[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        start += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return views
+
+
+def _end_with(training: Connection) -> None:
+    """Ends this process at once when training says so or is gone."""
+
+    def wait() -> None:
+        training.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches all; training decides what it means
+
+
+def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
+    global _serving
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(plan.cpus_per_worker)
+    cfg = mask_rcnn.build_config(plan)
+    mask_rcnn.register(plan.val)
+    model = mask_rcnn.build_detector(cfg, plan)
+    _serving = model, _views(shared, model), Evaluator(cfg, plan)
+
+
+@torch.no_grad()
+def _evaluate() -> tuple[Scores, float]:
+    model, weights, evaluator = _serving
+    started = time.perf_counter()
+    for tensor, sent in zip(model.state_dict().values(), weights, strict=True):
+        tensor.copy_(sent)
+    return evaluator.run(model), time.perf_counter() - started
