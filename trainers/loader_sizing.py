@@ -11,7 +11,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainers.contract import TrialPlan
@@ -40,7 +40,7 @@ class LoaderSizing:
     every_window = False
 
     def __init__(
-        self, plan: TrialPlan, images: TrainingImages, start: int, load: Callable[[int, int], Iterable[Any]]
+        self, plan: TrialPlan, images: TrainingImages, start: int, load: Callable[[int, int], Iterator[Any]]
     ) -> None:
         self.plan, self.images, self.load = plan, images, load
         self._at = start + plan.log_period
@@ -60,7 +60,7 @@ class LoaderSizing:
             batch, step, wanted, self.plan.loader_workers,
         )  # fmt: skip
         if wanted != self.plan.loader_workers:
-            loop.batches = iter(self.load(loop.iteration, wanted))
+            loop.batches = self.load(loop.iteration, wanted)
 
     def _seconds_per_image(self) -> float:
         taken = []

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,17 +138,17 @@ class Rank:
         self.now.enter("setup")
         images = loading.training_images(cfg, plan, records)
 
-        def load(skip: int, num_processes: int) -> Iterable[list[loading.Record]]:
-            return loading.training_loader(cfg, plan, images, placement.rank, skip, num_processes)
+        def load(skip: int, num_processes: int) -> Iterator[list[loading.Record]]:
+            batches = iter(loading.training_loader(cfg, plan, images, placement.rank, skip, num_processes))
+            return self.injector.poison(batches) if self.injector else batches
 
-        batches = iter(load(start, plan.loader_workers))
         evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send, store.rate)
         loop = TrainingLoop(
             plan=plan,
             model=mask_rcnn.distribute(detector, device, plan.world_size, plan.recipe.gradient_views),
             optimizer=optimizer,
             scheduler=scheduler,
-            batches=self.injector.poison(batches) if self.injector else batches,
+            batches=load(start, plan.loader_workers),
             hooks=[
                 hooks.ProgressHook(plan, self.send),
                 evaluation,
