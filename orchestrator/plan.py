@@ -17,6 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from orchestrator.spec import Data, Experiment, SpecError, read_yaml
 from trainers.contract import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
@@ -256,7 +258,11 @@ def _recipe(experiment: Experiment, name: str) -> Recipe:
     known = {field.name for field in dataclasses.fields(Recipe)}
     if unknown := sorted(set(switches) - known):
         raise SpecError(f"trials.switches: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return dataclasses.replace(RECIPES[name], **switches)
+    try:
+        return TypeAdapter(Recipe).validate_python({**dataclasses.asdict(RECIPES[name]), **switches})
+    except ValidationError as error:
+        found = error.errors()[0]
+        raise SpecError(f"trials.switches.{found['loc'][0]}: {found['msg']} (given: {found['input']!r})") from error
 
 
 def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path) -> list[TrialPlan]:

@@ -168,6 +168,23 @@ def test_a_model_config_that_is_not_one_is_refused(config: str, message: str) ->
         zoo_path(config)
 
 
+@pytest.mark.parametrize(
+    ("switches", "message"),
+    [
+        ({"winogrd": True}, "unknown winogrd; known: .*winograd"),
+        ({"overlapped_evaluation": "maybe"}, "switches.overlapped_evaluation: .*given: 'maybe'"),
+        ({"mapper": "faster"}, "switches.mapper: .* 'detectron2' or 'fast' .*given: 'faster'"),
+    ],
+)
+def test_a_switch_that_is_not_one_or_cannot_have_the_value_is_refused(
+    switches: dict[str, object], message: str
+) -> None:
+    values = tiny_experiment()
+    values["trials"] = {**values.get("trials", {}), "switches": switches}
+    with pytest.raises(SpecError, match=message):
+        plans(parse_experiment(values, "test"))
+
+
 def test_an_evaluation_period_in_epochs_becomes_iterations() -> None:
     experiment = load(protocol={"kind": "time_to_train", "eval_period_epochs": 2})
     (plan,) = plans(experiment)
