@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ray.train import TrainingFailedError
 
-from orchestrator.launch import WorkerGroup, draining_nodes
+from orchestrator.launch import WorkerGroup, draining_nodes, lost_nodes
 from orchestrator.policy import NOT_COUNTED, Policy, root_cause
 from orchestrator.sections import began
 from orchestrator.spec import Faults
@@ -159,13 +159,26 @@ class _Trial:
         for rank, failure in failures.items():
             if rank in told:
                 continue
-            sign = self.pump.heartbeats.get(rank)
             reason = getattr(failure, "health_check_failure", failure)
             out_of_memory = "OOM" in str(reason) and "memory pressure" in str(reason)
             kind = "out_of_memory" if out_of_memory else "worker_lost"
             message = f"its process died: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
-            last, began = (sign.heartbeat, sign.received) if sign else (None, None)
-            self.pump.tell(self._failure(kind, rank, message, last, began))
+            self._tell_dead(kind, rank, message)
+        self._tell_lost_nodes()
+
+    def _tell_lost_nodes(self) -> None:
+        """Tells of the ranks whose node went away: a peer's broken connection may be all that was heard of it."""
+        if {event.failure for event in self._own(WorkerFailed)} != {"communication"}:
+            return
+        lost = lost_nodes()
+        for worker in self._own(WorkerStarted):
+            if worker.node_id in lost:
+                self._tell_dead("worker_lost", worker.rank, f"its node {worker.host} was lost")
+
+    def _tell_dead(self, kind: str, rank: int, message: str) -> None:
+        sign = self.pump.heartbeats.get(rank)
+        last, began = (sign.heartbeat, sign.received) if sign else (None, None)
+        self.pump.tell(self._failure(kind, rank, message, last, began))
 
     def _failure(
         self, kind: str, rank: int, message: str, last: Heartbeat | None = None, began: float | None = None

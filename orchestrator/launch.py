@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 KILL_SECONDS = 20.0
 """Longest wait for a process to be gone."""
+
+CONNECT_SECONDS = 1.0
+"""Longest wait for a node's Ray daemon to take a connection."""
 
 NODES_LOOK_SECONDS = 1.0
 """How often it is asked whether the nodes for an attempt are there."""
@@ -104,8 +108,7 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
 
 def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:
     """Names each worker's node, equally many workers a node; None where there are not the nodes for it now."""
-    leaving = draining_nodes()
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
+    alive = {node["NodeID"] for node in ray.nodes()} - draining_nodes() - lost_nodes()
     capacities = {
         node: capacity(plan, int(free.get("GPU", 0)), int(free.get("CPU", 0)))
         for node, free in ray._private.state.available_resources_per_node().items()
@@ -229,6 +232,19 @@ def draining_nodes() -> set[str]:
     """Nodes that are to be taken away soon: a spot instance's notice, a node that is scaled down."""
     # What Ray Train's own preemption watcher asks; asked from here, it costs the workers no barrier.
     return set(ray._private.state.state.get_draining_nodes())
+
+
+def lost_nodes() -> set[str]:
+    """Nodes that are gone, also where Ray does not know it yet: it waits for heartbeats, for 10 s and more."""
+    return {node["NodeID"] for node in ray.nodes() if not (node["Alive"] and _answers(node))}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    with contextlib.suppress(OSError):
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+        return True
+    return False
 
 
 def _clear_placement_groups() -> None:

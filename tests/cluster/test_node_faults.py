@@ -119,6 +119,9 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     outcome = bench.run(Fault("pause", rank=0, iteration=7), values=values, listeners=[loss])
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert {event.attempt: event.world_size for event in outcome.of(WorkerStarted)} == {0: 2, 1: 1}
+    # The other node's rank told of a broken connection at once; the node's loss is the cause all the same.
+    (restart,) = outcome.of(TrialRestarted)
+    assert restart.failure == "worker_lost" and restart.message.endswith("was lost")
     assert outcome.rows == control.rows, "every point of every curve, once"
     result = trial_result(outcome.plan, outcome.events)
     assert (result.world_size, result.iterations, [restart.world_size for restart in result.restarts]) == (2, 12, [1])
