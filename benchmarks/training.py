@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.measure import Row, in_turns
 from benchmarks.ours import write_plan
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
 from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json

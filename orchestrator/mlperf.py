@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.log_runs import flat_config
+from orchestrator.logs.runs import flat_config
 from orchestrator.records import TrialResult
 from orchestrator.sections import began, stays
 from trainers.contract import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, TrialPlan, WorkerStarted

@@ -19,7 +19,7 @@ from orchestrator.findings import Finding, FindingList
 from orchestrator.plan import model_value
 
 if TYPE_CHECKING:
-    from orchestrator.coco_values import SplitSummary
+    from orchestrator.coco.values import SplitSummary
     from orchestrator.spec import Experiment
 
 BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.1e6}

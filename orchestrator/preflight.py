@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import model_checks
-from orchestrator.bars import show_bar
+from orchestrator.coco.bars import show_bar
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.node_checks import NodeRequest, inspect_node, judge_nodes
 from orchestrator.tracking_checks import check_tracking
@@ -21,7 +21,7 @@ from trainers.contract import PREFETCHED_BATCHES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from orchestrator.coco_checks import Split
+    from orchestrator.coco.checks import Split
     from orchestrator.spec import Experiment
     from trainers.contract import TrialPlan
 
@@ -56,8 +56,8 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 
 def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
     """Checks the training and validation set, each by itself, against each other, and against the model."""
-    from orchestrator.coco_checks import Split, check_split, compare_splits
-    from orchestrator.coco_layout import layout_finding
+    from orchestrator.coco.checks import Split, check_split, compare_splits
+    from orchestrator.coco.layout import layout_finding
 
     train, val = (
         Split(Path(plan.annotations), Path(plan.images), for_scoring=plan is trial.val)

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.airank import write_airank, write_airank_summary
-from orchestrator.log_lines import ReplayError, read_messages
-from orchestrator.log_metrics import read_metrics
-from orchestrator.log_runs import LoggedRun, find_runs
+from orchestrator.logs.lines import ReplayError, read_messages
+from orchestrator.logs.metrics import read_metrics
+from orchestrator.logs.replayed import RECIPE, Targets, known_targets, replayed_events
+from orchestrator.logs.runs import LoggedRun, find_runs
 from orchestrator.mlperf import mllog_text, write_mllog
-from orchestrator.replayed import RECIPE, Targets, known_targets, replayed_events
 from orchestrator.report import write_report
 from orchestrator.results import ExperimentResult, TrialResult, repeat_rows, scaling_fits, scaling_rows, trial_result
 from orchestrator.spec import Tracking

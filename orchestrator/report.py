@@ -67,7 +67,7 @@ def try_report(result: ExperimentResult, run_dir: Path) -> tuple[Path, str]:
 
 
 def _write(run: RunFolder, place: Path) -> list[Path]:
-    from orchestrator.page import html_page
+    from orchestrator.pages.page import html_page
 
     (place / "report.md").write_text(markdown_report(run.result), encoding="utf-8")
     (place / "table.csv").write_text(csv_table(run.result), encoding="utf-8")
@@ -77,7 +77,7 @@ def _write(run: RunFolder, place: Path) -> list[Path]:
 
 def write_comparison(runs: Sequence[RunFolder], place: Path) -> list[Path]:
     """Writes comparison.html, comparison.md and comparison.csv: every run against the first; returns their paths."""
-    from orchestrator.page import html_page
+    from orchestrator.pages.page import html_page
 
     (place / "comparison.md").write_text(markdown_comparison(runs), encoding="utf-8")
     (place / "comparison.csv").write_text(csv_comparison(runs), encoding="utf-8")

@@ -184,7 +184,7 @@ class Session:
         data, root = self.experiment.data.generated, generated_root(self.experiment)
         plans = expand(self.experiment, Hardware.local(), str(self.run_dir), root)
         if data is not None:
-            from orchestrator.generate import generate
+            from orchestrator.coco.generate import generate
 
             generate(root, **data.model_dump())
         findings = preflight(self.experiment, plans, verify_images=self.verify_images)

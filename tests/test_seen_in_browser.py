@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from orchestrator.page import KINDS, mlflow_links
+from orchestrator.pages.page import KINDS, mlflow_links
 from orchestrator.report import write_report
 from orchestrator.run_folder import RunFolder, read_run_folder
 from orchestrator.tracking import Tracker

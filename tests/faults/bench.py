@@ -92,7 +92,7 @@ class Bench:
     ) -> Outcome:
         """Runs the trial to its end, with some faults on the way."""
         from orchestrator.attempts import run_trial
-        from orchestrator.generate import generate
+        from orchestrator.coco.generate import generate
         from orchestrator.outbox import FILE_NAME, Outbox
         from orchestrator.telemetry import EventPump
         from orchestrator.tracking import Tracker

@@ -143,7 +143,7 @@ def test_what_the_workers_tell_is_not_lost_with_the_actor_that_takes_it(bench: B
 
 
 def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench: Bench, tmp_path: Path) -> None:
-    from orchestrator.generate import generate
+    from orchestrator.coco.generate import generate
 
     values = alone(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
     generate(tmp_path, **values["data"]["generated"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from pycocotools import mask as rle
 
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from orchestrator.outbox import FILE_NAME, Outbox
 from orchestrator.plan import Hardware, expand
 from orchestrator.records import ExperimentResult

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from orchestrator import coco_checks
-from orchestrator.coco_checks import Split, check_split
+from orchestrator.coco import checks as coco_checks
+from orchestrator.coco.checks import Split, check_split
+from orchestrator.coco.generate import dataset_paths, generate
+from orchestrator.coco.image_files import check_name
 from orchestrator.data import app
 from orchestrator.findings import MAX_LISTED, Finding, FindingList, print_findings, printable
-from orchestrator.generate import dataset_paths, generate
-from orchestrator.image_files import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

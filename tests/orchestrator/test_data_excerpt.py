@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.coco_checks import check_split
-from orchestrator.coco_layout import find_splits
+from orchestrator.coco.checks import check_split
+from orchestrator.coco.excerpt import excerpt
+from orchestrator.coco.generate import dataset_paths, generate
+from orchestrator.coco.layout import find_splits
 from orchestrator.data import app
-from orchestrator.excerpt import excerpt
-from orchestrator.generate import dataset_paths, generate
 
 if TYPE_CHECKING:
-    from orchestrator.generate import DatasetPaths
+    from orchestrator.coco.generate import DatasetPaths
 
 
 @pytest.fixture

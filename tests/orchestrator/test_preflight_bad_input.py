@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from tests.orchestrator.bad_input import CASES, Case, Project, base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from orchestrator.node_checks import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from orchestrator.plan import Hardware, expand
 from orchestrator.preflight_cluster import Node, check_fit, check_token, needs_several_hosts

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.coco_checks import Split, check_split
+from orchestrator.coco.checks import Split, check_split
+from orchestrator.coco.generate import generate
+from orchestrator.coco.rle import check_rle, sum_compressed_counts
 from orchestrator.findings import to_json
-from orchestrator.generate import generate
-from orchestrator.rle import check_rle, sum_compressed_counts
 from orchestrator.spec import SpecError, load_experiment
 from tests.orchestrator.bad_input import base_experiment
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from tests.orchestrator.bad_input import Project, base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.log_lines import ReplayError
+from orchestrator.logs.lines import ReplayError
 from orchestrator.replay import Targets, experiment_result, replay, track, write
 from orchestrator.results import TrialResult
 from tests.conftest import run_command

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from orchestrator import page, report
+from orchestrator import report
 from orchestrator.comparison import differing, labels, result_differences
+from orchestrator.pages import page
 from orchestrator.report import try_report, write_comparison, write_report
 from orchestrator.run_folder import read_run_folder
 from orchestrator.table import table_rows

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from orchestrator.page import KINDS, OTHER_DEFINITIONS
+from orchestrator.pages.page import KINDS, OTHER_DEFINITIONS
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
 from tests.conftest import ROOT
 from tests.orchestrator.made_trials import Story, plan, trained

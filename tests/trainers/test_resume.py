@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import Experiment
 from tests.conftest import TINY_OVERRIDES, tiny_experiment

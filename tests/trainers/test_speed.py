@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from benchmarks.ours import train_in_process
-from orchestrator.generate import generate
+from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import parse_experiment
 from tests.conftest import tiny_experiment

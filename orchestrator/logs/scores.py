@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from orchestrator.log_lines import Message
+from orchestrator.logs.lines import Message
 from trainers.contract import measured
 
 _KINDS = {"bbox": "box", "segm": "mask"}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from orchestrator.bars import show_bar
+from orchestrator.coco.bars import show_bar
 from orchestrator.node_checks import existing_parent
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.log_lines import ReplayError
-from orchestrator.log_runs import Launch, LoggedRun, Progress
-from orchestrator.log_scores import LoggedEvaluation
+from orchestrator.logs.lines import ReplayError
+from orchestrator.logs.runs import Launch, LoggedRun, Progress
+from orchestrator.logs.scores import LoggedEvaluation
 from trainers.contract import measured
 
 

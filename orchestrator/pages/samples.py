@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 
-from orchestrator.rle import check_rle
+from orchestrator.coco.rle import check_rle
 from orchestrator.run_folder import TrialStory
 from trainers.contract import SAMPLES_FILE
 

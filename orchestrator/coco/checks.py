@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.coco_annotations import UnreadableError, check_annotations, parse_annotations
-from orchestrator.coco_values import SplitSummary
+from orchestrator.coco.annotations import UnreadableError, check_annotations, parse_annotations
+from orchestrator.coco.image_files import FoundFile, check_images, list_files
+from orchestrator.coco.values import SplitSummary
 from orchestrator.findings import Finding, FindingList, sort_findings
-from orchestrator.image_files import FoundFile, check_images, list_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,8 +10,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.log_runs import Launch, LoggedRun, Progress
-from orchestrator.log_scores import LoggedEvaluation
+from orchestrator.logs.runs import Launch, LoggedRun, Progress
+from orchestrator.logs.scores import LoggedEvaluation
 from trainers.contract import (
     DatasetPlan,
     Evaluated,

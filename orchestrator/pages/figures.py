@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from orchestrator.drawing import (
+from orchestrator.pages.drawing import (
     INK,
     MOST_NAMED,
     MUTED,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orchestrator.coco_values import (
+from orchestrator.coco.rle import check_rle
+from orchestrator.coco.values import (
     LARGEST_ID,
     REGENERATE,
     Annotation,
@@ -18,7 +19,6 @@ from orchestrator.coco_values import (
     is_number,
     shorten,
 )
-from orchestrator.rle import check_rle
 
 if TYPE_CHECKING:
     import numpy as np

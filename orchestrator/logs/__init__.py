@@ -1,0 +1,1 @@
+"""Other programs' logs, read back into this one's events."""
