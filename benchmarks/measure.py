@@ -1,7 +1,8 @@
 """Measures two ways of doing the same work against each other, and prints the table.
 
-The trap this module protects against: a machine whose speed drifts. Both sides run in turns, the ratio is taken
-between neighbours, and the table shows the median of these ratios with the smallest and the greatest.
+The trap this module protects against: a machine whose speed drifts. Both sides run in turns (`benchmarks.turns` lets
+trainings take turns step by step), the ratio is taken between neighbours, and the table shows the median of these
+ratios with the smallest and the greatest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,6 +79,23 @@ def in_turns(ours: Callable[[], float], peer: Callable[[], float], repeats: int)
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
+def by_blocks(
+    ours: Sequence[float], peer: Sequence[float], images: int, blocks: int = 5
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Images per second in equal blocks of steps.
+
+    Args:
+        ours: Seconds of this program's steps.
+        peer: Of the peer's, each taken next to ours.
+        images: A step's.
+        blocks: How many; what is left over at the end is left out.
+    """
+    each = min(len(ours), len(peer)) // blocks
+    cuts = [slice(i * each, (i + 1) * each) for i in range(blocks)]
+    found, theirs = (tuple(images * each / sum(side[cut]) for cut in cuts) for side in (ours, peer))
+    return found, theirs
+
+
 def timed(
     name: str,
     against: str,
@@ -103,7 +121,8 @@ def table(rows: list[Row]) -> str:
             f"| {row.name} | {row.against} | {ours:.4g} {row.unit} | {peer:.4g} {row.unit} | {row.ratio:.2f} "
             f"| {low:.2f} – {high:.2f} | {row.target:g} | {'reached' if row.reached else '**below**'} |"
         )
-    return "\n".join(lines)
+    notes = [f"{row.name}: {row.note}" for row in rows if row.note]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def machine() -> dict[str, Any]:

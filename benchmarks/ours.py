@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import turns
 from trainers.contract import Attempt, Event, TrialPlan
 from trainers.worker import Channel, Placement
 
@@ -24,6 +25,7 @@ def train_in_process(plan: TrialPlan) -> list[Event]:
     entered = time.time()
     from trainers.rank import Rank
 
+    turns.install()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     placement = Placement(
         rank=rank,

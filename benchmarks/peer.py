@@ -18,6 +18,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.logger import setup_logger
 
+from benchmarks import turns
 from trainers import mask_rcnn
 from trainers.contract import TrialPlan
 
@@ -33,11 +34,17 @@ class PlainTrainer(DefaultTrainer):  # type: ignore[misc]
         super().__init__(cfg)
         self.step_seconds: list[float] = []
         self.first_step: float | None = None
+        self.wait = turns.waiting()
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> COCOEvaluator:
         """COCO's, with its file of detections."""
         return COCOEvaluator(dataset_name, output_dir=output_folder or str(Path(cfg.OUTPUT_DIR, "inference")))
+
+    def before_step(self) -> None:
+        """Waits for its turn, where steps are taken in turns."""
+        self.wait()
+        super().before_step()
 
     def run_step(self) -> None:
         """One step, timed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,12 +18,14 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import Row, in_turns
+from benchmarks import turns
+from benchmarks.measure import Row, by_blocks, in_turns
 from benchmarks.ours import write_plan
+from benchmarks.turns import Side
 from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
-from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json
+from trainers.contract import Evaluated, Event, TrialPlan, event_from_json
 
 WARMUP_STEPS = 5
 DATA = Path("data/benchmarks")
@@ -91,58 +92,62 @@ def _within(plan: TrialPlan, folder: str) -> TrialPlan:
     return dataclasses.replace(plan, trial_dir=f"{folder}/trial", checkpoint_dir=f"{folder}/checkpoints")
 
 
-def ours_events(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> list[Event]:
+def ours_command(plan: TrialPlan, folder: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    """Our worker without Ray, on a plan; its events go to `FOLDER/events`."""
+    write_plan(_within(plan, folder), Path(folder, "plan.json"))
+    return [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
+
+
+def ours_events(plan: TrialPlan) -> list[Event]:
     """What our worker told, started without Ray."""
     with tempfile.TemporaryDirectory() as folder:
-        write_plan(_within(plan, folder), Path(folder, "plan.json"))
-        command = [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
-        run_process(command, plan.cpus_per_worker)
+        run_process(ours_command(plan, folder), plan.cpus_per_worker)
         return [event_from_json(line) for line in Path(folder, "events").read_text(encoding="utf-8").splitlines()]
 
 
-def ours_rate(plan: TrialPlan, launcher: tuple[str, ...] = ()) -> float:
-    """Images per second of our worker, warm-up left out."""
-    steps = [s for event in ours_events(plan, launcher) if isinstance(event, StepsDone) for s in event.step_seconds]
-    return plan.solver.global_batch_size / float(statistics.median(steps[WARMUP_STEPS:]))
+def peer_command(plan: TrialPlan, folder: str, *flags: str) -> list[str]:
+    """Plain detectron2 on a plan; what it measured goes to `FOLDER/result.json`."""
+    write_plan(_within(plan, folder), Path(folder, "plan.json"))
+    return [sys.executable, "-m", "benchmarks.peer", f"{folder}/plan.json", f"{folder}/result.json", *flags]
 
 
 def peer_result(plan: TrialPlan, *flags: str) -> dict[str, Any]:
     """What plain detectron2 measured on a plan."""
     with tempfile.TemporaryDirectory() as folder:
-        write_plan(_within(plan, folder), Path(folder, "plan.json"))
-        command = [sys.executable, "-m", "benchmarks.peer", f"{folder}/plan.json", f"{folder}/result.json", *flags]
-        run_process(command, plan.cpus_per_worker)
+        run_process(peer_command(plan, folder, *flags), plan.cpus_per_worker)
         result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text(encoding="utf-8"))
     return result
 
 
-def peer_rate(plan: TrialPlan) -> float:
-    """Images per second of DefaultTrainer, warm-up left out."""
-    return plan.solver.global_batch_size / float(statistics.median(peer_result(plan)["step_seconds"][WARMUP_STEPS:]))
-
-
-def recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recipe: str, repeats: int) -> Row:
-    """A recipe against DefaultTrainer on the same plan."""
+def recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recipe: str) -> Row:
+    """A recipe against DefaultTrainer on the same plan, step by step in turns."""
     ours, peer = plan(recipe), plan("plain")
-    found, theirs = in_turns(lambda: ours_rate(ours), lambda: peer_rate(peer), repeats)
-    against = f"DefaultTrainer, {peer.cpus_per_worker} thread(s)"
-    return Row(name, against, "images/s", tuple(found), tuple(theirs), target, higher_is_better=True)
+    threads = peer.cpus_per_worker
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        sides = turns.in_turns(ours_command(ours, first), peer_command(peer, second), threads=threads)
+    return rate_row(name, f"DefaultTrainer, {threads} thread(s)", target, sides, ours.solver.global_batch_size)
+
+
+def rate_row(name: str, against: str, target: float, sides: tuple[Side, Side], images: int, note: str = "") -> Row:
+    """A row of images per second from steps taken in turns, warm-up left out."""
+    found, theirs = by_blocks(*(side.seconds[WARMUP_STEPS:] for side in sides), images=images)
+    return Row(name, against, "images/s", found, theirs, target, higher_is_better=True, note=note)
 
 
 def reference_recipe() -> Row:
     """The demo's model, the same numerics, one worker of one thread."""
-    return recipe_row("reference_recipe", 1.1, lambda recipe: demo(30, recipe=recipe), "reference", 3)
+    return recipe_row("reference_recipe", 1.1, lambda recipe: demo(60, recipe=recipe), "reference")
 
 
 def fast_recipe() -> Row:
     """The demo's model, everything on, one worker of one thread."""
-    return recipe_row("fast_recipe", 1.4, lambda recipe: demo(30, recipe=recipe), "fast", 3)
+    return recipe_row("fast_recipe", 1.4, lambda recipe: demo(60, recipe=recipe), "fast")
 
 
 def fast_r50() -> Row:
     """The real R50-FPN at 320 px with batch 2, on all cores."""
     cpus = os.cpu_count() or 1
-    return recipe_row("fast_r50", 2.2, lambda recipe: r50(12, cpus, recipe), "fast", 2)
+    return recipe_row("fast_r50", 2.2, lambda recipe: r50(30, cpus, recipe), "fast")
 
 
 def evaluation() -> Row:
@@ -188,6 +193,13 @@ def evaluation_stall() -> Row:
                higher_is_better=False)  # fmt: skip
 
 
+def in_turns_command(config: dict[str, Any], folder: Path) -> list[str]:
+    """Our command on an experiment, its workers' steps in turns with another training's."""
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return [sys.executable, "-m", "benchmarks.turns", str(path), "--output", str(folder / "run"), "--quiet"]
+
+
 def command(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs our command on an experiment; returns its results with the wall time and the first step's time added."""
     path = folder / "experiment.yaml"
@@ -214,19 +226,18 @@ def demo_experiment(recipe: str, world_size: int, cpus: int, folder: Path, **cha
 
 def launcher_tax() -> Row:
     """Steady images per second of two workers under Ray Train, and of the same function under torchrun."""
-    plan = demo(40, world_size=2)
-    protocol = {"kind": "throughput", "iterations": 40, "warmup_iterations": WARMUP_STEPS}
+    steps = 100
+    plan = demo(steps, world_size=2)
+    protocol = {"kind": "throughput", "iterations": steps, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False}
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-    def under_ray() -> float:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            results = command(demo_experiment("reference", 2, 1, folder, protocol=protocol), folder)
-            return float(results["trials"][0]["images_per_second"])
-
-    found, theirs = in_turns(under_ray, lambda: ours_rate(plan, torchrun), 2)
-    return Row("launcher_tax", "the same worker under torchrun, 2 workers", "images/s", tuple(found), tuple(theirs),
-               0.99, higher_is_better=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        under_ray = in_turns_command(demo_experiment("reference", 2, 1, Path(first), protocol=protocol), Path(first))
+        sides = turns.in_turns(under_ray, ours_command(plan, second, torchrun), num_ranks=2)
+    share = sides[0].others_seconds / sum(sides[0].seconds + sides[1].seconds)
+    return rate_row(
+        "launcher_tax", "the same worker under torchrun, 2 workers", 0.99, sides, plan.solver.global_batch_size,
+        f"beside the workers, Ray and the driver took {share:.0%} of one core, during the turns of both sides",
+    )  # fmt: skip
 
 
 def first_step() -> Row:

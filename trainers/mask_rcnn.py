@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract import DatasetPlan, TrialPlan
 from trainers.recipes import Recipe
-from trainers.speed import tune_model, tune_optimizer, tune_process
+from trainers.sgd import tune_optimizer
+from trainers.speed import tune_model, tune_process
 
 
 class ConfigurationError(ValueError):

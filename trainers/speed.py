@@ -1,4 +1,4 @@
-"""Puts a recipe's switches into effect on a model, its optimizer and this process.
+"""Puts a recipe's switches into effect on a model and this process.
 
 The trap this module protects against: a switch that quietly does nothing. Each function here is called once at the
 start, says in the log what it changed, and leaves checkpoints as they are, so that a trial can go on under another
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads import fast_rcnn, mask_head
 from detectron2.structures import Instances
 from torch import Tensor, nn
@@ -73,46 +72,6 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
             backbone.compile(dynamic=False)  # in place: the names of its weights stay
             logger.info("The backbone is compiled at its first step.")
     return model
-
-
-def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recipe) -> torch.optim.Optimizer:
-    """Applies a recipe to detectron2's optimizer, in place; returns it.
-
-    detectron2 clips by making a subclass whose `step` clips one parameter after the other, with some ten small
-    operations each. The subclass is exchanged for one that clips all of them in three.
-    """
-    clips = cfg.SOLVER.CLIP_GRADIENTS
-    if recipe.fused_optimizer and isinstance(optimizer, torch.optim.SGD):
-        for group in optimizer.param_groups:
-            group["fused"], group["foreach"] = True, False
-        optimizer._step_supports_amp_scaling = True
-    if recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm":
-        plain: Any = type(optimizer).__mro__[1]
-
-        def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            clip_each(gradients, clips.CLIP_VALUE, clips.NORM_TYPE)
-            return plain.step(self, closure)
-
-        optimizer.__class__ = type(f"{plain.__name__}WithBatchedClip", (plain,), {"step": step})
-    return optimizer
-
-
-@torch.no_grad()
-def clip_each(gradients: list[Tensor], most: float, norm_type: float) -> None:
-    """Scales each gradient, in place, to a norm of at most `most`, as `torch.nn.utils.clip_grad_norm_` does one by one.
-
-    Args:
-        gradients: Tensors of one dtype and device.
-        most: Greatest norm.
-        norm_type: Order of the norm.
-    """
-    if not gradients:
-        return
-    norms = torch._foreach_norm(gradients, norm_type)
-    # One vector for all scales; 1e-6 keeps a gradient of zeros from dividing by zero (torch/nn/utils/clip_grad.py).
-    scales = (most / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, scales.to(gradients[0].dtype).unbind())
 
 
 def quiet_mask_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ from trainers.contract import Evaluated, LoopFinished, TrialPlan
 from trainers.loading import batches_of_a_size
 from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
 from trainers.roi_pooling import SparsePooler
-from trainers.speed import clip_each, quiet_mask_loss, resolve_precision, tune_optimizer
+from trainers.sgd import clip_each, tune_optimizer
+from trainers.speed import quiet_mask_loss, resolve_precision
 
 
 @pytest.fixture(autouse=True)
@@ -106,12 +108,18 @@ def test_gradients_clipped_at_once_are_those_clipped_one_by_one(norm_type: float
     clip_each([], 5.0, norm_type)
 
 
-def updated(recipe: Recipe, plan: TrialPlan) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
-    """Weights after three steps with given gradients."""
+def updated(
+    recipe: Recipe, plan: TrialPlan, earlier: dict[str, Any] | None = None
+) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """Weights after three steps with given gradients, with the momenta of an earlier optimizer."""
     cfg = mask_rcnn.build_config(plan)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = tune_optimizer(build_optimizer(cfg, model), cfg, recipe)
+    if earlier:
+        optimizer.load_state_dict(copy.deepcopy(earlier))
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape) * 20
@@ -119,14 +127,19 @@ def updated(recipe: Recipe, plan: TrialPlan) -> tuple[torch.optim.Optimizer, lis
     return optimizer, [parameter.detach() for parameter in model.parameters()]
 
 
-def test_tuned_optimizers_update_weights_alike_and_share_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [Recipe(batched_clipping=True), Recipe(fused_optimizer=True), REFERENCE, FAST])
+def test_tuned_optimizers_update_weights_to_the_bit_and_go_on_from_each_others_momenta(
+    tmp_path: Path, recipe: Recipe
+) -> None:
     plan = plan_of(tmp_path, PLAIN, "x")
     plain, expected = updated(PLAIN, plan)
-    for recipe, exactly in ((Recipe(batched_clipping=True), True), (FAST, False)):
-        optimizer, weights = updated(recipe, plan)
-        for ours, theirs in zip(weights, expected, strict=True):
-            assert ours.equal(theirs) if exactly else torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
-        plain.load_state_dict(optimizer.state_dict())
+    optimizer, weights = updated(recipe, plan)
+    assert all(ours.equal(theirs) for ours, theirs in zip(weights, expected, strict=True))
+    # The momenta lie in another order where one of the two is channels-last; that must not mix them up.
+    for first, second in ((plain, recipe), (optimizer, PLAIN)):
+        _, expected = updated(PLAIN, plan, plain.state_dict())
+        _, weights = updated(second, plan, first.state_dict())
+        assert all(ours.equal(theirs) for ours, theirs in zip(weights, expected, strict=True))
 
 
 def test_the_fast_recipe_exchanges_the_poolers_and_keeps_the_names_of_weights(tmp_path: Path) -> None:

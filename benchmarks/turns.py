@@ -1,0 +1,211 @@
+"""Two trainings take their steps in turns: one stands still while the other one computes.
+
+The trap this module protects against: a machine whose speed changes by a tenth and more from one minute to the next.
+Runs that follow each other differ by that; neighbouring steps do not.
+
+Each rank asks for its turn over a socket before every step (`install`), and the time from its being told to go until
+it asks again is its step: with hooks and logging, and by the same clock on both sides.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+VARIABLE = "BENCHMARK_TURNS"
+"""Names the socket at which a process asks for its turn; without it, nothing waits."""
+
+START_SECONDS = 300
+"""Longest wait for a side to come to its first step."""
+
+
+def waiting() -> Callable[[], None]:
+    """A function that returns when it is this process's turn; one that returns at once where nobody takes turns."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return lambda: None
+    line = socket.socket(socket.AF_UNIX)
+    line.connect(path)
+
+    def wait() -> None:
+        line.sendall(b".")
+        if not line.recv(1):
+            raise ConnectionError("the benchmark is gone")
+
+    return wait
+
+
+def install() -> None:
+    """Makes this process's training loop wait for its turn before every step."""
+    if VARIABLE not in os.environ:
+        return
+    from trainers.loop import TrainingLoop
+
+    wait, plain = waiting(), TrainingLoop._step
+
+    def step(self: TrainingLoop, window: Any) -> None:
+        wait()
+        plain(self, window)
+
+    TrainingLoop._step = step  # type: ignore[method-assign]
+
+
+def worker_in_turns(config: dict[str, Any]) -> None:
+    """What Ray Train's workers run: this program's function, its steps in turns."""
+    install()
+    from trainers.worker import train_loop_per_worker
+
+    train_loop_per_worker(config)
+
+
+@dataclass
+class Side:
+    """A training that takes its steps when told to.
+
+    Attributes:
+        process: Its process.
+        log: What it printed.
+        num_ranks: How many processes ask for a turn.
+        seconds: Of each of its steps.
+        others_seconds: CPU time that its processes beside the ranks took while steps were measured.
+    """
+
+    process: subprocess.Popen[bytes]
+    listener: socket.socket
+    log: Path
+    num_ranks: int
+    seconds: list[float] = field(default_factory=list)
+    others_seconds: float = 0.0
+    _lines: list[socket.socket] = field(default_factory=list)
+    _ranks: list[int] = field(default_factory=list)
+
+    def stands_ready(self) -> bool:
+        """Waits until every rank asks for its turn; False when training is over."""
+        deadline = time.monotonic() + START_SECONDS
+        while len(self._lines) < self.num_ranks:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no step was taken:\n{self.log.read_text(errors='replace')[-3000:]}")
+            try:
+                line, _ = self.listener.accept()
+            except TimeoutError:
+                continue
+            line.settimeout(START_SECONDS)
+            self._lines.append(line)
+            credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            self._ranks.append(int.from_bytes(credentials[:4], sys.byteorder))
+        answers = [line.recv(1) for line in self._lines]
+        return all(answers)
+
+    def turn(self, steps: int) -> list[float] | None:
+        """Lets it take some steps; returns their seconds, None when training ended in one of them."""
+        found = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            for line in self._lines:
+                line.sendall(b".")
+            if not self.stands_ready():
+                return None
+            found.append(time.perf_counter() - began)
+        return found
+
+    def others(self) -> float:
+        """CPU seconds so far of all its processes but the ranks."""
+        total = 0.0
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if process.pid not in self._ranks:
+                    times = process.cpu_times()
+                    total += times.user + times.system
+            except psutil.Error:
+                continue
+        return total
+
+
+@contextmanager
+def _started(command: list[str], num_ranks: int, folder: Path, name: str, threads: int) -> Iterator[Side]:
+    path, log = folder / f"{name}.socket", folder / f"{name}.log"
+    with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as output:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(1)
+        environment = {
+            **os.environ, VARIABLE: str(path), "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"
+        }  # fmt: skip
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        side = Side(process, listener, log, num_ranks)
+        try:
+            yield side
+        finally:
+            for line in side._lines:
+                line.close()
+            try:
+                process.wait(60 if sys.exc_info()[0] is None else 5)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # Ray's driver ends its cluster
+                process.wait()
+
+
+def in_turns(
+    ours: list[str], peer: list[str], num_ranks: int = 1, threads: int = 1, steps_a_turn: int = 1
+) -> tuple[Side, Side]:
+    """Runs two commands of equally many steps to their end, a turn of one and a turn of the other.
+
+    Args:
+        ours: Command of this program.
+        peer: Command of the peer.
+        num_ranks: Processes of each that train.
+        threads: Of each rank.
+        steps_a_turn: More than one where what a step sets off goes on beside the next ones.
+
+    Returns:
+        Both sides with the seconds of their steps.
+    """
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _started(ours, num_ranks, Path(name), "ours", threads) as first,
+        _started(peer, num_ranks, Path(name), "peer", threads) as second,
+    ):
+        sides = (first, second)
+        for side in sides:
+            side.stands_ready()
+        before = [side.others() for side in sides]
+        while True:
+            turns = [side.turn(steps_a_turn) for side in sides]
+            if None in turns:
+                break
+            for side, turn in zip(sides, turns, strict=True):
+                side.seconds += turn or []
+        for side, earlier in zip(sides, before, strict=True):
+            side.others_seconds = max(side.others() - earlier, 0.0)
+        for side, turn in zip(sides, turns, strict=True):
+            while turn is not None:
+                turn = side.turn(1)
+    for side in sides:
+        if side.process.returncode:
+            raise RuntimeError(f"{side.process.args!r} failed")
+    return sides
+
+
+def main() -> None:
+    """`python -m benchmarks.turns ARGUMENT …`: `orchestrator.run` with these, its workers' steps in turns."""
+    import trainers.worker
+    from benchmarks import turns
+    from orchestrator.run import app
+
+    trainers.worker.train_loop_per_worker = turns.worker_in_turns  # Ray Train's workers import it from there
+    app()
+
+
+if __name__ == "__main__":
+    main()
