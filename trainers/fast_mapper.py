@@ -2,7 +2,8 @@
 
 OpenCV reads, resizes and flips, and NumPy moves all of an image's boxes and polygons at once.
 Augmentations are detectron2's own objects and draw from the same random numbers in the same order, so the fast mapper
-makes the same choices. The image differs by at most one grey level, boxes and masks not at all.
+makes the same choices. The image differs by at most one grey level, or not at all where detectron2's functions are kept
+for it (`exact_pixels`); boxes and masks never do.
 
 The traps this module protects against: OpenCV reads a cut-off JPEG as a half-grey image where Pillow raises; it does
 not smooth when shrinking, as Pillow does; its threads and a forked loader process can wait for each other forever.
@@ -51,11 +52,12 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
         cfg: detectron2's config.
         is_train: Whether annotations and the training augmentations are wanted.
         packed_masks: Give polygon masks as `PackedPolygons`, else as detectron2's own class.
+        exact_pixels: Read and augment the image with detectron2's own functions, so that it does not differ at all.
     """
 
-    def __init__(self, cfg: CfgNode, is_train: bool, packed_masks: bool = True) -> None:
+    def __init__(self, cfg: CfgNode, is_train: bool, packed_masks: bool = True, exact_pixels: bool = False) -> None:
         super().__init__(cfg, is_train=is_train)
-        self.packed_masks = packed_masks
+        self.packed_masks, self.exact_pixels = packed_masks, exact_pixels
         cv2.setNumThreads(0)
 
     def __call__(self, dataset_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,9 +71,12 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
             mapped: dict[str, Any] = super().__call__(dataset_dict)
             return mapped
         record = {key: value for key, value in dataset_dict.items() if key != "annotations"}
-        image = read_image(record["file_name"], self.image_format)
+        read, augmented_class = (
+            (detection.read_image, augment.AugInput) if self.exact_pixels else (read_image, _Augmented)
+        )
+        image = read(record["file_name"], self.image_format)
         detection.check_image_size(record, image)
-        augmented = _Augmented(image)
+        augmented = augmented_class(image)
         transforms: TransformList = self.augmentations(augmented)
         record["image"] = torch.from_numpy(_planes(augmented.image))
         if self.is_train and "annotations" in dataset_dict:

@@ -171,8 +171,8 @@ def evaluation_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
 def build_mapper(cfg: CfgNode, plan: TrialPlan, is_train: bool) -> Callable[[Record], Record | None]:
     """The recipe's mapper."""
     recipe = plan.recipe
-    if recipe.mapper == "fast":
-        return FastMapper(cfg, is_train, packed_masks=recipe.packed_masks)
+    if recipe.mapper != "detectron2":
+        return FastMapper(cfg, is_train, recipe.packed_masks, exact_pixels=recipe.mapper == "exact")
     mapper: Callable[[Record], Record | None] = DatasetMapper(cfg, is_train=is_train)
     return PackingMapper(mapper) if is_train and recipe.packed_masks else mapper
 

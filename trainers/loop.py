@@ -191,7 +191,11 @@ class TrainingLoop:
 
         # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
         # iteration: a resumed run needs no generator state to make them again.
-        torch.manual_seed(hash((self.plan.seed, self.rank, self.iteration)) & 0x7FFF_FFFF_FFFF_FFFF)
+        # Not `torch.manual_seed`, which looks for every kind of accelerator, each time.
+        seed = hash((self.plan.seed, self.rank, self.iteration)) & 0x7FFF_FFFF_FFFF_FFFF
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         self.now.enter("step", "forward")
         with self._autocast():
             losses: dict[str, torch.Tensor] = self.model(batch)

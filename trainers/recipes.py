@@ -7,7 +7,7 @@ from typing import Literal
 
 Precision = Literal["fp32", "amp", "bf16", "auto"]
 Scorer = Literal["pycocotools", "hotcoco"]
-Mapper = Literal["detectron2", "fast"]
+Mapper = Literal["detectron2", "exact", "fast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Recipe:
         winograd: On CPU, convolutions with fewer multiplications (trainers/convolution.py); needs `channels_last` and
             fp32. Rounding.
         sparse_pooling: On CPU, ROIAlign as one sparse product (trainers/roi_pooling.py). Rounding.
-        mapper: Who reads and augments images: detectron2, or trainers/fast_mapper.py (one grey level at most).
+        mapper: Who reads and augments images: detectron2; trainers/fast_mapper.py with its pixels (`exact`: the
+            same records); all of it (`fast`: one grey level at most).
         packed_masks: Draw mask targets an image at a time (trainers/mask_targets.py). The same, bit for bit.
         cached_annotations: Keep parsed annotations in a mapped file (trainers/dataset_cache.py). The same records.
         batched_clipping: Clip all gradients at once instead of one by one. The same, bit for bit.
@@ -69,6 +70,7 @@ PLAIN = Recipe()
 """detectron2's parts and nothing else; the foot of the ablation ladder."""
 
 REFERENCE = Recipe(
+    mapper="exact",
     packed_masks=True,
     cached_annotations=True,
     batched_clipping=True,

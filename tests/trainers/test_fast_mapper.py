@@ -78,10 +78,16 @@ def record_of(path: Path, height: int, width: int, seed: int = 0) -> dict[str, A
 def both(cfg: CfgNode, record: dict[str, Any], seed: int, is_train: bool = True) -> tuple[dict[str, Any], ...]:
     """What detectron2's mapper and ours make of a record, from the same random numbers."""
     results = []
-    for mapper in (DatasetMapper(cfg, is_train=is_train), FastMapper(cfg, is_train=is_train)):
+    for mapper in (
+        DatasetMapper(cfg, is_train=is_train),
+        FastMapper(cfg, is_train=is_train),
+        FastMapper(cfg, is_train=is_train, exact_pixels=True),
+    ):
         np.random.seed(seed)
         results.append(mapper(copy.deepcopy(record)))
         results[-1]["drawn next"] = np.random.random()
+    exact = results.pop()
+    assert exact["image"].equal(results[0]["image"]) and exact["drawn next"] == results[0]["drawn next"]
     return tuple(results)
 
 
