@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from ray.train import TrainingFailedError
 
-from orchestrator.launch import WorkerGroup, draining_nodes, lost_nodes
+from orchestrator.cluster import draining_nodes, lost_nodes
+from orchestrator.launch import WorkerGroup
 from orchestrator.policy import NOT_COUNTED, Policy, root_cause
 from orchestrator.sections import began
 from orchestrator.spec import Faults

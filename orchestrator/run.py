@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
 import shlex
 import sys
+import threading
 import time
 import uuid
 from datetime import UTC, datetime
@@ -157,7 +159,7 @@ class Session:
         if self.earlier is not None:
             with only_driver(self.run_dir):
                 pass  # said before anything is checked or started
-        findings, plans = self._preflight()
+        findings, plans = self._preflight(to_train=True)
         if any(finding.level == "error" for finding in findings):
             if self.as_json:
                 from orchestrator.findings import to_json
@@ -173,10 +175,10 @@ class Session:
         finally:
             ray.shutdown()
 
-    def _preflight(self) -> tuple[list[Any], list[TrialPlan]]:
+    def _preflight(self, to_train: bool = False) -> tuple[list[Any], list[TrialPlan]]:
         """Generates data where asked for, starts or joins Ray, and checks; returns findings and final plans.
 
-        Ray is not started where something is wrong already.
+        Ray is not started where something is wrong already. What is needed only `to_train` is loaded meanwhile.
         """
         from orchestrator.findings import has_errors, print_findings, sort_findings
         from orchestrator.preflight import preflight
@@ -189,9 +191,11 @@ class Session:
             generate(root, **data.model_dump())
         findings = preflight(self.experiment, plans, verify_images=self.verify_images)
         if not has_errors(findings):
-            from orchestrator.launch import start_ray
+            from orchestrator.cluster import start_ray
             from orchestrator.preflight_cluster import preflight_cluster
 
+            if to_train:
+                threading.Thread(target=_load_ahead, daemon=True).start()
             hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
             plans = expand(self.experiment, hardware, str(self.run_dir), root)
             findings = sort_findings([*findings, *preflight_cluster(self.experiment, plans)])
@@ -343,6 +347,12 @@ def _tracking_place(experiment: Experiment) -> str:
 
 def _utc(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
+
+
+def _load_ahead() -> None:
+    """Imports what takes seconds, Ray Train and MLflow, while others are waited for."""
+    for module in ("orchestrator.launch", "orchestrator.tracking"):
+        importlib.import_module(module)
 
 
 if __name__ == "__main__":

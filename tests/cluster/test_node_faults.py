@@ -56,7 +56,7 @@ class Nodes:
 def bench_and_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Nodes]]:
     import ray
 
-    from orchestrator.launch import RAY_TRAIN_SETTINGS
+    from orchestrator.cluster import RAY_TRAIN_SETTINGS
 
     folder = tmp_path_factory.mktemp("nodes")
     faults_file = folder / "faults.json"

@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         faults_file = Path(folder) / "faults.json"
         os.environ[VARIABLE] = str(faults_file)
-        from orchestrator.launch import start_ray
+        from orchestrator.cluster import start_ray
 
         start_ray(None)
         bench = Bench(Path(folder), faults_file)

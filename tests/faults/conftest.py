@@ -16,7 +16,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Ray with two CPUs whose workers look for faults."""
     import ray
 
-    from orchestrator.launch import start_ray
+    from orchestrator.cluster import start_ray
 
     folder = tmp_path_factory.mktemp("faults")
     faults_file = folder / "faults.json"

@@ -1,0 +1,112 @@
+"""The Ray cluster: joined or started, and which of its nodes are there for a trial's workers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+
+from orchestrator.node_checks import CREDENTIALS
+from orchestrator.placement import capacity, equal_shares
+from orchestrator.plan import Hardware
+from orchestrator.spec import SpecError
+from trainers.contract import TrialPlan
+
+CONNECT_SECONDS = 1.0
+"""Longest wait for a node's Ray daemon to take a connection."""
+
+RAY_TRAIN_SETTINGS = {
+    # The working directory of a worker stays the driver's; every path is absolute anyway.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # A worker's print would show twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # How often the controller looks at the workers; its default of 2 s is added to the end of every trial.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # The driver looks for nodes that are to be taken away itself (`draining_nodes`).
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""Of Ray Train, for all processes; a cluster that is started here inherits them."""
+
+
+def start_ray(address: str | None, network_interface: str | None = None) -> Hardware:
+    """Joins the cluster at an address or the one this job runs in, or starts one of its own on this machine.
+
+    A cluster that merely happens to run on this machine is somebody else's: it is joined only by `address: auto`.
+
+    Args:
+        address: Of a cluster; None for the one around this job, else a new one.
+        network_interface: Interface for NCCL and gloo on all hosts; None for what their environment says.
+
+    Returns:
+        What the cluster offers; where it has GPUs, the CPUs beside them.
+
+    Raises:
+        SpecError: There is no cluster at the address, or it does not let us in.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise SpecError(f"RAY_ADDRESS {address}: a job server; send the run there: `make submit ADDRESS={address}`")
+    for name, value in RAY_TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    interface = {}
+    if network_interface:
+        interface = {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
+        # What the job's own environment names stays; Ray would refuse to have it twice.
+        interface = {name: value for name, value in interface.items() if name not in os.environ}
+        os.environ.update(interface)
+    # A cluster of one's own guards itself with a token: wanted, and nothing for the user to act on.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # A cluster that is started here inherits this environment, and its workers need no credentials.
+    held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=None if address else False,
+            runtime_env={"env_vars": interface} if interface else None,
+        )
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise SpecError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {error}") from error
+    finally:
+        os.environ.update(held)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    counted = [each for each in alive if each.get("GPU")] or alive
+    gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
+    return Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(alive))
+
+
+def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:
+    """Names each worker's node, equally many workers a node; None where there are not the nodes for it now."""
+    alive = {node["NodeID"] for node in ray.nodes()} - draining_nodes() - lost_nodes()
+    capacities = {
+        node: capacity(plan, int(free.get("GPU", 0)), int(free.get("CPU", 0)))
+        for node, free in ray._private.state.available_resources_per_node().items()
+        if node in alive
+    }
+    shares = equal_shares(capacities, plan.world_size, plan.num_nodes)
+    return [{"ray.io/node-id": node} for node, each in shares.items() for _ in range(each)] if shares else None
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that are to be taken away soon: a spot instance's notice, a node that is scaled down."""
+    # What Ray Train's own preemption watcher asks; asked from here, it costs the workers no barrier.
+    return set(ray._private.state.state.get_draining_nodes())
+
+
+def lost_nodes() -> set[str]:
+    """Nodes that are gone, also where Ray does not know it yet: it waits for heartbeats, for 10 s and more."""
+    return {node["NodeID"] for node in ray.nodes() if not (node["Alive"] and _answers(node))}
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    with contextlib.suppress(OSError):
+        address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+        socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+        return True
+    return False
