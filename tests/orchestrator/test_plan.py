@@ -173,7 +173,7 @@ def test_a_model_config_that_is_not_one_is_refused(config: str, message: str) ->
     [
         ({"winogrd": True}, "unknown winogrd; known: .*winograd"),
         ({"overlapped_evaluation": "maybe"}, "switches.overlapped_evaluation: .*given: 'maybe'"),
-        ({"mapper": "faster"}, "switches.mapper: .* 'detectron2' or 'fast' .*given: 'faster'"),
+        ({"mapper": "faster"}, "switches.mapper: .* 'detectron2', 'exact' or 'fast' .*given: 'faster'"),
     ],
 )
 def test_a_switch_that_is_not_one_or_cannot_have_the_value_is_refused(
