@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.measure import Row, table
+from benchmarks import gpu, turns
+from benchmarks.measure import Row, by_blocks, table
 from benchmarks.training import demo
 
 
@@ -33,3 +36,28 @@ def test_operations_are_counted_forward_and_backward() -> None:
 def test_without_a_gpu_the_gpu_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main() == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:
+    log = tmp_path / "steps"
+    script = (
+        "import sys; from benchmarks import turns; wait = turns.waiting()\n"
+        "for _ in range(6):\n"
+        "    wait()\n"
+        "    with open(sys.argv[2], 'a') as log: log.write(sys.argv[1])\n"
+    )
+    ours, peer = ([sys.executable, "-c", script, name, str(log)] for name in "ab")
+    sides = turns.in_turns(ours, peer, steps_a_turn=2)
+    assert log.read_text() == "aabb" * 3
+    assert [len(side.seconds) for side in sides] == [4, 4], "the last step ends with the end of training"
+
+
+def test_a_side_that_fails_is_an_error_with_what_it_printed() -> None:
+    broken = [sys.executable, "-c", "raise SystemExit('no model')"]
+    with pytest.raises(RuntimeError, match="no model"):
+        turns.in_turns(broken, broken)
+
+
+def test_rates_are_taken_over_equal_blocks_of_neighbouring_steps() -> None:
+    found, theirs = by_blocks([1.0, 3.0, 2.0, 2.0, 9.0], [4.0, 4.0, 8.0, 8.0], images=8, blocks=2)
+    assert found == (4.0, 4.0) and theirs == (2.0, 1.0)
