@@ -82,7 +82,7 @@ REFERENCE = Recipe(
     batched_encoding=True,
     scorer="hotcoco",
 )
-"""detectron2's numerics: only what cannot change a result is on. On CPU the weights are detectron2's bit for bit."""
+"""detectron2's numerics: on CPU its weights bit for bit; on GPUs the fused update may round otherwise."""
 
 FAST = Recipe(
     precision="auto",

@@ -31,7 +31,8 @@ def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recip
     plain: Any = found.__mro__[1] if clips.ENABLED else found
     if recipe.fused_optimizer and issubclass(plain, torch.optim.SGD):
         plain = FusedSGD
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        # The kernel can undo the scaling of float16 itself; but clipping comes before it, and needs true gradients.
+        optimizer._step_supports_amp_scaling = not clips.ENABLED  # type: ignore[attr-defined]
     steps = {"step": found.step} if clips.ENABLED else {}
     if recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm":
 

@@ -143,6 +143,21 @@ def test_tuned_optimizers_update_weights_to_the_bit_and_go_on_from_each_others_m
         assert all(ours.equal(theirs) for ours, theirs in zip(weights, expected, strict=True))
 
 
+def test_gradients_are_clipped_after_the_scaling_of_float16_is_undone(tmp_path: Path) -> None:
+    cfg = mask_rcnn.build_config(plan_of(tmp_path, PLAIN, "x"))
+    assert cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+    found = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = nn.Linear(16, 16)
+        optimizer = tune_optimizer(build_optimizer(cfg, model), cfg, FAST)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(model(torch.ones(4, 16)).pow(2).sum()).backward()
+        scaler.step(optimizer)
+        found.append(model.weight.detach())
+    assert found[0].equal(found[1])
+
+
 def test_the_fast_recipe_exchanges_the_poolers_and_keeps_the_names_of_weights(tmp_path: Path) -> None:
     models = []
     for recipe in (PLAIN, FAST):
