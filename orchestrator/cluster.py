@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 from typing import Any
 
 import ray
@@ -29,8 +30,14 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     # The driver looks for nodes that are to be taken away itself (`draining_nodes`).
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # The controller runs in the driver, whose terminal is the user's; what it has to say comes as an exception.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
-"""Of Ray Train, for all processes; a cluster that is started here inherits them."""
+"""Of Ray Train, for all processes: a cluster that is started here inherits them, one that is joined is told them."""
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 
 def start_ray(address: str | None, network_interface: str | None = None) -> Hardware:
@@ -51,26 +58,21 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith(("http://", "https://")):
         raise SpecError(f"RAY_ADDRESS {address}: a job server; send the run there: `make submit ADDRESS={address}`")
-    for name, value in RAY_TRAIN_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    interface = {}
+    settings = dict(RAY_TRAIN_SETTINGS)
     if network_interface:
-        interface = {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
-        # What the job's own environment names stays; Ray would refuse to have it twice.
-        interface = {name: value for name, value in interface.items() if name not in os.environ}
-        os.environ.update(interface)
+        settings |= {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
+    # What the job's own environment names stays; Ray would refuse to have it twice.
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(settings)
     # A cluster of one's own guards itself with a token: wanted, and nothing for the user to act on.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    # A cluster that is started here inherits this environment, and its workers need no credentials.
+    # A cluster that is started here inherits this environment; its workers need no credentials.
     held = {name: os.environ.pop(name) for name in CREDENTIALS if name in os.environ}
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            include_dashboard=None if address else False,
-            runtime_env={"env_vars": interface} if interface else None,
-        )
+        if address:
+            ray.init(address=address, runtime_env={"env_vars": settings}, **_QUIET)
+        else:
+            _start_own()
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise SpecError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {error}") from error
     finally:
@@ -79,6 +81,22 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
     return Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(alive))
+
+
+def _start_own() -> None:
+    # Ray would have workers give way to all else on the machine, the driver and its own daemons among it.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray looks for the dashboard's libraries by importing them, in this process and in two daemons, also where there is
+    # to be no dashboard. Without them it is Ray's minimal installation, which starts sooner.
+    name = "ray.dashboard.optional_deps"
+    loaded = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        ray.init(address="local", include_dashboard=False, **_QUIET)
+    finally:
+        del sys.modules[name]
+        if loaded:
+            sys.modules[name] = loaded
 
 
 def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:

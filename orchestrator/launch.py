@@ -7,7 +7,9 @@ checkpoint that verifies themselves. `Result.metrics` is not used: it is bound t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import logging
 import os
 import threading
@@ -21,6 +23,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup as TrainWorkerGroup
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -40,16 +45,66 @@ SMALLER_AFTER_SECONDS = 60.0
 """How long a lost node is waited for before a trial that may goes on with fewer workers."""
 
 
-class _BareTorchTrainer(TorchTrainer):  # type: ignore[misc]
-    """Without the helpers of Ray Train that are of no use here: each is a process to start before a worker can.
+class _NodesAreThere(FixedScalingPolicy):  # type: ignore[misc]
+    """Asks no autoscaler for nodes, and needs no actor to do so: `choose_nodes` has named those that are there."""
 
-    The placement group cleaner asks the dashboard whether the controller lives. Where there is none, in a cluster of
-    our own, that question holds up the end of every attempt for 12 s; `_clear_placement_groups` does its work.
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class _Workers(TrainWorkerGroup):  # type: ignore[misc]
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        # Ray Train's settings are in the environment of the cluster or of the job (`start_ray`). An actor that brings
+        # its own gets a process by way of a second Python and a shell, where Ray has one waiting for the others.
+        return dict(custom_runtime_env)
+
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, arguments: dict[str, Any]) -> None:
+        # As Ray Train does it, but for the controller's handle: workers ask it for Ray's own checkpoints only.
+        context = {
+            "train_run_context": self._train_run_context,
+            "synchronization_actor": sync_actor,
+            "storage_context": self._storage_context,
+            "worker_callbacks": self._worker_callbacks_to_propagate,
+            "controller_actor": None,
+        }
+        started = []
+        for i, worker in enumerate(workers):
+            own = {name: values[i] for name, values in arguments.items()}
+            place = worker.distributed_context
+            started.append(worker.actor.init_train_context.remote(distributed_context=place, **context, **own))
+        ray.get(started)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _Workers
+
+
+class _BareTorchTrainer(TorchTrainer):  # type: ignore[misc]
+    """Without the processes of Ray Train that are of no use here: each starts and imports before a worker can.
+
+    The controller is an actor by default; here it runs in the thread that called `fit`. The placement group cleaner
+    asks the dashboard whether the controller lives. Where there is none, in a cluster of our own, that question holds
+    up the end of every attempt for 12 s; `_clear_placement_groups` does its work.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        controller = _Controller(**parts | {"scaling_policy": _NodesAreThere(self.scaling_config)})
+        try:
+            asyncio.run(controller.run())
+            return controller.get_result()
+        finally:
+            # Its parts refer to each other, and to actors that live as long as something refers to them.
+            del controller
+            gc.collect()
 
 
 class WorkerGroup:
@@ -116,12 +171,9 @@ class WorkerGroup:
             logger.warning("workers could not be killed: %s", error)
 
     def end(self) -> None:
-        """Ends the attempt, whatever it is at: without its controller, Ray takes the workers away."""
+        """Ends the attempt, whatever it is at: Ray ends the workers whose place is taken away."""
         self._ended.set()
-        job = ray.get_runtime_context().get_job_id()
-        for actor in ray._private.state.actors(job_id=ray.JobID.from_hex(job)).values():
-            if actor["ActorClassName"] == "TrainController" and actor["State"] != "DEAD":
-                _end_process(actor["Pid"])  # it runs on the driver's node
+        _clear_placement_groups()
         self.wait(KILL_SECONDS)
 
     def _fit(self) -> None:
@@ -151,7 +203,7 @@ class WorkerGroup:
 
 
 def _clear_placement_groups() -> None:
-    """Gives back what a controller that was killed still holds: a job keeps its placement groups to its end."""
+    """Gives back the workers' places, and ends who is there: a job keeps its placement groups to its end."""
     job = ray.get_runtime_context().get_job_id()
     for group, values in ray.util.placement_group_table().items():
         if group.endswith(job) and values["state"] != "REMOVED":  # the last bytes of its id are the job's that made it

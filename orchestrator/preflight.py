@@ -49,7 +49,7 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
     if trials:
         findings += check_data(experiment, trials[0], verify_images=verify_images)
         findings += check_remote_storage(trials[0])
-        if not _joins_cluster(experiment):
+        if not joins_cluster(experiment):
             findings += check_this_machine(experiment, trials)
     return sort_findings(findings)
 
@@ -204,6 +204,6 @@ def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, 
     return max(batches, default=0) * model_checks.estimate_image_bytes(experiment)
 
 
-def _joins_cluster(experiment: Experiment) -> bool:
+def joins_cluster(experiment: Experiment) -> bool:
     """Tells whether Ray joins a cluster (asked to, or as a job in one) instead of starting its own here."""
     return bool(experiment.resources.address or os.environ.get("RAY_ADDRESS"))

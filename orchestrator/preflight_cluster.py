@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.node_checks import NodeReport, existing_parent, inspect_node, judge_nodes
 from orchestrator.placement import capacity, equal_shares
-from orchestrator.preflight import node_request, shared_memory_bytes, storage_bytes
+from orchestrator.preflight import joins_cluster, node_request, shared_memory_bytes, storage_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +58,8 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     """
     nodes = list_nodes()
     findings = [*check_token(nodes), *check_fit(nodes, trials)]
-    if not trials or any(finding.level == "error" for finding in findings):
+    # A cluster that was started for this run is this machine, which has been checked (`preflight`).
+    if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
     findings += check_every_node(experiment, trials, nodes)
     if len(nodes) > 1 and not any(finding.level == "error" for finding in findings):

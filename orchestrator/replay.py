@@ -191,7 +191,7 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
         The store.
     """
     from orchestrator.outbox import FILE_NAME, Outbox
-    from orchestrator.tracking import Tracker, tracking_uri
+    from orchestrator.tracker import Tracker, tracking_uri
 
     # The same logs read in the same way are the same run.
     content = hashlib.sha256(repr([one.plan for one in replayed]).encode())

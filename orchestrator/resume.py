@@ -117,7 +117,7 @@ def replay_outbox(folder: Path) -> str:
     run = read_run(folder)
     enter_working_directory(run)
     with only_driver(run.run_dir):
-        from orchestrator.tracking import Tracker, tracking_uri, without_credentials
+        from orchestrator.tracker import Tracker, tracking_uri, without_credentials
 
         uri = tracking_uri(run.experiment.tracking.uri)
         tracker = Tracker(run.run_dir, uri)

@@ -194,8 +194,8 @@ class Session:
             from orchestrator.cluster import start_ray
             from orchestrator.preflight_cluster import preflight_cluster
 
-            if to_train:
-                threading.Thread(target=_load_ahead, daemon=True).start()
+            if to_train:  # Ray Train takes seconds to import, Ray's daemons to start
+                threading.Thread(target=importlib.import_module, args=["orchestrator.launch"], daemon=True).start()
             hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
             plans = expand(self.experiment, hardware, str(self.run_dir), root)
             findings = sort_findings([*findings, *preflight_cluster(self.experiment, plans)])
@@ -211,7 +211,7 @@ class Session:
         from orchestrator.resume import WORKING_DIRECTORY
         from orchestrator.stop import StopRequest, grace_seconds
         from orchestrator.telemetry import EventPump
-        from orchestrator.tracking import Tracker, tracking_uri, without_credentials
+        from orchestrator.tracker import Tracker, tracking_uri, without_credentials
         from trainers.contract import RunStarted, TrialStarted
 
         earlier = self.earlier
@@ -230,7 +230,7 @@ class Session:
         display = ProgressDisplay(self.console, self.quiet)
         stop = StopRequest(grace_seconds(), display.stopping)
         stop.install()
-        pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display])
+        pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display, tracker])
         started = RunStarted(
             trial="",
             attempt=earlier.num_starts if earlier else 0,
@@ -266,7 +266,7 @@ class Session:
 
     def _published(self) -> dict[str, Any]:
         """The experiment's values as they are kept and tracked: a password in the tracking address stays out."""
-        from orchestrator.tracking import without_credentials
+        from orchestrator.tracker import without_credentials
 
         values = self.experiment.model_dump(mode="json")
         if values["tracking"]["uri"]:
@@ -347,12 +347,6 @@ def _tracking_place(experiment: Experiment) -> str:
 
 def _utc(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
-
-
-def _load_ahead() -> None:
-    """Imports what takes seconds, Ray Train and MLflow, while others are waited for."""
-    for module in ("orchestrator.launch", "orchestrator.tracking"):
-        importlib.import_module(module)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
 """MLflow, fed from the outbox: the only file that imports mlflow.
 
-Everything tracked is in the run's `events.jsonl`. A thread reads it from where it left off, and every call it makes may
-be made twice without harm: runs are found again by their key, and a metric point with its time, step and value fixed
-when it was measured is one row however often it is sent. So a tracking server that is slow, dead or back again costs
-training nothing, and tracking after the fact is the same code from offset 0.
+Every call may be made twice without harm: runs are found again by their key, and a metric point with its time, step and
+value fixed when it was measured is one row however often it is sent.
 """
 
 from __future__ import annotations
@@ -13,14 +11,11 @@ import getpass
 import hashlib
 import json
 import logging
-import os
 import tempfile
-import threading
 import time
 import zlib
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
@@ -34,7 +29,6 @@ from orchestrator.metric_names import (
     summary,
     window_metrics,
 )
-from orchestrator.outbox import FILE_NAME, Outbox
 from orchestrator.policy import root_cause
 from orchestrator.results import ExperimentResult, TrialResult, trial_result
 from orchestrator.run_folder import flatten
@@ -82,128 +76,17 @@ HOW_TO_LOAD = """\
 """
 
 
-def tracking_uri(configured: str | None) -> str:
-    """The store runs go to: the experiment's, else `$MLFLOW_TRACKING_URI`, else SQLite in the working directory."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-
-
-def without_credentials(uri: str) -> str:
-    """A URI fit to be shown: `user:password@` taken out."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
-
-
-class Tracker:
-    """Keeps MLflow at the state of a run's outbox.
+class MlflowRuns:
+    """Turns events into MLflow calls, each of which may be repeated.
 
     Args:
-        run_dir: The run's folder.
         uri: The tracking store.
+        run_dir: The run's folder.
+        state: MLflow's ids that are known already: `runs` and `experiment_id`, as in `known`.
     """
 
-    def __init__(self, run_dir: Path, uri: str) -> None:
-        # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # What they tell at level INFO, such as every step of making a database, is not for the user's screen.
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._run_dir, self._uri = run_dir, uri
-        self._place = without_credentials(uri)
-        self._outbox = Outbox(run_dir / FILE_NAME)
-        self._state_file = run_dir / "tracking.json"
-        self._consumer: _Consumer | None = None
-        self._offset = 0
-        self._ended = threading.Event()
-        self._finished = False
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
-
-    def start(self) -> None:
-        """Begins to follow the outbox."""
-        self._thread.start()
-
-    def run_ids(self) -> dict[str, str]:
-        """MLflow's run ids so far, by trial; the parent's under ""."""
-        return dict(self._read_state()["runs"])
-
-    def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None as long as it is not known."""
-        found = self._read_state()["experiment_id"]
-        return None if found is None else str(found)
-
-    def sync(self) -> bool:
-        """Tracks everything in the outbox that is not tracked yet.
-
-        Returns:
-            Whether the end of the run has been tracked.
-
-        Raises:
-            MlflowException: The store refused or did not answer; nothing is lost, the next call goes on.
-        """
-        state = self._read_state()
-        if self._consumer is None:
-            self._consumer = _Consumer(MlflowClient(self._uri), self._run_dir, state)
-            for event, offset in self._outbox.read():
-                if offset > state["offset"]:
-                    break
-                self._consumer.recall(event)
-        try:
-            offset = state["offset"]
-            for event, after in self._outbox.read(offset):
-                offset = after
-                self._consumer.track(event)
-                if self._consumer.pending >= MAX_METRICS:
-                    self._consumer.flush()
-                self._finished = isinstance(event, RunEnded)
-            self._consumer.flush()
-        except Exception:
-            self._consumer = None  # made anew from what is known to be tracked
-            raise
-        if offset != state["offset"]:
-            self._write_state({**state, **self._consumer.known, "offset": offset})
-        return self._finished
-
-    def finish(self, timeout: float) -> bool:
-        """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline and self._thread.is_alive():
-            self._thread.join(0.1)
-            if self._finished and not self._thread.is_alive():
-                break
-        self._ended.set()
-        return self._finished
-
-    def _run(self) -> None:
-        failures = 0
-        while not self._ended.is_set():
-            try:
-                if self.sync():
-                    return
-                failures = 0
-            except Exception as error:
-                failures += 1
-                if failures == 1:
-                    logger.warning("MLflow at %s does not take events; they are kept: %s", self._uri, error)
-            self._ended.wait(min(30.0, 1.0 * 2 ** min(failures, 5)))
-
-    def _read_state(self) -> dict[str, Any]:
-        if self._state_file.exists():
-            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
-            if state["place"] == self._place:
-                return state
-        return {"place": self._place, "offset": 0, "runs": {}, "experiment_id": None}
-
-    def _write_state(self, state: dict[str, Any]) -> None:
-        aside = self._state_file.with_suffix(".aside")
-        aside.write_text(json.dumps(state), encoding="utf-8")
-        aside.replace(self._state_file)
-
-
-class _Consumer:
-    """Turns events into MLflow calls, each of which may be repeated."""
-
-    def __init__(self, client: MlflowClient, run_dir: Path, state: dict[str, Any]) -> None:
-        self._client, self._run_dir, self._state = client, run_dir, state
+    def __init__(self, uri: str, run_dir: Path, state: dict[str, Any]) -> None:
+        self._client, self._run_dir, self._state = MlflowClient(uri), run_dir, state
         self._runs: dict[str, str] = state["runs"]
         self._plans: dict[str, TrialPlan] = {}
         self._joins: dict[str, WindowJoin] = {}
@@ -215,11 +98,6 @@ class _Consumer:
     def known(self) -> dict[str, Any]:
         """MLflow's ids of the experiment and of the runs, by trial; the references' as `reference/NAME`."""
         return {"runs": self._runs, "experiment_id": self._state["experiment_id"]}
-
-    @property
-    def pending(self) -> int:
-        """Metric points not sent yet."""
-        return len(self._metrics)
 
     def recall(self, event: Event) -> None:
         """Takes in an event that is tracked already."""
@@ -247,6 +125,8 @@ class _Consumer:
             self._end_trial(event)
         elif isinstance(event, RunEnded):
             self._end_run(event)
+        if len(self._metrics) >= MAX_METRICS:
+            self.flush()
 
     def flush(self) -> None:
         """Sends the metric points."""

@@ -18,7 +18,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from orchestrator.pages.page import KINDS, mlflow_links
 from orchestrator.report import write_report
 from orchestrator.run_folder import RunFolder, read_run_folder
-from orchestrator.tracking import Tracker
+from orchestrator.tracker import Tracker
 from tests.browser import as_device, browser, keep_screenshot, needs_chromium
 from tests.orchestrator.made_run import made_experiment, make_run
 

@@ -95,7 +95,7 @@ class Bench:
         from orchestrator.coco.generate import generate
         from orchestrator.outbox import FILE_NAME, Outbox
         from orchestrator.telemetry import EventPump
-        from orchestrator.tracking import Tracker
+        from orchestrator.tracker import Tracker
 
         self._number += 1
         run_dir = self.run_dir = self.folder / f"run{self._number}"

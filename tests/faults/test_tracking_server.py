@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.tracking import Tracker
+from orchestrator.tracker import Tracker
 from tests.conftest import run_command, write_experiment
 from tests.faults.bench import Outcome, experiment, metric_rows
 from tests.faults.s3 import free_port

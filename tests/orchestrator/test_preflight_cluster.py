@@ -159,7 +159,7 @@ def test_little_room_is_no_error_where_the_run_goes_on_without_checkpoints() -> 
 
 
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, os, sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
@@ -173,6 +173,7 @@ cluster = Cluster(
 )
 cluster.add_node(num_cpus=1, node_ip_address="127.0.0.3")
 ray.init(address=cluster.address, log_to_driver=False)
+os.environ["RAY_ADDRESS"] = cluster.address
 found = {}
 
 def check(name, **changes):

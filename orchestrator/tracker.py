@@ -1,0 +1,152 @@
+"""Follows a run's outbox in a thread of its own and keeps MLflow at its state.
+
+Everything tracked is in the run's `events.jsonl`, which is read from where it was left off. So a tracking server that
+is slow, dead or back again costs training nothing, and tracking after the fact is the same code from offset 0. MLflow
+is imported by that thread once training runs: that and making a database take seconds of a CPU that starting workers
+need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from orchestrator.outbox import FILE_NAME, Outbox
+from trainers.contract import Event, RunEnded, StepsDone, TrialEnded
+
+if TYPE_CHECKING:
+    from orchestrator.tracking import MlflowRuns
+
+logger = logging.getLogger(__name__)
+
+BEGIN_SECONDS = 60.0
+"""Longest wait for the first steps before the run shows in MLflow."""
+
+
+def tracking_uri(configured: str | None) -> str:
+    """The store runs go to: the experiment's, else `$MLFLOW_TRACKING_URI`, else SQLite in the working directory."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def without_credentials(uri: str) -> str:
+    """A URI fit to be shown: `user:password@` taken out."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+class Tracker:
+    """Keeps MLflow at the state of a run's outbox.
+
+    Args:
+        run_dir: The run's folder.
+        uri: The tracking store.
+    """
+
+    def __init__(self, run_dir: Path, uri: str) -> None:
+        # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # What they tell at level INFO, such as every step of making a database, is not for the user's screen.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._run_dir, self._uri = run_dir, uri
+        self._place = without_credentials(uri)
+        self._outbox = Outbox(run_dir / FILE_NAME)
+        self._state_file = run_dir / "tracking.json"
+        self._runs: MlflowRuns | None = None
+        self._training, self._ended = threading.Event(), threading.Event()
+        self._finished = False
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+
+    def start(self) -> None:
+        """Begins to follow the outbox."""
+        self._thread.start()
+
+    def __call__(self, event: Event) -> None:
+        """Hears of an event that is in the outbox: from the first steps on, tracking takes nothing from a start."""
+        if isinstance(event, StepsDone | TrialEnded):
+            self._training.set()
+
+    def run_ids(self) -> dict[str, str]:
+        """MLflow's run ids so far, by trial; the parent's under ""."""
+        return dict(self._read_state()["runs"])
+
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment; None as long as it is not known."""
+        found = self._read_state()["experiment_id"]
+        return None if found is None else str(found)
+
+    def sync(self) -> bool:
+        """Tracks everything in the outbox that is not tracked yet.
+
+        Returns:
+            Whether the end of the run has been tracked.
+
+        Raises:
+            MlflowException: The store refused or did not answer; nothing is lost, the next call goes on.
+        """
+        state = self._read_state()
+        if self._runs is None:
+            from orchestrator.tracking import MlflowRuns
+
+            self._runs = MlflowRuns(self._uri, self._run_dir, state)
+            for event, offset in self._outbox.read():
+                if offset > state["offset"]:
+                    break
+                self._runs.recall(event)
+        try:
+            offset = state["offset"]
+            for event, after in self._outbox.read(offset):
+                offset = after
+                self._runs.track(event)
+                self._finished = isinstance(event, RunEnded)
+            self._runs.flush()
+        except Exception:
+            self._runs = None  # made anew from what is known to be tracked
+            raise
+        if offset != state["offset"]:
+            self._write_state({**state, **self._runs.known, "offset": offset})
+        return self._finished
+
+    def finish(self, timeout: float) -> bool:
+        """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
+        self._training.set()
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self._thread.is_alive():
+            self._thread.join(0.1)
+            if self._finished and not self._thread.is_alive():
+                break
+        self._ended.set()
+        return self._finished
+
+    def _run(self) -> None:
+        self._training.wait(BEGIN_SECONDS)
+        failures = 0
+        while not self._ended.is_set():
+            try:
+                if self.sync():
+                    return
+                failures = 0
+            except Exception as error:
+                failures += 1
+                if failures == 1:
+                    logger.warning("MLflow at %s does not take events; they are kept: %s", self._uri, error)
+            self._ended.wait(min(30.0, 1.0 * 2 ** min(failures, 5)))
+
+    def _read_state(self) -> dict[str, Any]:
+        if self._state_file.exists():
+            state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
+            if state["place"] == self._place:
+                return state
+        return {"place": self._place, "offset": 0, "runs": {}, "experiment_id": None}
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        aside = self._state_file.with_suffix(".aside")
+        aside.write_text(json.dumps(state), encoding="utf-8")
+        aside.replace(self._state_file)
