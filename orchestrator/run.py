@@ -242,7 +242,6 @@ class Session:
             | {WORKING_DIRECTORY: str(Path.cwd())},
         )
         pump.tell(started)
-        tracker.start()
         ended = []
         for plan in plans:
             if earlier and plan.name in earlier.finished:

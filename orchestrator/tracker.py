@@ -1,32 +1,38 @@
-"""Follows a run's outbox in a thread of its own and keeps MLflow at its state.
+"""Follows a run's outbox in a process of its own and keeps MLflow at its state.
 
 Everything tracked is in the run's `events.jsonl`, which is read from where it was left off. So a tracking server that
 is slow, dead or back again costs training nothing, and tracking after the fact is the same code from offset 0. MLflow
-is imported by that thread once training runs: that and making a database take seconds of a CPU that starting workers
-need.
+takes seconds of CPU to import and to make a database with: the process gives way to all others, and starts with the
+first steps.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
-import threading
+import sys
 import time
+from logging.handlers import QueueHandler, QueueListener
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from orchestrator.outbox import FILE_NAME, Outbox
-from trainers.contract import Event, RunEnded, StepsDone, TrialEnded
+from trainers.contract import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
 if TYPE_CHECKING:
     from orchestrator.tracking import MlflowRuns
 
 logger = logging.getLogger(__name__)
 
-BEGIN_SECONDS = 60.0
-"""Longest wait for the first steps before the run shows in MLflow."""
+LOOK_SECONDS = 1.0
+"""How often the outbox is read."""
+
+RETRY_SECONDS = 30.0
+"""Longest wait before a store that refused or did not answer is asked again."""
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -46,6 +52,9 @@ class Tracker:
     Args:
         run_dir: The run's folder.
         uri: The tracking store.
+
+    Attributes:
+        place: The store, fit to be shown.
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
@@ -56,22 +65,27 @@ class Tracker:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self._run_dir, self._uri = run_dir, uri
-        self._place = without_credentials(uri)
+        self.place = without_credentials(uri)
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
         self._runs: MlflowRuns | None = None
-        self._training, self._ended = threading.Event(), threading.Event()
         self._finished = False
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._process: BaseProcess | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Hears of an event that is in the outbox; the first steps, or the end of a trial without any, start it."""
+        if self._process is None and isinstance(event, StepsDone | TrialRestarted | TrialEnded):
+            self.start()
 
     def start(self) -> None:
         """Begins to follow the outbox."""
-        self._thread.start()
-
-    def __call__(self, event: Event) -> None:
-        """Hears of an event that is in the outbox: from the first steps on, tracking takes nothing from a start."""
-        if isinstance(event, StepsDone | TrialEnded):
-            self._training.set()
+        context = multiprocessing.get_context("spawn")
+        records = context.Queue()
+        self._closing, self._relay = context.Event(), _Relay(records)
+        self._relay.start()
+        arguments = (self._run_dir, self._uri, self._closing, records)
+        self._process = context.Process(target=_follow, args=arguments, name="tracking", daemon=True)
+        self._process.start()
 
     def run_ids(self) -> dict[str, str]:
         """MLflow's run ids so far, by trial; the parent's under ""."""
@@ -100,6 +114,7 @@ class Tracker:
                 if offset > state["offset"]:
                     break
                 self._runs.recall(event)
+                self._finished = isinstance(event, RunEnded)
         try:
             offset = state["offset"]
             for event, after in self._outbox.read(offset):
@@ -116,37 +131,53 @@ class Tracker:
 
     def finish(self, timeout: float) -> bool:
         """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
-        self._training.set()
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline and self._thread.is_alive():
-            self._thread.join(0.1)
-            if self._finished and not self._thread.is_alive():
-                break
-        self._ended.set()
-        return self._finished
-
-    def _run(self) -> None:
-        self._training.wait(BEGIN_SECONDS)
-        failures = 0
-        while not self._ended.is_set():
-            try:
-                if self.sync():
-                    return
-                failures = 0
-            except Exception as error:
-                failures += 1
-                if failures == 1:
-                    logger.warning("MLflow at %s does not take events; they are kept: %s", self._uri, error)
-            self._ended.wait(min(30.0, 1.0 * 2 ** min(failures, 5)))
+        if self._process is None or self._process.exitcode:  # not begun, or killed
+            self.start()
+        assert self._process is not None
+        self._closing.set()
+        self._process.join(timeout)
+        finished = self._process.exitcode == 0
+        self._process.kill()
+        self._relay.stop()
+        return finished
 
     def _read_state(self) -> dict[str, Any]:
         if self._state_file.exists():
             state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
-            if state["place"] == self._place:
+            if state["place"] == self.place:
                 return state
-        return {"place": self._place, "offset": 0, "runs": {}, "experiment_id": None}
+        return {"place": self.place, "offset": 0, "runs": {}, "experiment_id": None}
 
     def _write_state(self, state: dict[str, Any]) -> None:
         aside = self._state_file.with_suffix(".aside")
         aside.write_text(json.dumps(state), encoding="utf-8")
         aside.replace(self._state_file)
+
+
+class _Relay(QueueListener):
+    """Passes on what the process logs, as if it had been logged here: the terminal is the driver's."""
+
+    def handle(self, record: logging.LogRecord) -> None:
+        logging.getLogger(record.name).handle(record)
+
+
+def _follow(run_dir: Path, uri: str, closing: Any, records: Any) -> None:
+    """Tracks a run to its end, or to that of its driver."""
+    os.setsid()  # Ctrl-C and `ray job stop` are for the driver to hear
+    os.nice(19)
+    logging.getLogger().addHandler(QueueHandler(records))
+    tracker, driver, failures = Tracker(run_dir, uri), os.getppid(), 0
+    while os.getppid() == driver:
+        try:
+            if tracker.sync():
+                return
+            failures = 0
+        except Exception as error:
+            failures += 1
+            if failures == 1:
+                logger.warning("MLflow at %s does not take events; they are kept: %s", tracker.place, error)
+        if closing.is_set():
+            time.sleep(0.1)
+        else:
+            closing.wait(min(RETRY_SECONDS, LOOK_SECONDS * 2**failures))
+    sys.exit(1)
