@@ -17,7 +17,7 @@ from threading import Thread
 
 from benchmarks import turns
 from benchmarks.measure import Row
-from benchmarks.training import demo, demo_experiment, in_turns_command, rate_row
+from benchmarks.training import demo, demo_experiment, experiment_command, rate_row
 
 DELAY_SECONDS = 0.28
 """How long a request waits before it is handed on: a server in another part of the world."""
@@ -93,7 +93,7 @@ def tracking() -> Row:
     def side(where: dict[str, object], name: str) -> list[str]:
         folder = Path(name)
         values = demo_experiment("fast", 1, 1, folder, protocol=protocol, tracking=where, log_period_iterations=5)
-        return in_turns_command(values, folder)
+        return experiment_command(values, folder, "benchmarks.turns")
 
     with slow_server() as address, TemporaryDirectory() as first, TemporaryDirectory() as second:
         without = {"uri": "http://127.0.0.1:9", "offline": True}

@@ -193,19 +193,20 @@ def evaluation_stall() -> Row:
                higher_is_better=False)  # fmt: skip
 
 
-def in_turns_command(config: dict[str, Any], folder: Path) -> list[str]:
-    """Our command on an experiment, its workers' steps in turns with another training's."""
+def experiment_command(config: dict[str, Any], folder: Path, module: str = "orchestrator.run") -> list[str]:
+    """Our command on an experiment, which is written into a folder; the run's is `run` in it.
+
+    With `benchmarks.turns` as the module, its workers take their steps in turns with another training's.
+    """
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return [sys.executable, "-m", "benchmarks.turns", str(path), "--output", str(folder / "run"), "--quiet"]
+    return [sys.executable, "-m", module, str(path), "--output", str(folder / "run"), "--quiet"]
 
 
 def command(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Runs our command on an experiment; returns its results with the wall time and the first step's time added."""
-    path = folder / "experiment.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     started = time.time()
-    run_process([sys.executable, "-m", "orchestrator.run", str(path), "--output", str(folder / "run"), "--quiet"], 1)
+    run_process(experiment_command(config, folder), 1)
     wall = time.time() - started
     found = next((folder / "run").rglob("results.json"))
     results: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
@@ -231,7 +232,8 @@ def launcher_tax() -> Row:
     protocol = {"kind": "throughput", "iterations": steps, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False}
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        under_ray = in_turns_command(demo_experiment("reference", 2, 1, Path(first), protocol=protocol), Path(first))
+        config = demo_experiment("reference", 2, 1, Path(first), protocol=protocol)
+        under_ray = experiment_command(config, Path(first), "benchmarks.turns")
         sides = turns.in_turns(under_ray, ours_command(plan, second, torchrun), num_ranks=2)
     share = sides[0].others_seconds / sum(sides[0].seconds + sides[1].seconds)
     return rate_row(
@@ -266,18 +268,14 @@ def time_to_target() -> Row:
     cpus = os.cpu_count() or 1
     values = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
     plan = demo(1, cpus=cpus, **values["protocol"])
-
-    def ours() -> float:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            return float(command(demo_experiment("fast", 1, cpus, folder), folder)["wall_seconds"])
-
-    def peer() -> float:
-        started = time.time()
-        if not peer_result(plan, "--stop-at-target")["reached"]:
-            raise RuntimeError("plain detectron2 did not reach the target")
-        return time.time() - started
-
-    found, theirs = in_turns(ours, peer, 1)
-    return Row("time_to_target", "DefaultTrainer, script to result", "s", tuple(found), tuple(theirs), 1.5,
-               higher_is_better=False)  # fmt: skip
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        ours = experiment_command(demo_experiment("fast", 1, cpus, Path(first)), Path(first))
+        peer = peer_command(plan, second, "--stop-at-target")
+        found, theirs = turns.in_slots([ours, peer], Path(second), threads=cpus)
+        result = json.loads(Path(second, "result.json").read_text(encoding="utf-8"))
+        (trial,) = json.loads(Path(first, "run", "results.json").read_text(encoding="utf-8"))["trials"]
+    if not (result["reached"] and trial["time_to_train_seconds"]):
+        raise RuntimeError("a side did not reach the target")
+    note = f"{trial['iterations']} against {result['iterations']} iterations"
+    return Row("time_to_target", "DefaultTrainer, script to result", "s", (found,), (theirs,), 1.5,
+               higher_is_better=False, note=note)  # fmt: skip

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ VARIABLE = "BENCHMARK_TURNS"
 
 START_SECONDS = 300
 """Longest wait for a side to come to its first step."""
+
+SLOT_SECONDS = 5.0
+"""How long a command runs before another one does: shorter than what the machine's speed takes to change."""
 
 
 def waiting() -> Callable[[], None]:
@@ -195,6 +198,67 @@ def in_turns(
         if side.process.returncode:
             raise RuntimeError(f"{side.process.args!r} failed")
     return sides
+
+
+def in_slots(commands: Sequence[Sequence[str]], folder: Path, threads: int = 1) -> list[float]:
+    """Runs commands to their end, for a few seconds each in turn: all processes of the others stand still meanwhile.
+
+    Args:
+        commands: Each starts processes of its own.
+        folder: For what they print.
+        threads: What OMP_NUM_THREADS tells them.
+
+    Returns:
+        The seconds that each ran, from its start to its end.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+    running: dict[int, psutil.Popen] = {}
+    seconds = [0.0 for _ in commands]
+    waiting_for = dict(enumerate(commands))
+    try:
+        while waiting_for:
+            for i, command in list(waiting_for.items()):
+                began = time.perf_counter()
+                if i in running:
+                    for process in _family(running[i]):
+                        process.resume()
+                else:
+                    with (folder / f"{i}.log").open("wb") as log:
+                        running[i] = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                try:
+                    code = running[i].wait(SLOT_SECONDS)
+                except psutil.TimeoutExpired:
+                    code = None
+                seconds[i] += time.perf_counter() - began
+                if code is None:
+                    _stop(running[i])
+                    continue
+                del waiting_for[i]
+                if code:
+                    raise RuntimeError(
+                        f"{command!r} failed:\n{(folder / f'{i}.log').read_text(errors='replace')[-3000:]}"
+                    )
+    finally:
+        for i in waiting_for:
+            if i in running:
+                for process in _family(running[i]):
+                    process.resume()
+                running[i].terminate()  # Ray's driver ends its cluster
+    return seconds
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _stop(process: psutil.Process) -> None:
+    """Has a process and all below it stand still, those that are being started among them."""
+    stopped: set[psutil.Process] = set()
+    while new := [each for each in _family(process) if each not in stopped]:
+        for each in new:
+            stopped.add(each)
+            with suppress(psutil.NoSuchProcess):
+                each.suspend()
 
 
 def main() -> None:
