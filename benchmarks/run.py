@@ -44,16 +44,16 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in arguments.only or ROWS:
         print(f"{name} …", file=sys.stderr, flush=True)
         rows.append(ROWS[name]())
         print(f"{name}: {rows[-1].ratio:.2f} (target {rows[-1].target:g})", file=sys.stderr, flush=True)
+        values = {"machine": machine(), "rows": [row.to_dict() for row in rows]}
+        arguments.json.write_text(json.dumps(values, indent=2), encoding="utf-8")  # kept if a later row is interrupted
         gc.collect()
     print(table(rows))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    values = {"machine": machine(), "rows": [row.to_dict() for row in rows]}
-    arguments.json.write_text(json.dumps(values, indent=2), encoding="utf-8")
     below = [row.name for row in rows if not row.reached]
     if below:
         print(f"below target: {', '.join(below)}", file=sys.stderr)

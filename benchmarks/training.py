@@ -98,11 +98,9 @@ def ours_command(plan: TrialPlan, folder: str, launcher: tuple[str, ...] = ()) -
     return [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
 
 
-def ours_events(plan: TrialPlan) -> list[Event]:
+def read_events(folder: Path) -> list[Event]:
     """What our worker told, started without Ray."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_process(ours_command(plan, folder), plan.cpus_per_worker)
-        return [event_from_json(line) for line in Path(folder, "events").read_text(encoding="utf-8").splitlines()]
+    return [event_from_json(line) for line in (folder / "events").read_text(encoding="utf-8").splitlines()]
 
 
 def peer_command(plan: TrialPlan, folder: str, *flags: str) -> list[str]:
@@ -170,25 +168,30 @@ def evaluation() -> Row:
 def evaluation_stall() -> Row:
     """What one evaluation of 256 images adds to the time of training, beside it and with training standing still.
 
-    Training without any is taken before each pair; a difference that is lost in its noise counts as 10 ms.
+    Against training without any, all three in slots; a difference that is lost in its noise counts as 10 ms.
     """
     plan = demo(79, kind="time_to_train", iterations=79, eval_period_iterations=40, evaluate_at_end=False)
     plan = dataclasses.replace(plan, val=dataclasses.replace(plan.train, name=plan.val.name))
+    without = dataclasses.replace(plan, solver=dataclasses.replace(plan.solver, eval_period=0))
+    beside = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, overlapped_evaluation=True))
 
-    def seconds(overlapped: bool, eval_period: int = 40) -> float:
-        recipe = dataclasses.replace(plan.recipe, overlapped_evaluation=overlapped)
-        solver = dataclasses.replace(plan.solver, eval_period=eval_period)
-        events = ours_events(dataclasses.replace(plan, recipe=recipe, solver=solver))
-        if len([event for event in events if isinstance(event, Evaluated)]) != (1 if eval_period else 0):
-            raise RuntimeError("not as many evaluations as asked for")
-        times = {event.kind: event.time for event in events}
-        return times["loop_finished"] - times["loop_started"]
+    def stalls() -> list[float]:
+        with tempfile.TemporaryDirectory() as name:
+            folders = [Path(name, each) for each in ("without", "beside", "blocking")]
+            for folder in folders:
+                folder.mkdir()
+            plans = zip((without, beside, plan), folders, strict=True)
+            slots = turns.in_slots([ours_command(each, str(folder)) for each, folder in plans])
+            seconds = []
+            for own, folder in zip(slots, folders, strict=True):
+                events = read_events(folder)
+                if len([event for event in events if isinstance(event, Evaluated)]) != (folder != folders[0]):
+                    raise RuntimeError("not as many evaluations as asked for")
+                times = {event.kind: event.time for event in events}
+                seconds.append(turns.ran(own, times["loop_started"], times["loop_finished"]))
+        return [max(each - seconds[0], 0.01) for each in seconds[1:]]
 
-    pairs = []
-    for _ in range(3):
-        without = seconds(False, eval_period=0)
-        pairs.append([max(seconds(overlapped) - without, 0.01) for overlapped in (True, False)])
-    ours, peer = zip(*pairs, strict=True)
+    ours, peer = zip(*(stalls() for _ in range(2)), strict=True)
     return Row("evaluation_stall", "the same evaluation with training standing still", "s", ours, peer, 5,
                higher_is_better=False)  # fmt: skip
 
@@ -271,7 +274,7 @@ def time_to_target() -> Row:
     with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
         ours = experiment_command(demo_experiment("fast", 1, cpus, Path(first)), Path(first))
         peer = peer_command(plan, second, "--stop-at-target")
-        found, theirs = turns.in_slots([ours, peer], Path(second), threads=cpus)
+        found, theirs = (turns.ran(slots) for slots in turns.in_slots([ours, peer], threads=cpus))
         result = json.loads(Path(second, "result.json").read_text(encoding="utf-8"))
         (trial,) = json.loads(Path(first, "run", "results.json").read_text(encoding="utf-8"))["trials"]
     if not (result["reached"] and trial["time_to_train_seconds"]):

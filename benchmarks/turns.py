@@ -9,6 +9,7 @@ it asks again is its step: with hooks and logging, and by the same clock on both
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -200,55 +201,66 @@ def in_turns(
     return sides
 
 
-def in_slots(commands: Sequence[Sequence[str]], folder: Path, threads: int = 1) -> list[float]:
+Slots = list[tuple[float, float]]
+"""When a command ran: from and to, in Unix seconds."""
+
+
+def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]:
     """Runs commands to their end, for a few seconds each in turn: all processes of the others stand still meanwhile.
 
     Args:
         commands: Each starts processes of its own.
-        folder: For what they print.
         threads: What OMP_NUM_THREADS tells them.
 
     Returns:
-        The seconds that each ran, from its start to its end.
+        When each ran; see `ran`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     running: dict[int, psutil.Popen] = {}
-    seconds = [0.0 for _ in commands]
-    waiting_for = dict(enumerate(commands))
-    try:
-        while waiting_for:
-            for i, command in list(waiting_for.items()):
-                began = time.perf_counter()
+    slots: list[Slots] = [[] for _ in commands]
+    left = dict(enumerate(commands))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            while left:
+                for i, command in list(left.items()):
+                    log, began = Path(folder, str(i)), time.time()
+                    if i in running:
+                        _resume(running[i])
+                    else:
+                        with log.open("wb") as output:
+                            running[i] = psutil.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+                    with suppress(psutil.TimeoutExpired):
+                        running[i].wait(SLOT_SECONDS)
+                    slots[i].append((began, time.time()))
+                    code = running[i].poll()
+                    if code is None:
+                        _stop(running[i])
+                        continue
+                    del left[i]
+                    if code:
+                        raise RuntimeError(f"{command!r} failed:\n{log.read_text(errors='replace')[-3000:]}")
+        finally:
+            for i in left:
                 if i in running:
-                    for process in _family(running[i]):
-                        process.resume()
-                else:
-                    with (folder / f"{i}.log").open("wb") as log:
-                        running[i] = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                try:
-                    code = running[i].wait(SLOT_SECONDS)
-                except psutil.TimeoutExpired:
-                    code = None
-                seconds[i] += time.perf_counter() - began
-                if code is None:
-                    _stop(running[i])
-                    continue
-                del waiting_for[i]
-                if code:
-                    raise RuntimeError(
-                        f"{command!r} failed:\n{(folder / f'{i}.log').read_text(errors='replace')[-3000:]}"
-                    )
-    finally:
-        for i in waiting_for:
-            if i in running:
-                for process in _family(running[i]):
-                    process.resume()
-                running[i].terminate()  # Ray's driver ends its cluster
-    return seconds
+                    _resume(running[i])
+                    running[i].terminate()  # Ray's driver ends its cluster
+                    running[i].wait()
+    return slots
+
+
+def ran(slots: Slots, begin: float = 0.0, end: float = math.inf) -> float:
+    """Seconds that a command ran between two moments (Unix seconds)."""
+    return sum(max(min(to, end) - max(since, begin), 0.0) for since, to in slots)
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
+
+
+def _resume(process: psutil.Process) -> None:
+    for each in _family(process):
+        with suppress(psutil.NoSuchProcess):
+            each.resume()
 
 
 def _stop(process: psutil.Process) -> None:
