@@ -81,8 +81,8 @@ class Tracker:
         """Begins to follow the outbox."""
         context = multiprocessing.get_context("spawn")
         records = context.Queue()
-        self._closing, self._relay = context.Event(), _Relay(records)
-        self._relay.start()
+        self._closing = context.Event()
+        _Relay(records).start()  # never stopped: one that is killed while it logs would hold it up for ever
         arguments = (self._run_dir, self._uri, self._closing, records)
         self._process = context.Process(target=_follow, args=arguments, name="tracking", daemon=True)
         self._process.start()
@@ -138,7 +138,6 @@ class Tracker:
         self._process.join(timeout)
         finished = self._process.exitcode == 0
         self._process.kill()
-        self._relay.stop()
         return finished
 
     def _read_state(self) -> dict[str, Any]:
