@@ -61,9 +61,6 @@ class Tracker:
         # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # What they tell at level INFO, such as every step of making a database, is not for the user's screen.
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         self._run_dir, self._uri = run_dir, uri
         self.place = without_credentials(uri)
         self._outbox = Outbox(run_dir / FILE_NAME)

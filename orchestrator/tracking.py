@@ -86,6 +86,10 @@ class MlflowRuns:
     """
 
     def __init__(self, uri: str, run_dir: Path, state: dict[str, Any]) -> None:
+        # What they tell at level INFO, such as every step of making a database, is not for the user's screen. Here,
+        # because importing mlflow sets its level.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         self._client, self._run_dir, self._state = MlflowClient(uri), run_dir, state
         self._runs: dict[str, str] = state["runs"]
         self._plans: dict[str, TrialPlan] = {}
