@@ -80,7 +80,7 @@ class Tracker:
         records = context.Queue()
         self._closing = context.Event()
         _Relay(records).start()  # never stopped: one that is killed while it logs would hold it up for ever
-        arguments = (self._run_dir, self._uri, self._closing, records)
+        arguments = (self._run_dir, self._uri, os.getpid(), self._closing, records)
         self._process = context.Process(target=_follow, args=arguments, name="tracking", daemon=True)
         self._process.start()
 
@@ -157,12 +157,12 @@ class _Relay(QueueListener):
         logging.getLogger(record.name).handle(record)
 
 
-def _follow(run_dir: Path, uri: str, closing: Any, records: Any) -> None:
+def _follow(run_dir: Path, uri: str, driver: int, closing: Any, records: Any) -> None:
     """Tracks a run to its end, or to that of its driver."""
     os.setsid()  # Ctrl-C and `ray job stop` are for the driver to hear
     os.nice(19)
     logging.getLogger().addHandler(QueueHandler(records))
-    tracker, driver, failures = Tracker(run_dir, uri), os.getppid(), 0
+    tracker, failures = Tracker(run_dir, uri), 0
     while os.getppid() == driver:
         try:
             if tracker.sync():

@@ -11,9 +11,10 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.outbox import FILE_NAME, Outbox
@@ -106,6 +107,28 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_driver(
         started = time.perf_counter()
         assert not tracker.finish(timeout=2)
         assert time.perf_counter() - started < 3
+
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+from orchestrator.tracker import Tracker
+
+if __name__ == "__main__":
+    tracker = Tracker(Path(sys.argv[1]), f"sqlite:///{sys.argv[1]}/mlflow.db")
+    tracker.start()
+    print(tracker._process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_tracking_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)]
+    driver = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert driver.returncode == -signal.SIGKILL
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int(driver.stdout)).wait(timeout=60)
 
 
 def test_replaying_the_outbox_tracks_a_run_after_the_fact(
