@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
+import select
+import signal
+import subprocess
 import sys
+import threading
 import time
-from logging.handlers import QueueHandler, QueueListener
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
@@ -67,7 +68,7 @@ class Tracker:
         self._state_file = run_dir / "tracking.json"
         self._runs: MlflowRuns | None = None
         self._finished = False
-        self._process: BaseProcess | None = None
+        self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, event: Event) -> None:
         """Hears of an event that is in the outbox; the first steps, or the end of a trial without any, start it."""
@@ -76,13 +77,18 @@ class Tracker:
 
     def start(self) -> None:
         """Begins to follow the outbox."""
-        context = multiprocessing.get_context("spawn")
-        records = context.Queue()
-        self._closing = context.Event()
-        _Relay(records).start()  # never stopped: one that is killed while it logs would hold it up for ever
-        arguments = (self._run_dir, self._uri, os.getpid(), self._closing, records)
-        self._process = context.Process(target=_follow, args=arguments, name="tracking", daemon=True)
-        self._process.start()
+        # No process of multiprocessing's: those come with another one that outlives the driver, and a job server
+        # that stops a job waits for all of them.
+        command = [sys.executable, "-m", "orchestrator.tracker"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdin is not None
+        # Not as an argument, which everybody on this machine could read: there may be a password in it.
+        process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
+        process.stdin.flush()
+        threading.Thread(target=_pass_on, args=[process], daemon=True).start()
+        self._process = process
 
     def run_ids(self) -> dict[str, str]:
         """MLflow's run ids so far, by trial; the parent's under ""."""
@@ -128,14 +134,16 @@ class Tracker:
 
     def finish(self, timeout: float) -> bool:
         """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
-        if self._process is None or self._process.exitcode:  # not begun, or killed
+        if self._process is None or self._process.poll():  # not begun, or killed
             self.start()
-        assert self._process is not None
-        self._closing.set()
-        self._process.join(timeout)
-        finished = self._process.exitcode == 0
-        self._process.kill()
-        return finished
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            return self._process.wait(timeout) == 0
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return False
 
     def _read_state(self) -> dict[str, Any]:
         if self._state_file.exists():
@@ -150,30 +158,42 @@ class Tracker:
         aside.replace(self._state_file)
 
 
-class _Relay(QueueListener):
-    """Passes on what the process logs, as if it had been logged here: the terminal is the driver's."""
+def _pass_on(process: subprocess.Popen[str]) -> None:
+    """Logs what the process says here: the terminal is the driver's."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        logger.warning("%s", line.rstrip())
 
-    def handle(self, record: logging.LogRecord) -> None:
-        logging.getLogger(record.name).handle(record)
 
+def _follow(run_dir: Path, uri: str) -> bool:
+    """Tracks a run until its end is tracked, or what its driver left: stdin ends with the driver.
 
-def _follow(run_dir: Path, uri: str, driver: int, closing: Any, records: Any) -> None:
-    """Tracks a run to its end, or to that of its driver."""
-    os.setsid()  # Ctrl-C and `ray job stop` are for the driver to hear
-    os.nice(19)
-    logging.getLogger().addHandler(QueueHandler(records))
-    tracker, failures = Tracker(run_dir, uri), 0
-    while os.getppid() == driver:
+    Returns:
+        Whether the run's end has been tracked.
+    """
+    tracker, failures, closing = Tracker(run_dir, uri), 0, 0.0
+    while True:
         try:
             if tracker.sync():
-                return
+                return True
+            if closing:
+                return False
             failures = 0
         except Exception as error:
             failures += 1
             if failures == 1:
-                logger.warning("MLflow at %s does not take events; they are kept: %s", tracker.place, error)
-        if closing.is_set():
+                print(f"MLflow at {tracker.place} does not take events; they are kept: {error}", flush=True)
+            if closing and time.monotonic() - closing > RETRY_SECONDS:
+                return False
+        if closing:
             time.sleep(0.1)
-        else:
-            closing.wait(min(RETRY_SECONDS, LOOK_SECONDS * 2**failures))
-    sys.exit(1)
+        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, LOOK_SECONDS * 2**failures))[0]:
+            closing = time.monotonic()
+
+
+if __name__ == "__main__":
+    # Ctrl-C and `ray job stop` are for the driver to hear.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(19)
+    where, store = json.loads(sys.stdin.readline())
+    sys.exit(0 if _follow(Path(where), store) else 1)
