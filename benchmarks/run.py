@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=f"rows to run: {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"), help="where the figures go")
     arguments = parser.parse_args()
+    # What was started stands still in turns: it must not be left so.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
