@@ -19,7 +19,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode, PolygonMasks
 from pycocotools import mask as coco_mask
 
-from benchmarks.measure import Row, in_turns, seconds, timed
+from benchmarks.measure import Row, alternate, seconds, timed
 from trainers.contract import DatasetPlan
 from trainers.dataset_cache import cached_records
 from trainers.fast_mapper import FastMapper
@@ -85,7 +85,7 @@ def mapper() -> Row:
             return lambda: len(records) / seconds(lambda: [mapped(record) for record in records])
 
         rate(ours)(), rate(peer)()
-        found, theirs = in_turns(rate(ours), rate(peer), 7)
+        found, theirs = alternate(rate(ours), rate(peer), 7)
     return Row("mapper", "detectron2's DatasetMapper, 640 x 480 to 800", "images/s", tuple(found), tuple(theirs),
                target=2.0, higher_is_better=True)  # fmt: skip
 
@@ -195,7 +195,7 @@ def dataset_ready() -> Row:
             records = cached_records(dataset, True, folder / "cache")
             assert records[0] and records[len(records) - 1]
 
-        found, theirs = in_turns(lambda: seconds(ours), lambda: seconds(peer), 2)
+        found, theirs = alternate(lambda: seconds(ours), lambda: seconds(peer), 2)
     return Row("dataset_ready", f"load, filter and serialise {COCO_IMAGES:,} images", "s", tuple(found), tuple(theirs),
                target=10.0, higher_is_better=False)  # fmt: skip
 

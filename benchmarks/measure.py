@@ -73,8 +73,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:
-    """Takes both sides' figures in turns, `repeats` times each."""
+def alternate(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:
+    """Takes a figure of one side, then one of the other, `repeats` times."""
     pairs = [(ours(), peer()) for _ in range(repeats)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
@@ -107,7 +107,7 @@ def timed(
 ) -> Row:
     """A row of durations: both sides are called once to warm up, then in turns."""
     ours(), peer()
-    found, theirs = in_turns(lambda: seconds(ours), lambda: seconds(peer), repeats)
+    found, theirs = alternate(lambda: seconds(ours), lambda: seconds(peer), repeats)
     return Row(name, against, "s", tuple(found), tuple(theirs), target, higher_is_better=False, note=note)
 
 

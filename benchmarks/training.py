@@ -19,13 +19,13 @@ from typing import Any
 import yaml
 
 from benchmarks import turns
-from benchmarks.measure import Row, by_blocks, in_turns
+from benchmarks.measure import Row, alternate, by_blocks
 from benchmarks.ours import write_plan
 from benchmarks.turns import Side
 from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
-from trainers.contract import Evaluated, Event, TrialPlan, event_from_json
+from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json
 
 WARMUP_STEPS = 5
 DATA = Path("data/benchmarks")
@@ -98,9 +98,9 @@ def ours_command(plan: TrialPlan, folder: str, launcher: tuple[str, ...] = ()) -
     return [*(launcher or (sys.executable,)), "-m", "benchmarks.ours", f"{folder}/plan.json", f"{folder}/events"]
 
 
-def read_events(folder: Path) -> list[Event]:
-    """What our worker told, started without Ray."""
-    return [event_from_json(line) for line in (folder / "events").read_text(encoding="utf-8").splitlines()]
+def read_events(file: Path) -> list[Event]:
+    """What our workers told, a line each."""
+    return [event_from_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def peer_command(plan: TrialPlan, folder: str, *flags: str) -> list[str]:
@@ -160,7 +160,7 @@ def evaluation() -> Row:
             run_process(command, plan.cpus_per_worker)
             return float(json.loads(result.read_text(encoding="utf-8"))["seconds"])
 
-    found, theirs = in_turns(lambda: side("ours"), lambda: side("peer"), 3)
+    found, theirs = alternate(lambda: side("ours"), lambda: side("peer"), 3)
     return Row("evaluation", "inference_on_dataset with COCOEvaluator", "s", tuple(found), tuple(theirs), 1.5,
                higher_is_better=False)  # fmt: skip
 
@@ -184,7 +184,7 @@ def evaluation_stall() -> Row:
             slots = turns.in_slots([ours_command(each, str(folder)) for each, folder in plans])
             seconds = []
             for own, folder in zip(slots, folders, strict=True):
-                events = read_events(folder)
+                events = read_events(folder / "events")
                 if len([event for event in events if isinstance(event, Evaluated)]) != (folder != folders[0]):
                     raise RuntimeError("not as many evaluations as asked for")
                 times = {event.kind: event.time for event in events}
@@ -204,19 +204,6 @@ def experiment_command(config: dict[str, Any], folder: Path, module: str = "orch
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return [sys.executable, "-m", module, str(path), "--output", str(folder / "run"), "--quiet"]
-
-
-def command(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Runs our command on an experiment; returns its results with the wall time and the first step's time added."""
-    started = time.time()
-    run_process(experiment_command(config, folder), 1)
-    wall = time.time() - started
-    found = next((folder / "run").rglob("results.json"))
-    results: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
-    lines = [line for file in (folder / "run").rglob("*.jsonl") for line in file.read_text().splitlines()]
-    steps = [json.loads(line) for line in lines if '"kind":"steps_done"' in line]
-    first = min((step["time"] - step["seconds"] + step["step_seconds"][0] for step in steps), default=started)
-    return {**results, "wall_seconds": wall, "first_step_seconds": first - started}
 
 
 def demo_experiment(recipe: str, world_size: int, cpus: int, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -253,15 +240,16 @@ def first_step() -> Row:
     def ours() -> float:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            return float(
-                command(demo_experiment("fast", 1, 1, folder, protocol=protocol), folder)["first_step_seconds"]
-            )
+            started = time.time()
+            run_process(experiment_command(demo_experiment("fast", 1, 1, folder, protocol=protocol), folder), 1)
+            (steps,) = (e for e in read_events(folder / "run" / "events.jsonl") if isinstance(e, StepsDone))
+        return steps.time - steps.seconds + steps.step_seconds[0] - started
 
     def peer() -> float:
         started = time.time()
         return float(peer_result(plan)["first_step"]) - started
 
-    found, theirs = in_turns(ours, peer, 2)
+    found, theirs = alternate(ours, peer, 2)
     return Row("first_step", "the plain script's first step", "s", tuple(found), tuple(theirs), 1 / 3,
                higher_is_better=False)  # fmt: skip
 

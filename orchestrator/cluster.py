@@ -36,7 +36,6 @@ RAY_TRAIN_SETTINGS = {
 }
 """Of Ray Train, for all processes: a cluster that is started here inherits them, one that is joined is told them."""
 
-
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 
 
@@ -89,14 +88,11 @@ def _start_own() -> None:
     # Ray looks for the dashboard's libraries by importing them, in this process and in two daemons, also where there is
     # to be no dashboard. Without them it is Ray's minimal installation, which starts sooner.
     name = "ray.dashboard.optional_deps"
-    loaded = sys.modules.get(name)
     sys.modules[name] = None  # type: ignore[assignment]
     try:
         ray.init(address="local", include_dashboard=False, **_QUIET)
     finally:
         del sys.modules[name]
-        if loaded:
-            sys.modules[name] = loaded
 
 
 def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:

@@ -59,7 +59,7 @@ class Tracker:
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
-        # MLflow's own retries hold a call for minutes; here the thread tries again by itself.
+        # MLflow's own retries hold a call for minutes; here whoever follows the outbox tries again by itself.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._run_dir, self._uri = run_dir, uri

@@ -114,17 +114,15 @@ import os, signal, sys
 from pathlib import Path
 from orchestrator.tracker import Tracker
 
-if __name__ == "__main__":
-    tracker = Tracker(Path(sys.argv[1]), f"sqlite:///{sys.argv[1]}/mlflow.db")
-    tracker.start()
-    print(tracker._process.pid, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+tracker = Tracker(Path(sys.argv[1]), f"sqlite:///{sys.argv[1]}/mlflow.db")
+tracker.start()
+print(tracker._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_tracking_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "driver.py").write_text(DRIVER, encoding="utf-8")
-    command = [sys.executable, str(tmp_path / "driver.py"), str(tmp_path)]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     driver = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=60)
     assert driver.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
