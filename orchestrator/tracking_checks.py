@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 REACH_SECONDS = 3.0
 
+DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
+"""Database servers that MLflow writes to without a server of its own, and what their drivers call their time limit."""
+
 
 def check_tracking(experiment: Experiment) -> list[Finding]:
     """Checks the tracking address: a server answers, a database file can be written, and several hosts can share it."""
@@ -33,6 +36,11 @@ def check_tracking(experiment: Experiment) -> list[Finding]:
             report(code, "tracking.uri", shown, what, mend)
     elif uri.startswith("sqlite:"):
         _check_sqlite(uri, experiment, findings)
+    elif urlsplit(uri).scheme.split("+")[0] in DATABASES:
+        reason = _ask_database(uri)
+        if reason:
+            mend = "Start it, install its driver, correct tracking.uri, or set tracking.offline=true and replay later"
+            report("tracking_unreachable", "tracking.uri", shown, redact(reason), mend)
     elif uri.startswith("file:") or "://" not in uri:
         mend = "Write sqlite:///mlflow.db, or the address of a server"
         findings.error("tracking_store", "tracking.uri", shown, "MLflow 3 no longer writes plain folders", mend)
@@ -63,6 +71,19 @@ def _ask_server(uri: str) -> tuple[str, str, str] | None:
         reason = str(getattr(error, "reason", error))[:120] or type(error).__name__
         return "tracking_unreachable", f"no MLflow server answers within {REACH_SECONDS:g} s: {reason}", start
     return None
+
+
+def _ask_database(uri: str) -> str:
+    """Connects to a database as a run will; gives the reason why it cannot be, or ""."""
+    import sqlalchemy
+
+    try:
+        limit = {DATABASES[urlsplit(uri).scheme.split("+")[0]]: int(REACH_SECONDS)}
+        sqlalchemy.create_engine(uri, connect_args=limit).connect().close()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        # Without what SQLAlchemy adds: the driver's class, and links to its own manual.
+        return str(getattr(error, "orig", None) or error).strip().splitlines()[0][:200]
+    return ""
 
 
 def _credentials(user: str | None, password: str | None) -> tuple[str | None, dict[str, str]]:

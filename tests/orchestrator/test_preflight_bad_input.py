@@ -117,6 +117,22 @@ def test_yaml_that_would_run_code_is_refused(project: Project) -> None:
     assert not (project.root / "pwned").exists()
 
 
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("postgresql://user:secret@127.0.0.1:9/mlflow", "refused"),
+        ("mysql+nodriver://user:secret@127.0.0.1:9/mlflow", "nodriver"),
+    ],
+)
+def test_a_database_that_runs_cannot_be_tracked_in_is_told(project: Project, uri: str, reason: str) -> None:
+    from orchestrator.spec import parse_experiment
+    from orchestrator.tracking_checks import check_tracking
+
+    (finding,) = check_tracking(parse_experiment({**project.experiment, "tracking": {"uri": uri}}, "test"))
+    assert (finding.level, finding.code) == ("error", "tracking_unreachable") and reason in finding.what
+    assert "secret" not in finding.to_line()
+
+
 def test_a_server_that_never_answers_is_given_up_within_seconds(project: Project) -> None:
     import socket
     import time
