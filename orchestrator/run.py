@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import importlib
 import json
 import logging
@@ -169,6 +171,7 @@ class Session:
         if not self.quiet:
             self.console.print(plan_table(plans))
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        atexit.register(gc.freeze)  # else Python looks through all that was imported before it ends: a second
         try:
             with only_driver(self.run_dir):
                 return self._train(plans)
@@ -203,6 +206,8 @@ class Session:
         return findings, plans
 
     def _train(self, plans: list[TrialPlan]) -> int:
+        import ray
+
         from orchestrator.attempts import run_trial
         from orchestrator.environment import command_line, describe
         from orchestrator.outbox import FILE_NAME, Outbox
@@ -260,7 +265,11 @@ class Session:
         display.close()
         statuses = {event.status for event in ended}
         result.status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
+        pump.close()
+        ending = threading.Thread(target=ray.shutdown)  # which waits for its processes
+        ending.start()
         self._finish(result, pump, tracker)
+        ending.join()
         return EXIT_CODES[result.status]
 
     def _published(self) -> dict[str, Any]:
@@ -302,7 +311,6 @@ class Session:
         report, report_failure = try_report(result, self.run_dir)
         write_airank_summary(result, self.run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = result.status if result.status != "RUNNING" else "FAILED"
-        pump.close()
         pump.tell(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
         tracked = tracker.finish(timeout=30)
         # Runs that MLflow learnt of only now: their ids belong into the results as well.

@@ -36,6 +36,8 @@ class Recipe:
         kept_memory: On CPU, keep freed memory for the next step (mallopt of glibc) instead of giving it back. The same.
         quiet_heads: Leave out the heads' training statistics, which fetch figures from the device in every step and
             which nobody reads here. The same losses.
+        batched_proposals: Label the RPN's anchors and choose its proposals for all images of a batch at once
+            (trainers/proposals.py). The same, bit for bit.
         gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
         pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.
         batched_encoding: Encode an image's masks in one call (trainers/detections.py). The same detections.
@@ -58,6 +60,7 @@ class Recipe:
     fused_optimizer: bool = False
     kept_memory: bool = False
     quiet_heads: bool = False
+    batched_proposals: bool = False
     gradient_views: bool = False
     pinned_loader: bool = False
     batched_encoding: bool = False
@@ -77,6 +80,7 @@ REFERENCE = Recipe(
     fused_optimizer=True,
     kept_memory=True,
     quiet_heads=True,
+    batched_proposals=True,
     gradient_views=True,
     pinned_loader=True,
     batched_encoding=True,
@@ -97,6 +101,7 @@ FAST = Recipe(
     fused_optimizer=True,
     kept_memory=True,
     quiet_heads=True,
+    batched_proposals=True,
     gradient_views=True,
     pinned_loader=True,
     batched_encoding=True,

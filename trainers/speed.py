@@ -16,7 +16,7 @@ from detectron2.modeling.roi_heads import fast_rcnn, mask_head
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from trainers import convolution, roi_pooling
+from trainers import convolution, proposals, roi_pooling
 from trainers.recipes import Precision, Recipe
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,9 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
     """Applies a recipe to a model with its weights loaded, in place; returns it."""
     if recipe.sparse_pooling and device.type == "cpu":
         logger.info("%d poolers are sparse products.", roi_pooling.install(model))
+    if recipe.batched_proposals:
+        done = proposals.install(model)
+        logger.info("The RPN's anchors and proposals are those of %s.", "all images at once" if done else "detectron2")
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.winograd and device.type == "cpu" and resolve_precision(recipe.precision, device) == "fp32":

@@ -1,0 +1,115 @@
+"""Anchors labelled and proposals chosen for a whole batch are detectron2's, bit for bit, random choices included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.structures import Boxes, Instances
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.training import demo
+from trainers import mask_rcnn, proposals
+
+SIZES = [(96, 96), (80, 96), (96, 61)]
+
+
+@pytest.fixture(scope="module")
+def rpn() -> RPN:
+    plan = demo(2, recipe="plain")
+    torch.manual_seed(0)
+    return mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).proposal_generator
+
+
+def anchors_of(rpn: RPN) -> list[Boxes]:
+    return list(rpn.anchor_generator([torch.zeros(1, 64, side, side) for side in (24, 12, 6, 3, 2)]))
+
+
+def objects(counts: list[int], seed: int, whole: bool) -> list[Instances]:
+    """Boxes at random; at whole pixels and with twins, so that overlaps are equal here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for n, count in enumerate(counts):
+        corners = torch.rand(count, 2, generator=generator) * 70
+        boxes = torch.cat([corners, corners + torch.rand(count, 2, generator=generator) * 40], dim=1)
+        if whole:
+            boxes = boxes.round()
+            boxes[1::2] = boxes[: 2 * (count // 2) : 2]
+        found.append(Instances(SIZES[n % 3], gt_boxes=Boxes(boxes)))
+    return found
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5), seed=st.integers(0, 2**20), whole=st.booleans())
+def test_labels_boxes_and_random_choices_are_detectron2s(rpn: RPN, counts: list[int], seed: int, whole: bool) -> None:
+    anchors, images = anchors_of(rpn), objects(counts, seed, whole)
+    torch.manual_seed(seed)
+    theirs = RPN.label_and_sample_anchors(rpn, anchors, images)
+    after = torch.get_rng_state()
+    torch.manual_seed(seed)
+    ours = proposals.label_and_sample_anchors(rpn, anchors, images)
+    assert torch.equal(torch.get_rng_state(), after)
+    for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_too_many_pairs_are_matched_image_by_image(rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposals, "MOST_PAIRS", 10)
+    monkeypatch.setattr(proposals, "match", None)
+    torch.manual_seed(0)
+    labels, _ = proposals.label_and_sample_anchors(rpn, anchors_of(rpn), objects([2, 3], 0, whole=False))
+    assert [int((each >= 0).sum()) for each in labels] == [64, 64]
+
+
+def predictions(rpn: RPN, images: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    boxes, logits = [], []
+    for cells in anchors_of(rpn):
+        noise = torch.randn(images, len(cells), 4, generator=generator) * 12
+        boxes.append(cells.tensor + noise)  # some reach out of the image, some are empty
+        logits.append(torch.randn(images, len(cells), generator=generator).mul(4).round() / 4)  # with equal scores
+    return boxes, logits
+
+
+LIMITS: dict[str, Any] = {"nms_thresh": 0.7, "pre_nms_topk": 200, "post_nms_topk": 100, "min_box_size": 0.0}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_proposals_are_detectron2s(rpn: RPN, seed: int, images: int, training: bool) -> None:
+    boxes, logits = predictions(rpn, images, seed)
+    sizes = SIZES[:images]
+    theirs = find_top_rpn_proposals(boxes, logits, sizes, training=training, **LIMITS)
+    ours = proposals.top_proposals(boxes, logits, sizes, training=training, **LIMITS)
+    assert len(ours) == len(theirs) == images
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.image_size == other.image_size
+        assert torch.equal(one.proposal_boxes.tensor, other.proposal_boxes.tensor)
+        assert torch.equal(one.objectness_logits, other.objectness_logits)
+
+
+def test_boxes_that_are_not_finite_end_training_and_are_left_out_of_evaluation(rpn: RPN) -> None:
+    boxes, logits = predictions(rpn, 2, 0)
+    boxes[0][1, 5, 2] = float("inf")
+    logits[0][1, 5] = 100.0  # so that it is looked at
+    with pytest.raises(FloatingPointError):
+        proposals.top_proposals(boxes, logits, SIZES[:2], training=True, **LIMITS)
+    theirs = find_top_rpn_proposals(boxes, logits, SIZES[:2], training=False, **LIMITS)
+    ours = proposals.top_proposals(boxes, logits, SIZES[:2], training=False, **LIMITS)
+    assert torch.equal(ours[1].proposal_boxes.tensor, theirs[1].proposal_boxes.tensor)
+
+
+def test_a_model_without_such_an_rpn_is_left_alone() -> None:
+    assert not proposals.install(torch.nn.Linear(1, 1))
+
+
+def test_a_recipe_puts_it_into_its_model() -> None:
+    plan = demo(2, recipe="reference")
+    rpn: Any = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).proposal_generator
+    assert rpn.label_and_sample_anchors.__func__ is proposals.label_and_sample_anchors
