@@ -16,6 +16,7 @@ results differ by rounding, in the fifth digit of the largest value.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import MethodType
 from typing import Any, Literal
 
@@ -171,9 +172,9 @@ def _rows(pixels: Tensor) -> Tensor:
     return pad(pixels, (0, 0, 1, 1, 1, 1)).flatten(0, 2)
 
 
-def _neighbours(pixels: Tensor, stride: int) -> Tensor:
+@lru_cache(maxsize=16)
+def _neighbours(images: int, height: int, width: int, stride: int) -> Tensor:
     """For each result the nine rows of `_rows` that it is made from, (results, 9)."""
-    images, height, width, _ = pixels.shape
     number = torch.arange(images * (height + 2) * (width + 2)).view(images, height + 2, width + 2)
     first = number[:, :height:stride, :width:stride].reshape(-1, 1)
     return first + number[0, :3, :3].reshape(1, 9)
@@ -182,7 +183,8 @@ def _neighbours(pixels: Tensor, stride: int) -> Tensor:
 def _by_rows(pixels: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The results, (N, H / stride, W / stride, O)."""
     images, height, width, _ = pixels.shape
-    results = _rows(pixels)[_neighbours(pixels, stride)].flatten(1) @ _flat(weight).t()
+    seen = _neighbours(images, height, width, stride)
+    results = _rows(pixels)[seen].flatten(1) @ _flat(weight).t()
     return results.view(images, -(-height // stride), -(-width // stride), -1)
 
 
@@ -191,7 +193,7 @@ def _rows_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of pixels and weights from the rows `there` of the results' gradient, (results, O)."""
     images, height, width, channels = pixels.shape
-    seen, rows = _neighbours(pixels, stride), _rows(pixels)
+    seen, rows = _neighbours(images, height, width, stride), _rows(pixels)
     if there is not None:
         seen, gradient = seen[there], gradient[there]
     of_weight = _unflat(gradient.t() @ rows[seen].flatten(1), weight)
@@ -246,8 +248,10 @@ def _tiles_backward(pixels: Tensor, weight: Tensor, gradient: Tensor, wants_x: b
         return None, of_weight
     of_tiles = torch.bmm(of_products, weight)
     of_tiles = (OF_INPUT.t() @ of_tiles.view(INPUT**2, -1)).view(INPUT, INPUT, images, down, across, channels)
-    whole = of_tiles.new_zeros(images, OUTPUT * down + 2, OUTPUT * across + 2, channels)
-    for i in range(INPUT):
-        for j in range(INPUT):
-            whole[:, i : i + OUTPUT * down : OUTPUT, j : j + OUTPUT * across : OUTPUT] += of_tiles[i, j]
-    return whole[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight
+    # A tile's last two rows and columns lie on the next tile's first.
+    whole = of_tiles.new_zeros(images, down + 1, OUTPUT, across + 1, OUTPUT, channels)
+    for i, rows in enumerate(torch.split(of_tiles, OUTPUT, dim=0)):
+        for j, part in enumerate(torch.split(rows, OUTPUT, dim=1)):
+            whole[:, i : i + down, : len(part), j : j + across, : part.shape[1]] += part.permute(2, 3, 0, 4, 1, 5)
+    of_pixels = whole.view(images, OUTPUT * (down + 1), OUTPUT * (across + 1), channels)
+    return of_pixels[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight

@@ -36,7 +36,7 @@ class Recipe:
         kept_memory: On CPU, keep freed memory for the next step (mallopt of glibc) instead of giving it back. The same.
         quiet_heads: Leave out the heads' training statistics, which fetch figures from the device in every step and
             which nobody reads here. The same losses.
-        batched_proposals: Label the RPN's anchors and choose its proposals for all images of a batch at once
+        batched_proposals: Label and choose anchors and proposals for all images of a batch at once
             (trainers/proposals.py). The same, bit for bit.
         gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
         pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.

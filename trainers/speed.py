@@ -63,8 +63,7 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
     if recipe.sparse_pooling and device.type == "cpu":
         logger.info("%d poolers are sparse products.", roi_pooling.install(model))
     if recipe.batched_proposals:
-        done = proposals.install(model)
-        logger.info("The RPN's anchors and proposals are those of %s.", "all images at once" if done else "detectron2")
+        logger.info("Anchors and proposals: %d of 2 parts do all images at once.", proposals.install(model))
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.winograd and device.type == "cpu" and resolve_precision(recipe.precision, device) == "fp32":

@@ -8,7 +8,9 @@ import pytest
 import torch
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +25,12 @@ def rpn() -> RPN:
     plan = demo(2, recipe="plain")
     torch.manual_seed(0)
     return mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).proposal_generator
+
+
+@pytest.fixture(scope="module")
+def heads() -> ROIHeads:
+    plan = demo(2, recipe="plain")
+    return mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).roi_heads
 
 
 def anchors_of(rpn: RPN) -> list[Boxes]:
@@ -56,6 +64,69 @@ def test_labels_boxes_and_random_choices_are_detectron2s(rpn: RPN, counts: list[
     for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0], [0, 0], [6]])
+def test_losses_and_their_gradients_are_detectron2s(rpn: RPN, counts: list[int]) -> None:
+    anchors, generator = anchors_of(rpn), torch.Generator().manual_seed(1)
+    labels, boxes = proposals.label_and_sample_anchors(rpn, anchors, objects(counts, 3, whole=False))
+    shapes = [(len(counts), len(cells)) for cells in anchors]
+    logits = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    deltas = [torch.randn(*shape, 4, generator=generator).requires_grad_() for shape in shapes]
+    with EventStorage(0):
+        theirs = RPN.losses(rpn, anchors, logits, labels, deltas, boxes)
+    ours = proposals.losses(rpn, anchors, logits, labels, deltas, boxes)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    gradients = [
+        torch.autograd.grad(torch.stack(list(losses.values())).sum(), logits + deltas) for losses in (ours, theirs)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    seed=st.integers(0, 2**20),
+    whole=st.booleans(),
+    append=st.booleans(),
+)
+def test_proposals_and_their_objects_are_detectron2s(
+    heads: ROIHeads, counts: list[int], seed: int, whole: bool, append: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets = objects(counts, seed, whole)
+    found = objects([37 + n for n in range(len(counts))], seed + 1, whole)
+    offered = [
+        Instances(each.image_size, proposal_boxes=each.gt_boxes, objectness_logits=torch.randn(len(each)))
+        for each in found
+    ]
+    for target, offer in zip(targets, offered, strict=True):
+        target.gt_classes = torch.randint(0, 3, (len(target),), generator=generator)
+        target.gt_masks = PolygonMasks([[torch.rand(6, generator=generator).numpy()] for _ in range(len(target))])
+        if len(target):  # some that overlap
+            near = torch.rand(12, 4, generator=generator) * 8
+            offer.proposal_boxes.tensor[:12] = target.gt_boxes.tensor[torch.arange(12) % len(target)] + near
+    heads.proposal_append_gt = append
+    torch.manual_seed(seed)
+    with EventStorage(0):
+        theirs = ROIHeads.label_and_sample_proposals(heads, offered, targets)
+    after = torch.get_rng_state()
+    torch.manual_seed(seed)
+    with EventStorage(0):  # without any object it is detectron2's
+        ours = proposals.label_and_sample_proposals(heads, offered, targets)
+    assert torch.equal(torch.get_rng_state(), after)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.image_size == other.image_size
+        assert set(one.get_fields()) == set(other.get_fields())
+        for name, value in other.get_fields().items():
+            mine = one.get(name)
+            if isinstance(value, PolygonMasks):
+                assert [p[0].tolist() for p in mine.polygons] == [p[0].tolist() for p in value.polygons]
+            else:
+                pair = [each.tensor if isinstance(each, Boxes) else each for each in (mine, value)]
+                assert pair[0].dtype == pair[1].dtype
+                assert torch.equal(*pair)
 
 
 def test_too_many_pairs_are_matched_image_by_image(rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +176,14 @@ def test_boxes_that_are_not_finite_end_training_and_are_left_out_of_evaluation(r
     assert torch.equal(ours[1].proposal_boxes.tensor, theirs[1].proposal_boxes.tensor)
 
 
-def test_a_model_without_such_an_rpn_is_left_alone() -> None:
+def test_a_model_without_rpn_and_roi_heads_is_left_alone() -> None:
     assert not proposals.install(torch.nn.Linear(1, 1))
 
 
 def test_a_recipe_puts_it_into_its_model() -> None:
     plan = demo(2, recipe="reference")
-    rpn: Any = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).proposal_generator
+    model: Any = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan)
+    heads = model.roi_heads
+    assert heads.label_and_sample_proposals.__func__ is proposals.label_and_sample_proposals
+    rpn = model.proposal_generator
     assert rpn.label_and_sample_anchors.__func__ is proposals.label_and_sample_anchors
