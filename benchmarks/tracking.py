@@ -87,7 +87,7 @@ def _wait_for(address: str) -> None:
 
 def tracking() -> Row:
     """Images per second with a slow server and a point of every metric each 5 steps, and with none to be reached."""
-    steps = 165
+    steps = 315
     protocol = {"kind": "throughput", "iterations": steps, "warmup_iterations": 10, "evaluate_at_end": False}
 
     def side(where: dict[str, object], name: str) -> list[str]:

@@ -163,7 +163,7 @@ def _started(command: list[str], num_ranks: int, folder: Path, name: str, thread
 def in_turns(
     ours: list[str], peer: list[str], num_ranks: int = 1, threads: int = 1, steps_a_turn: int = 1
 ) -> tuple[Side, Side]:
-    """Runs two commands of equally many steps to their end, a turn of one and a turn of the other.
+    """Runs two commands of equally many steps to their end, a turn of one and a turn of the other, then the reverse.
 
     Args:
         ours: Command of this program.
@@ -184,12 +184,16 @@ def in_turns(
         for side in sides:
             side.stands_ready()
         before = [side.others() for side in sides]
+        order = [0, 1]
         while True:
-            turns = [side.turn(steps_a_turn) for side in sides]
+            turns: list[list[float] | None] = [None, None]
+            for i in order:
+                turns[i] = sides[i].turn(steps_a_turn)
             if None in turns:
                 break
             for side, turn in zip(sides, turns, strict=True):
                 side.seconds += turn or []
+            order.reverse()  # ours, peer, peer, ours: a machine that slows down is no gain of either
         for side, earlier in zip(sides, before, strict=True):
             side.others_seconds = max(side.others() - earlier, 0.0)
         for side, turn in zip(sides, turns, strict=True):

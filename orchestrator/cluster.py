@@ -20,6 +20,9 @@ from trainers.contract import TrialPlan
 CONNECT_SECONDS = 1.0
 """Longest wait for a node's Ray daemon to take a connection."""
 
+JOIN_SECONDS = 5.0
+"""Longest wait for a cluster's head to take a connection."""
+
 RAY_TRAIN_SETTINGS = {
     # The working directory of a worker stays the driver's; every path is absolute anyway.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -57,6 +60,11 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
     address = address or os.environ.get("RAY_ADDRESS")
     if address and address.startswith(("http://", "https://")):
         raise SpecError(f"RAY_ADDRESS {address}: a job server; send the run there: `make submit ADDRESS={address}`")
+    if address and (reason := _nobody_listens(address)):
+        raise SpecError(
+            f"the Ray cluster at {address} cannot be joined: {reason}. Start one there (`ray start --head`), correct "
+            "resources.address or RAY_ADDRESS, or leave both out for a cluster of this machine's own"
+        )
     settings = dict(RAY_TRAIN_SETTINGS)
     if network_interface:
         settings |= {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
@@ -80,6 +88,17 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
     return Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(alive))
+
+
+def _nobody_listens(address: str) -> str:
+    """Why no connection to HOST:PORT can be made, or "": Ray itself tries for more than half a minute."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            return str(error)
+    return ""
 
 
 def _start_own() -> None:

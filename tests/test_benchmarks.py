@@ -48,7 +48,7 @@ def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:
     )
     ours, peer = ([sys.executable, "-c", script, name, str(log)] for name in "ab")
     sides = turns.in_turns(ours, peer, steps_a_turn=2)
-    assert log.read_text() == "aabb" * 3
+    assert log.read_text() == "aabbbbaaaabb"
     assert [len(side.seconds) for side in sides] == [4, 4], "the last step ends with the end of training"
 
 
