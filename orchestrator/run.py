@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -266,10 +267,9 @@ class Session:
         statuses = {event.status for event in ended}
         result.status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
         pump.close()
-        ending = threading.Thread(target=ray.shutdown)  # which waits for its processes
-        ending.start()
-        self._finish(result, pump, tracker)
-        ending.join()
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(ray.shutdown)  # which waits for its processes
+            self._finish(result, pump, tracker)
         return EXIT_CODES[result.status]
 
     def _published(self) -> dict[str, Any]:

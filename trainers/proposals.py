@@ -1,7 +1,7 @@
 """RPN and ROI heads on all images of a batch at once: which anchors and proposals are objects, and which go on.
 
-detectron2 goes through the images one by one, some sixty small operations each, and fetches three figures from the
-device for every one of them. Here most are done once for the batch.
+detectron2 goes through the images one by one, nearly 300 small operations each, and fetches figures from the device for
+every one of them. Here most are done once for the batch.
 
 The trap this module protects against: a faster path with other results. Every figure is made by the same operation on
 the same numbers, and random choices are drawn in the same order, so labels and proposals are detectron2's, bit for bit.
@@ -27,7 +27,7 @@ from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 
 MOST_PAIRS = 2**24
-"""Boxes times anchors up to which all images are matched at once: 64 MiB for each array of them."""
+"""Objects times anchors or proposals up to which all images are matched at once: 64 MiB for each array of them."""
 
 
 def install(model: nn.Module) -> int:
@@ -69,8 +69,7 @@ def label_and_sample_anchors(
         return found
     device = cells.device
     boxes = Boxes.cat([image.gt_boxes for image in gt_instances])
-    there = torch.arange(most)[None] < torch.tensor(counts)[:, None]
-    there = there.to(device)
+    there = (torch.arange(most)[None] < torch.tensor(counts)[:, None]).to(device)
     # -1 stands where an image has fewer boxes than another: less than any overlap.
     overlaps = torch.full((len(counts), most, len(cells)), -1.0, device=device)
     overlaps[there] = pairwise_iou(boxes, cells)
