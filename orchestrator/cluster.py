@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import ray
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 from orchestrator.node_checks import CREDENTIALS
 from orchestrator.placement import capacity, equal_shares
@@ -104,6 +105,9 @@ def _nobody_listens(address: str) -> str:
 def _start_own() -> None:
     # Ray would have workers give way to all else on the machine, the driver and its own daemons among it.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray's hook for a process that it starts. Imports make objects by the hundred thousand and no garbage, and looking
+    # for it takes a sixth of their time. Who lives long turns it on again: `Telemetry`, `train_loop_per_worker`.
+    os.environ.setdefault(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, "gc.disable")
     # Ray looks for the dashboard's libraries by importing them, in this process and in two daemons, also where there is
     # to be no dashboard. Without them it is Ray's minimal installation, which starts sooner.
     name = "ray.dashboard.optional_deps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -44,6 +45,7 @@ class Telemetry:
     """The actor between workers and driver: keeps events until the driver has written them down."""
 
     def __init__(self) -> None:
+        gc.enable()
         self._events: list[Event] = []
         self._taken = 0
         self._heartbeats: dict[int, Sign] = {}

@@ -30,7 +30,7 @@ Way = Literal["tiles", "rows", "torch"]
 OUTPUT, INPUT = 4, 6
 """Side of a tile of results, and of the tile of inputs that it depends on."""
 
-FEWEST_TILES, FEWEST_CHANNELS = 48, 128
+FEWEST_TILES, FEWEST_CHANNELS = 48, 64
 """Below, transforming the weights or the pixels costs more than is saved (measured layer by layer, AVX2)."""
 
 MOST_ROWS = 128
@@ -128,21 +128,25 @@ class _ThreeByThree(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, way: Way, sparse_gradient: bool
     ) -> Tensor:
-        transformed = _of_weight(weight) if way == "tiles" else None
-        ctx.save_for_backward(x, weight, transformed)
         ctx.stride, ctx.way, ctx.sparse_gradient, ctx.has_bias = stride, way, sparse_gradient, bias is not None
+        pixels, transformed, tiles = x.permute(0, 2, 3, 1), None, None
         if way == "torch":
-            return conv2d(x, weight, bias, stride, padding=1)
-        pixels = x.permute(0, 2, 3, 1)
-        result = _by_rows(pixels, weight, stride) if transformed is None else _by_tiles(pixels, transformed)
-        if bias is not None:
+            result = conv2d(x, weight, bias, stride, padding=1).permute(0, 2, 3, 1)
+        elif way == "rows":
+            result = _by_rows(pixels, weight, stride)
+        else:
+            transformed, tiles = _of_weight(weight), _to_tiles(pixels)
+            result = _by_tiles(tiles, transformed, pixels.shape)
+        # Tiles are 2.25 times the pixels, and of no use where few rows have a gradient.
+        ctx.save_for_backward(x, weight, transformed, None if sparse_gradient else tiles)
+        if bias is not None and way != "torch":
             result += bias
         return result.permute(0, 3, 1, 2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, transformed = ctx.saved_tensors
+        x, weight, transformed, tiles = ctx.saved_tensors
         wants_x: bool = ctx.needs_input_grad[0]
         pixels, of_results = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
         rows = of_results.reshape(-1, len(weight))
@@ -150,7 +154,8 @@ class _ThreeByThree(torch.autograd.Function):
         if ctx.way == "rows" or (there is not None and len(there) <= SPARSE * len(rows)):
             of_x, of_weight = _rows_backward(pixels, weight, rows, ctx.stride, there, wants_x)
         elif ctx.way == "tiles":
-            of_x, of_weight = _tiles_backward(pixels, transformed, of_results, wants_x)
+            tiles = _to_tiles(pixels) if tiles is None else tiles
+            of_x, of_weight = _tiles_backward(tiles, transformed, of_results, wants_x)
         else:
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [wants_x, True, False]
@@ -205,6 +210,14 @@ def _rows_backward(
     return of_pixels.permute(0, 3, 1, 2), of_weight
 
 
+def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
+    """A matrix (I, J) times each of (T, J, C): a product for each tile, which MKL deals out to all threads.
+
+    As one product with a row for each j it would stay on one thread.
+    """
+    return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
+
+
 def _to_tiles(pixels: Tensor) -> Tensor:
     """All overlapping input tiles of (N, H, W, C) pixels, transformed: (36, tiles, C)."""
     images, height, width, channels = pixels.shape
@@ -212,46 +225,45 @@ def _to_tiles(pixels: Tensor) -> Tensor:
     padded = pad(pixels, (0, 0, 1, OUTPUT * across + 1 - width, 1, OUTPUT * down + 1 - height))
     image, row, column, channel = padded.stride()
     tiles = padded.as_strided(
-        (INPUT, INPUT, images, down, across, channels),
-        (row, column, image, OUTPUT * row, OUTPUT * column, channel),
+        (images, down, across, INPUT, INPUT, channels),
+        (image, OUTPUT * row, OUTPUT * column, row, column, channel),
     )
-    return (OF_INPUT @ tiles.reshape(INPUT**2, -1)).view(INPUT**2, -1, channels)
+    return _transformed(OF_INPUT, tiles.reshape(-1, INPUT**2, channels)).transpose(0, 1)
 
 
 def _of_weight(weight: Tensor) -> Tensor:
     """Transformed weights, (36, O, C)."""
-    outputs, channels = weight.shape[:2]
-    return (OF_WEIGHT @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(INPUT**2, outputs, channels)
+    return _transformed(OF_WEIGHT, _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
 
 
-def _by_tiles(pixels: Tensor, weight: Tensor) -> Tensor:
-    """The results, (N, H, W, O), from transformed weights."""
-    images, height, width, _ = pixels.shape
-    down, across, outputs = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[1]
-    products = torch.bmm(_to_tiles(pixels), weight.transpose(1, 2))
-    tiles = (OF_OUTPUT @ products.view(INPUT**2, -1)).view(OUTPUT, OUTPUT, images, down, across, outputs)
-    whole = tiles.permute(2, 3, 0, 4, 1, 5).reshape(images, OUTPUT * down, OUTPUT * across, outputs)
+def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """The results, (N, H, W, O), for pixels of a shape (N, H, W, C), from both transformed."""
+    images, height, width, _ = shape
+    down, across = -(-height // OUTPUT), -(-width // OUTPUT)
+    products = torch.bmm(tiles, weight.transpose(1, 2))
+    results = _transformed(OF_OUTPUT, products.transpose(0, 1)).view(images, down, across, OUTPUT, OUTPUT, -1)
+    whole = results.transpose(2, 3).reshape(images, OUTPUT * down, OUTPUT * across, -1)
     return whole[:, :height, :width]
 
 
-def _tiles_backward(pixels: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
-    """The transpose of each step of the forward pass, last step first; from transformed weights."""
-    images, height, width, channels = pixels.shape
-    down, across, outputs = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[1]
+def _tiles_backward(tiles: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The transpose of each step of the forward pass, last step first; from transformed pixels and weights."""
+    images, height, width, outputs = gradient.shape
+    down, across, channels = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[2]
     padded = pad(gradient, (0, 0, 0, OUTPUT * across - width, 0, OUTPUT * down - height))
-    tiles = padded.reshape(images, down, OUTPUT, across, OUTPUT, outputs).permute(2, 4, 0, 1, 3, 5)
-    of_products = (OF_OUTPUT.t() @ tiles.reshape(OUTPUT**2, -1)).view(INPUT**2, -1, outputs)
-    of_transformed = torch.bmm(of_products.transpose(1, 2), _to_tiles(pixels))
-    of_weight = (OF_WEIGHT.t() @ of_transformed.view(INPUT**2, -1)).view(3, 3, outputs, channels).permute(2, 3, 0, 1)
-    of_weight = of_weight.contiguous(memory_format=torch.channels_last)
+    of_results = padded.reshape(images, down, OUTPUT, across, OUTPUT, outputs).transpose(2, 3)
+    of_products = _transformed(OF_OUTPUT.t(), of_results.reshape(-1, OUTPUT**2, outputs)).transpose(0, 1)
+    of_transformed = torch.bmm(of_products.transpose(1, 2), tiles)
+    of_weight = _transformed(OF_WEIGHT.t(), of_transformed.transpose(0, 1))
+    of_weight = of_weight.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
     if not wants_x:
         return None, of_weight
-    of_tiles = torch.bmm(of_products, weight)
-    of_tiles = (OF_INPUT.t() @ of_tiles.view(INPUT**2, -1)).view(INPUT, INPUT, images, down, across, channels)
+    of_tiles = _transformed(OF_INPUT.t(), torch.bmm(of_products, weight).transpose(0, 1))
+    of_tiles = of_tiles.view(images, down, across, INPUT, INPUT, channels)
     # A tile's last two rows and columns lie on the next tile's first.
     whole = of_tiles.new_zeros(images, down + 1, OUTPUT, across + 1, OUTPUT, channels)
-    for i, rows in enumerate(torch.split(of_tiles, OUTPUT, dim=0)):
-        for j, part in enumerate(torch.split(rows, OUTPUT, dim=1)):
-            whole[:, i : i + down, : len(part), j : j + across, : part.shape[1]] += part.permute(2, 3, 0, 4, 1, 5)
+    for i, rows in enumerate(torch.split(of_tiles, OUTPUT, dim=3)):
+        for j, part in enumerate(torch.split(rows, OUTPUT, dim=4)):
+            whole[:, i : i + down, : part.shape[3], j : j + across, : part.shape[4]] += part.transpose(2, 3)
     of_pixels = whole.view(images, OUTPUT * (down + 1), OUTPUT * (across + 1), channels)
     return of_pixels[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight

@@ -7,6 +7,7 @@ absolute here, and nothing installs signal handlers.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -109,8 +110,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         flush=flush,
         kept=lambda: bool(_answer(kept)),
     )
+    gc.disable()  # looking for garbage would take a sixth of an import that leaves none
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
+    gc.enable()
     Rank(config["plan"], config["attempt"], placement, channel).train(entered)
 
 
