@@ -27,11 +27,8 @@ from torch.nn.functional import conv2d, linear, pad
 
 Way = Literal["tiles", "rows", "torch"]
 
-OUTPUT, INPUT = 4, 6
-"""Side of a tile of results, and of the tile of inputs that it depends on."""
-
-FEWEST_TILES, FEWEST_CHANNELS = 48, 64
-"""Below, transforming the weights or the pixels costs more than is saved (measured layer by layer, AVX2)."""
+FEWEST_TILES, FEWEST_CHANNELS, FEWEST_BOTH = 32, 64, 3072
+"""Below, and below so many tiles times channels, transforms cost more than they save (measured by layer, AVX2)."""
 
 MOST_ROWS = 128
 """Up to so many results, a product over neighbourhoods is faster than oneDNN (measured likewise)."""
@@ -39,17 +36,24 @@ MOST_ROWS = 128
 SPARSE = 0.2
 """Share of rows with a gradient up to which only these are multiplied: a row costs four times as much as in tiles."""
 
-_INPUT = torch.tensor(
-    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-     [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]], dtype=torch.float64)  # fmt: skip
-_WEIGHT = torch.tensor(
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-     [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]], dtype=torch.float64)  # fmt: skip
-_OUTPUT = torch.tensor(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-    dtype=torch.float64)  # fmt: skip
-# Both directions of an image at once: one matrix product transforms all tiles and channels.
-OF_INPUT, OF_WEIGHT, OF_OUTPUT = (torch.kron(m, m).float().contiguous() for m in (_INPUT, _WEIGHT, _OUTPUT))
+# For tiles with so many results a side: what transforms a line of pixels, of weights, and of products into results.
+_LINES: dict[int, tuple[list[list[float]], ...]] = {
+    3: ([[2, -1, -2, 1, 0], [0, -2, -1, 1, 0], [0, 2, -3, 1, 0], [0, -1, 0, 1, 0], [0, 2, -1, -2, 1]],
+        [[1 / 2, 0, 0], [-1 / 2, -1 / 2, -1 / 2], [-1 / 6, 1 / 6, -1 / 6], [1 / 6, 1 / 3, 2 / 3], [0, 0, 1]],
+        [[1, 1, 1, 1, 0], [0, 1, -1, 2, 0], [0, 1, 1, 4, 1]]),
+    4: ([[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
+         [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+        [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
+         [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+        [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
+}  # fmt: skip
+# Both directions of an image at once: one matrix product transforms a tile's channels.
+_OF_INPUT, _OF_WEIGHT, _OF_OUTPUT = (
+    {side: torch.kron(line, line).float() for side, line in lines.items()}
+    for lines in (
+        {side: torch.tensor(parts[number], dtype=torch.float64) for side, parts in _LINES.items()} for number in range(3)
+    )
+)
 
 
 def install(model: nn.Module) -> int:
@@ -109,9 +113,10 @@ def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     """
     images, channels, height, width = x.shape
     results = images * -(-height // stride) * -(-width // stride)
-    tiles = images * -(-height // OUTPUT) * -(-width // OUTPUT)
+    side, fewest = _side(height, width), min(channels, len(weight))
+    tiles = images * -(-height // side) * -(-width // side)
     way: Way = "torch"
-    if stride == 1 and tiles >= FEWEST_TILES and min(channels, len(weight)) >= FEWEST_CHANNELS:
+    if stride == 1 and tiles >= FEWEST_TILES and fewest >= FEWEST_CHANNELS and tiles * fewest >= FEWEST_BOTH:
         way = "tiles"
     elif 0 < results <= MOST_ROWS:
         way = "rows"
@@ -135,9 +140,10 @@ class _ThreeByThree(torch.autograd.Function):
         elif way == "rows":
             result = _by_rows(pixels, weight, stride)
         else:
-            transformed, tiles = _of_weight(weight), _to_tiles(pixels)
-            result = _by_tiles(tiles, transformed, pixels.shape)
-        # Tiles are 2.25 times the pixels, and of no use where few rows have a gradient.
+            side = _side(*x.shape[2:])
+            transformed, tiles = _of_weight(weight, side), _to_tiles(pixels, side)
+            result = _by_tiles(tiles, transformed, pixels.shape, side)
+        # Tiles are two to three times the pixels, and of no use where few rows have a gradient.
         ctx.save_for_backward(x, weight, transformed, None if sparse_gradient else tiles)
         if bias is not None and way != "torch":
             result += bias
@@ -154,8 +160,9 @@ class _ThreeByThree(torch.autograd.Function):
         if ctx.way == "rows" or (there is not None and len(there) <= SPARSE * len(rows)):
             of_x, of_weight = _rows_backward(pixels, weight, rows, ctx.stride, there, wants_x)
         elif ctx.way == "tiles":
-            tiles = _to_tiles(pixels) if tiles is None else tiles
-            of_x, of_weight = _tiles_backward(tiles, transformed, of_results, wants_x)
+            side = _side(*x.shape[2:])
+            tiles = _to_tiles(pixels, side) if tiles is None else tiles
+            of_x, of_weight = _tiles_backward(tiles, transformed, of_results, side, wants_x)
         else:
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [wants_x, True, False]
@@ -210,6 +217,11 @@ def _rows_backward(
     return of_pixels.permute(0, 3, 1, 2), of_weight
 
 
+def _side(height: int, width: int) -> int:
+    """Results a side of the tiles that cover a map with the fewest multiplications."""
+    return min(_LINES, key=lambda side: -(-height // side) * -(-width // side) * (side + 2) ** 2)
+
+
 def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
     """A matrix (I, J) times each of (T, J, C): a product for each tile, which MKL deals out to all threads.
 
@@ -218,52 +230,53 @@ def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
 
 
-def _to_tiles(pixels: Tensor) -> Tensor:
-    """All overlapping input tiles of (N, H, W, C) pixels, transformed: (36, tiles, C)."""
+def _to_tiles(pixels: Tensor, side: int) -> Tensor:
+    """All overlapping input tiles of (N, H, W, C) pixels, transformed: ((side + 2)^2, tiles, C)."""
     images, height, width, channels = pixels.shape
-    down, across = -(-height // OUTPUT), -(-width // OUTPUT)
-    padded = pad(pixels, (0, 0, 1, OUTPUT * across + 1 - width, 1, OUTPUT * down + 1 - height))
+    down, across, seen = -(-height // side), -(-width // side), side + 2
+    padded = pad(pixels, (0, 0, 1, side * across + 1 - width, 1, side * down + 1 - height))
     image, row, column, channel = padded.stride()
     tiles = padded.as_strided(
-        (images, down, across, INPUT, INPUT, channels),
-        (image, OUTPUT * row, OUTPUT * column, row, column, channel),
+        (images, down, across, seen, seen, channels), (image, side * row, side * column, row, column, channel)
     )
-    return _transformed(OF_INPUT, tiles.reshape(-1, INPUT**2, channels)).transpose(0, 1)
+    return _transformed(_OF_INPUT[side], tiles.reshape(-1, seen**2, channels)).transpose(0, 1)
 
 
-def _of_weight(weight: Tensor) -> Tensor:
-    """Transformed weights, (36, O, C)."""
-    return _transformed(OF_WEIGHT, _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
+def _of_weight(weight: Tensor, side: int) -> Tensor:
+    """Transformed weights, ((side + 2)^2, O, C)."""
+    return _transformed(_OF_WEIGHT[side], _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
 
 
-def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size, side: int) -> Tensor:
     """The results, (N, H, W, O), for pixels of a shape (N, H, W, C), from both transformed."""
     images, height, width, _ = shape
-    down, across = -(-height // OUTPUT), -(-width // OUTPUT)
+    down, across = -(-height // side), -(-width // side)
     products = torch.bmm(tiles, weight.transpose(1, 2))
-    results = _transformed(OF_OUTPUT, products.transpose(0, 1)).view(images, down, across, OUTPUT, OUTPUT, -1)
-    whole = results.transpose(2, 3).reshape(images, OUTPUT * down, OUTPUT * across, -1)
+    results = _transformed(_OF_OUTPUT[side], products.transpose(0, 1)).view(images, down, across, side, side, -1)
+    whole = results.transpose(2, 3).reshape(images, side * down, side * across, -1)
     return whole[:, :height, :width]
 
 
-def _tiles_backward(tiles: Tensor, weight: Tensor, gradient: Tensor, wants_x: bool) -> tuple[Tensor | None, Tensor]:
+def _tiles_backward(
+    tiles: Tensor, weight: Tensor, gradient: Tensor, side: int, wants_x: bool
+) -> tuple[Tensor | None, Tensor]:
     """The transpose of each step of the forward pass, last step first; from transformed pixels and weights."""
     images, height, width, outputs = gradient.shape
-    down, across, channels = -(-height // OUTPUT), -(-width // OUTPUT), weight.shape[2]
-    padded = pad(gradient, (0, 0, 0, OUTPUT * across - width, 0, OUTPUT * down - height))
-    of_results = padded.reshape(images, down, OUTPUT, across, OUTPUT, outputs).transpose(2, 3)
-    of_products = _transformed(OF_OUTPUT.t(), of_results.reshape(-1, OUTPUT**2, outputs)).transpose(0, 1)
+    down, across, seen, channels = -(-height // side), -(-width // side), side + 2, weight.shape[2]
+    padded = pad(gradient, (0, 0, 0, side * across - width, 0, side * down - height))
+    of_results = padded.reshape(images, down, side, across, side, outputs).transpose(2, 3)
+    of_products = _transformed(_OF_OUTPUT[side].t(), of_results.reshape(-1, side**2, outputs)).transpose(0, 1)
     of_transformed = torch.bmm(of_products.transpose(1, 2), tiles)
-    of_weight = _transformed(OF_WEIGHT.t(), of_transformed.transpose(0, 1))
+    of_weight = _transformed(_OF_WEIGHT[side].t(), of_transformed.transpose(0, 1))
     of_weight = of_weight.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
     if not wants_x:
         return None, of_weight
-    of_tiles = _transformed(OF_INPUT.t(), torch.bmm(of_products, weight).transpose(0, 1))
-    of_tiles = of_tiles.view(images, down, across, INPUT, INPUT, channels)
+    of_tiles = _transformed(_OF_INPUT[side].t(), torch.bmm(of_products, weight).transpose(0, 1))
+    of_tiles = of_tiles.view(images, down, across, seen, seen, channels)
     # A tile's last two rows and columns lie on the next tile's first.
-    whole = of_tiles.new_zeros(images, down + 1, OUTPUT, across + 1, OUTPUT, channels)
-    for i, rows in enumerate(torch.split(of_tiles, OUTPUT, dim=3)):
-        for j, part in enumerate(torch.split(rows, OUTPUT, dim=4)):
+    whole = of_tiles.new_zeros(images, down + 1, side, across + 1, side, channels)
+    for i, rows in enumerate(torch.split(of_tiles, side, dim=3)):
+        for j, part in enumerate(torch.split(rows, side, dim=4)):
             whole[:, i : i + down, : part.shape[3], j : j + across, : part.shape[4]] += part.transpose(2, 3)
-    of_pixels = whole.view(images, OUTPUT * (down + 1), OUTPUT * (across + 1), channels)
+    of_pixels = whole.view(images, side * (down + 1), side * (across + 1), channels)
     return of_pixels[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight
