@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from orchestrator.records import ExperimentResult
     from orchestrator.resume import EarlierRun
     from orchestrator.telemetry import EventPump
-    from trainers.contract import TrialPlan
+    from trainers.contract import Event, TrialPlan
 
 DONE, FAILED, UNFIT, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
@@ -237,7 +237,7 @@ class Session:
         display = ProgressDisplay(self.console, self.quiet)
         stop = StopRequest(grace_seconds(), display.stopping)
         stop.install()
-        pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display, tracker])
+        pump = EventPump(Outbox(self.run_dir / FILE_NAME), [display, tracker, _load_report])
         started = RunStarted(
             trial="",
             attempt=earlier.num_starts if earlier else 0,
@@ -342,6 +342,12 @@ class Session:
                 f"python -m orchestrator.run --resume {shlex.quote(str(self.run_dir))}",
                 style="yellow",
             )
+
+
+def _load_report(event: Event) -> None:
+    """Loads what draws the report while a worker loads detectron2: the driver has nothing else to do then."""
+    if event.kind == "worker_started" and event.rank == 0:
+        threading.Thread(target=importlib.import_module, args=["orchestrator.pages.page"], daemon=True).start()
 
 
 def _run_dir(experiment: Experiment, output: Path | None) -> Path:

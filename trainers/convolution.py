@@ -47,13 +47,15 @@ _LINES: dict[int, tuple[list[list[float]], ...]] = {
          [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
         [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]),
 }  # fmt: skip
-# Both directions of an image at once: one matrix product transforms a tile's channels.
-_OF_INPUT, _OF_WEIGHT, _OF_OUTPUT = (
-    {side: torch.kron(line, line).float() for side, line in lines.items()}
-    for lines in (
-        {side: torch.tensor(parts[number], dtype=torch.float64) for side, parts in _LINES.items()} for number in range(3)
-    )
-)
+
+
+def _both_ways(part: int) -> dict[int, Tensor]:
+    """What does the same to both directions of an image at once: one matrix product transforms a tile's channels."""
+    lines = {side: torch.tensor(parts[part], dtype=torch.float64) for side, parts in _LINES.items()}
+    return {side: torch.kron(line, line).float() for side, line in lines.items()}
+
+
+_OF_INPUT, _OF_WEIGHT, _OF_OUTPUT = (_both_ways(part) for part in range(3))
 
 
 def install(model: nn.Module) -> int:
