@@ -21,13 +21,12 @@ import yaml
 from benchmarks import turns
 from benchmarks.measure import Row, alternate, by_blocks
 from benchmarks.ours import write_plan
-from benchmarks.turns import Side
+from benchmarks.turns import WARMUP_STEPS, Side
 from orchestrator.coco.generate import generate
 from orchestrator.plan import Hardware, expand
 from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
 from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json
 
-WARMUP_STEPS = 5
 DATA = Path("data/benchmarks")
 """Where generated images are kept between invocations."""
 
@@ -126,9 +125,12 @@ def recipe_row(name: str, target: float, plan: Callable[[str], TrialPlan], recip
     return rate_row(name, f"DefaultTrainer, {threads} thread(s)", target, sides, ours.solver.global_batch_size)
 
 
-def rate_row(name: str, against: str, target: float, sides: tuple[Side, Side], images: int, note: str = "") -> Row:
-    """A row of images per second from steps taken in turns, warm-up left out."""
-    found, theirs = by_blocks(*(side.seconds[WARMUP_STEPS:] for side in sides), images=images)
+def rate_row(
+    name: str, against: str, target: float, sides: tuple[Side, Side], images: int, note: str = "", blocks: int = 5
+) -> Row:
+    """A row of images per second from steps taken in turns."""
+    ours, peer = (side.seconds for side in sides)
+    found, theirs = by_blocks(ours, peer, images, blocks)
     return Row(name, against, "images/s", found, theirs, target, higher_is_better=True, note=note)
 
 

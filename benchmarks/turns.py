@@ -30,6 +30,9 @@ VARIABLE = "BENCHMARK_TURNS"
 START_SECONDS = 300
 """Longest wait for a side to come to its first step."""
 
+WARMUP_STEPS = 5
+"""Steps of each side that are not measured, unless told otherwise."""
+
 SLOT_SECONDS = 5.0
 """How long a command runs before another one does: shorter than what the machine's speed takes to change."""
 
@@ -161,7 +164,12 @@ def _started(command: list[str], num_ranks: int, folder: Path, name: str, thread
 
 
 def in_turns(
-    ours: list[str], peer: list[str], num_ranks: int = 1, threads: int = 1, steps_a_turn: int = 1
+    ours: list[str],
+    peer: list[str],
+    num_ranks: int = 1,
+    threads: int = 1,
+    steps_a_turn: int = 1,
+    warmup_steps: int = WARMUP_STEPS,
 ) -> tuple[Side, Side]:
     """Runs two commands of equally many steps to their end, a turn of one and a turn of the other, then the reverse.
 
@@ -171,9 +179,10 @@ def in_turns(
         num_ranks: Processes of each that train.
         threads: Of each rank.
         steps_a_turn: More than one where what a step sets off goes on beside the next ones.
+        warmup_steps: Each side's first steps, taken before turns begin.
 
     Returns:
-        Both sides with the seconds of their steps.
+        Both sides with the seconds of their steps after the first.
     """
     with (
         tempfile.TemporaryDirectory() as name,
@@ -183,6 +192,7 @@ def in_turns(
         sides = (first, second)
         for side in sides:
             side.stands_ready()
+            side.turn(warmup_steps)
         before = [side.others() for side in sides]
         order = [0, 1]
         while True:

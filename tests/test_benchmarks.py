@@ -42,13 +42,13 @@ def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:
     log = tmp_path / "steps"
     script = (
         "import sys; from benchmarks import turns; wait = turns.waiting()\n"
-        "for _ in range(6):\n"
+        "for _ in range(7):\n"
         "    wait()\n"
         "    with open(sys.argv[2], 'a') as log: log.write(sys.argv[1])\n"
     )
     ours, peer = ([sys.executable, "-c", script, name, str(log)] for name in "ab")
-    sides = turns.in_turns(ours, peer, steps_a_turn=2)
-    assert log.read_text() == "aabbbbaaaabb"
+    sides = turns.in_turns(ours, peer, steps_a_turn=2, warmup_steps=1)
+    assert log.read_text() == "ab" + "aabbbbaaaabb"
     assert [len(side.seconds) for side in sides] == [4, 4], "the last step ends with the end of training"
 
 
