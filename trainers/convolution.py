@@ -3,8 +3,9 @@
 oneDNN has no Winograd kernel for training on CPUs with AVX2, and its backward pass runs at a fifth of the processor's
 speed on large maps. Here, on channels-last maps, where a pixel's channels are a row of a matrix:
 
-- 3 x 3 with stride 1: Winograd's F(4 x 4, 3 x 3), a quarter of the multiplications, forward and backward. Matrices of
-  Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2015), section 4.
+- 3 x 3 with stride 1: Winograd's F(4 x 4, 3 x 3) or F(3 x 3, 3 x 3), a quarter or a third of the multiplications,
+  forward and backward. Construction and the matrices of the first: Lavin and Gray, "Fast Algorithms for Convolutional
+  Neural Networks" (2015), section 4; those of the second by the points 0, 1, -1, 2 and infinity.
 - 3 x 3 on maps of a few pixels: one matrix product over the pixels' neighbourhoods.
 - 1 x 1: one matrix product, without a copy.
 - The backward pass of the RPN's convolution: only the sampled anchors have a loss, so nearly all rows of its gradient
