@@ -65,7 +65,6 @@ def main(
 ) -> None:
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
     console = Console(stderr=as_json)
-    gc.disable()  # until training: what is imported is no garbage, and looking for it takes a sixth of the time
     # A thread that outlives its cluster must not join another one by itself, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -201,7 +200,11 @@ class Session:
 
             if to_train:  # Ray Train takes seconds to import, Ray's daemons to start
                 threading.Thread(target=importlib.import_module, args=["orchestrator.launch"], daemon=True).start()
-            hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
+            gc.disable()  # looking for garbage would take a sixth of an import that leaves none
+            try:
+                hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
+            finally:
+                gc.enable()
             plans = expand(self.experiment, hardware, str(self.run_dir), root)
             findings = sort_findings([*findings, *preflight_cluster(self.experiment, plans)])
         print_findings(findings)
@@ -250,7 +253,6 @@ class Session:
         )
         pump.tell(started)
         gc.freeze()  # all so far stays; only what comes from here on is looked through
-        gc.enable()
         ended = []
         for plan in plans:
             if earlier and plan.name in earlier.finished:
