@@ -45,7 +45,7 @@ class Telemetry:
     """The actor between workers and driver: keeps events until the driver has written them down."""
 
     def __init__(self) -> None:
-        gc.enable()
+        gc.enable()  # Ray's processes start without (`start_ray`), and this one lives as long as the run
         self._events: list[Event] = []
         self._taken = 0
         self._heartbeats: dict[int, Sign] = {}
