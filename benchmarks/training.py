@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks import turns
+from benchmarks import slots, turns
 from benchmarks.measure import Row, alternate, by_blocks
 from benchmarks.ours import write_plan
 from benchmarks.turns import WARMUP_STEPS, Side
@@ -183,14 +183,14 @@ def evaluation_stall() -> Row:
             for folder in folders:
                 folder.mkdir()
             plans = zip((without, beside, plan), folders, strict=True)
-            slots = turns.in_slots([ours_command(each, str(folder)) for each, folder in plans])
+            taken = slots.in_slots([ours_command(each, str(folder)) for each, folder in plans])
             seconds = []
-            for own, folder in zip(slots, folders, strict=True):
+            for own, folder in zip(taken, folders, strict=True):
                 events = read_events(folder / "events")
                 if len([event for event in events if isinstance(event, Evaluated)]) != (folder != folders[0]):
                     raise RuntimeError("not as many evaluations as asked for")
                 times = {event.kind: event.time for event in events}
-                seconds.append(turns.ran(own, times["loop_started"], times["loop_finished"]))
+                seconds.append(slots.ran(own, times["loop_started"], times["loop_finished"]))
         return [max(each - seconds[0], 0.01) for each in seconds[1:]]
 
     ours, peer = zip(*(stalls() for _ in range(2)), strict=True)
@@ -271,7 +271,7 @@ def time_to_target() -> Row:
             experiment["trials"]["seeds"] = [seed]
             ours = experiment_command(experiment, Path(first))
             peer = peer_command(dataclasses.replace(plan, seed=seed), second, "--stop-at-target")
-            seconds = [turns.ran(slots) for slots in turns.in_slots([ours, peer], threads=cpus)]
+            seconds = [slots.ran(own) for own in slots.in_slots([ours, peer], threads=cpus)]
             result = json.loads(Path(second, "result.json").read_text(encoding="utf-8"))
             (trial,) = json.loads(Path(first, "run", "results.json").read_text(encoding="utf-8"))["trials"]
         if not (result["reached"] and trial["time_to_train_seconds"]):

@@ -9,15 +9,14 @@ it asks again is its step: with hooks and logging, and by the same clock on both
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,6 @@ START_SECONDS = 300
 
 WARMUP_STEPS = 5
 """Steps of each side that are not measured, unless told otherwise."""
-
-SLOT_SECONDS = 5.0
-"""How long a command runs before another one does: shorter than what the machine's speed takes to change."""
 
 
 def waiting() -> Callable[[], None]:
@@ -213,78 +209,6 @@ def in_turns(
         if side.process.returncode:
             raise RuntimeError(f"{side.process.args!r} failed")
     return sides
-
-
-Slots = list[tuple[float, float]]
-"""When a command ran: from and to, in Unix seconds."""
-
-
-def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]:
-    """Runs commands to their end, for a few seconds each in turn: all processes of the others stand still meanwhile.
-
-    Args:
-        commands: Each starts processes of its own.
-        threads: What OMP_NUM_THREADS tells them.
-
-    Returns:
-        When each ran; see `ran`.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-    running: dict[int, psutil.Popen] = {}
-    slots: list[Slots] = [[] for _ in commands]
-    left = dict(enumerate(commands))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            while left:
-                for i, command in list(left.items()):
-                    log, began = Path(folder, str(i)), time.time()
-                    if i in running:
-                        _resume(running[i])
-                    else:
-                        with log.open("wb") as output:
-                            running[i] = psutil.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-                    with suppress(psutil.TimeoutExpired):
-                        running[i].wait(SLOT_SECONDS)
-                    slots[i].append((began, time.time()))
-                    code = running[i].poll()
-                    if code is None:
-                        _stop(running[i])
-                        continue
-                    del left[i]
-                    if code:
-                        raise RuntimeError(f"{command!r} failed:\n{log.read_text(errors='replace')[-3000:]}")
-        finally:
-            for i in left:
-                if i in running:
-                    _resume(running[i])
-                    running[i].terminate()  # Ray's driver ends its cluster
-                    running[i].wait()
-    return slots
-
-
-def ran(slots: Slots, begin: float = 0.0, end: float = math.inf) -> float:
-    """Seconds that a command ran between two moments (Unix seconds)."""
-    return sum(max(min(to, end) - max(since, begin), 0.0) for since, to in slots)
-
-
-def _family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
-
-
-def _resume(process: psutil.Process) -> None:
-    for each in _family(process):
-        with suppress(psutil.NoSuchProcess):
-            each.resume()
-
-
-def _stop(process: psutil.Process) -> None:
-    """Has a process and all below it stand still, those that are being started among them."""
-    stopped: set[psutil.Process] = set()
-    while new := [each for each in _family(process) if each not in stopped]:
-        for each in new:
-            stopped.add(each)
-            with suppress(psutil.NoSuchProcess):
-                each.suspend()
 
 
 def main() -> None:

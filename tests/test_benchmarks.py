@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, turns
+from benchmarks import gpu, slots, turns
 from benchmarks.measure import Row, by_blocks, table
 from benchmarks.training import demo
 
@@ -66,7 +66,7 @@ def test_rates_are_taken_over_equal_blocks_of_neighbouring_steps() -> None:
 def test_commands_in_slots_stand_still_with_all_their_processes_while_another_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "SLOT_SECONDS", 0.5)
+    monkeypatch.setattr(slots, "SLOT_SECONDS", 0.5)
     child = (
         "import sys, time\n"
         "for _ in range(100):\n"
@@ -75,16 +75,16 @@ def test_commands_in_slots_stand_still_with_all_their_processes_while_another_on
     )
     parent = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
     commands = [[sys.executable, "-c", parent, child, str(tmp_path / name)] for name in "ab"]
-    slots = turns.in_slots(commands)
-    for own, others, name in zip(slots, reversed(slots), "ab", strict=True):
+    taken = slots.in_slots(commands)
+    for own, others, name in zip(taken, reversed(taken), "ab", strict=True):
         told = [float(line) for line in (tmp_path / name).read_text().split()]
         assert len(told) == 100 and len(own) > 1
         outside = sum(any(since < moment < to for since, to in others) for moment in told)
         assert outside < 10, "it went on beside the other one"
-        assert turns.ran(own) < told[-1] - own[0][0], "time in which it stood still was counted"
+        assert slots.ran(own) < told[-1] - own[0][0], "time in which it stood still was counted"
     with pytest.raises(RuntimeError, match="no model"):
-        turns.in_slots([[sys.executable, "-c", "raise SystemExit('no model')"]])
+        slots.in_slots([[sys.executable, "-c", "raise SystemExit('no model')"]])
 
 
 def test_only_the_part_of_a_slot_between_two_moments_counts() -> None:
-    assert turns.ran([(0.0, 5.0), (10.0, 15.0)], 4.0, 11.0) == 2.0
+    assert slots.ran([(0.0, 5.0), (10.0, 15.0)], 4.0, 11.0) == 2.0
