@@ -154,27 +154,25 @@ class _Trial:
         return preempted
 
     def _tell_lost(self, error: BaseException | None) -> None:
-        """Tells of the ranks whose process died: they could not tell it themselves."""
-        told = {event.rank for event in self._own(WorkerFailed)}
+        """Tells of the ranks whose process or node went away: they could not tell it themselves.
+
+        Of a lost node, a peer's broken connection may be all that was heard, or that its processes do not answer.
+        """
+        told = self._own(WorkerFailed)
         failures = getattr(error, "worker_failures", {}) if isinstance(error, TrainingFailedError) else {}
-        for rank, failure in failures.items():
-            if rank in told:
-                continue
-            reason = getattr(failure, "health_check_failure", failure)
+        dead = {rank: failure for rank, failure in failures.items() if rank not in {event.rank for event in told}}
+        if not dead and {event.failure for event in told} != {"communication"}:
+            return
+        nodes = lost_nodes()
+        lost = {worker.rank: worker.host for worker in self._own(WorkerStarted) if worker.node_id in nodes}
+        for rank, host in lost.items():
+            self._tell_dead("worker_lost", rank, f"its node {host} was lost")
+        for rank in dead.keys() - lost.keys():
+            reason = getattr(dead[rank], "health_check_failure", dead[rank])
             out_of_memory = "OOM" in str(reason) and "memory pressure" in str(reason)
             kind = "out_of_memory" if out_of_memory else "worker_lost"
             message = f"its process died: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
             self._tell_dead(kind, rank, message)
-        self._tell_lost_nodes()
-
-    def _tell_lost_nodes(self) -> None:
-        """Tells of the ranks whose node went away: a peer's broken connection may be all that was heard of it."""
-        if {event.failure for event in self._own(WorkerFailed)} != {"communication"}:
-            return
-        lost = lost_nodes()
-        for worker in self._own(WorkerStarted):
-            if worker.node_id in lost:
-                self._tell_dead("worker_lost", worker.rank, f"its node {worker.host} was lost")
 
     def _tell_dead(self, kind: str, rank: int, message: str) -> None:
         sign = self.pump.heartbeats.get(rank)

@@ -117,16 +117,16 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
     loss = At(6, nodes.kill)
     outcome = bench.run(Fault("pause", rank=0, iteration=7), values=values, listeners=[loss])
+    nodes.add("127.0.0.5")  # the next test loses one too, also where this one fails
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert {event.attempt: event.world_size for event in outcome.of(WorkerStarted)} == {0: 2, 1: 1}
-    # The other node's rank told of a broken connection at once; the node's loss is the cause all the same.
+    # The other node's rank told of a broken connection, or its own did not answer: the node's loss is the cause.
     (restart,) = outcome.of(TrialRestarted)
     assert restart.failure == "worker_lost" and restart.message.endswith("was lost")
     assert outcome.rows == control.rows, "every point of every curve, once"
     result = trial_result(outcome.plan, outcome.events)
     assert (result.world_size, result.iterations, [restart.world_size for restart in result.restarts]) == (2, 12, [1])
     assert result.notes[0].startswith("attempt 1 with 1 of 2 workers")
-    nodes.add("127.0.0.5")
 
 
 def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
@@ -134,7 +134,8 @@ def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, 
     loss = At(6, nodes.kill)
     outcome = bench.run(Fault("pause", rank=0, iteration=7), listeners=[loss])
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
-    assert [event.failure for event in outcome.of(TrialRestarted)] == ["worker_lost"]
+    (restart,) = outcome.of(TrialRestarted)
+    assert restart.failure == "worker_lost" and restart.message.endswith("was lost")
     homes = {event.attempt: event.node_id for event in outcome.of(WorkerStarted)}
     assert homes[1] != homes[0] == loss.node_id
     assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
