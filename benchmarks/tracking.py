@@ -15,12 +15,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 
+import psutil
+
 from benchmarks import turns
-from benchmarks.measure import Row
-from benchmarks.training import demo, demo_experiment, experiment_command, rate_row
+from benchmarks.measure import Row, by_blocks
+from benchmarks.training import demo_experiment, experiment_command
+from benchmarks.turns import Side
 
 DELAY_SECONDS = 0.28
 """How long a request waits before it is handed on: a server in another part of the world."""
+
+STEPS = 3000
+"""Of the training."""
+
+WARMUP_STEPS = 200
+"""Of those the first ones, which are not measured: the tracker loads MLflow and makes the run meanwhile."""
+
+BLOCKS = 15
+"""Of the steps that are measured: a figure of the row is one's."""
 
 
 class SlowProxy(BaseHTTPRequestHandler):
@@ -86,21 +98,60 @@ def _wait_for(address: str) -> None:
 
 
 def tracking() -> Row:
-    """Images per second with a slow server and a point of every metric each 5 steps, and with none to be reached."""
-    steps = 310
-    protocol = {"kind": "throughput", "iterations": steps, "warmup_iterations": 10, "evaluate_at_end": False}
+    """Images per second with a slow server and a point of every metric each 25 steps, and without tracking.
 
-    def side(where: dict[str, object], name: str) -> list[str]:
+    Both of one training, whose tracker stands still for every second step: of two processes that do the same, one is a
+    hundredth faster than the other from its start to its end, and the target leaves half a hundredth.
+    """
+    protocol = {"kind": "throughput", "iterations": STEPS, "warmup_iterations": 10, "evaluate_at_end": False}
+    with slow_server() as address, TemporaryDirectory() as name:
         folder = Path(name)
-        values = demo_experiment("fast", 1, 1, folder, protocol=protocol, tracking=where, log_period_iterations=5)
-        return experiment_command(values, folder, "benchmarks.turns")
+        where = {"uri": address}
+        values = demo_experiment("fast", 1, 1, folder, protocol=protocol, tracking=where, log_period_iterations=25)
+        # Short steps on one image: the closer and the more alike the two of a pair, the less is between them.
+        values["data"]["generated"] |= {"num_train": 1}
+        values["model"]["overrides"] |= {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.BASE_LR": 0.001}
+        values["storage"] = {"checkpoint_period_iterations": 0}
+        command = experiment_command(values, folder, "benchmarks.turns")
+        with turns.started(command, num_ranks=1, folder=folder, name="ours", threads=1) as side:
+            side.stands_ready()
+            side.turn(WARMUP_STEPS)
+            going, still = going_and_still(side, _tracker(side))
+    # What tracking has to do for both steps of a pair falls into one: its cost is that of the two together.
+    pairs = [(one + other) / 2 for one, other in zip(going, still, strict=True)]
+    tracked, bare = by_blocks(pairs, still, 1, BLOCKS)
+    against = f"the same training while its tracker stands still; MLflow answers after {DELAY_SECONDS} s"
+    return Row("tracking", against, "images/s", tracked, bare, 0.995, higher_is_better=True)
 
-    with slow_server() as address, TemporaryDirectory() as first, TemporaryDirectory() as second:
-        without = {"uri": "http://127.0.0.1:9", "offline": True}
-        # What a point sets off goes on beside the next steps, and must meet those of its own side: in ten steps a turn,
-        # the first of which is the ninth, points come after the second and the seventh.
-        commands = side({"uri": address}, first), side(without, second)
-        sides = turns.in_turns(*commands, steps_a_turn=10, warmup_steps=8)
-    against = f"the same without a server; MLflow answers after {DELAY_SECONDS} s"
-    # A block is two turns of each side, there and back: a machine that slows down is no loss of either.
-    return rate_row("tracking", against, 0.995, sides, demo(1).solver.global_batch_size, blocks=15)
+
+def going_and_still(side: Side, process: psutil.Process) -> tuple[list[float], list[float]]:
+    """Takes the steps of a training to its end, with a process going and with it standing still.
+
+    Args:
+        side: The training.
+        process: Goes on at the end.
+
+    Returns:
+        Seconds of the steps of each kind, equally many, each next to the one of the other kind.
+    """
+    going: list[float] = []
+    still: list[float] = []
+    while True:
+        for found in (going, still, still, going):  # a machine that slows down is no loss of either
+            if found is still:
+                process.suspend()
+            try:
+                step = side.turn(1)
+            finally:
+                process.resume()
+            if step is None:
+                pairs = min(len(going), len(still))
+                return going[:pairs], still[:pairs]
+            found += step
+
+
+def _tracker(side: Side) -> psutil.Process:
+    for process in psutil.Process(side.process.pid).children():
+        if "orchestrator.tracker" in process.cmdline():
+            return process
+    raise RuntimeError(f"nothing tracks:\n{side.log.read_text(errors='replace')[-3000:]}")

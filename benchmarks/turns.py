@@ -30,7 +30,7 @@ START_SECONDS = 300
 """Longest wait for a side to come to its first step."""
 
 WARMUP_STEPS = 5
-"""Steps of each side that are not measured, unless told otherwise."""
+"""Steps of each side that are not measured."""
 
 
 def waiting() -> Callable[[], None]:
@@ -136,7 +136,8 @@ class Side:
 
 
 @contextmanager
-def _started(command: list[str], num_ranks: int, folder: Path, name: str, threads: int) -> Iterator[Side]:
+def started(command: list[str], num_ranks: int, folder: Path, name: str, threads: int) -> Iterator[Side]:
+    """A command whose steps are taken when told to; its socket and its log are in a folder, by a name."""
     path, log = folder / f"{name}.socket", folder / f"{name}.log"
     with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as output:
         listener.bind(str(path))
@@ -157,16 +158,11 @@ def _started(command: list[str], num_ranks: int, folder: Path, name: str, thread
             except subprocess.TimeoutExpired:
                 process.terminate()  # Ray's driver ends its cluster
                 process.wait()
+    if process.returncode:
+        raise RuntimeError(f"{command!r} failed")
 
 
-def in_turns(
-    ours: list[str],
-    peer: list[str],
-    num_ranks: int = 1,
-    threads: int = 1,
-    steps_a_turn: int = 1,
-    warmup_steps: int = WARMUP_STEPS,
-) -> tuple[Side, Side]:
+def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int = 1) -> tuple[Side, Side]:
     """Runs two commands of equally many steps to their end, a turn of one and a turn of the other, then the reverse.
 
     Args:
@@ -174,27 +170,25 @@ def in_turns(
         peer: Command of the peer.
         num_ranks: Processes of each that train.
         threads: Of each rank.
-        steps_a_turn: More than one where what a step sets off goes on beside the next ones.
-        warmup_steps: Each side's first steps, taken before turns begin.
 
     Returns:
         Both sides with the seconds of their steps after the first.
     """
     with (
         tempfile.TemporaryDirectory() as name,
-        _started(ours, num_ranks, Path(name), "ours", threads) as first,
-        _started(peer, num_ranks, Path(name), "peer", threads) as second,
+        started(ours, num_ranks, Path(name), "ours", threads) as first,
+        started(peer, num_ranks, Path(name), "peer", threads) as second,
     ):
         sides = (first, second)
         for side in sides:
             side.stands_ready()
-            side.turn(warmup_steps)
+            side.turn(WARMUP_STEPS)
         before = [side.others() for side in sides]
         order = [0, 1]
         while True:
             turns: list[list[float] | None] = [None, None]
             for i in order:
-                turns[i] = sides[i].turn(steps_a_turn)
+                turns[i] = sides[i].turn(1)
             if None in turns:
                 break
             for side, turn in zip(sides, turns, strict=True):
@@ -205,9 +199,6 @@ def in_turns(
         for side, turn in zip(sides, turns, strict=True):
             while turn is not None:
                 turn = side.turn(1)
-    for side in sides:
-        if side.process.returncode:
-            raise RuntimeError(f"{side.process.args!r} failed")
     return sides
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from benchmarks import gpu, slots, turns
 from benchmarks.measure import Row, by_blocks, table
+from benchmarks.tracking import going_and_still
 from benchmarks.training import demo
 
 
@@ -42,14 +44,45 @@ def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:
     log = tmp_path / "steps"
     script = (
         "import sys; from benchmarks import turns; wait = turns.waiting()\n"
-        "for _ in range(7):\n"
+        f"for _ in range({turns.WARMUP_STEPS} + 4):\n"
         "    wait()\n"
         "    with open(sys.argv[2], 'a') as log: log.write(sys.argv[1])\n"
     )
     ours, peer = ([sys.executable, "-c", script, name, str(log)] for name in "ab")
-    sides = turns.in_turns(ours, peer, steps_a_turn=2, warmup_steps=1)
-    assert log.read_text() == "ab" + "aabbbbaaaabb"
-    assert [len(side.seconds) for side in sides] == [4, 4], "the last step ends with the end of training"
+    sides = turns.in_turns(ours, peer)
+    assert log.read_text() == "a" * turns.WARMUP_STEPS + "b" * turns.WARMUP_STEPS + "abbaabba"
+    assert [len(side.seconds) for side in sides] == [3, 3], "the last step ends with the end of training"
+
+
+def test_a_process_stands_still_for_every_second_step_and_goes_on_afterwards(tmp_path: Path) -> None:
+    ticks, steps = tmp_path / "ticks", tmp_path / "steps"
+    ticker = (
+        "import sys, time\n"
+        "while True:\n"
+        "    time.sleep(0.01)\n"
+        "    with open(sys.argv[1], 'a') as log: log.write(f'{time.time()}\\n')\n"
+    )
+    script = (
+        "import sys, time; from benchmarks import turns; wait = turns.waiting()\n"
+        "for _ in range(9):\n"
+        "    wait()\n"
+        "    began = time.time()\n"
+        "    time.sleep(0.3)\n"
+        "    with open(sys.argv[1], 'a') as log: log.write(f'{began} {time.time()}\\n')\n"
+    )
+    with psutil.Popen([sys.executable, "-c", ticker, str(ticks)]) as process:
+        try:
+            with turns.started([sys.executable, "-c", script, str(steps)], 1, tmp_path, "ours", 1) as side:
+                side.stands_ready()
+                going, still = going_and_still(side, process)
+            assert process.status() != psutil.STATUS_STOPPED
+        finally:
+            process.kill()
+    told = [float(line) for line in ticks.read_text().split()]
+    spans = [[float(each) for each in line.split()] for line in steps.read_text().splitlines()]
+    counts = [sum(since < moment < to for moment in told) for since, to in spans]
+    assert len(going) == len(still) == 4, "the last step ends with the end of training"
+    assert [count > 3 for count in counts[:8]] == [True, False, False, True] * 2
 
 
 def test_a_side_that_fails_is_an_error_with_what_it_printed() -> None:
