@@ -186,6 +186,7 @@ def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int 
         before = [side.others() for side in sides]
         order = [0, 1]
         while True:
+            latest = [side.others() for side in sides]  # with the last step its processes begin to end
             turns: list[list[float] | None] = [None, None]
             for i in order:
                 turns[i] = sides[i].turn(1)
@@ -194,8 +195,8 @@ def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int 
             for side, turn in zip(sides, turns, strict=True):
                 side.seconds += turn or []
             order.reverse()  # ours, peer, peer, ours: a machine that slows down is no gain of either
-        for side, earlier in zip(sides, before, strict=True):
-            side.others_seconds = max(side.others() - earlier, 0.0)
+        for side, since, to in zip(sides, before, latest, strict=True):
+            side.others_seconds = to - since
         for side, turn in zip(sides, turns, strict=True):
             while turn is not None:
                 turn = side.turn(1)
