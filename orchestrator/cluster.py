@@ -106,8 +106,11 @@ def _start_own() -> None:
     # Ray would have workers give way to all else on the machine, the driver and its own daemons among it.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray's hook for a process that it starts. Imports make objects by the hundred thousand and no garbage, and looking
-    # for it takes a sixth of their time. Who lives long turns it on again: `Telemetry`, `train_loop_per_worker`.
+    # for it takes a sixth of their time. Who lives long turns it on again: `Telemetry`, `Rank`.
     os.environ.setdefault(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, "gc.disable")
+    # Ray Train calls the training function in a thread, for which glibc would keep memory apart, in pieces that it maps
+    # and gives back also where freed memory is to be kept (`trainers.speed.keep_memory`).
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     # Ray looks for the dashboard's libraries by importing them, in this process and in two daemons, also where there is
     # to be no dashboard. Without them it is Ray's minimal installation, which starts sooner.
     name = "ray.dashboard.optional_deps"

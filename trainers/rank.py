@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -163,6 +164,9 @@ class Rank:
         )
         if state:
             hooks.restore(loop, state)
+        # All that is here stays to the end; steps are not held up by looking for garbage among it.
+        gc.freeze()
+        gc.enable()
         config_yaml = cfg.dump()
         logger.info("Running with full config:\n%s", config_yaml)
         logger.info("Starting training from iteration %d", start)

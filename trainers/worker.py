@@ -110,10 +110,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         flush=flush,
         kept=lambda: bool(_answer(kept)),
     )
-    gc.disable()  # looking for garbage would take a sixth of an import that leaves none
+    gc.disable()  # looking for garbage would take a sixth of an import that leaves none; `Rank` turns it on again
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
-    gc.enable()
     Rank(config["plan"], config["attempt"], placement, channel).train(entered)
 
 
