@@ -39,7 +39,8 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
         for polygon in flat:
             if polygon.size % 2 or polygon.size < 6:
                 raise ValueError(f"cannot make a polygon of {polygon.size} coordinates")
-        self._points = np.concatenate(flat).reshape(-1, 2) if flat else np.empty((0, 2))
+        interleaved = np.concatenate(flat) if flat else np.empty(0)
+        self._points = np.stack([interleaved[::2], interleaved[1::2]])  # whole rows are fetched from faster than pairs
         self._first_point = _starts([polygon.size // 2 for polygon in flat])
         self._first_polygon = _starts([len(instance) for instance in polygons])
         self._selected = np.arange(len(polygons))
@@ -49,7 +50,7 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
         """The polygons as detectron2's class has them, for code that reads them one by one."""
         return [
             [
-                self._points[self._first_point[p] : self._first_point[p + 1]].reshape(-1)
+                self._points[:, self._first_point[p] : self._first_point[p + 1]].T.reshape(-1)
                 for p in range(self._first_polygon[i], self._first_polygon[i + 1])
             ]
             for i in self._selected.tolist()
@@ -104,9 +105,10 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
             least = np.asarray(SMALLEST_SIDE, dtype=sides.dtype)
             scale = (mask_size / np.maximum(sides, least)).astype(np.float64)
             scale[sides < least] = mask_size / SMALLEST_SIDE
-            vertices = (self._points[points] - corners[owner, :2]) * scale[owner]
+            offset = np.ascontiguousarray(corners[:, :2].T).take(owner, axis=1)
+            vertices = (self._points.take(points, axis=1) - offset) * np.ascontiguousarray(scale.T).take(owner, axis=1)
             masks = rasterize(vertices, polygon_of_point, len(polygons), mask_size)
-            further = np.flatnonzero(np.diff(owners, prepend=-1) == 0)  # all but the first polygon of an instance
+            further = np.flatnonzero(owners[1:] == owners[:-1]) + 1  # all but the first polygon of an instance
             # Assigned from the last to the first, an instance keeps its first; the others are added to it.
             drawn[owners[::-1]] = masks[::-1]
             for polygon in further.tolist():
@@ -124,7 +126,7 @@ def rasterize(
     an edge as columns: they are worked out directly, for all edges at once, in the roundings that the walk has.
 
     Args:
-        vertices: (V, 2), x and y in pixels of the grid, polygon after polygon.
+        vertices: (2, V), x and y in pixels of the grid, polygon after polygon.
         polygon: (V,) which polygon each belongs to, ascending from 0.
         num_polygons: How many there are; each has a vertex at least.
         side: Rows and columns of a grid.
@@ -133,49 +135,52 @@ def rasterize(
         (num_polygons, side, side), 0 or 1.
     """
     points = np.trunc(vertices * FINE + 0.5).astype(np.int64)
-    last = np.flatnonzero(np.diff(polygon, append=-1))
+    last = np.append(np.flatnonzero(polygon[1:] != polygon[:-1]), len(polygon) - 1)
     following = np.arange(1, len(polygon) + 1)
-    following[last] = np.concatenate([[0], last[:-1] + 1])
-    ends = points[following]
+    following[last[0]], following[last[1:]] = 0, last[:-1] + 1
+    ends = points.take(following, axis=1)
     delta = np.abs(ends - points)
-    shallow = delta[:, 0] >= delta[:, 1]
+    shallow = delta[0] >= delta[1]
     # Edges are walked from left to right, steep ones from top to bottom.
-    turned = np.where(shallow, points[:, 0] > ends[:, 0], points[:, 1] > ends[:, 1])[:, None]
-    points, ends = np.where(turned, ends, points), np.where(turned, points, ends)
-    low, high = np.minimum(points[:, 0], ends[:, 0]), np.maximum(points[:, 0], ends[:, 0])
+    turned = np.where(shallow, points[0] > ends[0], points[1] > ends[1])
+    (start_x, start_y), (end_x, end_y) = np.where(turned, ends, points), np.where(turned, points, ends)
+    low, high = np.minimum(start_x, end_x), np.maximum(start_x, end_x)
     first = np.maximum(-((2 - low) // FINE), 0)
     count = np.maximum(np.minimum((high - 3) // FINE, side - 1) - first + 1, 0)
 
     # One entry for each crossing of an edge and a column's middle, between fine positions 2 and 3 of the column.
     edge = np.repeat(np.arange(len(count)), count)
-    column = np.arange(len(edge)) - (np.cumsum(count) - count)[edge] + first[edge]
+    column = np.arange(len(edge)) + (first - np.cumsum(count) + count).take(edge)
     middle = column * FINE + 2
-    across, down = ends[:, 0] - points[:, 0], ends[:, 1] - points[:, 1]
+    across, down = end_x - start_x, end_y - start_y
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = np.where(shallow, down, across) / np.where(shallow, across, down)
-    x, y, slope, is_shallow = points[:, 0][edge], points[:, 1][edge], slopes[edge], shallow[edge]
+    x, y, slope, is_shallow = start_x.take(edge), start_y.take(edge), slopes.take(edge), shallow.take(edge)
     before = y + slope * (middle - x) + 0.5
     after = y + slope * (middle + 1 - x) + 0.5
     on_shallow = np.trunc(np.minimum(before, after))
     # On a steep edge: the last step before the walk reaches the middle, or the last one after it when going left.
+    rising = slope > 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        step = np.where(slope > 0, np.ceil((middle + 0.5 - x) / slope) - 1, np.floor((middle + 0.5 - x) / slope))
-    step = np.where(is_shallow, 0, step)
+        reached = (middle + 0.5 - x) / slope
+    step = np.where(rising, np.ceil(reached) - 1, np.floor(reached))
+    step[is_shallow] = 0
 
     def beyond(steps: NDArray[np.float64]) -> NDArray[np.bool_]:
-        past: NDArray[np.bool_] = (x + slope * steps + 0.5 >= middle + 1) == (slope > 0)
+        past: NDArray[np.bool_] = (x + slope * steps + 0.5 >= middle + 1) == rising
         return past
 
-    step = np.where(beyond(step), step - 1, step)
-    step = np.where(~beyond(step + 1), step + 1, step)
+    step -= beyond(step)
+    step += ~beyond(step + 1)
     fine = np.where(is_shallow, on_shallow, y + step)
     row = np.ceil(np.clip((fine + 0.5) / FINE - 0.5, 0, side)).astype(np.int64)
-    cells = side * side + 1
-    crossings = np.bincount(polygon[edge] * cells + column * side + row, minlength=num_polygons * cells)
-    # A closed outline crosses a column's middle an even number of times: the parity is 0 again at the next column.
-    parity = np.cumsum(crossings.astype(np.uint8), dtype=np.uint8) & np.uint8(1)
-    masks: NDArray[np.uint8] = parity.reshape(num_polygons, cells)[:, :-1].reshape(num_polygons, side, side)
-    return masks.transpose(0, 2, 1)
+    columns = num_polygons * side
+    crossings = np.bincount(row * columns + polygon.take(edge) * side + column, minlength=(side + 1) * columns)
+    filled = crossings.astype(np.uint8).reshape(side + 1, columns)[:-1]
+    for each in range(1, side):  # all columns of all polygons at once; along a column would be one number at a time
+        filled[each] ^= filled[each - 1]
+    masks: NDArray[np.uint8] = (filled & np.uint8(1)).reshape(side, num_polygons, side)
+    return masks.transpose(1, 0, 2)
 
 
 def pack(instances: Instances) -> Instances:

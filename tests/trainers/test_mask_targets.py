@@ -132,4 +132,4 @@ def test_polygons_are_drawn_as_pycocotools_draws_them(seed: int, side: int) -> N
         polygons.append(np.repeat(corners, 2, axis=0) if kind == 5 else corners)
     expected = coco_mask.decode(coco_mask.frPyObjects([polygon.ravel() for polygon in polygons], side, side))
     owner = np.repeat(np.arange(12), [len(polygon) for polygon in polygons])
-    assert np.array_equal(rasterize(np.concatenate(polygons), owner, 12, side), expected.transpose(2, 0, 1))
+    assert np.array_equal(rasterize(np.concatenate(polygons).T, owner, 12, side), expected.transpose(2, 0, 1))
