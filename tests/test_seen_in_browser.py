@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
@@ -160,6 +161,9 @@ def mlflow_ui(run) -> Iterator[str]:
 ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 """What closes the panel that MLflow opens once in every new browser."""
 
+REDRAWN = (NoSuchElementException, StaleElementReferenceException)
+"""Of an element that the page is just drawing anew."""
+
 SCROLLABLE = """return [...document.querySelectorAll('div')].filter(
     e => e.scrollHeight > e.clientHeight + 20 && /auto|scroll/.test(getComputedStyle(e).overflowY))"""
 
@@ -178,7 +182,7 @@ def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callabl
         text = driver.find_element(By.TAG_NAME, "body").text
         return text if until(text) else None
 
-    text = WebDriverWait(driver, 180, poll_frequency=2).until(shown)
+    text = WebDriverWait(driver, 180, poll_frequency=2, ignored_exceptions=REDRAWN).until(shown)
     # Long tables hold only the rows in sight: scroll every one of them through.
     for box in driver.execute_script(SCROLLABLE):
         for _ in range(30):
@@ -211,9 +215,11 @@ def test_mlflow_s_compare_page_sets_trials_beside_the_seed_s_figures(driver, run
     for name in (*names(run), *COLUMNS, *rates):
         assert name in text, name
     driver.refresh()  # nothing is scrolled any more
-    WebDriverWait(driver, 60).until(lambda driver: "coco/box_ap" in driver.find_element(By.TAG_NAME, "body").text)
+    drawn = WebDriverWait(driver, 60, ignored_exceptions=REDRAWN)
+    drawn.until(lambda driver: "coco/box_ap" in driver.find_element(By.TAG_NAME, "body").text)
     for above in ("Visualizations", "Parameters"):  # folded away, so that names and metrics are in one picture
-        driver.find_element(By.XPATH, f"//*[text()='{above}']").click()
+        heading = driver.find_element(By.XPATH, f"//*[text()='{above}']")
+        driver.execute_script("arguments[0].click()", heading)  # the assistant's panel may lie over it
     time.sleep(1)
     keep_screenshot(driver, "mlflow-compare", 900)
 

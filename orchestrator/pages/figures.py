@@ -135,6 +135,7 @@ def _accuracy(material: Material, over_time: bool) -> Drawing:
         text = f"target, {' and '.join(parts)}: {target:g}"
         axes.annotate(
             text, (0, target), (4, 2), xycoords=("axes fraction", "data"), textcoords="offset points", size=8,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
     handles = [
         Line2D([], [], color=color_of(position), label=material.stories[position].label)
