@@ -167,7 +167,11 @@ REDRAWN = (NoSuchElementException, StaleElementReferenceException)
 SCROLLABLE = """return [...document.querySelectorAll('div')].filter(
     e => e.scrollHeight > e.clientHeight + 20 && /auto|scroll/.test(getComputedStyle(e).overflowY))"""
 
-SCROLL_ON = "const box = arguments[0], at = box.scrollTop; box.scrollTop += 200; return box.scrollTop == at"
+SCROLL_ON = """const [box, done] = arguments, at = box.scrollTop;
+    box.scrollTop += 200;
+    const drawn = () => requestAnimationFrame(() => requestAnimationFrame(() => done(box.scrollTop == at)));
+    setTimeout(drawn, 100)"""
+"""Scrolls on, waits until what came into sight is drawn, and says whether the end had been reached before."""
 
 
 def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callable[[str], bool]) -> str:
@@ -186,7 +190,7 @@ def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callabl
     # Long tables hold only the rows in sight: scroll every one of them through.
     for box in driver.execute_script(SCROLLABLE):
         for _ in range(30):
-            if driver.execute_script(SCROLL_ON, box):
+            if driver.execute_async_script(SCROLL_ON, box):
                 break
             text += driver.find_element(By.TAG_NAME, "body").text
     return text
