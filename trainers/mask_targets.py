@@ -177,8 +177,8 @@ def rasterize(
     columns = num_polygons * side
     crossings = np.bincount(row * columns + polygon.take(edge) * side + column, minlength=(side + 1) * columns)
     filled = crossings.astype(np.uint8).reshape(side + 1, columns)[:-1]
-    for each in range(1, side):  # all columns of all polygons at once; along a column would be one number at a time
-        filled[each] ^= filled[each - 1]
+    for below in range(1, side):  # all columns of all polygons at once; along a column would be one number at a time
+        filled[below] ^= filled[below - 1]
     masks: NDArray[np.uint8] = (filled & np.uint8(1)).reshape(side, num_polygons, side)
     return masks.transpose(1, 0, 2)
 
