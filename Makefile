@@ -67,7 +67,7 @@ submit: install  ## CONFIG as a job of the cluster at ADDRESS; Ctrl-C leaves it 
 		-- exec python -m orchestrator.run $(CONFIG)
 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
-	$(BIN)/python -m orchestrator.spec > configs/experiment.schema.json
+	$(BIN)/python -m orchestrator.experiment.spec > configs/experiment.schema.json
 
 lock:  ## constraints.txt anew, from the ranges in pyproject.toml
 	$(PYTHON) -m venv .venv-lock

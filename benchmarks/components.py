@@ -20,11 +20,11 @@ from detectron2.structures import BoxMode, PolygonMasks
 from pycocotools import mask as coco_mask
 
 from benchmarks.measure import Row, alternate, seconds, timed
-from trainers.contract import DatasetPlan
+from trainers.contract.plan import DatasetPlan
 from trainers.dataset_cache import cached_records
-from trainers.fast_mapper import FastMapper
-from trainers.mask_targets import PackedPolygons
 from trainers.scoring import IouType, score
+from trainers.speedups.fast_mapper import FastMapper
+from trainers.speedups.mask_targets import PackedPolygons
 
 HEIGHT, WIDTH = 480, 640
 COCO_IMAGES, OBJECTS_PER_IMAGE = 118_287, 7
@@ -230,7 +230,7 @@ def roi_pooling() -> Row:
     from detectron2.modeling.poolers import ROIPooler
     from detectron2.structures import Boxes
 
-    from trainers.roi_pooling import SparsePooler
+    from trainers.speedups.roi_pooling import SparsePooler
 
     torch.manual_seed(0)
     peer = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2")

@@ -17,7 +17,7 @@ from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 
 from trainers import mask_rcnn
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator
 
 SCORE_THRESHOLD = 0.0

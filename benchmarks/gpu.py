@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import Row, machine, table
 from benchmarks.training import r50, recipe_row
 from trainers import loading, mask_rcnn
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
 """Dense 16-bit peak of tensor cores by a word of the device's name (NVIDIA's data sheets; SXM where there are two)."""

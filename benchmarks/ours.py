@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import turns
-from trainers.contract import Attempt, Event, TrialPlan
-from trainers.worker import Channel, Placement
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import Event
+from trainers.contract.plan import Attempt, TrialPlan
 
 
 def train_in_process(plan: TrialPlan) -> list[Event]:

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from benchmarks import turns
 from trainers import mask_rcnn
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 
 
 class TargetReached(Exception):  # noqa: N818 - not an error

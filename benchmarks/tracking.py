@@ -152,6 +152,6 @@ def going_and_still(side: Side, process: psutil.Process) -> tuple[list[float], l
 
 def _tracker(side: Side) -> psutil.Process:
     for process in psutil.Process(side.process.pid).children():
-        if "orchestrator.tracker" in process.cmdline():
+        if "orchestrator.tracking" in process.cmdline():
             return process
     raise RuntimeError(f"nothing tracks:\n{side.log.read_text(errors='replace')[-3000:]}")

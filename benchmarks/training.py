@@ -23,10 +23,11 @@ from benchmarks import slots, turns
 from benchmarks.measure import Row, alternate, by_blocks
 from benchmarks.ours import write_plan
 from benchmarks.turns import WARMUP_STEPS
-from orchestrator.coco.generate import generate
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import DEFAULT_CONFIG, parse_experiment
-from trainers.contract import Evaluated, Event, StepsDone, TrialPlan, event_from_json
+from orchestrator.data.generate import generate
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import DEFAULT_CONFIG, parse_experiment
+from trainers.contract.events import Evaluated, Event, StepsDone, event_from_json
+from trainers.contract.plan import TrialPlan
 
 DATA = Path("data/benchmarks")
 """Where generated images are kept between invocations."""

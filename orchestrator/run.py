@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from orchestrator.plan import Hardware, expand, generated_root, under
-from orchestrator.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
+from orchestrator.experiment.plan import Hardware, expand, generated_root, under
+from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
 
 if TYPE_CHECKING:
-    from orchestrator.records import ExperimentResult
-    from orchestrator.resume import EarlierRun
-    from orchestrator.telemetry import EventPump
-    from trainers.contract import Event, TrialPlan
+    from orchestrator.execution.event_pump import EventPump
+    from orchestrator.figures.records import ExperimentResult
+    from orchestrator.runlog.resume import EarlierRun
+    from trainers.contract.events import Event
+    from trainers.contract.plan import TrialPlan
 
 DONE, FAILED, UNFIT, INTERRUPTED = 0, 1, 2, 130
 EXIT_CODES = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
@@ -69,13 +70,13 @@ def main(
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         if replay_outbox is not None:
-            from orchestrator import resume as runs
+            from orchestrator.runlog import resume as runs
 
             console.print(runs.replay_outbox(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
         earlier = None
         if resume is not None:
-            from orchestrator.resume import enter_working_directory, read_run
+            from orchestrator.runlog.resume import enter_working_directory, read_run
 
             if assignments or output or config != DEFAULT_CONFIG:
                 raise SpecError("--resume goes on with the run as it was; give no experiment file, --set or --output")
@@ -95,7 +96,7 @@ def main(
 
 
 def _show_plan(experiment: Experiment, output: Path | None, console: Console, as_json: bool) -> int:
-    from orchestrator.progress import plan_table
+    from orchestrator.report.progress import plan_table
 
     run_dir = _run_dir(experiment, output)
     plans = expand(experiment, Hardware.local(), str(run_dir), generated_root(experiment))
@@ -154,8 +155,8 @@ class Session:
         """Preflight, then every trial, then results and report; returns the exit code."""
         import ray
 
-        from orchestrator.progress import plan_table
-        from orchestrator.resume import only_driver
+        from orchestrator.report.progress import plan_table
+        from orchestrator.runlog.resume import only_driver
 
         if self.earlier is None and any((self.run_dir / name).exists() for name in ("results.json", "events.jsonl")):
             raise SpecError(f"--output {self.run_dir}: holds another run; name a new folder, or --resume it")
@@ -185,21 +186,23 @@ class Session:
         Ray is not started where something is wrong already. What is needed only `to_train` is loaded meanwhile.
         """
         from orchestrator.findings import has_errors, print_findings, sort_findings
-        from orchestrator.preflight import preflight
+        from orchestrator.preflight.local import preflight
 
         data, root = self.experiment.data.generated, generated_root(self.experiment)
         plans = expand(self.experiment, Hardware.local(), str(self.run_dir), root)
         if data is not None:
-            from orchestrator.coco.generate import generate
+            from orchestrator.data.generate import generate
 
             generate(root, **data.model_dump())
         findings = preflight(self.experiment, plans, verify_images=self.verify_images)
         if not has_errors(findings):
-            from orchestrator.cluster import start_ray
-            from orchestrator.preflight_cluster import preflight_cluster
+            from orchestrator.execution.cluster import start_ray
+            from orchestrator.preflight.cluster import preflight_cluster
 
             if to_train:  # Ray Train takes seconds to import, Ray's daemons to start
-                threading.Thread(target=importlib.import_module, args=["orchestrator.launch"], daemon=True).start()
+                threading.Thread(
+                    target=importlib.import_module, args=["orchestrator.execution.workers"], daemon=True
+                ).start()
             gc.disable()  # looking for garbage would take a sixth of an import that leaves none
             try:
                 hardware = start_ray(self.experiment.resources.address, self.experiment.resources.network_interface)
@@ -213,16 +216,16 @@ class Session:
     def _train(self, plans: list[TrialPlan]) -> int:
         import ray
 
-        from orchestrator.attempts import run_trial
-        from orchestrator.environment import command_line, describe
-        from orchestrator.outbox import FILE_NAME, Outbox
-        from orchestrator.progress import ProgressDisplay
-        from orchestrator.records import ExperimentResult
-        from orchestrator.resume import WORKING_DIRECTORY
-        from orchestrator.stop import StopRequest, grace_seconds
-        from orchestrator.telemetry import EventPump
-        from orchestrator.tracker import Tracker, tracking_uri, without_credentials
-        from trainers.contract import RunStarted, TrialStarted
+        from orchestrator.execution.event_pump import EventPump
+        from orchestrator.execution.stop import StopRequest, grace_seconds
+        from orchestrator.execution.trial import run_trial
+        from orchestrator.experiment.environment import command_line, describe
+        from orchestrator.figures.records import ExperimentResult
+        from orchestrator.report.progress import ProgressDisplay
+        from orchestrator.runlog.outbox import FILE_NAME, Outbox
+        from orchestrator.runlog.resume import WORKING_DIRECTORY
+        from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
+        from trainers.contract.events import RunStarted, TrialStarted
 
         earlier = self.earlier
         uri = tracking_uri(self.experiment.tracking.uri)
@@ -279,7 +282,7 @@ class Session:
 
     def _published(self) -> dict[str, Any]:
         """The experiment's values as they are kept and tracked: a password in the tracking address stays out."""
-        from orchestrator.tracker import without_credentials
+        from orchestrator.tracking.driver import without_credentials
 
         values = self.experiment.model_dump(mode="json")
         if values["tracking"]["uri"]:
@@ -288,9 +291,10 @@ class Session:
 
     def _record(self, result: ExperimentResult, plan: TrialPlan, pump: EventPump, run_ids: dict[str, str]) -> None:
         """Adds an ended trial to results.json: what is measured is kept whatever comes after."""
-        from orchestrator.airank import write_airank
-        from orchestrator.mlperf import write_mllog
-        from orchestrator.results import repeat_rows, scaling_fits, scaling_rows, trial_result
+        from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+        from orchestrator.figures.trial import trial_result
+        from orchestrator.report.airank import write_airank
+        from orchestrator.report.mlperf import write_mllog
 
         events = [event for event in pump.events if event.trial == plan.name]
         trial = trial_result(plan, events, run_ids.get(plan.name))
@@ -304,11 +308,11 @@ class Session:
 
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
-        from orchestrator.airank import write_airank_summary
-        from orchestrator.metric_names import mlflow_base, table_address
-        from orchestrator.report import try_report
-        from orchestrator.table import closing_table
-        from trainers.contract import RunEnded
+        from orchestrator.figures.catalog import mlflow_base, table_address
+        from orchestrator.report.__main__ import try_report
+        from orchestrator.report.airank import write_airank_summary
+        from orchestrator.report.table import closing_table
+        from trainers.contract.events import RunEnded
 
         result.ended = _utc(time.time())
         result.mlflow_run_id = tracker.run_ids().get("")
@@ -349,7 +353,7 @@ class Session:
 def _load_report(event: Event) -> None:
     """Loads what draws the report while a worker loads detectron2: the driver has nothing else to do then."""
     if event.kind == "worker_started" and event.rank == 0:
-        threading.Thread(target=importlib.import_module, args=["orchestrator.pages.page"], daemon=True).start()
+        threading.Thread(target=importlib.import_module, args=["orchestrator.report.page"], daemon=True).start()
 
 
 def _run_dir(experiment: Experiment, output: Path | None) -> Path:

@@ -16,12 +16,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from orchestrator.pages.page import KINDS, mlflow_links
-from orchestrator.report import write_report
-from orchestrator.run_folder import RunFolder, read_run_folder
-from orchestrator.tracker import Tracker
+from orchestrator.report.__main__ import write_report
+from orchestrator.report.page import KINDS, mlflow_links
+from orchestrator.runlog.folder import RunFolder, read_run_folder
+from orchestrator.tracking.driver import Tracker
 from tests.browser import as_device, browser, keep_screenshot, needs_chromium
-from tests.orchestrator.made_run import made_experiment, make_run
+from tests.builders.run_folder import made_experiment, make_run
 
 pytestmark = needs_chromium
 

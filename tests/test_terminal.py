@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.run_folder import make_run
 from tests.conftest import tiny_experiment, write_experiment
-from tests.orchestrator.made_run import make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -19,10 +19,10 @@ SHOW = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from orchestrator.outbox import Outbox
-from orchestrator.progress import ProgressDisplay, plan_table
-from orchestrator.run_folder import read_run_folder
-from orchestrator.table import closing_table
+from orchestrator.runlog.outbox import Outbox
+from orchestrator.report.progress import ProgressDisplay, plan_table
+from orchestrator.runlog.folder import read_run_folder
+from orchestrator.report.table import closing_table
 folder = Path(sys.argv[1])
 console = Console()
 run = read_run_folder(folder)

@@ -30,7 +30,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
-from trainers.contract import DatasetPlan
+from trainers.contract.plan import DatasetPlan
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
-from trainers.contract import SAMPLES_FILE, TrialPlan, measured
+from trainers.contract.events import measured
+from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 from trainers.detections import coco_detections
 from trainers.loading import evaluation_loader, evaluation_records
 from trainers.scoring import IouType, score

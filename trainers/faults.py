@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from trainers.contract import Section
-from trainers.loop import Now
+from trainers.activity import Activity
+from trainers.contract.events import Section
 
 VARIABLE = "BENCHMARK_FAULTS"
 
@@ -64,8 +64,8 @@ def from_environment(rank: int, attempt: int) -> Injector | None:
     return Injector(path, [f for f in listed if f.rank == rank and f.attempt in (None, attempt)])
 
 
-class Injector(Now):
-    """Stands for `Now` and brings about a fault when its place in the loop is entered."""
+class Injector(Activity):
+    """Stands for `Activity` and brings about a fault when its place in the loop is entered."""
 
     def __init__(self, path: Path, faults: list[Fault]) -> None:
         super().__init__()

@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.checkpoints import CheckpointStore
-from trainers.contract import Evaluated, StepsDone, TrialPlan
+from trainers.contract.events import Evaluated, StepsDone
+from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator, Scores
 from trainers.loop import StepWindow, TrainingLoop, peak_memory_gib
-from trainers.overlap import Overlap
+from trainers.speedups.overlap import Overlap
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainers.contract import PREFETCHED_BATCHES, TrialPlan
+from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
-from trainers.fast_mapper import FastMapper
-from trainers.mask_targets import pack
+from trainers.speedups.fast_mapper import FastMapper
+from trainers.speedups.mask_targets import pack
 
 Record = dict[str, Any]
 """One image in detectron2's dataset format."""

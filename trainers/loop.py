@@ -20,41 +20,18 @@ import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from trainers.contract import Section, StopReason, TrialPlan
-from trainers.speed import resolve_precision
+from trainers.activity import Activity
+from trainers.contract.channel import Command
+from trainers.contract.events import StopReason
+from trainers.contract.plan import TrialPlan
+from trainers.speedups.apply import resolve_precision
 from trainers.step_clock import StepClock
-from trainers.worker import Command
 
 logger = logging.getLogger(__name__)
 
 
 class NotFiniteError(ArithmeticError):
     """A loss became NaN or infinite; raised on all ranks together."""
-
-
-@dataclass(slots=True)
-class Now:
-    """What the training thread is doing; read by the thread that sends heartbeats.
-
-    Attributes:
-        section: Section of the loop.
-        part: `data`, `forward`, `backward`, `optimizer`, or "".
-        iteration: Iterations done.
-        since: When the section began (Unix seconds); a step is a section of its own.
-        image_files: Images of the current batch.
-    """
-
-    section: Section = "setup"
-    part: str = ""
-    iteration: int = 0
-    since: float = field(default_factory=time.time)
-    image_files: tuple[str, ...] = ()
-
-    def enter(self, section: Section, part: str = "") -> None:
-        """Marks the beginning of a section, or of a part of a step."""
-        if section != self.section or part in ("", "data"):
-            self.since = time.time()
-        self.section, self.part = section, part
 
 
 Asked = Command | Literal["target"]
@@ -140,7 +117,7 @@ class TrainingLoop:
         device: torch.device,
         rank: int,
         start_iteration: int,
-        now: Now,
+        now: Activity,
         asked: Callable[[], Asked],
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler

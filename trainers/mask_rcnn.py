@@ -22,10 +22,10 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers.contract import DatasetPlan, TrialPlan
+from trainers.contract.plan import DatasetPlan, TrialPlan
 from trainers.recipes import Recipe
-from trainers.sgd import tune_optimizer
-from trainers.speed import tune_model, tune_process
+from trainers.speedups.apply import tune_model, tune_process
+from trainers.speedups.sgd import tune_optimizer
 
 
 class ConfigurationError(ValueError):

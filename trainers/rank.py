@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from detectron2.utils import comm
 
-from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
+from trainers import faults, hooks, loading, machine, mask_rcnn
+from trainers.activity import Activity
 from trainers.checkpoints import CheckpointStore, Saved, StorageError, state_sha256
-from trainers.contract import (
-    Attempt,
+from trainers.contract.channel import ENDED, Channel, Command, Placement
+from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
     Event,
@@ -29,14 +30,14 @@ from trainers.contract import (
     LoopFinished,
     LoopStarted,
     SystemSampled,
-    TrialPlan,
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.plan import Attempt, TrialPlan
 from trainers.evaluation import Evaluator
-from trainers.loader_sizing import LoaderSizing
-from trainers.loop import NotFiniteError, Now, StepWindow, TrainingLoop
-from trainers.worker import ENDED, Channel, Command, Placement
+from trainers.loop import NotFiniteError, StepWindow, TrainingLoop
+from trainers.speedups import overlap
+from trainers.speedups.loader_sizing import LoaderSizing
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Rank:
     def __init__(self, plan: TrialPlan, attempt: Attempt, placement: Placement, channel: Channel) -> None:
         self.plan, self.attempt, self.placement, self.channel = plan, attempt, placement, channel
         self.injector = faults.from_environment(placement.rank, attempt.number)
-        self.now: Now = self.injector or Now()
+        self.now: Activity = self.injector or Activity()
         self.command: Command = "run"
 
     def send(self, kind: type[Event], **fields: Any) -> None:

@@ -1,1 +1,1 @@
-"""COCO data sets: checked, fetched, drawn, cut."""
+"""COCO data sets: check, fetch, generate and excerpt."""

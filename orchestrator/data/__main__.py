@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from orchestrator.coco.bars import show_bar
+from orchestrator.data.bars import show_bar
 
 if TYPE_CHECKING:
-    from orchestrator.coco.checks import SplitReport
+    from orchestrator.data.checks import SplitReport
     from orchestrator.findings import Finding
 
 EXIT_UNFIT = 2
@@ -38,8 +38,8 @@ def check(
     cache: Annotated[bool, typer.Option(help="Reuse the result of an earlier check where nothing changed.")] = True,
 ) -> None:
     """Checks a data set: layout, counts, every annotation, every image file. Exits with 2 on errors."""
-    from orchestrator.coco.checks import Split, check_split, compare_splits
-    from orchestrator.coco.layout import find_splits
+    from orchestrator.data.checks import Split, check_split, compare_splits
+    from orchestrator.data.layout import find_splits
     from orchestrator.findings import has_errors, print_findings, sort_findings, to_json
 
     findings: list[Finding]
@@ -84,7 +84,7 @@ def generate(
     replace: Annotated[bool, typer.Option("--replace", help="Replace a generated set of other parameters.")] = False,
 ) -> None:
     """Draws a data set of shapes in COCO's layout; does nothing where the same one is there already."""
-    from orchestrator.coco.generate import generate as generate_shapes
+    from orchestrator.data.generate import generate as generate_shapes
 
     try:
         width, _, height = size.partition("x")
@@ -110,8 +110,8 @@ def fetch(
     mirror: Annotated[str | None, typer.Option(help="Server with the same paths as the official one.")] = None,
 ) -> None:
     """Downloads COCO 2017 (20 GB; 42 GB of room): resumes, checks SHA-256, unpacks. Run it again to go on."""
-    from orchestrator.coco.fetch import ADDRESS, FetchError
-    from orchestrator.coco.fetch import fetch as fetch_archives
+    from orchestrator.data.fetch import ADDRESS, FetchError
+    from orchestrator.data.fetch import fetch as fetch_archives
 
     try:
         root = fetch_archives(to, address=mirror or ADDRESS)
@@ -130,7 +130,7 @@ def excerpt(
     """Copies a small consistent part of a COCO data set, for trying things."""
     import os
 
-    from orchestrator.coco.excerpt import excerpt as take_excerpt
+    from orchestrator.data.excerpt import excerpt as take_excerpt
 
     source = source or Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
     try:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orchestrator.coco.objects import check_objects
-from orchestrator.coco.values import REGENERATE, Annotation, ImageEntry, SplitSummary, find_duplicates, is_id, shorten
+from orchestrator.data.objects import check_objects
+from orchestrator.data.values import REGENERATE, Annotation, ImageEntry, SplitSummary, find_duplicates, is_id, shorten
 
 if TYPE_CHECKING:
     from orchestrator.findings import FindingList

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.coco.annotations import UnreadableError, check_annotations, parse_annotations
-from orchestrator.coco.image_files import FoundFile, check_images, list_files
-from orchestrator.coco.values import SplitSummary
+from orchestrator.data.annotations import UnreadableError, check_annotations, parse_annotations
+from orchestrator.data.image_files import FoundFile, check_images, list_files
+from orchestrator.data.values import SplitSummary
 from orchestrator.findings import Finding, FindingList, sort_findings
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orchestrator.coco.image_files import check_name
-from orchestrator.coco.layout import find_splits, split_of
+from orchestrator.data.image_files import check_name
+from orchestrator.data.layout import find_splits, split_of
 
 if TYPE_CHECKING:
-    from orchestrator.coco.checks import Split
+    from orchestrator.data.checks import Split
 
 
 def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[str, tuple[int, int]]:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from orchestrator.coco.bars import show_bar
-from orchestrator.node_checks import existing_parent
+from orchestrator.data.bars import show_bar
+from orchestrator.preflight.node import existing_parent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.coco.shapes import ShapesParameters, draw_image, name_shape
+from orchestrator.data.shapes import ShapesParameters, draw_image, name_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

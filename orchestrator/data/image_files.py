@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from orchestrator.coco.values import ImageEntry
+    from orchestrator.data.values import ImageEntry
     from orchestrator.findings import FindingList
 
 CHUNK_FILES = 250

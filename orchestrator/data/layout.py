@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.coco.checks import Split
+from orchestrator.data.checks import Split
 from orchestrator.findings import Finding, FindingList
 
 PARTS = ("train", "val")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orchestrator.coco.rle import check_rle
-from orchestrator.coco.values import (
+from orchestrator.data.rle import check_rle
+from orchestrator.data.values import (
     LARGEST_ID,
     REGENERATE,
     Annotation,

@@ -12,11 +12,11 @@ from typing import Any
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
-from orchestrator.node_checks import CREDENTIALS
-from orchestrator.placement import capacity, equal_shares
-from orchestrator.plan import Hardware
-from orchestrator.spec import SpecError
-from trainers.contract import TrialPlan
+from orchestrator.experiment.placement import capacity, equal_shares
+from orchestrator.experiment.plan import Hardware
+from orchestrator.experiment.spec import SpecError
+from orchestrator.preflight.node import CREDENTIALS
+from trainers.contract.plan import TrialPlan
 
 CONNECT_SECONDS = 1.0
 """Longest wait for a node's Ray daemon to take a connection."""
@@ -109,7 +109,7 @@ def _start_own() -> None:
     # for it takes a sixth of their time. Who lives long turns it on again: `Telemetry`, `Rank`.
     os.environ.setdefault(WORKER_PROCESS_SETUP_HOOK_ENV_VAR, "gc.disable")
     # Ray Train calls the training function in a thread, for which glibc would keep memory apart, in pieces that it maps
-    # and gives back also where freed memory is to be kept (`trainers.speed.keep_memory`).
+    # and gives back also where freed memory is to be kept (`trainers.speedups.apply.keep_memory`).
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     # Ray looks for the dashboard's libraries by importing them, in this process and in two daemons, also where there is
     # to be no dashboard. Without them it is Ray's minimal installation, which starts sooner.

@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 
-from orchestrator.outbox import Outbox
-from trainers.contract import Event, Heartbeat
-from trainers.worker import Command
+from orchestrator.runlog.outbox import Outbox
+from trainers.contract.channel import Command
+from trainers.contract.events import Event, Heartbeat
 
 logger = logging.getLogger(__name__)
 

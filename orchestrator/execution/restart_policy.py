@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orchestrator.spec import Faults
-from trainers.contract import CheckpointSaved, Event, FailureKind, LoopStarted, WorkerFailed
+from orchestrator.experiment.spec import Faults
+from trainers.contract.events import CheckpointSaved, Event, FailureKind, LoopStarted, WorkerFailed
 
 CAUSES: tuple[FailureKind, ...] = (
     "bad_input",

@@ -13,28 +13,27 @@ from typing import TypeVar
 
 from ray.train import TrainingFailedError
 
-from orchestrator.cluster import draining_nodes, lost_nodes
-from orchestrator.launch import WorkerGroup
-from orchestrator.policy import NOT_COUNTED, Policy, root_cause
-from orchestrator.sections import began
-from orchestrator.spec import Faults
-from orchestrator.stop import StopRequest
-from orchestrator.telemetry import EventPump
-from orchestrator.watchdog import Watchdog
-from trainers.contract import (
-    Attempt,
+from orchestrator.execution.cluster import draining_nodes, lost_nodes
+from orchestrator.execution.event_pump import EventPump
+from orchestrator.execution.restart_policy import NOT_COUNTED, Policy, root_cause
+from orchestrator.execution.stop import StopRequest
+from orchestrator.execution.watchdog import Watchdog
+from orchestrator.execution.workers import WorkerGroup
+from orchestrator.experiment.spec import Faults
+from orchestrator.figures.sections import began
+from trainers.contract.events import (
     Event,
     Heartbeat,
     LoopFinished,
     LoopStarted,
     StepsDone,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.plan import Attempt, TrialPlan
 
 LOOK_SECONDS = 0.2
 """How often the driver looks after the workers."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.telemetry import Sign
-from trainers.contract import Heartbeat
-from trainers.worker import ENDED
+from orchestrator.execution.event_pump import Sign
+from trainers.contract.channel import ENDED
+from trainers.contract.events import Heartbeat
 
 SECTIONS = ("setup", "report", "evaluation", "checkpoint", "step")
 """In the order in which a rank goes through them between two values of `iteration`."""

@@ -29,9 +29,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup as TrainWo
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.cluster import choose_nodes
-from orchestrator.placement import smaller
-from trainers.contract import Attempt, TrialPlan, WorkerStarted
+from orchestrator.execution.cluster import choose_nodes
+from orchestrator.experiment.placement import smaller
+from trainers.contract.events import WorkerStarted
+from trainers.contract.plan import Attempt, TrialPlan
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ def _job() -> dict[str, str]:
 
 
 def _git() -> dict[str, str]:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from trainers.contract import TrialPlan
+    from trainers.contract.plan import TrialPlan
 
 
 def capacity(plan: TrialPlan, num_gpus: int, num_cpus: int) -> int:

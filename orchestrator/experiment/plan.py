@@ -19,8 +19,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.spec import Data, Experiment, SpecError, read_yaml
-from trainers.contract import DatasetPlan, Scaling, SolverPlan, TrialPlan
+from orchestrator.experiment.spec import Data, Experiment, SpecError, read_yaml
+from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
 ZOO_GROUPS = ("COCO-Detection/", "COCO-InstanceSegmentation/")

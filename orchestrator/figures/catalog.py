@@ -5,10 +5,10 @@ The trap it protects against: two names for one figure, so that a compare view s
 
 from __future__ import annotations
 
-from orchestrator.records import ExperimentResult, TrialResult
-from orchestrator.spec import ReferenceRow
-from orchestrator.windows import JointWindow
-from trainers.contract import Evaluated
+from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.windows import JointWindow
+from trainers.contract.events import Evaluated
 
 HEADLINE = {
     "throughput/images_per_second": "images/s of all workers together, warm-up, evaluation and checkpoints left out",

@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from orchestrator.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
-from orchestrator.spec import ReferenceRow
+from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
 
 __all__ = [
     "CurvePoint", "Evaluation", "ExperimentResult", "Quantiles", "RankFigures", "ReferenceRow", "RepeatRow",

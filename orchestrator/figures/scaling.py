@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
-from orchestrator.records import RepeatRow, ScalingFit, ScalingRow, TrialResult
-from orchestrator.spread import Interval, ratio_between_repeats, ratio_within_runs, spread
+from orchestrator.figures.records import RepeatRow, ScalingFit, ScalingRow, TrialResult
+from orchestrator.figures.spread import Interval, ratio_between_repeats, ratio_within_runs, spread
 from trainers import clock
 
 Kind = Literal["weak", "strong"]

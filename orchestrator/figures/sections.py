@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from orchestrator.records import Sections
-from trainers.contract import (
+from orchestrator.figures.record_parts import Sections
+from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
     Event,

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.records import Spread
+from orchestrator.figures.records import Spread
 from trainers.clock import Stretch, join_stretches, rate
 
 MOST_BATCHES = 10

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from orchestrator.records import Quantiles, RankFigures
+from orchestrator.figures.record_parts import Quantiles, RankFigures
 from trainers import clock
-from trainers.contract import StepsDone, TrialPlan, WorkerStarted
+from trainers.contract.events import StepsDone, WorkerStarted
+from trainers.contract.plan import TrialPlan
 
 
 def windows_by_rank(steps: Sequence[StepsDone]) -> dict[int, list[clock.Window]]:

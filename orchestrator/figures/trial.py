@@ -9,26 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from orchestrator.policy import root_cause
-from orchestrator.records import (
-    CurvePoint,
-    Evaluation,
-    ExperimentResult,
-    Quantiles,
-    RankFigures,
-    RepeatRow,
-    Restart,
-    ScalingFit,
-    ScalingRow,
-    Sections,
-    Spread,
-    TrialResult,
-)
-from orchestrator.scaling import repeat_rows, scaling_fits, scaling_rows
-from orchestrator.sections import Stay, began, sections, stays
-from orchestrator.step_figures import data_wait_share, quantiles, rank_figures, step_parts, windows_by_rank
+from orchestrator.execution.restart_policy import root_cause
+from orchestrator.figures.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
+from orchestrator.figures.records import ExperimentResult, RepeatRow, ScalingFit, ScalingRow, Spread, TrialResult
+from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.sections import Stay, began, sections, stays
+from orchestrator.figures.steps import data_wait_share, quantiles, rank_figures, step_parts, windows_by_rank
 from trainers import clock
-from trainers.contract import (
+from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
     Event,
@@ -37,11 +25,11 @@ from trainers.contract import (
     LoopStarted,
     StepsDone,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.plan import TrialPlan
 
 __all__ = [
     "CurvePoint", "Evaluation", "ExperimentResult", "Quantiles", "RankFigures", "RepeatRow", "Restart", "ScalingFit",

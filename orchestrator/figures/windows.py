@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainers import clock
-from trainers.contract import StepsDone, WorkerStarted
+from trainers.contract.events import StepsDone, WorkerStarted
 
 
 @dataclass(frozen=True, slots=True)

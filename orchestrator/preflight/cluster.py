@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.experiment.placement import capacity, equal_shares
 from orchestrator.findings import Finding, FindingList, sort_findings
-from orchestrator.node_checks import NodeReport, existing_parent, inspect_node, judge_nodes
-from orchestrator.placement import capacity, equal_shares
-from orchestrator.preflight import joins_cluster, node_request, shared_memory_bytes, storage_bytes
+from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
+from orchestrator.preflight.node import NodeReport, existing_parent, inspect_node, judge_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from orchestrator.spec import Experiment
-    from trainers.contract import TrialPlan
+    from orchestrator.experiment.spec import Experiment
+    from trainers.contract.plan import TrialPlan
 
 NODE_SECONDS = 60.0
 """A node answers within seconds; a fresh one first starts a process."""

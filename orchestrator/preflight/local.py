@@ -11,19 +11,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import model_checks
-from orchestrator.coco.bars import show_bar
+from orchestrator.data.bars import show_bar
 from orchestrator.findings import Finding, FindingList, sort_findings
-from orchestrator.node_checks import NodeRequest, inspect_node, judge_nodes
-from orchestrator.tracking_checks import check_tracking
-from trainers.contract import PREFETCHED_BATCHES
+from orchestrator.preflight import model as model_checks
+from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
+from orchestrator.preflight.tracking import check_tracking
+from trainers.contract.plan import PREFETCHED_BATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from orchestrator.coco.checks import Split
-    from orchestrator.spec import Experiment
-    from trainers.contract import TrialPlan
+    from orchestrator.data.checks import Split
+    from orchestrator.experiment.spec import Experiment
+    from trainers.contract.plan import TrialPlan
 
 REMOTE_SECONDS = 20.0
 """Time for one small file; cloud clients look for credentials for some ten seconds before they give up."""
@@ -56,8 +56,8 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 
 def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
     """Checks the training and validation set, each by itself, against each other, and against the model."""
-    from orchestrator.coco.checks import Split, check_split, compare_splits
-    from orchestrator.coco.layout import layout_finding
+    from orchestrator.data.checks import Split, check_split, compare_splits
+    from orchestrator.data.layout import layout_finding
 
     train, val = (
         Split(Path(plan.annotations), Path(plan.images), for_scoring=plan is trial.val)

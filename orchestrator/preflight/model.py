@@ -15,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.experiment.plan import model_value
 from orchestrator.findings import Finding, FindingList
-from orchestrator.plan import model_value
 
 if TYPE_CHECKING:
-    from orchestrator.coco.values import SplitSummary
-    from orchestrator.spec import Experiment
+    from orchestrator.data.values import SplitSummary
+    from orchestrator.experiment.spec import Experiment
 
 BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.1e6}
 """Parameters of a ResNet of that depth at its usual width, without its classifier."""

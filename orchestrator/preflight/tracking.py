@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from orchestrator.findings import Finding, FindingList
-from orchestrator.model_checks import redact
+from orchestrator.preflight.model import redact
 
 if TYPE_CHECKING:
-    from orchestrator.spec import Experiment
+    from orchestrator.experiment.spec import Experiment
 
 REACH_SECONDS = 3.0
 

@@ -1,1 +1,1 @@
-"""Other programs' logs, read back into this one's events."""
+"""Other programs' logs, turned into the same events and figures."""

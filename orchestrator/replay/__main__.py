@@ -19,17 +19,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.airank import write_airank, write_airank_summary
-from orchestrator.logs.lines import ReplayError, read_messages
-from orchestrator.logs.metrics import read_metrics
-from orchestrator.logs.replayed import RECIPE, Targets, known_targets, replayed_events
-from orchestrator.logs.runs import LoggedRun, find_runs
-from orchestrator.mlperf import mllog_text, write_mllog
-from orchestrator.report import write_report
-from orchestrator.results import ExperimentResult, TrialResult, repeat_rows, scaling_fits, scaling_rows, trial_result
-from orchestrator.spec import Tracking
-from orchestrator.table import closing_table, number_text, percent_text, seconds_text
-from trainers.contract import Event, RunEnded, RunStarted, TrialPlan, TrialStarted
+from orchestrator.experiment.spec import Tracking
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.trial import trial_result
+from orchestrator.replay.lines import ReplayError, read_messages
+from orchestrator.replay.metrics import read_metrics
+from orchestrator.replay.replayed import RECIPE, Targets, known_targets, replayed_events
+from orchestrator.replay.runs import LoggedRun, find_runs
+from orchestrator.report.__main__ import write_report
+from orchestrator.report.airank import write_airank, write_airank_summary
+from orchestrator.report.mlperf import mllog_text, write_mllog
+from orchestrator.report.table import closing_table, number_text, percent_text, seconds_text
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialStarted
+from trainers.contract.plan import TrialPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +193,8 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
     Returns:
         The store.
     """
-    from orchestrator.outbox import FILE_NAME, Outbox
-    from orchestrator.tracker import Tracker, tracking_uri
+    from orchestrator.runlog.outbox import FILE_NAME, Outbox
+    from orchestrator.tracking.driver import Tracker, tracking_uri
 
     # The same logs read in the same way are the same run.
     content = hashlib.sha256(repr([one.plan for one in replayed]).encode())

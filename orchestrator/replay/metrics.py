@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.logs.lines import ReplayError
-from orchestrator.logs.runs import Launch, LoggedRun, Progress
-from orchestrator.logs.scores import LoggedEvaluation
-from trainers.contract import measured
+from orchestrator.replay.lines import ReplayError
+from orchestrator.replay.runs import Launch, LoggedRun, Progress
+from orchestrator.replay.scores import LoggedEvaluation
+from trainers.contract.events import measured
 
 
 def read_metrics(path: Path) -> LoggedRun:

@@ -10,23 +10,21 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.logs.runs import Launch, LoggedRun, Progress
-from orchestrator.logs.scores import LoggedEvaluation
-from trainers.contract import (
-    DatasetPlan,
+from orchestrator.replay.runs import Launch, LoggedRun, Progress
+from orchestrator.replay.scores import LoggedEvaluation
+from trainers.contract.events import (
     Evaluated,
     Event,
     LogReplayed,
     LoopFinished,
     LoopStarted,
-    SolverPlan,
     StepsDone,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.plan import DatasetPlan, SolverPlan, TrialPlan
 from trainers.recipes import Recipe
 
 COCO_TARGETS = (37.7, 33.9)

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.logs.lines import Message, ReplayError
-from orchestrator.logs.scores import LoggedEvaluation, ScoreReader
+from orchestrator.replay.lines import Message, ReplayError
+from orchestrator.replay.scores import LoggedEvaluation, ScoreReader
 
 _WORLD = re.compile(r"Rank of current process: (\d+)\. World size: (\d+)")
 _START = re.compile(r"Starting training from iteration (\d+)")

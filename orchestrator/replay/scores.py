@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from orchestrator.logs.lines import Message
-from trainers.contract import measured
+from orchestrator.replay.lines import Message
+from trainers.contract.events import measured
 
 _KINDS = {"bbox": "box", "segm": "mask"}
 _RESULTS = re.compile(r"Evaluation results for (bbox|segm):")

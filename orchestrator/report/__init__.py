@@ -1,1 +1,1 @@
-"""The HTML report: its page, figures and images."""
+"""What people see: progress, the table, the report, and the logs that benchmarks ask for."""

@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.comparison import FIGURES, config_table, differing, environment_table, labels, result_differences
-from orchestrator.records import ExperimentResult
-from orchestrator.run_folder import RunFolder, read_run_folder
-from orchestrator.table import csv_table, escape_markdown, markdown_table, neutral_cell
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.report.comparison import (
+    FIGURES,
+    config_table,
+    differing,
+    environment_table,
+    labels,
+    result_differences,
+)
+from orchestrator.report.table import csv_table, escape_markdown, markdown_table, neutral_cell
+from orchestrator.runlog.folder import RunFolder, read_run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,7 +74,7 @@ def try_report(result: ExperimentResult, run_dir: Path) -> tuple[Path, str]:
 
 
 def _write(run: RunFolder, place: Path) -> list[Path]:
-    from orchestrator.pages.page import html_page
+    from orchestrator.report.page import html_page
 
     (place / "report.md").write_text(markdown_report(run.result), encoding="utf-8")
     (place / "table.csv").write_text(csv_table(run.result), encoding="utf-8")
@@ -77,7 +84,7 @@ def _write(run: RunFolder, place: Path) -> list[Path]:
 
 def write_comparison(runs: Sequence[RunFolder], place: Path) -> list[Path]:
     """Writes comparison.html, comparison.md and comparison.csv: every run against the first; returns their paths."""
-    from orchestrator.pages.page import html_page
+    from orchestrator.report.page import html_page
 
     (place / "comparison.md").write_text(markdown_comparison(runs), encoding="utf-8")
     (place / "comparison.csv").write_text(csv_comparison(runs), encoding="utf-8")

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.records import ExperimentResult, TrialResult
-from orchestrator.sections import began
-from orchestrator.table import escape_markdown, number_text, table_rows
-from trainers.contract import Evaluated, Event, LoopFinished, TrialPlan, WorkerStarted
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.sections import began
+from orchestrator.report.table import escape_markdown, number_text, table_rows
+from trainers.contract.events import Evaluated, Event, LoopFinished, WorkerStarted
+from trainers.contract.plan import TrialPlan
 
 LOG_NAME = "ai_rank.log"
 SYSTEM_NAME = "system_information.json"

@@ -10,11 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.records import TrialResult
-from orchestrator.run_folder import RunFolder, flatten
-from orchestrator.scaling import compare
-from orchestrator.spread import Interval, ratio_between_repeats
-from orchestrator.table import number_text, rate_text, seconds_text
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.scaling import compare
+from orchestrator.figures.spread import Interval, ratio_between_repeats
+from orchestrator.report.table import number_text, rate_text, seconds_text
+from orchestrator.runlog.folder import RunFolder, flatten
 from trainers import clock
 
 FIGURES = {

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.logs.runs import flat_config
-from orchestrator.records import TrialResult
-from orchestrator.sections import began, stays
-from trainers.contract import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, TrialPlan, WorkerStarted
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.sections import began, stays
+from orchestrator.replay.runs import flat_config
+from trainers.contract.events import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, WorkerStarted
+from trainers.contract.plan import TrialPlan
 
 LOG_NAME = "mllog.txt"
 RULESET = "3.1.0"
@@ -122,7 +123,7 @@ class _Lines:
         self._stream = io.StringIO()
         logger = logging.Logger("mllog")  # of no tree of loggers: no handler of others sees its lines
         logger.addHandler(logging.StreamHandler(self._stream))
-        self._logger = MLLogger(logger=logger, root_dir=str(Path(__file__).resolve().parent.parent))
+        self._logger = MLLogger(logger=logger, root_dir=str(Path(__file__).resolve().parents[2]))
 
     def point(self, key: str, moment: float, value: Any = None, metadata: dict[str, Any] | None = None) -> None:
         self._logger.event(key, value, metadata=metadata, time_ms=round(1000 * moment), stack_offset=1)

@@ -17,16 +17,16 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.comparison import config_table, differing, environment_table, labels, result_differences
-from orchestrator.metric_names import mlflow_base, table_address
-from orchestrator.pages import figures
-from orchestrator.pages.figures import Material
-from orchestrator.pages.samples import LEAST_SCORE, Sample, sample_pictures
-from orchestrator.records import Sections
-from orchestrator.run_folder import RunFolder, TrialStory
-from orchestrator.spec import to_yaml
-from orchestrator.table import number_text, percent_text, seconds_text, table_cells, table_rows
-from trainers.contract import LoopStarted
+from orchestrator.experiment.spec import to_yaml
+from orchestrator.figures.catalog import mlflow_base, table_address
+from orchestrator.figures.record_parts import Sections
+from orchestrator.report import plots as figures
+from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
+from orchestrator.report.plots import Material
+from orchestrator.report.samples import LEAST_SCORE, Sample, sample_pictures
+from orchestrator.report.table import number_text, percent_text, seconds_text, table_cells, table_rows
+from orchestrator.runlog.folder import RunFolder, TrialStory
+from trainers.contract.events import LoopStarted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ class FigureKind:
     """A figure of the report.
 
     Attributes:
-        function: Name of the function in `orchestrator.pages.figures` that draws it.
+        function: Name of the function in `orchestrator.report.plots` that draws it.
         title: Its heading.
         reading: How to read it.
         anchor: Heading of docs/measurement.md that defines what it shows.

@@ -12,7 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from orchestrator.pages.drawing import (
+from orchestrator.figures.record_parts import Sections
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.figures.sections import stays
+from orchestrator.report.drawing import (
     INK,
     MOST_NAMED,
     MUTED,
@@ -27,11 +30,9 @@ from orchestrator.pages.drawing import (
     time_unit,
     to_svg,
 )
-from orchestrator.records import ExperimentResult, Sections
-from orchestrator.run_folder import TrialStory
-from orchestrator.sections import stays
+from orchestrator.runlog.folder import TrialStory
 from trainers import clock
-from trainers.contract import CheckpointSaved, Evaluated, StepsDone, TrialEnded, TrialRestarted, TrialStarted
+from trainers.contract.events import CheckpointSaved, Evaluated, StepsDone, TrialEnded, TrialRestarted, TrialStarted
 
 
 @dataclass(frozen=True, slots=True)

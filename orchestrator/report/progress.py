@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.windows import JointWindow, WindowJoin
-from trainers.contract import (
+from orchestrator.figures.windows import JointWindow, WindowJoin
+from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
     Evaluated,
@@ -21,12 +21,12 @@ from trainers.contract import (
     LoopStarted,
     StepsDone,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.plan import TrialPlan
 
 PLAIN_LINE_SECONDS = 30.0
 """Most often that a progress line is written where there is no terminal."""

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 
-from orchestrator.coco.rle import check_rle
-from orchestrator.run_folder import TrialStory
-from trainers.contract import SAMPLES_FILE
+from orchestrator.data.rle import check_rle
+from orchestrator.runlog.folder import TrialStory
+from trainers.contract.plan import SAMPLES_FILE
 
 LEAST_SCORE = 0.5
 """Detections below it are left out of the pictures; COCO's AP counts them."""

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.results import ExperimentResult, TrialResult
+from orchestrator.figures.records import ExperimentResult, TrialResult
 from trainers import clock
 
 NOT_MEASURED = "–"

@@ -14,9 +14,10 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.records import ExperimentResult, TrialResult
-from trainers.contract import Event, RunStarted, TrialPlan, TrialStarted
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from trainers.contract.events import Event, RunStarted, TrialStarted
+from trainers.contract.plan import TrialPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.contract import Event, event_from_json
+from trainers.contract.events import Event, event_from_json
 
 FILE_NAME = "events.jsonl"
 

@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.spec import Experiment, SpecError, parse_experiment
-from trainers.contract import RunEnded, RunStarted, TrialEnded, TrialPlan, TrialStarted
+from orchestrator.experiment.spec import Experiment, SpecError, parse_experiment
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from trainers.contract.events import RunEnded, RunStarted, TrialEnded, TrialStarted
+from trainers.contract.plan import TrialPlan
 
 LOCK = "driver.lock"
 WORKING_DIRECTORY = "run.working_directory"
@@ -117,7 +118,7 @@ def replay_outbox(folder: Path) -> str:
     run = read_run(folder)
     enter_working_directory(run)
     with only_driver(run.run_dir):
-        from orchestrator.tracker import Tracker, tracking_uri, without_credentials
+        from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
 
         uri = tracking_uri(run.experiment.tracking.uri)
         tracker = Tracker(run.run_dir, uri)

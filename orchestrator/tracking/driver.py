@@ -11,21 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import select
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from trainers.contract import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
 if TYPE_CHECKING:
-    from orchestrator.tracking import MlflowRuns
+    from orchestrator.tracking.mlflow_runs import MlflowRuns
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +76,7 @@ class Tracker:
         """Begins to follow the outbox."""
         # No process of multiprocessing's: those come with another one that outlives the driver, and a job server
         # that stops a job waits for all of them.
-        command = [sys.executable, "-m", "orchestrator.tracker"]
+        command = [sys.executable, "-m", "orchestrator.tracking"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -110,7 +107,7 @@ class Tracker:
         """
         state = self._read_state()
         if self._runs is None:
-            from orchestrator.tracking import MlflowRuns
+            from orchestrator.tracking.mlflow_runs import MlflowRuns
 
             self._runs = MlflowRuns(self._uri, self._run_dir, state)
             for event, offset in self._outbox.read():
@@ -163,37 +160,3 @@ def _pass_on(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         logger.warning("%s", line.rstrip())
-
-
-def _follow(run_dir: Path, uri: str) -> bool:
-    """Tracks a run until its end is tracked, or what its driver left: stdin ends with the driver.
-
-    Returns:
-        Whether the run's end has been tracked.
-    """
-    tracker, failures, closing = Tracker(run_dir, uri), 0, 0.0
-    while True:
-        try:
-            if tracker.sync():
-                return True
-            if closing:
-                return False
-            failures = 0
-        except Exception as error:
-            failures += 1
-            if failures == 1:
-                print(f"MLflow at {tracker.place} does not take events; they are kept: {error}", flush=True)
-            if closing and time.monotonic() - closing > RETRY_SECONDS:
-                return False
-        if closing:
-            time.sleep(0.1)
-        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, LOOK_SECONDS * 2**failures))[0]:
-            closing = time.monotonic()
-
-
-if __name__ == "__main__":
-    # Ctrl-C and `ray job stop` are for the driver to hear.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(19)
-    where, store = json.loads(sys.stdin.readline())
-    sys.exit(0 if _follow(Path(where), store) else 1)

@@ -20,7 +20,9 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from orchestrator.metric_names import (
+from orchestrator.execution.restart_policy import root_cause
+from orchestrator.experiment.spec import ReferenceRow, parse_yaml, to_yaml
+from orchestrator.figures.catalog import (
     HEADLINE,
     SHOWN_COLUMNS,
     VIEW_KEY,
@@ -29,15 +31,13 @@ from orchestrator.metric_names import (
     summary,
     window_metrics,
 )
-from orchestrator.policy import root_cause
-from orchestrator.results import ExperimentResult, TrialResult, trial_result
-from orchestrator.run_folder import flatten
-from orchestrator.spec import ReferenceRow, parse_yaml, to_yaml
-from orchestrator.table import markdown_table, number_text, rate_text, seconds_text
-from orchestrator.windows import WindowJoin
-from trainers.contract import (
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.trial import trial_result
+from orchestrator.figures.windows import WindowJoin
+from orchestrator.report.table import markdown_table, number_text, rate_text, seconds_text
+from orchestrator.runlog.folder import flatten
+from trainers.contract.events import (
     CheckpointSaved,
-    DatasetPlan,
     Evaluated,
     Event,
     LoopStarted,
@@ -46,11 +46,11 @@ from trainers.contract import (
     StepsDone,
     SystemSampled,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.plan import DatasetPlan, TrialPlan
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import Experiment, Faults
-from orchestrator.stop import StopRequest
+from orchestrator.execution.stop import StopRequest
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import Experiment, Faults
 from tests.conftest import tiny_experiment
-from trainers.contract import Event, RunEnded, RunStarted, TrialEnded, TrialPlan
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
+from trainers.contract.plan import TrialPlan
 from trainers.faults import Fault, fired
 
 E = TypeVar("E", bound=Event)
@@ -50,14 +51,14 @@ class Outcome:
     @property
     def state(self) -> str:
         """Hash of the weights and the optimizer's state at the end."""
-        from trainers.contract import LoopFinished
+        from trainers.contract.events import LoopFinished
 
         return self.of(LoopFinished)[-1].state_sha256
 
     @property
     def scores(self) -> dict[int, dict[str, float | None]]:
         """Figures of every evaluation, by iteration."""
-        from trainers.contract import Evaluated
+        from trainers.contract.events import Evaluated
 
         return {event.iteration: event.figures for event in self.of(Evaluated)}
 
@@ -91,11 +92,11 @@ class Bench:
         **plan_changes: Any,
     ) -> Outcome:
         """Runs the trial to its end, with some faults on the way."""
-        from orchestrator.attempts import run_trial
-        from orchestrator.coco.generate import generate
-        from orchestrator.outbox import FILE_NAME, Outbox
-        from orchestrator.telemetry import EventPump
-        from orchestrator.tracker import Tracker
+        from orchestrator.data.generate import generate
+        from orchestrator.execution.event_pump import EventPump
+        from orchestrator.execution.trial import run_trial
+        from orchestrator.runlog.outbox import FILE_NAME, Outbox
+        from orchestrator.tracking.driver import Tracker
 
         self._number += 1
         run_dir = self.run_dir = self.folder / f"run{self._number}"

@@ -7,15 +7,17 @@ from typing import Any
 
 from pycocotools import mask as rle
 
-from orchestrator.coco.generate import generate
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.plan import Hardware, expand
-from orchestrator.records import ExperimentResult
-from orchestrator.results import repeat_rows, scaling_fits, scaling_rows, trial_result
-from orchestrator.spec import Experiment, parse_experiment, read_yaml
-from tests.orchestrator.made_trials import Story
-from trainers.contract import SAMPLES_FILE, RunEnded, RunStarted, TrialPlan
-from trainers.contract import WorkerStarted as Started
+from orchestrator.data.generate import generate
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import Experiment, parse_experiment, read_yaml
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.trial import trial_result
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.trials import Story
+from trainers.contract.events import RunEnded, RunStarted
+from trainers.contract.events import WorkerStarted as Started
+from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEED_ROW = {

@@ -3,21 +3,19 @@
 import dataclasses
 from typing import Any
 
-from trainers.contract import (
+from trainers.contract.events import (
     CheckpointSaved,
-    DatasetPlan,
     Evaluated,
     Event,
     LoopFinished,
     LoopStarted,
-    SolverPlan,
     StepsDone,
     TrialEnded,
-    TrialPlan,
     TrialRestarted,
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.plan import DatasetPlan, SolverPlan, TrialPlan
 from trainers.recipes import Recipe
 
 CONFIG_YAML = """\

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.results import trial_result
-from orchestrator.spec import Faults
-from tests.faults.bench import Bench, Outcome, experiment
-from trainers.contract import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
+from orchestrator.experiment.spec import Faults
+from orchestrator.figures.trial import trial_result
+from tests.builders.fault_bench import Bench, Outcome, experiment
+from trainers.contract.events import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
 from trainers.faults import VARIABLE, Fault
 
 pytestmark = pytest.mark.cluster
@@ -56,7 +56,7 @@ class Nodes:
 def bench_and_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Nodes]]:
     import ray
 
-    from orchestrator.cluster import RAY_TRAIN_SETTINGS
+    from orchestrator.execution.cluster import RAY_TRAIN_SETTINGS
 
     folder = tmp_path_factory.mktemp("nodes")
     faults_file = folder / "faults.json"
@@ -112,7 +112,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     bench_and_nodes: tuple[Bench, Nodes], control: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, nodes = bench_and_nodes
-    monkeypatch.setattr("orchestrator.launch.SMALLER_AFTER_SECONDS", 3.0)
+    monkeypatch.setattr("orchestrator.execution.workers.SMALLER_AFTER_SECONDS", 3.0)
     # One worker fills a node: two nodes are left, and one of them is lost.
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
     loss = At(6, nodes.kill)

@@ -17,10 +17,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from orchestrator.results import trial_result
-from orchestrator.spec import Faults, Timeouts
-from tests.faults.bench import ITERATIONS, Bench, Outcome
-from trainers.contract import Event, TrialRestarted
+from orchestrator.experiment.spec import Faults, Timeouts
+from orchestrator.figures.trial import trial_result
+from tests.builders.fault_bench import ITERATIONS, Bench, Outcome
+from trainers.contract.events import Event, TrialRestarted
 from trainers.faults import VARIABLE, Fault
 
 KINDS = {"kill": 6, "crash": 2, "raise": 2, "freeze": 1, "stall": 1}
@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         faults_file = Path(folder) / "faults.json"
         os.environ[VARIABLE] = str(faults_file)
-        from orchestrator.cluster import start_ray
+        from orchestrator.execution.cluster import start_ray
 
         start_ray(None)
         bench = Bench(Path(folder), faults_file)

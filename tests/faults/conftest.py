@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.bench import Bench, Outcome
+from tests.builders.fault_bench import Bench, Outcome
 from trainers.faults import VARIABLE
 
 
@@ -16,7 +16,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Ray with two CPUs whose workers look for faults."""
     import ray
 
-    from orchestrator.cluster import start_ray
+    from orchestrator.execution.cluster import start_ray
 
     folder = tmp_path_factory.mktemp("faults")
     faults_file = folder / "faults.json"

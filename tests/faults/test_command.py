@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.records import ExperimentResult
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.fault_bench import Outcome, experiment, metric_rows
 from tests.conftest import run_command, write_experiment
-from tests.faults.bench import Outcome, experiment, metric_rows
-from trainers.contract import CheckpointSaved, Event, LoopFinished, TrialRestarted
+from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialRestarted
 from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train

@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.results import trial_result
-from orchestrator.spec import Faults, Timeouts
-from tests.faults.bench import ITERATIONS, Bench, Outcome, experiment
+from orchestrator.experiment.spec import Faults, Timeouts
+from orchestrator.figures.trial import trial_result
+from tests.builders.fault_bench import ITERATIONS, Bench, Outcome, experiment
 from tests.trainers.test_resume import MODELS
-from trainers.contract import CheckpointSaved, Event, LoopFinished, LoopStarted, StepsDone, TrialRestarted, WorkerFailed
+from trainers.contract.events import (
+    CheckpointSaved,
+    Event,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialRestarted,
+    WorkerFailed,
+)
 from trainers.faults import Fault
 
 pytestmark = pytest.mark.train
@@ -144,7 +152,7 @@ def test_what_the_workers_tell_is_not_lost_with_the_actor_that_takes_it(bench: B
 
 
 def test_an_image_that_cannot_be_read_ends_the_trial_at_once_and_is_named(bench: Bench, tmp_path: Path) -> None:
-    from orchestrator.coco.generate import generate
+    from orchestrator.data.generate import generate
 
     values = alone(resources={"device": "cpu", "cpus_per_worker": 1, "loader_workers": 1})
     generate(tmp_path, **values["data"]["generated"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 
-from orchestrator.plan import under
-from tests.faults.s3 import KEYS, s3_server
+from orchestrator.experiment.plan import under
+from tests.builders.s3 import KEYS, s3_server
 from tests.trainers.test_checkpoints import newest, save, state, store
 from trainers.checkpoints import StorageError
 

@@ -17,12 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.tracker import Tracker
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from orchestrator.tracking.driver import Tracker
+from tests.builders.fault_bench import Outcome, experiment, metric_rows
+from tests.builders.s3 import free_port
 from tests.conftest import run_command, write_experiment
-from tests.faults.bench import Outcome, experiment, metric_rows
-from tests.faults.s3 import free_port
-from trainers.contract import Evaluated
+from trainers.contract.events import Evaluated
 
 pytestmark = pytest.mark.train
 
@@ -112,7 +112,7 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_driver(
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
-from orchestrator.tracker import Tracker
+from orchestrator.tracking.driver import Tracker
 
 tracker = Tracker(Path(sys.argv[1]), f"sqlite:///{sys.argv[1]}/mlflow.db")
 tracker.start()

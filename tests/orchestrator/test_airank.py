@@ -1,9 +1,11 @@
 import json
 import re
 
-from orchestrator.airank import airank_log, airank_table, system_information, write_airank, write_airank_summary
-from orchestrator.results import ExperimentResult, scaling_rows, trial_result
-from tests.orchestrator.made_trials import Story, plan, trained
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.figures.scaling import scaling_rows
+from orchestrator.figures.trial import trial_result
+from orchestrator.report.airank import airank_log, airank_table, system_information, write_airank, write_airank_summary
+from tests.builders.trials import Story, plan, trained
 
 
 def _log(story: Story) -> list[str]:

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from orchestrator.coco import checks as coco_checks
-from orchestrator.coco.checks import Split, check_split
-from orchestrator.coco.generate import dataset_paths, generate
-from orchestrator.coco.image_files import check_name
-from orchestrator.data import app
+from orchestrator.data import checks as coco_checks
+from orchestrator.data.__main__ import app
+from orchestrator.data.checks import Split, check_split
+from orchestrator.data.generate import dataset_paths, generate
+from orchestrator.data.image_files import check_name
 from orchestrator.findings import MAX_LISTED, Finding, FindingList, print_findings, printable
 
 if TYPE_CHECKING:

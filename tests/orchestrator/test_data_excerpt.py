@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.coco.checks import check_split
-from orchestrator.coco.excerpt import excerpt
-from orchestrator.coco.generate import dataset_paths, generate
-from orchestrator.coco.layout import find_splits
-from orchestrator.data import app
+from orchestrator.data.__main__ import app
+from orchestrator.data.checks import check_split
+from orchestrator.data.excerpt import excerpt
+from orchestrator.data.generate import dataset_paths, generate
+from orchestrator.data.layout import find_splits
 
 if TYPE_CHECKING:
-    from orchestrator.coco.generate import DatasetPaths
+    from orchestrator.data.generate import DatasetPaths
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.coco.fetch import COCO2017, Archive, FetchError, fetch
-from orchestrator.data import app
+from orchestrator.data.__main__ import app
+from orchestrator.data.fetch import COCO2017, Archive, FetchError, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,7 +204,7 @@ def test_only_web_addresses_are_fetched_from(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_went_wrong(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.coco.fetch.COCO2017", (archive_of(PACKED),))
+    monkeypatch.setattr("orchestrator.data.fetch.COCO2017", (archive_of(PACKED),))
     server.content = b"?" * len(PACKED)
     command = ["fetch", "coco2017", "--to", str(tmp_path), "--mirror", server.address]
     done = CliRunner().invoke(app, command)

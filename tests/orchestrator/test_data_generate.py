@@ -10,7 +10,7 @@ import cv2
 import pytest
 from pycocotools import mask as coco_mask
 
-from orchestrator.coco.generate import dataset_paths, generate
+from orchestrator.data.generate import dataset_paths, generate
 
 if TYPE_CHECKING:
     from pathlib import Path

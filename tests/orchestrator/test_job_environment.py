@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.environment import describe
-from orchestrator.node_checks import NodeRequest, inspect_node
-from orchestrator.spec import parse_experiment
-from orchestrator.tracking_checks import check_tracking
+from orchestrator.experiment.environment import describe
+from orchestrator.experiment.spec import parse_experiment
+from orchestrator.preflight.node import NodeRequest, inspect_node
+from orchestrator.preflight.tracking import check_tracking
 from tests.conftest import tiny_experiment
 
 
 def test_a_job_tells_its_id_and_what_its_sender_said(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"job_submission_id": "job-1", "job_name": "job-1", "submitted_by": "ada", "git_commit": "c0ffee"}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": told}))
-    monkeypatch.setattr("orchestrator.environment._git", dict)  # a job's copy has no history
+    monkeypatch.setattr("orchestrator.experiment.environment._git", dict)  # a job's copy has no history
     found = describe(["python"])
     assert (found["ray_job_id"], found["ray_job.submitted_by"], found["git_commit"]) == ("job-1", "ada", "c0ffee")
 

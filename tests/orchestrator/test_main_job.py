@@ -14,11 +14,11 @@ import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from orchestrator.records import ExperimentResult
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.conftest import run_command, tiny_experiment, write_experiment
 from trainers.checkpoints import state_sha256
-from trainers.contract import StepsDone
+from trainers.contract.events import StepsDone
 
 pytestmark = pytest.mark.train
 

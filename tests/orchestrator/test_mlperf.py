@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.mlperf import division_of, failed_rules, mllog_text, write_mllog
-from orchestrator.plan import Hardware, expand, model_value
-from orchestrator.replay import replay
-from orchestrator.results import trial_result
-from orchestrator.spec import DEFAULT_CONFIG, load_experiment
+from orchestrator.experiment.plan import Hardware, expand, model_value
+from orchestrator.experiment.spec import DEFAULT_CONFIG, load_experiment
+from orchestrator.figures.trial import trial_result
+from orchestrator.replay.__main__ import replay
+from orchestrator.report.mlperf import division_of, failed_rules, mllog_text, write_mllog
+from tests.builders.logs import whole_run
+from tests.builders.trials import CONFIG_YAML, Story, plan, trained
 from tests.conftest import run_command
-from tests.orchestrator.made_logs import whole_run
-from tests.orchestrator.made_trials import CONFIG_YAML, Story, plan, trained
-from trainers.contract import DatasetPlan, LoopStarted
+from trainers.contract.events import LoopStarted
+from trainers.contract.plan import DatasetPlan
 
 
 def _text(story: Story, **options: Any) -> str:

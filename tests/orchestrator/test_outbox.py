@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.outbox import FILE_NAME, Outbox
-from trainers.contract import Event, TrialRestarted
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from trainers.contract.events import Event, TrialRestarted
 
 
 def event(number: int) -> Event:

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from orchestrator.placement import equal_shares, smaller
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import parse_experiment
+from orchestrator.experiment.placement import equal_shares, smaller
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import parse_experiment
 from tests.conftest import TINY_OVERRIDES, tiny_experiment
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.plan import DETECTRON2_DEFAULTS, Hardware, expand, model_value, scaled_solver, zoo_path
-from orchestrator.spec import CONFIGS, Experiment, SpecError, load_experiment, parse_experiment
+from orchestrator.experiment.plan import DETECTRON2_DEFAULTS, Hardware, expand, model_value, scaled_solver, zoo_path
+from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError, load_experiment, parse_experiment
 from tests.conftest import run_command, tiny_experiment
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 
 
 def load(**changes: object) -> Experiment:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.policy import Policy, described, root_cause
-from orchestrator.spec import Faults
-from trainers.contract import CheckpointSaved, Event, LoopStarted, WorkerFailed
+from orchestrator.execution.restart_policy import Policy, described, root_cause
+from orchestrator.experiment.spec import Faults
+from trainers.contract.events import CheckpointSaved, Event, LoopStarted, WorkerFailed
 
 
 def failed(failure: str, *, rank: int = 0, iteration: int = 7, time: float = 0.0, **fields: Any) -> WorkerFailed:

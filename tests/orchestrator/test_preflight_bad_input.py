@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.coco.generate import generate
-from tests.orchestrator.bad_input import CASES, Case, Project, base_experiment
+from orchestrator.data.generate import generate
+from tests.builders.bad_input import CASES, Case, Project, base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -70,9 +70,9 @@ def test_every_kind_of_bad_input_has_a_case() -> None:
 
 
 def test_a_good_project_has_no_findings_on_the_driver(project: Project) -> None:
-    from orchestrator.plan import Hardware, expand
-    from orchestrator.preflight import preflight
-    from orchestrator.spec import load_experiment
+    from orchestrator.experiment.plan import Hardware, expand
+    from orchestrator.experiment.spec import load_experiment
+    from orchestrator.preflight.local import preflight
 
     experiment = load_experiment(project.write())
     plans = expand(experiment, Hardware(0, 2, 1), str(project.root / "runs"), project.root)
@@ -125,8 +125,8 @@ def test_yaml_that_would_run_code_is_refused(project: Project) -> None:
     ],
 )
 def test_a_database_that_runs_cannot_be_tracked_in_is_told(project: Project, uri: str, reason: str) -> None:
-    from orchestrator.spec import parse_experiment
-    from orchestrator.tracking_checks import check_tracking
+    from orchestrator.experiment.spec import parse_experiment
+    from orchestrator.preflight.tracking import check_tracking
 
     (finding,) = check_tracking(parse_experiment({**project.experiment, "tracking": {"uri": uri}}, "test"))
     assert (finding.level, finding.code) == ("error", "tracking_unreachable") and reason in finding.what
@@ -137,8 +137,8 @@ def test_a_server_that_never_answers_is_given_up_within_seconds(project: Project
     import socket
     import time
 
-    from orchestrator.spec import parse_experiment
-    from orchestrator.tracking_checks import check_tracking
+    from orchestrator.experiment.spec import parse_experiment
+    from orchestrator.preflight.tracking import check_tracking
 
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

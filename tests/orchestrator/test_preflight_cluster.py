@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster import start_ray
-from orchestrator.coco.generate import generate
-from orchestrator.node_checks import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
-from orchestrator.plan import Hardware, expand
-from orchestrator.preflight_cluster import Node, check_fit, check_token, needs_several_hosts
-from orchestrator.spec import SpecError, parse_experiment
-from tests.orchestrator.bad_input import base_experiment
+from orchestrator.data.generate import generate
+from orchestrator.execution.cluster import start_ray
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import SpecError, parse_experiment
+from orchestrator.preflight.cluster import Node, check_fit, check_token, needs_several_hosts
+from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
+from tests.builders.bad_input import base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -80,17 +80,17 @@ def test_a_trial_needs_several_hosts_where_none_holds_all_its_workers() -> None:
 def test_an_open_cluster_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reachable = [node("a", 1, 1, "10.0.0.1"), node("b", 1, 1, "10.0.0.2")]
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: False)
+    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: False)
     (finding,) = check_token(reachable)
     assert finding.level == "error" and "10.0.0.1, 10.0.0.2" in finding.what
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert [found.level for found in check_token(reachable)] == ["warning"]
-    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: True)
+    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: True)
     assert check_token(reachable) == []
 
 
 def test_a_cluster_on_loopback_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.preflight_cluster._token_is_on", lambda: False)
+    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: False)
     assert check_token([node("a", 1, 1, "127.0.0.2"), node("b", 1, 1, "127.0.0.3")]) == []
 
 
@@ -172,8 +172,8 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from orchestrator import preflight_cluster as preflight
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import parse_experiment
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import parse_experiment
 
 values, folder = json.loads(sys.argv[1]), sys.argv[2]
 cluster = Cluster(

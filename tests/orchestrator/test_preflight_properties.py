@@ -13,12 +13,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.coco.checks import Split, check_split
-from orchestrator.coco.generate import generate
-from orchestrator.coco.rle import check_rle, sum_compressed_counts
+from orchestrator.data.checks import Split, check_split
+from orchestrator.data.generate import generate
+from orchestrator.data.rle import check_rle, sum_compressed_counts
+from orchestrator.experiment.spec import SpecError, load_experiment
 from orchestrator.findings import to_json
-from orchestrator.spec import SpecError, load_experiment
-from tests.orchestrator.bad_input import base_experiment
+from tests.builders.bad_input import base_experiment
 
 if TYPE_CHECKING:
     from orchestrator.findings import Finding

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.coco.generate import generate
-from tests.orchestrator.bad_input import Project, base_experiment
+from orchestrator.data.generate import generate
+from tests.builders.bad_input import Project, base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.spec import CONFIGS
+from orchestrator.experiment.spec import CONFIGS
 from tests.conftest import run_command
 
 pytestmark = [pytest.mark.shared, pytest.mark.train]

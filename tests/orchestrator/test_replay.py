@@ -5,11 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.logs.lines import ReplayError
-from orchestrator.replay import Targets, experiment_result, replay, track, write
-from orchestrator.results import TrialResult
+from orchestrator.figures.records import TrialResult
+from orchestrator.replay.__main__ import experiment_result, replay, track, write
+from orchestrator.replay.lines import ReplayError
+from orchestrator.replay.replayed import Targets
+from tests.builders.logs import MadeLog, whole_run
 from tests.conftest import run_command
-from tests.orchestrator.made_logs import MadeLog, whole_run
 
 
 def _read(made: MadeLog, folder, **options) -> TrialResult:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from orchestrator import report
-from orchestrator.comparison import differing, labels, result_differences
-from orchestrator.pages import page
-from orchestrator.report import try_report, write_comparison, write_report
-from orchestrator.run_folder import read_run_folder
-from orchestrator.table import table_rows
-from tests.orchestrator.made_run import made_experiment, make_run
+from orchestrator.report import __main__ as report
+from orchestrator.report import page
+from orchestrator.report.__main__ import try_report, write_comparison, write_report
+from orchestrator.report.comparison import differing, labels, result_differences
+from orchestrator.report.table import table_rows
+from orchestrator.runlog.folder import read_run_folder
+from tests.builders.run_folder import made_experiment, make_run
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "measurement.md"
 

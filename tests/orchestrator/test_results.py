@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from orchestrator.pages.page import KINDS, OTHER_DEFINITIONS
-from orchestrator.results import ExperimentResult, TrialResult, trial_result
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.trial import trial_result
+from orchestrator.report.page import KINDS, OTHER_DEFINITIONS
+from tests.builders.trials import Story, plan, trained
 from tests.conftest import ROOT
-from tests.orchestrator.made_trials import Story, plan, trained
-from trainers.contract import Event, WorkerFailed, event_from_json
+from trainers.contract.events import Event, WorkerFailed, event_from_json
 
 
 def _result(story: Story) -> TrialResult:

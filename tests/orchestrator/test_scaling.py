@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.records import CurvePoint, TrialResult
-from orchestrator.scaling import compare, repeat_rows, scaling_fits, scaling_rows
-from orchestrator.spread import ratio_between_repeats, spread, t_975
+from orchestrator.figures.record_parts import CurvePoint
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.scaling import compare, repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.spread import ratio_between_repeats, spread, t_975
 
 
 def _trial(world_size: int, seconds: list[float], batch: int = 8, start: int = 0, **fields: object) -> TrialResult:

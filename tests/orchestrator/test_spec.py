@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.spec import CONFIGS, DEFAULT_CONFIG, SpecError, experiment_schema, load_experiment, parse_experiment
+from orchestrator.experiment.spec import (
+    CONFIGS,
+    DEFAULT_CONFIG,
+    SpecError,
+    experiment_schema,
+    load_experiment,
+    parse_experiment,
+)
 from tests.conftest import run_command, tiny_experiment
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))

@@ -4,9 +4,17 @@ import io
 import pytest
 from rich.console import Console
 
-from orchestrator.results import Evaluation, ExperimentResult, ScalingRow, TrialResult
-from orchestrator.spec import ReferenceRow
-from orchestrator.table import closing_table, csv_table, escape_markdown, markdown_table, neutral_cell, table_rows
+from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.record_parts import Evaluation
+from orchestrator.figures.records import ExperimentResult, ScalingRow, TrialResult
+from orchestrator.report.table import (
+    closing_table,
+    csv_table,
+    escape_markdown,
+    markdown_table,
+    neutral_cell,
+    table_rows,
+)
 
 
 def _result(*trials: TrialResult, **fields: object) -> ExperimentResult:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from orchestrator.telemetry import Sign
-from orchestrator.watchdog import Stuck, Watchdog
-from trainers.contract import Heartbeat, Section
+from orchestrator.execution.event_pump import Sign
+from orchestrator.execution.watchdog import Stuck, Watchdog
+from trainers.contract.events import Heartbeat, Section
 
 TIMEOUTS = {"setup": 60.0, "step": 10.0, "evaluation": 30.0, "checkpoint": 20.0, "report": 10.0, "heartbeat": 5.0}
 

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import conv2d
 
 from benchmarks.training import demo
-from trainers import convolution, mask_rcnn
-from trainers.convolution import install, three_by_three
+from trainers import mask_rcnn
+from trainers.speedups import convolution
+from trainers.speedups.convolution import install, three_by_three
 
 ROUNDING = 3e-5
 """Greatest difference to a convolution in 64 bits, as a share of the largest value."""

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 
 from trainers import dataset_cache
-from trainers.contract import DatasetPlan
+from trainers.contract.plan import DatasetPlan
 from trainers.dataset_cache import CachedRecords, cached_records, image_sizes
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco"

@@ -18,8 +18,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from trainers.fast_mapper import FastMapper, read_image, resize
-from trainers.mask_targets import PackedPolygons
+from trainers.speedups.fast_mapper import FastMapper, read_image, resize
+from trainers.speedups.mask_targets import PackedPolygons
 
 KINDS = {
     "jpg": ("L", "RGB", "CMYK", "1"),

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import parse_experiment
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import parse_experiment
 from tests.conftest import TINY_OVERRIDES, tiny_experiment
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.mask_rcnn import ConfigurationError, build_config, build_detector, check_weights
 
 ZOO = [

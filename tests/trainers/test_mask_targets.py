@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from trainers.mask_targets import PackedPolygons, pack, rasterize
+from trainers.speedups.mask_targets import PackedPolygons, pack, rasterize
 
 Polygons = list[list[np.ndarray[Any, Any]]]
 

@@ -18,21 +18,20 @@ import pytest
 
 from benchmarks.ours import write_plan
 from tests.trainers.test_resume import last, plan_of, train
-from trainers.contract import (
-    Attempt,
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
     Event,
     LoopFinished,
     LoopStarted,
     StepsDone,
-    TrialPlan,
     WorkerFailed,
     event_from_json,
 )
+from trainers.contract.plan import Attempt, TrialPlan
 from trainers.loading import BadInputError
 from trainers.rank import Rank
-from trainers.worker import Channel, Placement
 
 pytestmark = pytest.mark.train
 

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.training import demo
-from trainers import mask_rcnn, proposals
+from trainers import mask_rcnn
+from trainers.speedups import proposals
 
 SIZES = [(96, 96), (80, 96), (96, 61)]
 

@@ -9,24 +9,23 @@ from typing import Any
 
 import pytest
 
-from orchestrator.coco.generate import generate
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import Experiment
+from orchestrator.data.generate import generate
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import Experiment
 from tests.conftest import TINY_OVERRIDES, tiny_experiment
-from trainers.contract import (
-    Attempt,
+from trainers.contract.channel import Channel, Command, Placement
+from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
     Event,
     LoopFinished,
     LoopStarted,
     StepsDone,
-    TrialPlan,
     WorkerFailed,
 )
+from trainers.contract.plan import Attempt, TrialPlan
 from trainers.faults import VARIABLE, Fault, fired
 from trainers.rank import Rank
-from trainers.worker import Channel, Command, Placement
 
 pytestmark = pytest.mark.train
 

@@ -8,7 +8,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import nn
 
-from trainers.roi_pooling import SparsePooler, install
+from trainers.speedups.roi_pooling import SparsePooler, install
 
 
 def boxes(num: int, height: int, width: int, generator: torch.Generator) -> Boxes:

@@ -19,17 +19,18 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from benchmarks.ours import train_in_process
-from orchestrator.coco.generate import generate
-from orchestrator.plan import Hardware, expand
-from orchestrator.spec import parse_experiment
+from orchestrator.data.generate import generate
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.spec import parse_experiment
 from tests.conftest import tiny_experiment
 from trainers import mask_rcnn
-from trainers.contract import Evaluated, LoopFinished, TrialPlan
+from trainers.contract.events import Evaluated, LoopFinished
+from trainers.contract.plan import TrialPlan
 from trainers.loading import batches_of_a_size
 from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
-from trainers.roi_pooling import SparsePooler
-from trainers.sgd import clip_each, tune_optimizer
-from trainers.speed import quiet_mask_loss, resolve_precision
+from trainers.speedups.apply import quiet_mask_loss, resolve_precision
+from trainers.speedups.roi_pooling import SparsePooler
+from trainers.speedups.sgd import clip_each, tune_optimizer
 
 
 @pytest.fixture(autouse=True)

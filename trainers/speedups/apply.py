@@ -16,8 +16,8 @@ from detectron2.modeling.roi_heads import fast_rcnn, mask_head
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from trainers import convolution, proposals, roi_pooling
 from trainers.recipes import Precision, Recipe
+from trainers.speedups import convolution, proposals, roi_pooling
 
 logger = logging.getLogger(__name__)
 

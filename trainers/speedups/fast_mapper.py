@@ -30,7 +30,7 @@ from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainers.mask_targets import PackedPolygons, pack
+from trainers.speedups.mask_targets import PackedPolygons, pack
 
 Pixels = NDArray[np.uint8]
 """An image, (height, width, 3)."""

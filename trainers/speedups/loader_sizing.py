@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.loading import TrainingImages
 from trainers.loop import StepWindow, TrainingLoop
 

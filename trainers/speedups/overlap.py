@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers import mask_rcnn
-from trainers.contract import TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator, Scores
 
 _ALIGNMENT = 16  # bytes: a tensor of any type may begin there

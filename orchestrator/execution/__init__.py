@@ -1,0 +1,1 @@
+"""Runs trials: the only package that uses Ray."""

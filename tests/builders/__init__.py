@@ -1,0 +1,1 @@
+"""What several tests build: logs, run folders, trials, projects with bad input, and benches for faults."""

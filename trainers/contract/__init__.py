@@ -1,0 +1,1 @@
+"""What crosses the process boundary between driver and workers; standard library only."""

@@ -1,0 +1,167 @@
+"""What the driver hands to a trial's workers: the plan of the trial, and which start of it this is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainers.recipes import Recipe
+
+Scaling = Literal["weak", "strong"]
+
+
+PREFETCHED_BATCHES = 4
+"""Batches that each loader process holds ready."""
+
+
+SAMPLES_FILE = "sample_detections.json"
+"""In a trial's folder: `image_ids` of a few validation images, and their `detections` of the last evaluation as COCO's
+results format has them. The file with all detections is hundreds of megabytes on COCO; this one is for looking."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetPlan:
+    """One COCO-format data set: an annotation file and the folder its images lie in.
+
+    Attributes:
+        name: Name under which detectron2 knows it.
+        annotations: Absolute path of the annotation JSON.
+        images: Absolute path of the folder that `file_name` is relative to.
+    """
+
+    name: str
+    annotations: str
+    images: str
+
+
+@dataclass(frozen=True, slots=True)
+class SolverPlan:
+    """The schedule after scaling to the trial's world size.
+
+    Attributes:
+        global_batch_size: Images per iteration over all workers; divisible by the world size.
+        base_lr: Learning rate after warm-up.
+        max_iter: Length of the schedule in iterations.
+        steps: Iterations at which the learning rate drops.
+        warmup_iters: Iterations of warm-up of the learning rate.
+        eval_period: Iterations between evaluations; 0 for none before the end.
+        evaluate_at_end: Whether the last iteration is followed by an evaluation.
+        checkpoint_period: Iterations between checkpoints; 0 for none.
+    """
+
+    global_batch_size: int
+    base_lr: float
+    max_iter: int
+    steps: tuple[int, ...]
+    warmup_iters: int
+    eval_period: int
+    evaluate_at_end: bool
+    checkpoint_period: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrialPlan:
+    """Everything a worker needs to train one trial, and everything `--dry-run` prints of it.
+
+    Attributes:
+        experiment: Name of the experiment.
+        name: Name of the trial, unique within the run and fit for a path.
+        world_size: Number of workers, one per accelerator.
+        num_nodes: Number of hosts the workers spread over equally; None for the fewest that take them equally.
+        min_workers: Fewest workers it may go on with after a failure; None for no fewer than `world_size`.
+        recipe_name: Name of the recipe.
+        recipe: Its switches, with the experiment's own changes applied.
+        seed: Seed of the weights, the training order and the augmentations.
+        scaling: `weak` (batch per worker fixed) or `strong` (global batch fixed).
+        protocol: `throughput` or `time_to_train`.
+        config_file: Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file.
+        overrides: detectron2 keys (dotted) and their values, applied over the config file.
+        weights: `detectron2://…`, an absolute path, or "" for random weights; None keeps the config file's.
+        weights_sha256: Hash a weight file must have; None for not checked.
+        train: Training data.
+        val: Validation data.
+        num_classes: Number of categories of the data; None keeps the model config's.
+        solver: The scaled schedule.
+        throughput_warmup_iters: Iterations left out of the throughput window.
+        target_box_ap: Box AP at which the run counts as trained; None for no target.
+        target_mask_ap: Likewise for masks.
+        stop_at_target: Whether training ends when all targets are met.
+        device: `cuda` or `cpu`.
+        cpus_per_worker: CPUs a worker reserves; its threads are pinned to that number.
+        loader_workers: Loader processes per worker at the start; 0 loads in the training process.
+        most_loader_workers: As many as it may become once the speed of loader and step is known; 0 to leave it.
+        log_period: Iterations between progress events, also the window of device synchronisation.
+        trial_dir: Absolute path of the trial's folder: logs, detections; the same for all workers.
+        checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
+        keep_checkpoints: How many of the newest checkpoints are kept besides the best.
+        timeouts: Seconds a section may take before its worker counts as stuck; `heartbeat`: without a sign of life.
+        survive_storage: Whether training goes on when a checkpoint cannot be written.
+        price_per_accelerator_hour: What one accelerator costs for an hour, in any currency; None where not known.
+    """
+
+    experiment: str
+    name: str
+    world_size: int
+    num_nodes: int | None
+    recipe_name: str
+    recipe: Recipe
+    seed: int
+    scaling: Scaling
+    protocol: Literal["throughput", "time_to_train"]
+    config_file: str
+    overrides: dict[str, Any]
+    weights: str | None
+    weights_sha256: str | None
+    train: DatasetPlan
+    val: DatasetPlan
+    num_classes: int | None
+    solver: SolverPlan
+    throughput_warmup_iters: int
+    target_box_ap: float | None
+    target_mask_ap: float | None
+    stop_at_target: bool
+    device: Literal["cuda", "cpu"]
+    cpus_per_worker: int
+    loader_workers: int
+    log_period: int
+    trial_dir: str
+    checkpoint_dir: str
+    keep_checkpoints: int
+    timeouts: dict[str, float] = field(default_factory=dict)
+    survive_storage: bool = False
+    price_per_accelerator_hour: float | None = None
+    min_workers: int | None = None
+    most_loader_workers: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
+        """A plan from what `dataclasses.asdict` made of it, also after a round trip through JSON."""
+        solver = values["solver"]
+        return cls(
+            **{
+                **values,
+                "recipe": Recipe(**values["recipe"]),
+                "train": DatasetPlan(**values["train"]),
+                "val": DatasetPlan(**values["val"]),
+                "solver": SolverPlan(**{**solver, "steps": tuple(solver["steps"])}),
+            }
+        )
+
+    @property
+    def batch_per_worker(self) -> int:
+        """Images per iteration on one worker."""
+        return self.solver.global_batch_size // self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of a trial's workers: the first, or one after a failure or `--resume`.
+
+    Attributes:
+        number: 0 for the first.
+        train_started: When the training function of attempt 0 first ran (Unix seconds); None in attempt 0.
+            The seed clock counts from here.
+    """
+
+    number: int = 0
+    train_started: float | None = None

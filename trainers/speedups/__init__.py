@@ -1,0 +1,1 @@
+"""What a recipe exchanges: faster versions of parts of detectron2."""
