@@ -31,7 +31,7 @@ class Finding:
         file: File, folder or field of the experiment it is about; "" where none is.
         id: Which entry of it, such as `annotation 17`; "" where none is.
         what: What is wrong, with the value that was found.
-        mend: What to do about it.
+        hint: What to do about it.
     """
 
     level: Level
@@ -39,12 +39,12 @@ class Finding:
     file: str
     id: str
     what: str
-    mend: str
+    hint: str
 
     def to_line(self) -> str:
         """Tells it in one line, for logs."""
         place = ": ".join(part for part in (self.file, self.id) if part)
-        return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.mend}."
+        return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.hint}."
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Finding:
@@ -60,13 +60,13 @@ class FindingList:
         self._seen: Counter[tuple[str, str]] = Counter()
         self._last: dict[tuple[str, str], Finding] = {}
 
-    def error(self, code: str, file: str, id: str, what: str, mend: str) -> None:
+    def error(self, code: str, file: str, id: str, what: str, hint: str) -> None:
         """Adds an error."""
-        self.add(Finding("error", code, file, id, what, mend))
+        self.add(Finding("error", code, file, id, what, hint))
 
-    def warning(self, code: str, file: str, id: str, what: str, mend: str) -> None:
+    def warning(self, code: str, file: str, id: str, what: str, hint: str) -> None:
         """Adds a warning."""
-        self.add(Finding("warning", code, file, id, what, mend))
+        self.add(Finding("warning", code, file, id, what, hint))
 
     def add(self, finding: Finding) -> None:
         """Adds a finding, its words made printable."""
@@ -76,7 +76,7 @@ class FindingList:
             printable(finding.file),
             printable(finding.id),
             # A tree of folders takes lines of its own; names from a data set are quoted in what is said.
-            *("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.mend)),
+            *("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.hint)),
         )
         key = (finding.file, finding.code)
         self._seen[key] += 1
@@ -89,7 +89,7 @@ class FindingList:
         """Gives all findings, errors first, otherwise in the order they were made."""
         more = [
             Finding(
-                last.level, last.code, last.file, "", f"and {self._seen[key] - MAX_LISTED:,} more like this", last.mend
+                last.level, last.code, last.file, "", f"and {self._seen[key] - MAX_LISTED:,} more like this", last.hint
             )
             for key, last in self._last.items()
         ]
@@ -107,7 +107,7 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 
 
 def to_json(findings: Sequence[Finding], **more: Any) -> str:
-    """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, file, id, what, mend}], **more}`."""
+    """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, file, id, what, hint}], **more}`."""
     import orjson
 
     levels = Counter(finding.level for finding in findings)
@@ -136,12 +136,12 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
             console.print(finding.to_line(), markup=False, highlight=False, soft_wrap=True, emoji=False)
     else:
         table = Table(box=box.SIMPLE_HEAD, title=None, show_lines=True, pad_edge=False)
-        for heading, ratio in (("", None), ("where", 3), ("what", 4), ("how to mend", 4)):
+        for heading, ratio in (("", None), ("where", 3), ("what", 4), ("how to fix", 4)):
             table.add_column(heading, ratio=ratio, overflow="fold")
         for finding in findings:
             style = "bold red" if finding.level == "error" else "yellow"
             where = "\n".join(part for part in (finding.file, finding.id) if part)
-            table.add_row(Text(finding.level, style), Text(where), Text(finding.what), Text(finding.mend))
+            table.add_row(Text(finding.level, style), Text(where), Text(finding.what), Text(finding.hint))
         console.print(table)
     levels = Counter(finding.level for finding in findings)
     console.print(

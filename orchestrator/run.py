@@ -254,7 +254,7 @@ class Session:
             tags={f"run.{key}": value for key, value in result.environment.items()}
             | {WORKING_DIRECTORY: str(Path.cwd())},
         )
-        pump.tell(started)
+        pump.emit(started)
         gc.freeze()  # all so far stays; only what comes from here on is looked through
         ended = []
         for plan in plans:
@@ -320,7 +320,7 @@ class Session:
         report, report_failure = try_report(result, self.run_dir)
         write_airank_summary(result, self.run_dir)
         status: Literal["FINISHED", "FAILED", "KILLED"] = result.status if result.status != "RUNNING" else "FAILED"
-        pump.tell(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
+        pump.emit(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
         tracked = tracker.finish(timeout=30)
         # Runs that MLflow learnt of only now: their ids belong into the results as well.
         ids = tracker.run_ids()

@@ -13,7 +13,7 @@ import pycocotools.mask
 import torch
 from detectron2.structures import Instances
 
-LARGEST_CALL = 255
+MAX_POINTS_PER_CALL = 255
 """Masks per call: pycocotools 2.0.11 counts some arrays in 8 bits."""
 
 
@@ -52,8 +52,8 @@ def encode(masks: torch.Tensor) -> list[dict[str, Any]]:
     """
     columns = masks.transpose(1, 2).contiguous().cpu().view(torch.uint8).numpy()
     rles: list[dict[str, Any]] = []
-    for first in range(0, len(columns), LARGEST_CALL):
-        rles += pycocotools.mask.encode(columns[first : first + LARGEST_CALL].transpose(2, 1, 0))
+    for first in range(0, len(columns), MAX_POINTS_PER_CALL):
+        rles += pycocotools.mask.encode(columns[first : first + MAX_POINTS_PER_CALL].transpose(2, 1, 0))
     for rle in rles:
         rle["counts"] = rle["counts"].decode("ascii")
     return rles

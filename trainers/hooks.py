@@ -154,7 +154,7 @@ class EvaluationHook:
             return
         scores = self.evaluator.run(unwrapped(loop.model))
         if loop.rank == 0:
-            self._tell(loop.iteration, scores, time.time(), time.perf_counter() - started, scores.part_seconds)
+            self._emit(loop.iteration, scores, time.time(), time.perf_counter() - started, scores.part_seconds)
         self._agree(loop)
 
     def owed(self, iteration: int) -> bool:
@@ -187,11 +187,11 @@ class EvaluationHook:
             scores, seconds = found
             stall = self._stall + time.perf_counter() - waiting_since
             known = scores.mask_scored or scores.box_scored
-            self._tell(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
+            self._emit(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
             if (box_ap := scores.figures.get("box_ap")) is not None:
                 self.rate(self._begun, box_ap)
 
-    def _tell(
+    def _emit(
         self, iteration: int, scores: Scores, known: float, seconds: float, part_seconds: dict[str, float]
     ) -> None:
         plan = self.plan

@@ -18,7 +18,7 @@ from trainers.contract.channel import Channel, Placement
 logger = logging.getLogger(__name__)
 
 
-CONFIRM_SECONDS = 30.0
+CONFIRM_TIMEOUT_SECONDS = 30.0
 """Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint."""
 
 
@@ -46,14 +46,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     def arrived() -> int:
         # Calls of one process are answered in their order: when this one is, all that was pushed before has arrived.
-        return int(ray.get(telemetry.arrived.remote(), timeout=CONFIRM_SECONDS))
+        return int(ray.get(telemetry.arrived.remote(), timeout=CONFIRM_TIMEOUT_SECONDS))
 
     def flush() -> None:
         _answer(arrived)
 
     def kept() -> bool:
-        number, deadline = arrived(), time.monotonic() + CONFIRM_SECONDS
-        while ray.get(telemetry.written.remote(), timeout=CONFIRM_SECONDS) < number:
+        number, deadline = arrived(), time.monotonic() + CONFIRM_TIMEOUT_SECONDS
+        while ray.get(telemetry.written.remote(), timeout=CONFIRM_TIMEOUT_SECONDS) < number:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class UnreadableError(Exception):
-    """The annotation file cannot be parsed; `what` and `mend` as in a finding."""
+    """The annotation file cannot be parsed; `what` and `hint` as in a finding."""
 
-    def __init__(self, code: str, what: str, mend: str) -> None:
+    def __init__(self, code: str, what: str, hint: str) -> None:
         super().__init__(what)
-        self.code, self.what, self.mend = code, what, mend
+        self.code, self.what, self.hint = code, what, hint
 
 
 class _Document(msgspec.Struct):
@@ -67,7 +67,7 @@ def parse_annotations(content: bytes) -> tuple[Any, bool]:
                 "Copy or download it again: the end is missing",
             ) from None
         raise UnreadableError(
-            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Mend that place"
+            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Hint that place"
         ) from None
 
 
@@ -157,8 +157,8 @@ def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingLis
         for image in images:
             if image.file_name in seen:
                 what = f"its file {shorten(image.file_name)} is image {seen[image.file_name]}'s too"
-                mend = "Merge the two entries: each would be trained on or scored without the other's objects"
-                findings.warning("duplicate_file_name", file, f"image {image.id}", what, mend)
+                hint = "Merge the two entries: each would be trained on or scored without the other's objects"
+                findings.warning("duplicate_file_name", file, f"image {image.id}", what, hint)
             seen.setdefault(image.file_name, image.id)
     return images
 

@@ -109,7 +109,7 @@ def check_split(
         try:
             document, may_hold_nan = parse_annotations(content)
         except UnreadableError as error:
-            findings.error(error.code, file, "", error.what, error.mend)
+            findings.error(error.code, file, "", error.what, error.hint)
             return SplitReport(findings.to_list(), None)
         del content
         images = check_annotations(
@@ -140,8 +140,8 @@ def compare_splits(train: SplitSummary, val: SplitSummary) -> list[Finding]:
     only_train = {key: name for key, name in train.categories.items() if val.categories.get(key) != name}
     only_val = {key: name for key, name in val.categories.items() if train.categories.get(key) != name}
     what = f"the categories differ from the training set's: there {_show(only_train)}, here {_show(only_val)}"
-    mend = "Give both files the same list of categories: a class number would mean different things in each"
-    findings.error("categories_disagree", val.annotations, "categories", what, mend)
+    hint = "Give both files the same list of categories: a class number would mean different things in each"
+    findings.error("categories_disagree", val.annotations, "categories", what, hint)
     return findings.to_list()
 
 
@@ -154,13 +154,13 @@ def _compare_with_official(split: Split, summary: SplitSummary, findings: Findin
             what = (
                 f"{counts[0]:,} images and {counts[1]:,} annotations; COCO 2017 has {official[0]:,} and {official[1]:,}"
             )
-            mend = "Nothing, if a part of COCO is meant; figures are not comparable with COCO's"
-            findings.warning("counts_differ", summary.annotations, "", what, mend)
+            hint = "Nothing, if a part of COCO is meant; figures are not comparable with COCO's"
+            findings.warning("counts_differ", summary.annotations, "", what, hint)
     elif ids and sorted(ids) != list(range(min(ids), min(ids) + len(ids))):
         mapping = {category_id: index for index, category_id in enumerate(ids)}
         what = f"the category ids have gaps; detectron2 numbers the classes {_show(mapping)}"
-        mend = "Nothing, if that is meant: results are written with the original ids"
-        findings.warning("category_gaps", summary.annotations, "categories", what, mend)
+        hint = "Nothing, if that is meant: results are written with the original ids"
+        findings.warning("category_gaps", summary.annotations, "categories", what, hint)
 
 
 def _soften_official(summary: SplitSummary, findings: list[Finding]) -> list[Finding]:

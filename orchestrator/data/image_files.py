@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
     code: str
     what: str
-    mend: str
+    hint: str
 
 
 FoundFile = tuple[int, int, bool]
@@ -109,24 +109,24 @@ def check_images(
             else:
                 missing.append(image)
         if problem:
-            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.mend)
+            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.hint)
     _report_missing(missing, len(images), root, listing, findings)
     names = {task[0]: task[1] for task in tasks}
     for image_id, problem in _inspect_all(tasks, verify, on_progress):
         level = findings.warning if problem.code == "exif_ambiguous" else findings.error
-        level(problem.code, f"{root}/{names[image_id]}", f"image {image_id}", problem.what, problem.mend)
+        level(problem.code, f"{root}/{names[image_id]}", f"image {image_id}", problem.what, problem.hint)
     return len(tasks)
 
 
 def check_name(name: str) -> Problem | None:
     """Refuses a `file_name` that is no path inside the image folder: absolute, with `..`, or no path at all."""
-    mend = "Write it relative to the image folder"
+    hint = "Write it relative to the image folder"
     if "\0" in name or len(name) > 4000 or any("\ud800" <= character <= "\udfff" for character in name):
-        return Problem("path_invalid", f"file_name {name[:80]!r} cannot be a path", mend)
+        return Problem("path_invalid", f"file_name {name[:80]!r} cannot be a path", hint)
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
-        return Problem("path_absolute", f"file_name {name!r} is absolute", mend)
+        return Problem("path_absolute", f"file_name {name!r} is absolute", hint)
     if ".." in name and ".." in name.replace("\\", "/").split("/"):
-        return Problem("path_parent", f"file_name {name!r} leaves the image folder with '..'", mend)
+        return Problem("path_parent", f"file_name {name!r} leaves the image folder with '..'", hint)
     return None
 
 
@@ -137,8 +137,8 @@ def _report_missing(
         example = missing[0].file_name
         there = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
         what = f"none of the {num_images:,} images is in this folder, {example!r} for one; {there}"
-        mend = "Name the folder that the file_name entries are relative to"
-        findings.error("image_missing", str(root), "all images", what, mend)
+        hint = "Name the folder that the file_name entries are relative to"
+        findings.error("image_missing", str(root), "all images", what, hint)
         return
     folded = {name.casefold(): name for name in listing} if missing else {}
     for image in missing:
@@ -242,8 +242,8 @@ def _check_size(size: tuple[int, int], orientation: int, width: int, height: int
         turned = f" once turned as its EXIF orientation {orientation} says" if orientation in TURNED else ""
         what = f"the image has {shown[0]} x {shown[1]} pixels{turned}; {width} x {height} are annotated"
         if orientation in TURNED and size == (width, height):
-            mend = "Turn the pixels and drop the EXIF orientation, or annotate the turned image: detectron2 turns it"
-            return Problem("exif_orientation", what, mend)
+            hint = "Turn the pixels and drop the EXIF orientation, or annotate the turned image: detectron2 turns it"
+            return Problem("exif_orientation", what, hint)
         return Problem("size_mismatch", what, "Correct width and height of its entry, or restore the annotated image")
     if orientation in FLIPPED or (orientation in TURNED and width == height):
         turn = FLIPPED.get(orientation) or TURNED[orientation]

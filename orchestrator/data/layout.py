@@ -31,17 +31,17 @@ def find_splits(path: Path) -> tuple[list[Split], list[Finding]]:
         if any(present.values()) and not present[part]:
             broken = split.annotations.is_file() or split.images.is_dir()
             report = findings.error if broken else findings.warning
-            report("layout", str(root), part, f"there is no complete {part} set:\n{show_tree(root, [split])}", MEND)
+            report("layout", str(root), part, f"there is no complete {part} set:\n{show_tree(root, [split])}", HINT)
     return [split for part, split in splits.items() if present[part]], findings.to_list()
 
 
-MEND = "Move or link the files there, or run `python -m orchestrator.data fetch coco2017`"
+HINT = "Move or link the files there, or run `python -m orchestrator.data fetch coco2017`"
 
 
 def layout_finding(root: Path, splits: list[Split]) -> Finding:
     """Makes the finding for a data set that is not where it was looked for, with the tree that was."""
     what = f"not in COCO's layout; looked for:\n{show_tree(root, splits)}"
-    return Finding("error", "layout", str(root), "", what, _suggest(root) or MEND)
+    return Finding("error", "layout", str(root), "", what, _suggest(root) or HINT)
 
 
 def _suggest(root: Path) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from orchestrator.data.rle import check_rle
 from orchestrator.data.values import (
-    LARGEST_ID,
+    MAX_ID,
     REGENERATE,
     Annotation,
     ImageEntry,
@@ -59,8 +59,8 @@ def check_objects(
     ids = np.array([entry.id for entry in usable], dtype=np.int64)
     for annotation_id in find_duplicates(ids.tolist()):
         what = f"{int((ids == annotation_id).sum())} annotations have this id"
-        mend = "Number the annotations anew: detectron2 and COCO's scorer take two with one id for one"
-        findings.error("duplicate_annotation_id", file, f"annotation {annotation_id}", what, mend)
+        hint = "Number the annotations anew: detectron2 and COCO's scorer take two with one id for one"
+        findings.error("duplicate_annotation_id", file, f"annotation {annotation_id}", what, hint)
     if for_scoring and (ids == 0).any():
         what = "has id 0, which COCO's scorer (pycocotools) takes for 'no match': its object can never be found"
         findings.warning("annotation_id_zero", file, "annotation 0", what, "Number annotations from 1")
@@ -113,12 +113,12 @@ def _check_counting(
                 what = f"its iscrowd is {shorten(crowd)}, not 0 or 1"
                 findings.error("annotation_entry", file, f"annotation {ids[index]}", what, REGENERATE)
             elif for_scoring:
-                mend = 'Write "iscrowd": 0'
-                findings.error("iscrowd_missing", file, f"annotation {ids[index]}", "has no iscrowd", mend)
+                hint = 'Write "iscrowd": 0'
+                findings.error("iscrowd_missing", file, f"annotation {ids[index]}", "has no iscrowd", hint)
         if not is_number(area) or (may_hold_nan and not math.isfinite(area)) or area < 0:
             what = "has no area" if area is None else f"its area is {shorten(area)}"
-            mend = "Write the mask's area in pixels, or the box's: COCO's scorer sorts objects into sizes by it"
-            report("area_missing", file, f"annotation {ids[index]}", what, mend)
+            hint = "Write the mask's area in pixels, or the box's: COCO's scorer sorts objects into sizes by it"
+            report("area_missing", file, f"annotation {ids[index]}", what, hint)
 
 
 def _check_boxes(
@@ -142,8 +142,8 @@ def _check_boxes(
     empty = finite & ((width <= 0) | (height <= 0))
     for index in np.flatnonzero(empty).tolist():
         what = f"its bbox {shorten(boxes[kept[index]])} has no area (x, y, width, height)"
-        mend = "Take it out, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
-        findings.error("box_empty", file, f"annotation {ids[kept[index]]}", what, mend)
+        hint = "Take it out, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
+        findings.error("box_empty", file, f"annotation {ids[kept[index]]}", what, hint)
     bounds = np.array([sizes[index] for index in kept.tolist()], dtype=np.float64).reshape(-1, 2)
     with np.errstate(invalid="ignore", over="ignore"):
         over = np.maximum.reduce([-x, -y, x + width - bounds[:, 0], y + height - bounds[:, 1]])
@@ -151,8 +151,8 @@ def _check_boxes(
     for index in np.flatnonzero(beyond).tolist():
         w, h = sizes[kept[index]]
         what = f"its bbox {shorten(boxes[kept[index]])} reaches out of its {w} x {h} image"
-        mend = "Cut it at the edge; are these corners (x0, y0, x1, y1), or for an image of another size?"
-        findings.error("box_outside", file, f"annotation {ids[kept[index]]}", what, mend)
+        hint = "Cut it at the edge; are these corners (x0, y0, x1, y1), or for an image of another size?"
+        findings.error("box_outside", file, f"annotation {ids[kept[index]]}", what, hint)
 
 
 def _check_masks(
@@ -182,8 +182,8 @@ def _check_masks(
         elif type(mask) is dict:
             reason = check_rle(mask, sizes[index])
             if reason:
-                mend = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
-                findings.error("rle_invalid", file, f"annotation {ids[index]}", reason, mend)
+                hint = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
+                findings.error("rle_invalid", file, f"annotation {ids[index]}", reason, hint)
             if not crowd[index]:
                 summary.num_rle += 1
                 summary.first_rle = ids[index] if summary.first_rle is None else summary.first_rle
@@ -221,7 +221,7 @@ def _polygon_problem(polygons: list[Any], *, may_hold_nan: bool) -> tuple[str, s
         if len(polygon) % 2:
             what = f"polygon {number} has an odd number of coordinates ({len(polygon)})"
             return "polygon_odd", what, "Write x and y of every corner"
-        if may_hold_nan and not all(-LARGEST_ID < value < LARGEST_ID for value in polygon):
+        if may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
             return "polygon_not_finite", f"polygon {number} holds NaN, infinity or a huge number", REGENERATE
     return None
 

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 import msgspec
 
-LARGEST_ID = 2**53
+MAX_ID = 2**53
 """Beyond it, JSON readers other than Python's no longer keep integers apart."""
 
 REGENERATE = "Correct the entry, or take it out and write the file again"
@@ -77,12 +77,12 @@ class SplitSummary:
 
 def is_id(value: Any) -> TypeGuard[int]:
     """Tells whether a value can be an id: an integer that every JSON reader keeps exactly."""
-    return type(value) is int and -LARGEST_ID < value < LARGEST_ID
+    return type(value) is int and -MAX_ID < value < MAX_ID
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Tells whether a value is a number of sensible size or NaN or infinity; a boolean is none."""
-    return type(value) is float or (type(value) is int and -LARGEST_ID < value < LARGEST_ID)
+    return type(value) is float or (type(value) is int and -MAX_ID < value < MAX_ID)
 
 
 def find_duplicates(ids: list[int]) -> list[int]:

@@ -18,10 +18,10 @@ from orchestrator.experiment.spec import SpecError
 from orchestrator.preflight.node import CREDENTIALS
 from trainers.contract.plan import TrialPlan
 
-CONNECT_SECONDS = 1.0
+CONNECT_TIMEOUT_SECONDS = 1.0
 """Longest wait for a node's Ray daemon to take a connection."""
 
-JOIN_SECONDS = 5.0
+JOIN_TIMEOUT_SECONDS = 5.0
 """Longest wait for a cluster's head to take a connection."""
 
 RAY_TRAIN_SETTINGS = {
@@ -96,7 +96,7 @@ def _nobody_listens(address: str) -> str:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_SECONDS).close()
+            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_SECONDS).close()
         except (OSError, OverflowError) as error:
             return str(error)
     return ""
@@ -147,6 +147,6 @@ def lost_nodes() -> set[str]:
 def _answers(node: dict[str, Any]) -> bool:
     with contextlib.suppress(OSError):
         address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-        socket.create_connection(address, timeout=CONNECT_SECONDS).close()
+        socket.create_connection(address, timeout=CONNECT_TIMEOUT_SECONDS).close()
         return True
     return False

@@ -18,14 +18,14 @@ from trainers.contract.events import Event, Heartbeat
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 0.25
+DRAIN_INTERVAL_SECONDS = 0.25
 
-ANSWER_SECONDS = 120.0
+RPC_TIMEOUT_SECONDS = 120.0
 """Longest wait for the actor, on a machine that has far too much to do; after it, the actor counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
+class HeartbeatSample:
     """A sign of life.
 
     Attributes:
@@ -48,7 +48,7 @@ class Telemetry:
         gc.enable()  # Ray's processes start without (`start_ray`), and this one lives as long as the run
         self._events: list[Event] = []
         self._taken = 0
-        self._heartbeats: dict[int, Sign] = {}
+        self._heartbeats: dict[int, HeartbeatSample] = {}
         self._command: Command = "run"
         self._attempt = 0
 
@@ -60,7 +60,7 @@ class Telemetry:
         """Takes a heartbeat and tells the worker what the driver wants."""
         if heartbeat.attempt < self._attempt:
             return "stop"  # it was cut off, and its trial was started again without it
-        self._heartbeats[heartbeat.rank] = Sign(heartbeat, time.time())
+        self._heartbeats[heartbeat.rank] = HeartbeatSample(heartbeat, time.time())
         return self._command
 
     def arrived(self) -> int:
@@ -71,7 +71,7 @@ class Telemetry:
         """Number of them that the driver is known to have on disk."""
         return self._taken
 
-    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, Sign], float]:
+    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, HeartbeatSample], float]:
         """Events after the first `taken`, how many there are by now, each rank's last heartbeat, and the time."""
         del self._events[: taken - self._taken]
         self._taken = taken
@@ -102,7 +102,7 @@ class EventPump:
     def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
         self.outbox, self._listeners = outbox, listeners
         self.events: list[Event] = [event for event, _ in outbox.read()]
-        self.heartbeats: dict[int, Sign] = {}
+        self.heartbeats: dict[int, HeartbeatSample] = {}
         self.drained = 0.0
         self.lost, self._taken = True, 0
         self._drain_lock = threading.Lock()
@@ -111,7 +111,7 @@ class EventPump:
         self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
         self._thread.start()
 
-    def tell(self, *events: Event) -> None:
+    def emit(self, *events: Event) -> None:
         """Takes events of the driver itself."""
         self.outbox.append(*events)
         self.events.extend(events)
@@ -139,14 +139,14 @@ class EventPump:
             if self.lost:
                 return
             try:
-                drained = ray.get(self.actor.drain.remote(self._taken), timeout=ANSWER_SECONDS)
+                drained = ray.get(self.actor.drain.remote(self._taken), timeout=RPC_TIMEOUT_SECONDS)
             except ray.exceptions.RayError as error:  # GetTimeoutError among them
                 logger.warning("the actor that takes the workers' events is lost: %s", error)
                 self.lost = True
                 return
             events, taken, self.heartbeats, self.drained = drained
             if events:
-                self.tell(*events)
+                self.emit(*events)
             self._taken = taken
 
     def close(self) -> None:
@@ -167,4 +167,4 @@ class EventPump:
             except OSError as error:
                 logger.warning("events could not be written down: %s", error)
                 time.sleep(1)
-            self._ended.wait(DRAIN_SECONDS)
+            self._ended.wait(DRAIN_INTERVAL_SECONDS)

@@ -1,6 +1,6 @@
 """Runs one trial to its end: starts its workers, looks after them, and decides about another start when they fail.
 
-The trap it protects against: Ray Train waits for a stuck worker for ever and starts again after failures that can never
+The trap it protects against: Ray Train waits for a stuck worker forever and starts again after failures that can never
 succeed. Here every wait has an end, and every end has a cause that is told.
 """
 
@@ -35,10 +35,10 @@ from trainers.contract.events import (
 )
 from trainers.contract.plan import Attempt, TrialPlan
 
-LOOK_SECONDS = 0.2
+POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks after the workers."""
 
-DRAIN_LOOK_SECONDS = 1.0
+DRAINING_POLL_INTERVAL_SECONDS = 1.0
 """How often it asks whether a node is to be taken away."""
 
 E = TypeVar("E", bound=Event)
@@ -74,9 +74,9 @@ class _Trial:
             self.number = max(event.attempt for event in earlier) + 1
             last = next((event for event in reversed(earlier) if isinstance(event, TrialEnded)), None)
             message = f"resumed after {last.reason}" if last else "resumed after its driver was lost"
-            self._tell_restart("resumed", message, _iterations(earlier))
+            self._emit_restart("resumed", message, _iterations(earlier))
         else:
-            self._tell(TrialStarted, plan=dataclasses.asdict(self.plan))
+            self._emit(TrialStarted, plan=dataclasses.asdict(self.plan))
         while True:
             cause, reason = self._attempt()
             if cause is None or reason or self.stop.requested:
@@ -84,12 +84,12 @@ class _Trial:
             iterations = max(cause.iteration, _iterations(self._own(Event)))
             self.number += 1
             message = f"rank {cause.rank}: {cause.message}" if cause.rank >= 0 else cause.message
-            self._tell_restart(cause.failure, message, iterations)
+            self._emit_restart(cause.failure, message, iterations)
         if cause is None:
-            return self._tell(TrialEnded, status="FINISHED", reason="")
+            return self._emit(TrialEnded, status="FINISHED", reason="")
         if self.stop.requested:
-            return self._tell(TrialEnded, status="KILLED", reason="stopped by the user")
-        return self._tell(TrialEnded, status="FAILED", reason=reason)
+            return self._emit(TrialEnded, status="KILLED", reason="stopped by the user")
+        return self._emit(TrialEnded, status="FAILED", reason=reason)
 
     def _attempt(self) -> tuple[WorkerFailed | None, str]:
         """One start of the workers, to its end.
@@ -108,8 +108,8 @@ class _Trial:
             return None, ""
         if self.pump.lost:
             message = "the actor that takes the workers' events was lost"
-            self.pump.tell(self._failure("communication", -1, message))
-        self._tell_lost(group.error)
+            self.pump.emit(self._failure("communication", -1, message))
+        self._emit_lost(group.error)
         cause = root_cause(self._own(WorkerFailed))
         if preempted or (finished and finished.reason == "preempted"):
             return self._failure(NOT_COUNTED, -1, "a node is being taken away"), ""
@@ -117,7 +117,7 @@ class _Trial:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
             cause = self._failure("unknown", -1, message)
             if not self.stop.requested:
-                self.pump.tell(cause)
+                self.pump.emit(cause)
         return cause, self.policy.give_up(cause, self._own(Event))
 
     def _look_after(self, group: WorkerGroup) -> bool:
@@ -125,7 +125,7 @@ class _Trial:
         watchdog = Watchdog(self.plan.timeouts, self.plan.world_size, time.time())
         stopping = preempted = False
         next_drain_look = 0.0
-        while not group.wait(LOOK_SECONDS):
+        while not group.wait(POLL_INTERVAL_SECONDS):
             if self.stop.requested and not stopping:
                 stopping = True
                 self.pump.order("stop", self.number)
@@ -136,7 +136,7 @@ class _Trial:
                 group.end()
                 break
             if not preempted and not stopping and time.monotonic() >= next_drain_look:
-                next_drain_look = time.monotonic() + DRAIN_LOOK_SECONDS
+                next_drain_look = time.monotonic() + DRAINING_POLL_INTERVAL_SECONDS
                 if draining_nodes() & {worker.node_id for worker in self._own(WorkerStarted)}:
                     preempted = True
                     self.pump.order("preempt", self.number)
@@ -144,7 +144,7 @@ class _Trial:
             stuck = watchdog.look(self.pump.heartbeats, self.pump.drained)
             if stuck:
                 for one in stuck:
-                    self.pump.tell(self._failure("stuck", one.rank, one.message, one.last, one.began))
+                    self.pump.emit(self._failure("stuck", one.rank, one.message, one.last, one.began))
                 ranks = {one.rank for one in stuck}
                 group.kill([worker for worker in self._own(WorkerStarted) if worker.rank in ranks])
                 if not group.wait(self.plan.timeouts["heartbeat"]):
@@ -152,7 +152,7 @@ class _Trial:
                 break
         return preempted
 
-    def _tell_lost(self, error: BaseException | None) -> None:
+    def _emit_lost(self, error: BaseException | None) -> None:
         """Tells of the ranks whose process or node went away: they could not tell it themselves.
 
         Of a lost node, a peer's broken connection may be all that was heard, or that its processes do not answer.
@@ -165,18 +165,18 @@ class _Trial:
         nodes = lost_nodes()
         lost = {worker.rank: worker.host for worker in self._own(WorkerStarted) if worker.node_id in nodes}
         for rank, host in lost.items():
-            self._tell_dead("worker_lost", rank, f"its node {host} was lost")
+            self._emit_dead("worker_lost", rank, f"its node {host} was lost")
         for rank in dead.keys() - lost.keys():
             reason = getattr(dead[rank], "health_check_failure", dead[rank])
             out_of_memory = "OOM" in str(reason) and "memory pressure" in str(reason)
             kind = "out_of_memory" if out_of_memory else "worker_lost"
             message = f"its process died: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}"
-            self._tell_dead(kind, rank, message)
+            self._emit_dead(kind, rank, message)
 
-    def _tell_dead(self, kind: str, rank: int, message: str) -> None:
+    def _emit_dead(self, kind: str, rank: int, message: str) -> None:
         sign = self.pump.heartbeats.get(rank)
         last, began = (sign.heartbeat, sign.received) if sign else (None, None)
-        self.pump.tell(self._failure(kind, rank, message, last, began))
+        self.pump.emit(self._failure(kind, rank, message, last, began))
 
     def _failure(
         self, kind: str, rank: int, message: str, last: Heartbeat | None = None, began: float | None = None
@@ -194,13 +194,13 @@ class _Trial:
             began=began,
         )
 
-    def _tell(self, kind: type[E], **fields: object) -> E:
+    def _emit(self, kind: type[E], **fields: object) -> E:
         event = kind(trial=self.plan.name, attempt=self.number, rank=-1, time=time.time(), **fields)
-        self.pump.tell(event)
+        self.pump.emit(event)
         return event
 
-    def _tell_restart(self, failure: str, message: str, iteration: int) -> None:
-        self._tell(TrialRestarted, failure=failure, message=message, iteration=iteration)
+    def _emit_restart(self, failure: str, message: str, iteration: int) -> None:
+        self._emit(TrialRestarted, failure=failure, message=message, iteration=iteration)
 
     def _own(self, kind: type[E]) -> list[E]:
         """Events of this attempt."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator.execution.event_pump import Sign
+from orchestrator.execution.event_pump import HeartbeatSample
 from trainers.contract.channel import ENDED
 from trainers.contract.events import Heartbeat
 
@@ -17,7 +17,7 @@ SECTIONS = ("setup", "report", "evaluation", "checkpoint", "step")
 
 PARTS = ("", "data", "forward", "backward", "optimizer")
 
-CONFIRM_SECONDS = 2.0
+CONFIRM_TIMEOUT_SECONDS = 2.0
 """How long a verdict must hold: after a sleep of the whole machine, everybody's last sign is old."""
 
 
@@ -51,7 +51,7 @@ class Watchdog:
         self._timeouts, self.world_size, self._started = timeouts, world_size, started
         self._suspected: tuple[set[int], float] = (set(), 0.0)
 
-    def look(self, signs: dict[int, Sign], now: float) -> list[Stuck]:
+    def look(self, signs: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
         """The ranks that are stuck, once that is certain.
 
         Args:
@@ -63,9 +63,9 @@ class Watchdog:
         if ranks != self._suspected[0]:
             self._suspected = (ranks, now)
             return []
-        return found if found and now - since >= CONFIRM_SECONDS else []
+        return found if found and now - since >= CONFIRM_TIMEOUT_SECONDS else []
 
-    def _find(self, signs: dict[int, Sign], now: float) -> list[Stuck]:
+    def _find(self, signs: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
         silent = [
             Stuck(rank, f"no sign of life for {now - sign.received:.0f} s", sign.heartbeat, sign.received)
             for rank, sign in signs.items()
@@ -90,7 +90,7 @@ class Watchdog:
             for seconds in [sign.seconds_in_section(now)]
         ]
 
-    def _overdue(self, sign: Sign, now: float) -> bool:
+    def _overdue(self, sign: HeartbeatSample, now: float) -> bool:
         heartbeat = sign.heartbeat
         return heartbeat.part != ENDED and sign.seconds_in_section(now) > self._timeouts[heartbeat.section]
 

@@ -36,10 +36,10 @@ from trainers.contract.plan import Attempt, TrialPlan
 
 logger = logging.getLogger(__name__)
 
-KILL_SECONDS = 20.0
+KILL_TIMEOUT_SECONDS = 20.0
 """Longest wait for a process to be gone."""
 
-NODES_LOOK_SECONDS = 1.0
+NODES_POLL_INTERVAL_SECONDS = 1.0
 """How often it is asked whether the nodes for an attempt are there."""
 
 SMALLER_AFTER_SECONDS = 60.0
@@ -167,7 +167,7 @@ class WorkerGroup:
             where = NodeAffinitySchedulingStrategy(worker.node_id, soft=False)
             tasks.append(kill.options(scheduling_strategy=where).remote(worker.pid))
         try:
-            ray.get(tasks, timeout=KILL_SECONDS)
+            ray.get(tasks, timeout=KILL_TIMEOUT_SECONDS)
         except Exception as error:  # the node may be gone, and its processes with it
             logger.warning("workers could not be killed: %s", error)
 
@@ -175,7 +175,7 @@ class WorkerGroup:
         """Ends the attempt, whatever it is at: Ray ends the workers whose place is taken away."""
         self._ended.set()
         _clear_placement_groups()
-        self.wait(KILL_SECONDS)
+        self.wait(KILL_TIMEOUT_SECONDS)
 
     def _fit(self) -> None:
         try:
@@ -199,7 +199,7 @@ class WorkerGroup:
             if waited > plan.timeouts["setup"]:
                 on = f"{plan.num_nodes} hosts" if plan.num_nodes else "any number of hosts"
                 raise TimeoutError(f"no room for {plan.world_size} workers, equally many on each of {on}")
-            self._ended.wait(NODES_LOOK_SECONDS)
+            self._ended.wait(NODES_POLL_INTERVAL_SECONDS)
         return None
 
 

@@ -24,7 +24,7 @@ DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
 class SpecError(ValueError):
-    """The experiment file or a `--set` is wrong; the message says what, where and how to mend it."""
+    """The experiment file or a `--set` is wrong; the message says what, where and how to fix it."""
 
 
 class _Model(BaseModel):

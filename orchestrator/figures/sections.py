@@ -26,7 +26,7 @@ from trainers.contract.events import (
 
 
 @dataclass(frozen=True, slots=True)
-class Stay:
+class LoopRun:
     """One attempt's time in the training loop, on rank 0.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stay:
     steps: tuple[StepsDone, ...]
 
 
-def stays(events: Sequence[Event]) -> list[Stay]:
+def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
     """The attempts that reached the training loop, in order."""
     loops: dict[int, LoopStarted] = {}
     for event in events:
@@ -54,7 +54,7 @@ def stays(events: Sequence[Event]) -> list[Stay]:
     for attempt, loop in sorted(loops.items()):
         own = [e for e in events if e.attempt == attempt and e.rank == 0]
         found.append(
-            Stay(
+            LoopRun(
                 attempt=attempt,
                 first_iteration=loop.iteration,
                 started=loop.time,
@@ -73,7 +73,7 @@ def began(events: Sequence[Event]) -> float | None:
     return min(starts, default=None)
 
 
-def lost_steps(attempts: Sequence[Stay]) -> dict[int, int]:
+def lost_steps(attempts: Sequence[LoopRun]) -> dict[int, int]:
     """For each attempt that was followed by another, the iteration from which its steps were trained again."""
     return {
         stay.attempt: min(later.first_iteration for later in attempts[position + 1 :])
@@ -90,7 +90,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
     Returns:
         None where the trial never reached the training loop, or its beginning or end is not known.
     """
-    attempts = stays(events)
+    attempts = loop_runs(events)
     started = next((e.time for e in events if isinstance(e, TrialStarted)), None)
     ended = next((e.time for e in reversed(events) if isinstance(e, TrialEnded)), None)
     if not attempts or started is None or ended is None:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from orchestrator.figures.records import Spread
 from trainers.clock import Stretch, join_stretches, rate
 
-MOST_BATCHES = 10
+MAX_BATCHES = 10
 """Batches a run's steps are gathered into; Schmeiser, "Batch size effects in the analysis of simulation output",
 Operations Research 30 (1982), finds nothing gained by more than 10 to 30."""
 
-FEWEST_BATCHES = 4
+MIN_BATCHES = 4
 """Fewer say nothing of a spread."""
 
 _T_975 = (
@@ -118,9 +118,9 @@ def ratio_between_repeats(above: Sequence[float], below: Sequence[float]) -> Int
 
 def _relative_variance(points: Sequence[Stretch]) -> tuple[float, int] | None:
     """Variance of the logarithm of a run's throughput, and its degrees of freedom, by batches of stretches."""
-    batches = join_stretches(points, max(1, math.ceil(len(points) / MOST_BATCHES)))
+    batches = join_stretches(points, max(1, math.ceil(len(points) / MAX_BATCHES)))
     mean_rate = rate(batches)
-    if len(batches) < FEWEST_BATCHES or not mean_rate:
+    if len(batches) < MIN_BATCHES or not mean_rate:
         return None
     residuals = [batch.seconds - batch.num_images / mean_rate for batch in batches]
     seconds = sum(batch.seconds for batch in batches)

@@ -13,7 +13,7 @@ from orchestrator.execution.restart_policy import root_cause
 from orchestrator.figures.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
 from orchestrator.figures.records import ExperimentResult, RepeatRow, ScalingFit, ScalingRow, Spread, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
-from orchestrator.figures.sections import Stay, began, sections, stays
+from orchestrator.figures.sections import LoopRun, began, loop_runs, sections
 from orchestrator.figures.steps import data_wait_share, quantiles, rank_figures, step_parts, windows_by_rank
 from trainers import clock
 from trainers.contract.events import (
@@ -58,7 +58,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     loops = [e for e in events if isinstance(e, LoopStarted) and e.rank == 0]
     steps = [e for e in events if isinstance(e, StepsDone)]
     finished = _last(events, LoopFinished)
-    attempts = stays(events)
+    attempts = loop_runs(events)
     seed_clock = began(events)
     scored = _settled(events)
     evaluations = [_evaluation(e, seed_clock) for e in scored]
@@ -68,7 +68,7 @@ def trial_result(plan: TrialPlan, events: Sequence[Event], mlflow_run_id: str | 
     timed = [e for e in steps if sizes.get(e.attempt, plan.world_size) == plan.world_size]
     windows = windows_by_rank(timed)
     log = _last(events, LogReplayed)
-    curve = clock.stretches(windows, plan.throughput_warmup_iters, _most_points(windows, log))
+    curve = clock.stretches(windows, plan.throughput_warmup_iters, _max_points(windows, log))
     parts = {
         name: quantiles(step_parts(timed, name, plan.throughput_warmup_iters))
         for name in ("data", "forward", "backward", "communication", "optimizer")
@@ -175,7 +175,7 @@ def _notes(plan: TrialPlan, sizes: Mapping[int, int]) -> list[str]:
     return [f"{', '.join(fewer)} of {plan.world_size} workers: {what}"] if fewer else []
 
 
-def _most_points(windows: Mapping[int, Sequence[clock.Window]], log: LogReplayed | None) -> int:
+def _max_points(windows: Mapping[int, Sequence[clock.Window]], log: LogReplayed | None) -> int:
     """Points of the drift curve: 50, and no shorter than a minute where a log's time stamps have whole seconds."""
     if log is None:
         return 50
@@ -256,7 +256,7 @@ def _time_to_box(plan: TrialPlan, scored: Sequence[Evaluated], seed_clock: float
     return next(met, None)
 
 
-def _restarts(events: Sequence[Event], attempts: Sequence[Stay], sizes: Mapping[int, int]) -> list[Restart]:
+def _restarts(events: Sequence[Event], attempts: Sequence[LoopRun], sizes: Mapping[int, int]) -> list[Restart]:
     found = []
     for event in events:
         if not isinstance(event, TrialRestarted):

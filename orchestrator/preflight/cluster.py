@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from orchestrator.experiment.spec import Experiment
     from trainers.contract.plan import TrialPlan
 
-NODE_SECONDS = 60.0
+NODE_TIMEOUT_SECONDS = 60.0
 """A node answers within seconds; a fresh one first starts a process."""
 
-CANARY_SECONDS = 90.0
+CANARY_TIMEOUT_SECONDS = 90.0
 """A communicator over hosts that reach each other is up in seconds, NCCL's first one in some ten more."""
 
 
@@ -99,22 +99,22 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Findin
         thing = "GPU" if trial.device == "cuda" else "CPU"
         code = f"too_few_{thing.lower()}s"
         each = f"1 GPU and {trial.cpus_per_worker} CPUs" if thing == "GPU" else f"{trial.cpus_per_worker} CPUs"
-        mend = "Start the nodes first (they are not waited for), take smaller world sizes"
-        mend += ", or set resources.cpus_per_worker lower" if trial.cpus_per_worker > 1 else ""
+        hint = "Start the nodes first (they are not waited for), take smaller world sizes"
+        hint += ", or set resources.cpus_per_worker lower" if trial.cpus_per_worker > 1 else ""
         place = f"trial {trial.name}"
         if sum(capacities) < trial.world_size:
             what = f"asks for {trial.world_size} workers of {each}; the cluster takes {sum(capacities)}: {have}"
-            findings.error(code, "trials.world_sizes", place, what, mend)
+            findings.error(code, "trials.world_sizes", place, what, hint)
         elif not equal_shares({node.id: node.capacity(trial) for node in nodes}, trial.world_size, trial.num_nodes):
             if trial.num_nodes:
                 per_node = -(-trial.world_size // trial.num_nodes)
                 fit = sum(capacity >= per_node for capacity in capacities)
                 what = f"asks for {trial.num_nodes} hosts with {per_node} workers of {each}; {fit} have room: {have}"
-                findings.error(code, "resources.num_nodes", place, what, mend)
+                findings.error(code, "resources.num_nodes", place, what, hint)
             else:
                 what = f"{trial.world_size} workers of {each} do not spread equally over the hosts: {have}"
-                mend = "Take world sizes that several hosts take equally; uneven hosts would wait for the fullest"
-                findings.error("uneven_nodes", "trials.world_sizes", place, what, mend)
+                hint = "Take world sizes that several hosts take equally; uneven hosts would wait for the fullest"
+                findings.error("uneven_nodes", "trials.world_sizes", place, what, hint)
     return findings.to_list()
 
 
@@ -125,10 +125,10 @@ def check_token(nodes: Sequence[Node]) -> list[Finding]:
     if not reachable or len(nodes) == 1 or _token_is_on():
         return []
     what = f"nodes at {', '.join(reachable)} take work from anyone who reaches them: token authentication is off"
-    mend = "Set RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate` on every node, and start it again"
+    hint = "Set RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate` on every node, and start it again"
     # Who turns it off by name has decided so, for a network of his own.
     level = "warning" if os.environ.get("RAY_AUTH_MODE") == "disabled" else "error"
-    return [Finding(level, "cluster_open", "RAY_AUTH_MODE", "", what, mend)]  # type: ignore[arg-type]
+    return [Finding(level, "cluster_open", "RAY_AUTH_MODE", "", what, hint)]  # type: ignore[arg-type]
 
 
 def _token_is_on() -> bool:
@@ -152,27 +152,27 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
         task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
         pending = {_on_node(task, node).remote(request): node for node in nodes}
         reports: list[NodeReport] = []
-        done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_SECONDS)
+        done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_TIMEOUT_SECONDS)
         for reference in late:
-            what = f"no answer within {NODE_SECONDS:g} s"
-            mend = "Look at the node's raylet log, or take it out of the cluster"
-            findings.error("node_silent", "", f"host {pending[reference].host}", what, mend)
+            what = f"no answer within {NODE_TIMEOUT_SECONDS:g} s"
+            hint = "Look at the node's raylet log, or take it out of the cluster"
+            findings.error("node_silent", "", f"host {pending[reference].host}", what, hint)
             ray.cancel(reference, force=True)
         for reference in done:
             try:
                 reports.append(replace(ray.get(reference), host=pending[reference].host))
             except Exception as error:  # whatever a broken installation there raises
                 what = f"a check failed there: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-                mend = "Use one image, or one `make install`, on all nodes"
-                findings.error("node_broken", "", f"host {pending[reference].host}", what, mend)
+                hint = "Use one image, or one `make install`, on all nodes"
+                findings.error("node_broken", "", f"host {pending[reference].host}", what, hint)
     finally:
         for probe in probes.values():
             Path(probe).unlink(missing_ok=True)
     for report in reports:
         if report.credentials:
             what = f"workers there would have {', '.join(report.credentials)}"
-            mend = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
-            findings.error("credentials_on_workers", "environment", f"host {report.host}", what, mend)
+            hint = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
+            findings.error("credentials_on_workers", "environment", f"host {report.host}", what, hint)
     judged = judge_nodes(
         reports,
         request,
@@ -220,18 +220,20 @@ def check_communication(trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> l
     references: list[Any] = []
     try:
         free = ray.remote(num_cpus=0, max_retries=0)(find_port)
-        port = ray.get(_on_node(free, hosts[0]).remote(), timeout=NODE_SECONDS)
+        port = ray.get(_on_node(free, hosts[0]).remote(), timeout=NODE_TIMEOUT_SECONDS)
         task = ray.remote(num_cpus=0, num_gpus=trial.device == "cuda", max_retries=0)(time_all_reduce)
         references = [
-            _on_node(task, node).remote(rank, len(hosts), hosts[0].address, port, trial.device, CANARY_SECONDS / 2)
+            _on_node(task, node).remote(
+                rank, len(hosts), hosts[0].address, port, trial.device, CANARY_TIMEOUT_SECONDS / 2
+            )
             for rank, node in enumerate(hosts)
         ]
-        ray.get(references, timeout=CANARY_SECONDS)
+        ray.get(references, timeout=CANARY_TIMEOUT_SECONDS)
     except Exception as error:  # time-outs and whatever gloo and NCCL raise
         reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
         what = f"an all-reduce between {names} fails: {reason}"
-        mend = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-        findings.error("canary_failed", "network", f"trial {trial.name}", what, mend)
+        hint = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        findings.error("canary_failed", "network", f"trial {trial.name}", what, hint)
         # Of those that still wait alone: in Ray 2.60, cancelling a task that ends at that moment can abort the driver.
         for reference in ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []:
             ray.cancel(reference, force=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.experiment.spec import Experiment
     from trainers.contract.plan import TrialPlan
 
-REMOTE_SECONDS = 20.0
+REMOTE_TIMEOUT_SECONDS = 20.0
 """Time for one small file; cloud clients look for credentials for some ten seconds before they give up."""
 
 
@@ -90,8 +90,8 @@ def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
     for trial in trials:
         if trial.num_nodes and trial.world_size % trial.num_nodes:
             what = f"{trial.world_size} workers do not spread evenly over {trial.num_nodes} hosts"
-            mend = f"Take world sizes that are multiples of {trial.num_nodes}, or another resources.num_nodes"
-            findings.error("uneven_nodes", "resources.num_nodes", f"trial {trial.name}", what, mend)
+            hint = f"Take world sizes that are multiples of {trial.num_nodes}, or another resources.num_nodes"
+            findings.error("uneven_nodes", "resources.num_nodes", f"trial {trial.name}", what, hint)
     return findings.to_list()
 
 
@@ -111,8 +111,8 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
     for trial in trials:
         if trial.device == "cuda" and trial.world_size > len(report.gpus):
             what = f"asks for {trial.world_size} GPUs, this machine has {len(report.gpus)}"
-            mend = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
-            findings.append(Finding("error", "too_few_gpus", "trials.world_sizes", f"trial {trial.name}", what, mend))
+            hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
+            findings.append(Finding("error", "too_few_gpus", "trials.world_sizes", f"trial {trial.name}", what, hint))
     return findings
 
 
@@ -158,12 +158,12 @@ def check_remote_storage(trial: TrialPlan) -> list[Finding]:
             stream.write(b"x")
         files.delete_file(name)
 
-    reason = _reason_within(write_and_remove, REMOTE_SECONDS)
+    reason = _reason_within(write_and_remove, REMOTE_TIMEOUT_SECONDS)
     if not reason:
         return []
-    mend = "Correct storage.checkpoints, or give this process the rights (the address's own environment variables)"
+    hint = "Correct storage.checkpoints, or give this process the rights (the address's own environment variables)"
     what = f"checkpoints cannot be written there: {reason}"
-    return [Finding("error", "storage_unwritable", shown, "storage.checkpoints", what, mend)]
+    return [Finding("error", "storage_unwritable", shown, "storage.checkpoints", what, hint)]
 
 
 def _reason_within(action: Callable[[], None], seconds: float) -> str:

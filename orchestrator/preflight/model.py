@@ -67,12 +67,12 @@ def check_overrides(experiment: Experiment) -> list[Finding]:
             break
         if key not in known:
             near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
-            mend = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
-            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", mend.rstrip("?."))
+            hint = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
+            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", hint.rstrip("?."))
         elif not _has_type_of(value, known[key]):
             what = f"its value {value!r} is a {type(value).__name__}, detectron2's default {known[key]!r} is not"
-            mend = f"Write it as a {type(known[key]).__name__}"
-            findings.error("config_value", "model.overrides", key, what, mend)
+            hint = f"Write it as a {type(known[key]).__name__}"
+            findings.error("config_value", "model.overrides", key, what, hint)
     return findings.to_list()
 
 
@@ -96,20 +96,20 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
         for summary in (train, val):
             if summary.num_without_mask:
                 what = f"{summary.num_without_mask:,} objects have no mask, and the model learns masks"
-                mend = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
+                hint = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
                 place = f"annotation {summary.first_without_mask}"
-                findings.error("mask_missing", summary.annotations, place, what, mend)
+                findings.error("mask_missing", summary.annotations, place, what, hint)
         if train.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
             what = f"{train.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
-            mend = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
-            findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, mend)
+            hint = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
+            findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, hint)
     if experiment.data.generated is None and train.categories:
         key = classes_key(experiment)
         asked = _value(experiment, key)
         if asked != len(train.categories):
             what = f"{key} is {asked}, the data has {len(train.categories)} categories"
-            mend = f"Set model.overrides.{key}={len(train.categories)}"
-            findings.error("num_classes", train.annotations, "categories", what, mend)
+            hint = f"Set model.overrides.{key}={len(train.categories)}"
+            findings.error("num_classes", train.annotations, "categories", what, hint)
     return findings.to_list()
 
 
@@ -129,8 +129,8 @@ def check_weights(experiment: Experiment) -> list[Finding]:
         return []
     if "://" in weights:
         what = "start weights from an address are not fetched"
-        mend = "Download the file, give its path, and its SHA-256 as model.weights_sha256"
-        findings.error("weights_address", "model.weights", redact(weights), what, mend)
+        hint = "Download the file, give its path, and its SHA-256 as model.weights_sha256"
+        findings.error("weights_address", "model.weights", redact(weights), what, hint)
         return findings.to_list()
     path = Path(weights).expanduser().absolute()
     if not path.is_file():
@@ -143,15 +143,15 @@ def check_weights(experiment: Experiment) -> list[Finding]:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != wanted:
             what = f"has SHA-256 {found}, not {wanted}"
-            mend = "Download it again, or correct model.weights_sha256 if you trust this file"
-            findings.error("weights_checksum", str(path), "model.weights", what, mend)
+            hint = "Download it again, or correct model.weights_sha256 if you trust this file"
+            findings.error("weights_checksum", str(path), "model.weights", what, hint)
     elif path.suffix != ".pth":
         what = f"reading a {path.suffix or 'nameless'} file of weights would run code in it"
-        mend = "Give model.weights_sha256 of a file you trust, or a .pth file, which is read without running anything"
-        findings.error("weights_unsafe", str(path), "model.weights", what, mend)
+        hint = "Give model.weights_sha256 of a file you trust, or a .pth file, which is read without running anything"
+        findings.error("weights_unsafe", str(path), "model.weights", what, hint)
     elif reason := _zip_problem(path):
-        mend = "Copy or download it again; torch.save writes a file that can be read"
-        findings.error("weights_corrupt", str(path), "model.weights", f"the start weights are corrupt: {reason}", mend)
+        hint = "Copy or download it again; torch.save writes a file that can be read"
+        findings.error("weights_corrupt", str(path), "model.weights", f"the start weights are corrupt: {reason}", hint)
     return findings.to_list()
 
 

@@ -186,16 +186,16 @@ def judge_nodes(
     for report in reports:
         node = f"host {report.host}"
         for what, reason in report.unreadable.items():
-            mend = "Put it on storage that all nodes share, at the same path, or copy it to each"
-            findings.error("node_data", request.paths[what], node, f"{what} cannot be read there: {reason}", mend)
+            hint = "Put it on storage that all nodes share, at the same path, or copy it to each"
+            findings.error("node_data", request.paths[what], node, f"{what} cannot be read there: {reason}", hint)
         for folder, state in report.folders.items():
             needed = storage_bytes if folder == request.checkpoints else 0
             _judge_folder(folder, state, node, needed, findings, survives=survives_storage)
         free = report.shared_memory_free
         if free is not None and free < shared_memory_bytes:
             what = f"{SHARED_MEMORY} has {_size(free)} free; the loaders hold up to {_size(shared_memory_bytes)} in it"
-            mend = "Start the container with --shm-size (or --ipc=host), or set resources.loader_workers lower"
-            findings.error("shared_memory", str(SHARED_MEMORY), node, what, mend)
+            hint = "Start the container with --shm-size (or --ipc=host), or set resources.loader_workers lower"
+            findings.error("shared_memory", str(SHARED_MEMORY), node, what, hint)
         other = {
             package: (report.versions.get(package, "none"), version)
             for package, version in versions.items()
@@ -221,17 +221,17 @@ def _judge_folder(
     folder: str, state: FolderState, node: str, needed: float, findings: FindingList, *, survives: bool
 ) -> None:
     if state.problem:
-        mend = "Set storage.path or storage.checkpoints (or --output) to a folder that the run may write"
-        findings.error("storage_unwritable", folder, node, state.problem, mend)
+        hint = "Set storage.path or storage.checkpoints (or --output) to a folder that the run may write"
+        findings.error("storage_unwritable", folder, node, state.problem, hint)
     elif state.free is not None and state.free < needed:
         what = f"{_size(state.free)} free; the checkpoints of all trials take about {_size(needed)}"
-        mend = "Make room, set storage.checkpoints elsewhere, or storage.keep_checkpoints lower"
+        hint = "Make room, set storage.checkpoints elsewhere, or storage.keep_checkpoints lower"
         report = findings.warning if survives else findings.error
-        report("storage_small", folder, node, what, mend)
+        report("storage_small", folder, node, what, hint)
     if state.probe_seen is False:
         what = "not shared: a file that the driver wrote there is not seen from this host"
-        mend = "Set storage.path and storage.checkpoints to folders that all hosts mount at the same path"
-        findings.error("storage_not_shared", folder, node, what, mend)
+        hint = "Set storage.path and storage.checkpoints to folders that all hosts mount at the same path"
+        findings.error("storage_not_shared", folder, node, what, hint)
 
 
 def _size(num_bytes: float) -> str:

@@ -17,7 +17,7 @@ from orchestrator.preflight.model import redact
 if TYPE_CHECKING:
     from orchestrator.experiment.spec import Experiment
 
-REACH_SECONDS = 3.0
+CONNECT_TIMEOUT_SECONDS = 3.0
 
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 """Database servers that MLflow writes to without a server of its own, and what their drivers call their time limit."""
@@ -32,44 +32,44 @@ def check_tracking(experiment: Experiment) -> list[Finding]:
     if uri.startswith(("http://", "https://")):
         problem = _ask_server(uri)
         if problem:
-            code, what, mend = problem
-            report(code, "tracking.uri", shown, what, mend)
+            code, what, hint = problem
+            report(code, "tracking.uri", shown, what, hint)
     elif uri.startswith("sqlite:"):
         _check_sqlite(uri, experiment, findings)
     elif urlsplit(uri).scheme.split("+")[0] in DATABASES:
         reason = _ask_database(uri)
         if reason:
-            mend = "Start it, install its driver, correct tracking.uri, or set tracking.offline=true and replay later"
-            report("tracking_unreachable", "tracking.uri", shown, redact(reason), mend)
+            hint = "Start it, install its driver, correct tracking.uri, or set tracking.offline=true and replay later"
+            report("tracking_unreachable", "tracking.uri", shown, redact(reason), hint)
     elif uri.startswith("file:") or "://" not in uri:
-        mend = "Write sqlite:///mlflow.db, or the address of a server"
-        findings.error("tracking_store", "tracking.uri", shown, "MLflow 3 no longer writes plain folders", mend)
+        hint = "Write sqlite:///mlflow.db, or the address of a server"
+        findings.error("tracking_store", "tracking.uri", shown, "MLflow 3 no longer writes plain folders", hint)
     return findings.to_list()
 
 
 def _ask_server(uri: str) -> tuple[str, str, str] | None:
-    """Asks a server for its experiments as a run will; gives code, reason and mend of a refusal, or None."""
+    """Asks a server for its experiments as a run will; gives code, reason and hint of a refusal, or None."""
     parts = urlsplit(uri)
     bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
     user, headers = _credentials(parts.username, parts.password)
     request = urllib.request.Request(f"{bare}/api/2.0/mlflow/experiments/search?max_results=1", headers=headers)  # noqa: S310
     start = "Start it (`make mlflow-server`), correct tracking.uri, or set tracking.offline=true and replay later"
     try:
-        with urllib.request.urlopen(request, timeout=REACH_SECONDS) as answer:  # noqa: S310 - http(s)
+        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT_SECONDS) as answer:  # noqa: S310 - http(s)
             answer.read(100)
     except urllib.error.HTTPError as error:
         text = error.read(200).decode(errors="replace").strip()
         if error.code == 403 and "Host header" in text:
-            mend = f"Name it to the server: `--allowed-host {parts.hostname}` of `make mlflow-server`"
-            return "tracking_host", f"the server does not answer to the name {parts.hostname}", mend
+            hint = f"Name it to the server: `--allowed-host {parts.hostname}` of `make mlflow-server`"
+            return "tracking_host", f"the server does not answer to the name {parts.hostname}", hint
         if error.code in (401, 403):
             given = f"it refuses the user {user} and the password given" if user else "it asks for user and password"
-            mend = "Put them into ~/.mlflow/credentials on this host, for the driver alone (docs/cluster.md)"
-            return "tracking_denied", f"{given} ({error.code})", mend
+            hint = "Put them into ~/.mlflow/credentials on this host, for the driver alone (docs/cluster.md)"
+            return "tracking_denied", f"{given} ({error.code})", hint
         return "tracking_unreachable", f"it answers {error.code}: {text[:120]}", start
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "reason", error))[:120] or type(error).__name__
-        return "tracking_unreachable", f"no MLflow server answers within {REACH_SECONDS:g} s: {reason}", start
+        return "tracking_unreachable", f"no MLflow server answers within {CONNECT_TIMEOUT_SECONDS:g} s: {reason}", start
     return None
 
 
@@ -78,7 +78,7 @@ def _ask_database(uri: str) -> str:
     import sqlalchemy
 
     try:
-        limit = {DATABASES[urlsplit(uri).scheme.split("+")[0]]: int(REACH_SECONDS)}
+        limit = {DATABASES[urlsplit(uri).scheme.split("+")[0]]: int(CONNECT_TIMEOUT_SECONDS)}
         sqlalchemy.create_engine(uri, connect_args=limit).connect().close()
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         # Without what SQLAlchemy adds: the driver's class, and links to its own manual.
@@ -115,6 +115,6 @@ def _check_sqlite(uri: str, experiment: Experiment, findings: FindingList) -> No
         findings.error("tracking_unwritable", str(path), "tracking.uri", what, "Name a file in a folder you may write")
     if (experiment.resources.num_nodes or 1) > 1:
         what = "SQLite for a run on several hosts: only the driver's host sees the file, and it is lost with that host"
-        mend = "Start `mlflow server` on a host that stays, and set tracking.uri to its address"
+        hint = "Start `mlflow server` on a host that stays, and set tracking.uri to its address"
         report = findings.error if experiment.tracking.uri else findings.warning
-        report("tracking_sqlite", str(path), "tracking.uri", what, mend)
+        report("tracking_sqlite", str(path), "tracking.uri", what, hint)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-LONGEST_LINE = 1_000_000
+MAX_LINE_LENGTH = 1_000_000
 """Characters of a line that are looked at; longer ones are no log lines."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -69,7 +69,9 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
     if lines and lines[-1] and not _WHOLE_SCORES.search(lines[-1]):
         notes.append("the last line is cut off and was left out")
         lines.pop()
-    heads = [(match, line) for line in lines if len(line) < LONGEST_LINE for match in [_HEAD.match(line.rstrip("\r"))]]
+    heads = [
+        (match, line) for line in lines if len(line) < MAX_LINE_LENGTH for match in [_HEAD.match(line.rstrip("\r"))]
+    ]
     dates = [(int(m["month"]), int(m["day"])) for m, _ in heads if m]
     if not dates:
         raise ReplayError(f"{path}: not a detectron2 log: no line begins with [month/day hour:minute:second")
@@ -94,7 +96,7 @@ def _whole_lines(lines: list[str]) -> tuple[list[str], int]:
     """The lines without beginnings that another dated line cut off, and how many those were."""
     whole, torn = [], 0
     for line in lines:
-        heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:LONGEST_LINE])]
+        heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:MAX_LINE_LENGTH])]
         if heads and heads[-1] > 0:
             torn += 1
             line = line[heads[-1] :]

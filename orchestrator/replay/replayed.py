@@ -68,17 +68,17 @@ def replayed_events(run: LoggedRun, name: str, targets: Targets, trial_dir: str)
         trial_dir: Folder of its log.
     """
     plan, unknown = _plan(run.launches[0], name, targets, trial_dir)
-    return plan, _Teller(run, plan, unknown).events()
+    return plan, _EventWriter(run, plan, unknown).events()
 
 
-class _Teller:
+class _EventWriter:
     def __init__(self, run: LoggedRun, plan: TrialPlan, unknown: list[str]) -> None:
         self.run, self.plan, self.unknown = run, plan, unknown
         self.notes = list(run.notes)
         self.told: list[Event] = []
         self.attempt = 0
 
-    def _tell(self, kind: type[Event], time: float, rank: int = 0, **fields: Any) -> None:
+    def _emit(self, kind: type[Event], time: float, rank: int = 0, **fields: Any) -> None:
         self.told.append(kind(trial=self.plan.name, attempt=self.attempt, rank=rank, time=time, **fields))
 
     def events(self) -> list[Event]:
@@ -88,7 +88,7 @@ class _Teller:
             self.attempt = position
             if position:
                 before = launches[position - 1]
-                self._tell(
+                self._emit(
                     TrialRestarted, launch.began, -1, failure="unknown",
                     message=before.failed or "the log does not say why", iteration=before.iterations or 0,
                 )  # fmt: skip
@@ -115,9 +115,9 @@ class _Teller:
 
     def _launch(self, launch: Launch) -> None:
         if self.attempt == 0:
-            self._tell(TrialStarted, launch.began, -1, plan=asdict(self.plan))
+            self._emit(TrialStarted, launch.began, -1, plan=asdict(self.plan))
         for rank in range(self.plan.world_size):
-            self._tell(
+            self._emit(
                 WorkerStarted, launch.began, rank, host="unknown", node_id="", pid=0, local_rank=rank,
                 device_name=_device_name(launch), device_memory_gib=None, versions=_versions(launch),
             )  # fmt: skip
@@ -126,7 +126,7 @@ class _Teller:
         if first is None:
             # Without its start, what was trained before the first line is not known.
             first = launch.progress[0].iteration
-        self._tell(
+        self._emit(
             LoopStarted, started, iteration=first, num_train_images=launch.num_train_images or 0,
             num_val_images=launch.num_val_images or 0, setup_seconds=started - launch.began,
             config_yaml=launch.config_yaml, restored_from="" if not self.attempt else "checkpoint",
@@ -152,7 +152,7 @@ class _Teller:
     def _window(self, line: Progress, before: int, seconds: float) -> None:
         count = line.iteration - before
         assert line.time is not None
-        self._tell(
+        self._emit(
             StepsDone, line.time, first_iteration=before, iteration=line.iteration,
             num_images=count * self.plan.solver.global_batch_size, seconds=seconds, step_seconds=(), data_seconds=(),
             part_seconds={"data": line.data_seconds * count} if line.data_seconds is not None else {},
@@ -173,7 +173,7 @@ class _Teller:
             parts = {}
             if evaluation.inference_seconds is not None:
                 parts["inference"] = evaluation.inference_seconds
-            self._tell(
+            self._emit(
                 Evaluated, evaluation.ended, iteration=iteration,
                 epoch=iteration * self.plan.solver.global_batch_size / (launch.num_train_images or 1),
                 figures=evaluation.figures, box_scored=evaluation.box_scored, mask_scored=evaluation.mask_scored,
@@ -211,7 +211,7 @@ class _Teller:
                 f"from iteration {last.first_iteration}"
             )
         single = len(self.run.launches) == 1 and last.first_iteration == 0
-        self._tell(
+        self._emit(
             LogReplayed, last.ended, -1, step_seconds=step_seconds,
             step_iterations=step_iterations if single else None,
             total_seconds=last.total_seconds if single else None,
@@ -222,13 +222,13 @@ class _Teller:
         if last.overall or not self.run.dated:
             # Without windows of steps, the end alone tells how far it came.
             end = "max_iter" if last.overall else "interrupted"
-            self._tell(LoopFinished, last.ended, iteration=done, reason=end, state_sha256="")
+            self._emit(LoopFinished, last.ended, iteration=done, reason=end, state_sha256="")
         if last.overall:
-            self._tell(TrialEnded, last.ended, -1, status="FINISHED", reason="")
+            self._emit(TrialEnded, last.ended, -1, status="FINISHED", reason="")
         else:
             of = f" of {planned:.0f}" if planned else ""
             reason = last.failed or f"the log ends after iteration {last.iterations}{of}"
-            self._tell(TrialEnded, last.ended, -1, status="FAILED" if last.failed else "KILLED", reason=reason)
+            self._emit(TrialEnded, last.ended, -1, status="FAILED" if last.failed else "KILLED", reason=reason)
 
 
 def _plan(launch: Launch, name: str, targets: Targets, trial_dir: str) -> tuple[TrialPlan, list[str]]:

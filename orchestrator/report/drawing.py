@@ -48,8 +48,8 @@ STYLE: Any = {
     "axes.titlesize": 9, "axes.titlecolor": MUTED, "axes.titlelocation": "left",
 }  # fmt: skip
 
-MOST_POINTS = 300
-MOST_NAMED = 8
+MAX_POINTS = 300
+MAX_NAMED = 8
 """Series up to which a legend names them all."""
 
 
@@ -97,7 +97,7 @@ def color_of(position: int) -> str:
 def legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
     """A legend below the axes, of what was labelled or of the given handles; none where it would be a long list."""
     found = handles if handles is not None else axes.get_legend_handles_labels()[0]
-    if found and len(found) <= MOST_NAMED:
+    if found and len(found) <= MAX_NAMED:
         figure = axes.get_figure()
         assert isinstance(figure, Figure)
         figure.legend(handles=found, loc="outside lower center", ncols=2)
@@ -112,7 +112,7 @@ def swatch(color: str, name: str) -> Line2D:
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     """At most some hundred points, evenly taken, as x and y."""
-    step = max(1, math.ceil(len(points) / MOST_POINTS))
+    step = max(1, math.ceil(len(points) / MAX_POINTS))
     kept = [*points[:-1:step], points[-1]] if points else []
     return [x for x, _ in kept], [y for _, y in kept]
 

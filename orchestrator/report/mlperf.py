@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.figures.records import TrialResult
-from orchestrator.figures.sections import began, stays
+from orchestrator.figures.sections import began, loop_runs
 from orchestrator.replay.runs import flat_config
 from trainers.contract.events import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, WorkerStarted
 from trainers.contract.plan import TrialPlan
@@ -55,7 +55,7 @@ def mllog_text(plan: TrialPlan, events: Sequence[Event], result: TrialResult, di
     Returns:
         The lines, or "" where the trial never came to its training loop.
     """
-    start, attempts = began(events), stays(events)
+    start, attempts = began(events), loop_runs(events)
     if start is None or not attempts:
         return ""
     lines = _Lines()

@@ -22,10 +22,10 @@ from orchestrator.figures.catalog import mlflow_base, table_address
 from orchestrator.figures.record_parts import Sections
 from orchestrator.report import plots as figures
 from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
-from orchestrator.report.plots import Material
-from orchestrator.report.samples import LEAST_SCORE, Sample, sample_pictures
+from orchestrator.report.plots import ReportInput
+from orchestrator.report.samples import MIN_SCORE, Sample, sample_pictures
 from orchestrator.report.table import number_text, percent_text, seconds_text, table_cells, table_rows
-from orchestrator.runlog.folder import RunFolder, TrialStory
+from orchestrator.runlog.folder import RunFolder, TrialEvents
 from trainers.contract.events import LoopStarted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,11 +123,13 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
     names = labels(runs)
     several = len(runs) > 1
     stories = [
-        TrialStory(f"{name} · {s.label}" if several else s.label, s.trial, s.events, s.plan, s.folder)
+        TrialEvents(f"{name} · {s.label}" if several else s.label, s.trial, s.events, s.plan, s.folder)
         for name, run in zip(names, runs, strict=True)
         for s in run.stories
     ]
-    material = Material({name if several else "": run.result for name, run in zip(names, runs, strict=True)}, stories)
+    material = ReportInput(
+        {name if several else "": run.result for name, run in zip(names, runs, strict=True)}, stories
+    )
     drawn = []
     for kind in KINDS:
         svg, missing = figures.draw(getattr(figures, kind.function), material, kind.function.replace("_", "-"))
@@ -152,7 +154,7 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
         other_definitions=OTHER_DEFINITIONS,
         docs=quote(os.path.relpath(docs, place)),
         section_names=[name for name in Sections.model_fields if name != "wall"],
-        least_score=LEAST_SCORE,
+        least_score=MIN_SCORE,
         config_differences=differing([config_table(run) for run in runs]),
         environment_differences=differing([environment_table(run) for run in runs]),
         result_differences=result_differences(runs[0], list(zip(names[1:], runs[1:], strict=True))),

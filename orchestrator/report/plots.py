@@ -14,10 +14,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from orchestrator.figures.record_parts import Sections
 from orchestrator.figures.records import ExperimentResult
-from orchestrator.figures.sections import stays
+from orchestrator.figures.sections import loop_runs
 from orchestrator.report.drawing import (
     INK,
-    MOST_NAMED,
+    MAX_NAMED,
     MUTED,
     PAPER,
     SECTION_COLORS,
@@ -30,13 +30,13 @@ from orchestrator.report.drawing import (
     time_unit,
     to_svg,
 )
-from orchestrator.runlog.folder import TrialStory
+from orchestrator.runlog.folder import TrialEvents
 from trainers import clock
 from trainers.contract.events import CheckpointSaved, Evaluated, StepsDone, TrialEnded, TrialRestarted, TrialStarted
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class ReportInput:
     """What figures are drawn from.
 
     Attributes:
@@ -45,18 +45,18 @@ class Material:
     """
 
     results: dict[str, ExperimentResult]
-    stories: Sequence[TrialStory]
+    stories: Sequence[TrialEvents]
 
 
 Drawing = Figure | str
 """A figure, or the reason why there is none."""
 
 
-def _steps(story: TrialStory) -> list[StepsDone]:
+def _steps(story: TrialEvents) -> list[StepsDone]:
     return [event for event in story.events if isinstance(event, StepsDone)]
 
 
-def throughput(material: Material) -> Drawing:
+def throughput(material: ReportInput) -> Drawing:
     """Images per second against workers, with the ideal line and the interval of each size."""
     figure, axes = new_axes()
     position, sizes = 0, set()
@@ -107,7 +107,7 @@ def throughput(material: Material) -> Drawing:
     return figure
 
 
-def _accuracy(material: Material, over_time: bool) -> Drawing:
+def _accuracy(material: ReportInput, over_time: bool) -> Drawing:
     figure, axes = new_axes()
     shown, targets = [], set()
     longest = max((e.elapsed_seconds or 0 for s in material.stories for e in s.trial.evaluations), default=0)
@@ -142,7 +142,7 @@ def _accuracy(material: Material, over_time: bool) -> Drawing:
         Line2D([], [], color=color_of(position), label=material.stories[position].label)
         for position in dict.fromkeys(shown)
     ]
-    if len(handles) <= MOST_NAMED - 2:
+    if len(handles) <= MAX_NAMED - 2:
         handles += [
             Line2D([], [], color=MUTED, linestyle="-", marker="o", markersize=3.5, label="box AP"),
             Line2D([], [], color=MUTED, linestyle="--", marker="s", markersize=3.5, label="mask AP"),
@@ -155,17 +155,17 @@ def _accuracy(material: Material, over_time: bool) -> Drawing:
     return figure
 
 
-def accuracy_over_time(material: Material) -> Drawing:
+def accuracy_over_time(material: ReportInput) -> Drawing:
     """Box and mask AP over the seed's clock."""
     return _accuracy(material, over_time=True)
 
 
-def accuracy_over_iterations(material: Material) -> Drawing:
+def accuracy_over_iterations(material: ReportInput) -> Drawing:
     """Box and mask AP over iterations."""
     return _accuracy(material, over_time=False)
 
 
-def wall_clock(material: Material) -> Drawing:
+def wall_clock(material: ReportInput) -> Drawing:
     """Stacked bars: where each second of a trial went."""
     stories = [story for story in material.stories if story.trial.sections]
     if not stories:
@@ -190,7 +190,7 @@ def wall_clock(material: Material) -> Drawing:
     return figure
 
 
-def step_times(material: Material) -> Drawing:
+def step_times(material: ReportInput) -> Drawing:
     """Share of the steps that took at most so long."""
     figure, axes = new_axes()
     longest, middle = 0.0, []
@@ -222,7 +222,7 @@ def step_times(material: Material) -> Drawing:
     return figure
 
 
-def rank_skew(material: Material) -> Drawing:
+def rank_skew(material: ReportInput) -> Drawing:
     """Every worker's own time against the median worker's."""
     figure, axes = new_axes()
     drawn = False
@@ -246,7 +246,7 @@ def rank_skew(material: Material) -> Drawing:
     return figure
 
 
-def drift(material: Material) -> Drawing:
+def drift(material: ReportInput) -> Drawing:
     """Throughput along the run."""
     curves = {
         story.label: [(float(p.iteration), p.images_per_second) for p in story.trial.rate_curve]
@@ -255,7 +255,7 @@ def drift(material: Material) -> Drawing:
     return _curves(curves, "images/s", "no trial ran longer than its warm-up")
 
 
-def losses(material: Material) -> Drawing:
+def losses(material: ReportInput) -> Drawing:
     """Total loss of every trial."""
     curves = {
         story.label: [(float(e.iteration), e.losses["total_loss"]) for e in _steps(story) if "total_loss" in e.losses]
@@ -264,7 +264,7 @@ def losses(material: Material) -> Drawing:
     return _curves(curves, "total loss", "no loss is known")
 
 
-def loss_parts(material: Material) -> Drawing:
+def loss_parts(material: ReportInput) -> Drawing:
     """The last trial's loss by its parts."""
     parts = defaultdict(list)
     for event in _steps(material.stories[-1]) if material.stories else ():
@@ -274,7 +274,7 @@ def loss_parts(material: Material) -> Drawing:
     return _curves(parts, f"loss of {material.stories[-1].label}" if material.stories else "", "no loss is known")
 
 
-def learning_rate(material: Material) -> Drawing:
+def learning_rate(material: ReportInput) -> Drawing:
     """Learning rate of every trial."""
     curves = {
         story.label: [(float(e.iteration), e.learning_rate) for e in _steps(story) if e.rank == 0]
@@ -304,9 +304,9 @@ def _curves(curves: dict[str, list[tuple[float, float]]], title: str, missing: s
     return figure
 
 
-def time_line(material: Material) -> Drawing:
+def time_line(material: ReportInput) -> Drawing:
     """Training, standing still and restarts of every trial on one line of time."""
-    stories = [story for story in material.stories if stays(story.events)]
+    stories = [story for story in material.stories if loop_runs(story.events)]
     if not stories:
         return "no trial's events are known"
     figure, axes = new_axes(1.5 + 0.3 * len(stories))
@@ -322,7 +322,7 @@ def time_line(material: Material) -> Drawing:
 
     for row, story in enumerate(stories):
         start, end = ends[row]
-        attempts = stays(story.events)
+        attempts = loop_runs(story.events)
         bars(row, "startup", [(0, attempts[0].started - start)])
         bars(row, "backward", [(a.started - start, a.last_progress - start) for a in attempts])
         pairs = pairwise(attempts)
@@ -350,12 +350,12 @@ def time_line(material: Material) -> Drawing:
     return figure
 
 
-def _span(story: TrialStory) -> tuple[float, float]:
+def _span(story: TrialEvents) -> tuple[float, float]:
     times = [event.time for event in story.events if isinstance(event, TrialStarted | TrialEnded)]
     return min(times, default=story.events[0].time), max(times[-1], story.events[-1].time)
 
 
-def draw(function: Callable[[Material], Drawing], material: Material, name: str) -> tuple[str, str]:
+def draw(function: Callable[[ReportInput], Drawing], material: ReportInput, name: str) -> tuple[str, str]:
     """A figure as SVG, or "" and the reason why there is none."""
     with matplotlib.rc_context(STYLE):
         drawing = function(material)

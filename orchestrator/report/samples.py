@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 
 from orchestrator.data.rle import check_rle
-from orchestrator.runlog.folder import TrialStory
+from orchestrator.runlog.folder import TrialEvents
 from trainers.contract.plan import SAMPLES_FILE
 
-LEAST_SCORE = 0.5
+MIN_SCORE = 0.5
 """Detections below it are left out of the pictures; COCO's AP counts them."""
 
 LONGER_SIDE = 360
@@ -51,7 +51,7 @@ class Sample:
     num_predicted: int
 
 
-def sample_pictures(story: TrialStory) -> list[Sample]:
+def sample_pictures(story: TrialEvents) -> list[Sample]:
     """Draws the images whose detections a trial's last evaluation kept.
 
     Raises:
@@ -70,7 +70,7 @@ def sample_pictures(story: TrialStory) -> list[Sample]:
         if image["id"] in wanted:
             with Image.open(Path(story.plan.val.images) / image["file_name"]) as file:
                 photo = file.convert("RGB")
-            certain = [entry for entry in found[image["id"]] if entry["score"] >= LEAST_SCORE]
+            certain = [entry for entry in found[image["id"]] if entry["score"] >= MIN_SCORE]
             pictures.append(
                 Sample(
                     name=Path(image["file_name"]).name,

@@ -21,7 +21,7 @@ from trainers.contract.plan import TrialPlan
 
 
 @dataclass(frozen=True, slots=True)
-class TrialStory:
+class TrialEvents:
     """A trial with what is known of its course.
 
     Attributes:
@@ -54,7 +54,7 @@ class RunFolder:
 
     path: Path
     result: ExperimentResult
-    stories: list[TrialStory]
+    stories: list[TrialEvents]
     experiment: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
         mine = events.get(trial.name, [])
         started = next((e for e in mine if isinstance(e, TrialStarted)), None)
         plan = TrialPlan.from_dict(started.plan) if started else None
-        stories.append(TrialStory(trial.name, trial, mine, plan, path / Path(trial.name).name))
+        stories.append(TrialEvents(trial.name, trial, mine, plan, path / Path(trial.name).name))
     run_started = next((e for e in events.get("", []) if isinstance(e, RunStarted)), None)
     state = path / "tracking.json"
     return RunFolder(

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from orchestrator.tracking.driver import LOOK_SECONDS, RETRY_SECONDS, Tracker
+from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker
 
 
 def _follow(run_dir: Path, uri: str) -> bool:
@@ -35,7 +35,7 @@ def _follow(run_dir: Path, uri: str) -> bool:
                 return False
         if closing:
             time.sleep(0.1)
-        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, LOOK_SECONDS * 2**failures))[0]:
+        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, POLL_INTERVAL_SECONDS * 2**failures))[0]:
             closing = time.monotonic()
 
 

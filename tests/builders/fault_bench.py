@@ -113,10 +113,10 @@ class Bench:
         pump = EventPump(Outbox(run_dir / FILE_NAME), listeners or [])
         driver: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1, "time": 0.0}
         run_id = f"{plan.experiment}/{self._number}"
-        pump.tell(RunStarted(**driver, experiment=settings.model_dump(mode="json"), run_id=run_id, tags={}))
+        pump.emit(RunStarted(**driver, experiment=settings.model_dump(mode="json"), run_id=run_id, tags={}))
         ended = run_trial(plan, policy or settings.faults, pump, str(run_dir / "ray"), stop or StopRequest(60))
         pump.close()
-        pump.tell(RunEnded(**driver, status=ended.status))
+        pump.emit(RunEnded(**driver, status=ended.status))
         tracker = Tracker(run_dir, self.uri)
         assert tracker.sync()
         run = tracker.run_ids()[plan.name]

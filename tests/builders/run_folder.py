@@ -14,7 +14,7 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
-from tests.builders.trials import Story
+from tests.builders.trials import TrialBuilder
 from trainers.contract.events import RunEnded, RunStarted
 from trainers.contract.events import WorkerStarted as Started
 from trainers.contract.plan import SAMPLES_FILE, TrialPlan
@@ -66,7 +66,7 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     )  # fmt: skip
     for plan in plans:
         noise = random.Random(f"{seed}/{plan.name}")  # noqa: S311 - nothing secret is drawn
-        story = _tell(plan, epoch, noise, slower, restart=plan is plans[-1])
+        story = _emit(plan, epoch, noise, slower, restart=plan is plans[-1])
         outbox.append(*story.events)
         epoch = story.events[-1].time
         result.trials.append(trial_result(plan, story.events, mlflow_run_id="1" * 32))
@@ -78,14 +78,14 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     return folder
 
 
-def _tell(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *, restart: bool) -> Story:
-    story, at, iteration = Story(plan, epoch), 0.0, 0
+def _emit(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *, restart: bool) -> TrialBuilder:
+    story, at, iteration = TrialBuilder(plan, epoch), 0.0, 0
     story.started()
     restart_at = 130 if restart else -1
     while iteration < plan.solver.max_iter:
         at += 9.0
         for rank in range(plan.world_size):
-            story.tell(
+            story.emit(
                 Started, at, rank, host=f"host-{rank // 2}", node_id=f"{rank // 2}", pid=rank, local_rank=rank % 2,
                 device_name="Test CPU", device_memory_gib=16.0, versions={"torch": "2.14.1"},
             )  # fmt: skip
@@ -123,7 +123,7 @@ def _tell(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *,
 
 
 def _window(
-    story: Story, plan: TrialPlan, at: float, first: int, own: list[float], slowest: list[float], rank: int,
+    story: TrialBuilder, plan: TrialPlan, at: float, first: int, own: list[float], slowest: list[float], rank: int,
     noise: random.Random,
 ) -> None:  # fmt: skip
     shares = {"data": 0.05, "forward": 0.35, "backward": 0.5, "optimizer": 0.1}

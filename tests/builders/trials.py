@@ -53,30 +53,30 @@ def plan(**fields: Any) -> TrialPlan:
     return TrialPlan(**{name: value for name, value in {**values, **fields}.items() if name in known})
 
 
-class Story:
+class TrialBuilder:
     """Events of one trial, told in order; times are seconds since its start."""
 
     def __init__(self, trial: TrialPlan, epoch: float = 1_700_000_000.0) -> None:
         self.trial, self.epoch, self.attempt = trial, epoch, 0
         self.events: list[Event] = []
 
-    def tell(self, kind: type[Event], at: float, rank: int = 0, **fields: Any) -> None:
+    def emit(self, kind: type[Event], at: float, rank: int = 0, **fields: Any) -> None:
         event = kind(trial=self.trial.name, attempt=self.attempt, rank=rank, time=self.epoch + at, **fields)
         self.events.append(event)
 
     def started(self, at: float = 0.0) -> None:
-        self.tell(TrialStarted, at, rank=-1, plan=dataclasses.asdict(self.trial))
+        self.emit(TrialStarted, at, rank=-1, plan=dataclasses.asdict(self.trial))
 
     def workers(self, at: float, *, hosts: tuple[str, ...] = ("a", "a")) -> None:
         for rank, host in enumerate(hosts[: self.trial.world_size]):
-            self.tell(
+            self.emit(
                 WorkerStarted, at, rank, host=host, node_id=host, pid=rank, local_rank=rank, device_name="Test CPU",
                 device_memory_gib=None, versions={"torch": "2.14.1"},
             )  # fmt: skip
 
     def loop(self, at: float, iteration: int = 0, setup_seconds: float = 1.0) -> None:
         for rank in range(self.trial.world_size):
-            self.tell(
+            self.emit(
                 LoopStarted, at, rank, iteration=iteration, num_train_images=8, num_val_images=4,
                 setup_seconds=setup_seconds, config_yaml=CONFIG_YAML if rank == 0 else "", restored_from="",
             )  # fmt: skip
@@ -95,43 +95,43 @@ class Story:
             "learning_rate": 0.02,
             "peak_memory_gib": 1.0 + rank,
         }
-        self.tell(
+        self.emit(
             StepsDone, at, rank, first_iteration=first, iteration=first + len(step_seconds),
             seconds=sum(step_seconds), step_seconds=step_seconds, **{**values, **fields},
         )  # fmt: skip
 
     def evaluated(self, at: float, iteration: int, box: float | None, mask: float | None, seconds: float = 2.0) -> None:
         """An evaluation that ends at `at`, its boxes scored a second before, its masks then."""
-        self.tell(
+        self.emit(
             Evaluated, at, iteration=iteration, epoch=iteration / 2, figures={"box_ap": box, "mask_ap": mask},
             box_scored=self.epoch + at - 1, mask_scored=self.epoch + at, seconds=seconds,
             part_seconds={"inference": seconds - 1, "gather": 0.0, "score": 1.0},
         )  # fmt: skip
 
     def checkpoint(self, at: float, iteration: int, stall: float, write: float | None = None) -> None:
-        self.tell(
+        self.emit(
             CheckpointSaved, at, iteration=iteration, path="/c", size_bytes=1, stall_seconds=stall,
             write_seconds=stall if write is None else write,
         )  # fmt: skip
 
     def finished(self, at: float, iteration: int, reason: str = "target") -> None:
-        self.tell(LoopFinished, at, iteration=iteration, reason=reason, state_sha256="0" * 64)
+        self.emit(LoopFinished, at, iteration=iteration, reason=reason, state_sha256="0" * 64)
 
     def restarted(self, at: float, iteration: int) -> None:
         self.attempt += 1
-        self.tell(TrialRestarted, at, rank=-1, failure="worker_lost", message="rank 1 is gone", iteration=iteration)
+        self.emit(TrialRestarted, at, rank=-1, failure="worker_lost", message="rank 1 is gone", iteration=iteration)
 
     def ended(self, at: float, status: str = "FINISHED", reason: str = "") -> None:
-        self.tell(TrialEnded, at, rank=-1, status=status, reason=reason)
+        self.emit(TrialEnded, at, rank=-1, status=status, reason=reason)
 
 
-def trained(**fields: Any) -> Story:
+def trained(**fields: Any) -> TrialBuilder:
     """Two workers, of which rank 1 is slower, train 8 iterations and meet the targets at the second evaluation.
 
     0 trial starts, 10 workers start, 14 loop starts, 4 steps to 18, evaluation to 20, checkpoint to 20.5, 4 steps to
     25, evaluation to 27, end at 28, trial ended at 30.
     """
-    story = Story(plan(**fields))
+    story = TrialBuilder(plan(**fields))
     story.started()
     story.workers(10.0)
     story.loop(14.0, setup_seconds=4.0)

@@ -136,7 +136,7 @@ def test_a_rank_that_is_stuck_between_steps_is_named_with_what_it_is_at(bench: B
 
 
 @pytest.mark.soak
-def test_what_the_workers_tell_is_not_lost_with_the_actor_that_takes_it(bench: Bench, undisturbed: Outcome) -> None:
+def test_what_the_workers_emit_is_not_lost_with_the_actor_that_takes_it(bench: Bench, undisturbed: Outcome) -> None:
     killed: list[int] = []
 
     def kill_the_actor(event: Event) -> None:

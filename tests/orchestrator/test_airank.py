@@ -5,10 +5,10 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.airank import airank_log, airank_table, system_information, write_airank, write_airank_summary
-from tests.builders.trials import Story, plan, trained
+from tests.builders.trials import TrialBuilder, plan, trained
 
 
-def _log(story: Story) -> list[str]:
+def _log(story: TrialBuilder) -> list[str]:
     return airank_log(story.trial, story.events, trial_result(story.trial, story.events)).splitlines()
 
 
@@ -50,7 +50,7 @@ def test_a_trial_that_broke_off_has_no_finish():
 
 
 def test_a_trial_that_never_began_has_no_lines():
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.ended(5.0, "FAILED", "no such data")
     assert _log(story) == []

@@ -228,7 +228,7 @@ def test_a_name_that_differs_in_case_is_suggested(root: Path) -> None:
     image = sorted(paths.train_images.iterdir())[0]
     image.rename(image.with_suffix(".JPG"))
     (finding,) = check(root)[1]["findings"]
-    assert finding["code"] == "image_missing" and "differs in case only" in finding["mend"]
+    assert finding["code"] == "image_missing" and "differs in case only" in finding["hint"]
 
 
 def test_a_slip_in_the_datasets_folder_is_recognised(root: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_slip_in_the_datasets_folder_is_recognised(root: Path) -> None:
     (root.parent / "datasets" / "coco" / "coco").mkdir()
     code, report = check(root.parent / "datasets" / "coco" / "coco")
     assert code == 2 and codes(report) == ["layout"]
-    assert f"DETECTRON2_DATASETS={root.parent / 'datasets'}" in report["findings"][0]["mend"]
+    assert f"DETECTRON2_DATASETS={root.parent / 'datasets'}" in report["findings"][0]["hint"]
 
 
 def test_half_a_layout_is_an_error_and_a_lone_part_a_warning(root: Path) -> None:

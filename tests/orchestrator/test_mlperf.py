@@ -10,13 +10,13 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.replay.__main__ import replay
 from orchestrator.report.mlperf import division_of, failed_rules, mllog_text, write_mllog
 from tests.builders.logs import whole_run
-from tests.builders.trials import CONFIG_YAML, Story, plan, trained
+from tests.builders.trials import CONFIG_YAML, TrialBuilder, plan, trained
 from tests.conftest import run_command
 from trainers.contract.events import LoopStarted
 from trainers.contract.plan import DatasetPlan
 
 
-def _text(story: Story, **options: Any) -> str:
+def _text(story: TrialBuilder, **options: Any) -> str:
     return mllog_text(story.trial, story.events, trial_result(story.trial, story.events), **options)
 
 
@@ -28,7 +28,7 @@ def _times(text: str, key: str) -> list[float]:
     return [line["time_ms"] / 1000 - 1_700_000_000 for line in _lines(text) if line["key"] == key]
 
 
-def _coco(**fields: Any) -> Story:
+def _coco(**fields: Any) -> TrialBuilder:
     return trained(val=DatasetPlan("coco_2017_val", "", ""), target_box_ap=37.7, target_mask_ap=33.9, **fields)
 
 
@@ -93,7 +93,7 @@ def test_a_restart_in_the_middle_leaves_one_run_and_one_stop():
 
 
 def test_a_trial_that_never_trained_has_no_log(tmp_path):
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.ended(5.0, "FAILED", "no such data")
     result = trial_result(story.trial, story.events)
@@ -112,7 +112,7 @@ def test_other_data_or_smaller_targets_are_of_the_open_division():
 
 
 @pytest.fixture(scope="module")
-def demo() -> Story:
+def demo() -> TrialBuilder:
     """The demo's first trial as planned, with a made course of events and the values of its own config."""
     experiment = load_experiment(DEFAULT_CONFIG)
     trial = expand(experiment, Hardware(), "/runs/demo", DEFAULT_CONFIG)[0]

@@ -63,7 +63,7 @@ def test_strong_scaling_keeps_the_global_batch_and_the_schedule() -> None:
     assert len(solvers) == 3 and len(set(solvers)) == 1
 
 
-def test_a_batch_that_does_not_divide_names_the_world_size_and_the_mend() -> None:
+def test_a_batch_that_does_not_divide_names_the_world_size_and_the_hint() -> None:
     with pytest.raises(SpecError, match="a batch of 4 does not divide among 3 workers"):
         plans(load(trials={"world_sizes": [3], "scaling": "strong"}))
 

@@ -1,4 +1,4 @@
-"""Every kind of bad input ends the real command with exit code 2, named with its place and how to mend it."""
+"""Every kind of bad input ends the real command with exit code 2, named with its place and how to fix it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def files(root: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=[name.replace(" ", "_") for name in CASES])
-def test_bad_input_is_named_with_its_place_and_mend(project: Project, case: Case) -> None:
+def test_bad_input_is_named_with_its_place_and_hint(project: Project, case: Case) -> None:
     case.spoil(project)
     before = files(project.root)
     done = run(project, "--preflight", "--json", *case.options)
@@ -58,7 +58,7 @@ def test_bad_input_is_named_with_its_place_and_mend(project: Project, case: Case
     found = [finding for finding in report["findings"] if finding["code"].startswith(case.code)]
     assert found, report["findings"]
     place = f"{found[0]['file']} {found[0]['id']}"
-    assert case.place in place and case.words in found[0]["what"] and found[0]["mend"]
+    assert case.place in place and case.words in found[0]["what"] and found[0]["hint"]
     assert report["errors"] >= 1 and not report["ok"]
     assert "secret" not in done.stdout + done.stderr
     # Nothing was started, and nothing is left behind.

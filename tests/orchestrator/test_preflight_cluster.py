@@ -57,7 +57,7 @@ def test_too_few_gpus_are_compared_with_what_each_host_has() -> None:
 
 def test_gpus_that_the_cpus_cannot_feed_do_not_count() -> None:
     (finding,) = check_fit([node("a", 8, 8)], trials(8))
-    assert "a (8 GPUs, 8 CPUs) takes 2" in finding.what and "cpus_per_worker" in finding.mend
+    assert "a (8 GPUs, 8 CPUs) takes 2" in finding.what and "cpus_per_worker" in finding.hint
 
 
 def test_workers_must_pack_evenly_onto_the_hosts_asked_for() -> None:
@@ -195,7 +195,7 @@ plans = check("fits", trials=two, resources={"device": "cpu", "cpus_per_worker":
 check("too many", trials={**two, "world_sizes": [8]})
 nodes = preflight.list_nodes()
 found["hosts"] = sorted(node.address for node in nodes)
-preflight.CANARY_SECONDS = 8.0
+preflight.CANARY_TIMEOUT_SECONDS = 8.0
 cut_off = [dataclasses.replace(nodes[0], address="192.0.2.1"), nodes[1]]
 found["cut off"] = [[f.level, f.code, f.id, f.what] for f in preflight.check_communication(plans, cut_off)]
 values["storage"] = {"keep_checkpoints": 10**7}

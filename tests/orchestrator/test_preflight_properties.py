@@ -58,7 +58,7 @@ def check(root: Path, content: bytes) -> list[Finding]:
         findings = check_split(Split(file, root / "train2017", for_scoring=True)).findings
     to_json(findings)
     for finding in findings:
-        assert finding.code and finding.file and finding.what and finding.mend
+        assert finding.code and finding.file and finding.what and finding.hint
         assert finding.to_line().encode()
     return findings
 

@@ -39,7 +39,7 @@ def test_a_whole_log_gives_the_figures_of_a_run_of_ours(tmp_path):
     assert result.notes == []
 
 
-def test_the_sections_of_a_log_add_up_and_say_what_a_log_does_not_tell(tmp_path):
+def test_the_sections_of_a_log_add_up_and_say_what_a_log_does_not_emit(tmp_path):
     sections = _read(whole_run(), tmp_path).sections
     assert sections is not None
     seconds = sections.model_dump()

@@ -5,12 +5,12 @@ import pytest
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.page import KINDS, OTHER_DEFINITIONS
-from tests.builders.trials import Story, plan, trained
+from tests.builders.trials import TrialBuilder, plan, trained
 from tests.conftest import ROOT
 from trainers.contract.events import Event, WorkerFailed, event_from_json
 
 
-def _result(story: Story) -> TrialResult:
+def _result(story: TrialBuilder) -> TrialResult:
     return trial_result(story.trial, story.events)
 
 
@@ -53,7 +53,7 @@ def test_the_sections_add_up_to_the_wall_time():
 
 
 def test_one_worker_has_no_skew_and_its_own_rate():
-    story = Story(plan(world_size=1))
+    story = TrialBuilder(plan(world_size=1))
     story.started()
     story.workers(1.0)
     story.loop(2.0)
@@ -84,7 +84,7 @@ def test_no_evaluation_leaves_the_targets_unmet_with_a_reason():
 
 
 def test_an_ap_that_is_not_a_number_meets_no_target():
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.workers(1.0)
     story.loop(2.0)
@@ -107,9 +107,9 @@ def test_without_a_target_there_is_no_time_to_train_and_nothing_to_excuse():
     assert result.time_to_train_seconds is None and result.reason == ""
 
 
-def _restarted() -> Story:
+def _restarted() -> TrialBuilder:
     """A worker is lost after iteration 6; the run goes on from the checkpoint at 4."""
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.workers(10.0)
     story.loop(14.0, setup_seconds=4.0)
@@ -120,8 +120,8 @@ def _restarted() -> Story:
     for rank in (0, 1):
         story.steps(22.5, 4, 0.75, 1.25, rank=rank)
     lost = {"failure": "worker_lost", "iteration": 6, "section": "step", "message": "is gone"}
-    story.tell(WorkerFailed, 24.0, failure="communication", iteration=6, section="step", message="peer closed")
-    story.tell(WorkerFailed, 25.0, rank=1, **lost, began=story.epoch + 23.5)
+    story.emit(WorkerFailed, 24.0, failure="communication", iteration=6, section="step", message="peer closed")
+    story.emit(WorkerFailed, 25.0, rank=1, **lost, began=story.epoch + 23.5)
     story.restarted(30.0, iteration=6)
     story.workers(35.0)
     story.loop(37.0, iteration=4, setup_seconds=2.0)
@@ -154,7 +154,7 @@ def test_work_done_twice_counts_in_the_rate_and_not_in_the_images_per_wall_secon
 
 
 def test_a_restart_before_the_first_window_loses_what_was_not_told():
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.workers(1.0)
     story.loop(2.0)
@@ -172,7 +172,7 @@ def test_a_restart_before_the_first_window_loses_what_was_not_told():
 
 
 def test_a_trial_that_never_reached_its_loop_has_figures_of_none():
-    story = Story(plan())
+    story = TrialBuilder(plan())
     story.started()
     story.ended(5.0, "FAILED", "no such data")
     result = _result(story)
@@ -200,7 +200,7 @@ def test_every_ranks_figures_come_back():
 
 
 def test_skew_is_of_the_workers_own_time_without_waiting_for_each_other():
-    story = Story(plan(throughput_warmup_iters=0))
+    story = TrialBuilder(plan(throughput_warmup_iters=0))
     story.started()
     story.workers(1.0)
     story.loop(2.0)

@@ -168,7 +168,7 @@ def test_two_workers_slower_than_one_are_put_down_to_communication():
     assert fit.worst_relative_error == pytest.approx(0, abs=1e-9)
 
 
-def test_two_sizes_with_a_gain_tell_the_serial_part():
+def test_two_sizes_with_a_gain_emit_the_serial_part():
     # 0.4 + 0.6 / N.
     (fit,) = scaling_fits([_trial(1, [1.0] * 4), _trial(2, [0.7] * 4)])
     assert fit.serial_seconds == pytest.approx(0.4) and fit.communication_seconds is None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from orchestrator.execution.event_pump import Sign
+from orchestrator.execution.event_pump import HeartbeatSample
 from orchestrator.execution.watchdog import Stuck, Watchdog
 from trainers.contract.events import Heartbeat, Section
 
 TIMEOUTS = {"setup": 60.0, "step": 10.0, "evaluation": 30.0, "checkpoint": 20.0, "report": 10.0, "heartbeat": 5.0}
 
 
-def sign(rank: int, section: Section, part: str, iteration: int, since: float, at: float = 100.0) -> Sign:
+def sign(rank: int, section: Section, part: str, iteration: int, since: float, at: float = 100.0) -> HeartbeatSample:
     """A heartbeat that arrived at `at` from a host whose clock is an hour ahead."""
     beat = Heartbeat(
         trial="t",
@@ -21,10 +21,10 @@ def sign(rank: int, section: Section, part: str, iteration: int, since: float, a
         iteration=iteration,
         since=since + 3600,
     )
-    return Sign(beat, at)
+    return HeartbeatSample(beat, at)
 
 
-def verdict(*signs: Sign, now: float = 100.0, world_size: int = 2, started: float = 90.0) -> list[Stuck]:
+def verdict(*signs: HeartbeatSample, now: float = 100.0, world_size: int = 2, started: float = 90.0) -> list[Stuck]:
     watchdog = Watchdog(TIMEOUTS, world_size, started)
     by_rank = {one.heartbeat.rank: one for one in signs}
     assert watchdog.look(by_rank, now) == [], "nothing is certain at the first look"

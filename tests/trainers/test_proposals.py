@@ -131,7 +131,7 @@ def test_proposals_and_their_objects_are_detectron2s(
 
 
 def test_too_many_pairs_are_matched_image_by_image(rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "MOST_PAIRS", 10)
+    monkeypatch.setattr(proposals, "MAX_PAIRS", 10)
     monkeypatch.setattr(proposals, "match", None)
     torch.manual_seed(0)
     labels, _ = proposals.label_and_sample_anchors(rpn, anchors_of(rpn), objects([2, 3], 0, whole=False))

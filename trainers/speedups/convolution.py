@@ -28,10 +28,10 @@ from torch.nn.functional import conv2d, linear, pad
 
 Way = Literal["tiles", "rows", "torch"]
 
-FEWEST_TILES, FEWEST_CHANNELS, FEWEST_BOTH = 32, 64, 3072
+MIN_TILES, FEWEST_CHANNELS, FEWEST_BOTH = 32, 64, 3072
 """Below, and below so many tiles times channels, transforms cost more than they save (measured by layer, AVX2)."""
 
-MOST_ROWS = 128
+MAX_ROWS = 128
 """Up to so many results, a product over neighbourhoods is faster than oneDNN (measured likewise)."""
 
 SPARSE = 0.2
@@ -119,9 +119,9 @@ def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     side, fewest = _side(height, width), min(channels, len(weight))
     tiles = images * -(-height // side) * -(-width // side)
     way: Way = "torch"
-    if stride == 1 and tiles >= FEWEST_TILES and fewest >= FEWEST_CHANNELS and tiles * fewest >= FEWEST_BOTH:
+    if stride == 1 and tiles >= MIN_TILES and fewest >= FEWEST_CHANNELS and tiles * fewest >= FEWEST_BOTH:
         way = "tiles"
-    elif 0 < results <= MOST_ROWS:
+    elif 0 < results <= MAX_ROWS:
         way = "rows"
     elif not sparse_gradient:
         return conv2d(x, weight, bias, stride, padding=1)

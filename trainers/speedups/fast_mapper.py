@@ -39,7 +39,7 @@ ELEMENTWISE = (augment.ResizeTransform, HFlipTransform, VFlipTransform, NoOpTran
 """Transforms that move each point by itself, whatever else is in the array."""
 EXIF_ORIENTATION = 274
 """Tag number (EXIF 2.32, table 4)."""
-SMALLEST_BOX = 1e-5
+MIN_BOX = 1e-5
 """Sides above this count as a box (detectron2's `filter_empty_instances`)."""
 
 
@@ -96,7 +96,7 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
             return pack(found) if self.packed_masks else found
         boxes = _move_boxes([annotation["bbox"] for annotation in objects], transforms, shape)
         sides = boxes[:, 2:] - boxes[:, :2]
-        kept = np.flatnonzero((sides > SMALLEST_BOX).all(axis=1))
+        kept = np.flatnonzero((sides > MIN_BOX).all(axis=1))
         instances = Instances(shape)
         instances.gt_boxes = Boxes(torch.from_numpy(boxes[kept]))
         instances.gt_classes = torch.tensor([int(objects[i]["category_id"]) for i in kept], dtype=torch.int64)

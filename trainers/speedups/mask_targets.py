@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 FINE = 5
 """Steps per pixel in which pycocotools walks along an edge (maskApi.c, `rleFrPoly`)."""
-SMALLEST_SIDE = 0.1
+MIN_SIDE = 0.1
 """Pixels; a box narrower than this is scaled as if it were this wide (detectron2/structures/masks.py)."""
 
 
@@ -102,9 +102,9 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
             owner = owners[polygon_of_point]
             sides = corners[:, 2:] - corners[:, :2]
             # A side of the least length or more divides in the boxes' 32 bits, a shorter one in 64.
-            least = np.asarray(SMALLEST_SIDE, dtype=sides.dtype)
+            least = np.asarray(MIN_SIDE, dtype=sides.dtype)
             scale = (mask_size / np.maximum(sides, least)).astype(np.float64)
-            scale[sides < least] = mask_size / SMALLEST_SIDE
+            scale[sides < least] = mask_size / MIN_SIDE
             offset = np.ascontiguousarray(corners[:, :2].T).take(owner, axis=1)
             vertices = (self._points.take(points, axis=1) - offset) * np.ascontiguousarray(scale.T).take(owner, axis=1)
             masks = rasterize(vertices, polygon_of_point, len(polygons), mask_size)

@@ -26,7 +26,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 
-MOST_PAIRS = 2**24
+MAX_PAIRS = 2**24
 """Objects times anchors or proposals up to which all images are matched at once: 64 MiB for each array of them."""
 
 
@@ -64,7 +64,7 @@ def label_and_sample_anchors(
     """
     counts = [len(image) for image in gt_instances]
     cells, most, total = Boxes.cat(anchors), max(counts), sum(counts)
-    if not 0 < len(counts) * most * len(cells) <= MOST_PAIRS:
+    if not 0 < len(counts) * most * len(cells) <= MAX_PAIRS:
         found: tuple[list[Tensor], list[Tensor]] = RPN.label_and_sample_anchors(rpn, anchors, gt_instances)
         return found
     device = cells.device
@@ -160,7 +160,7 @@ def label_and_sample_proposals(
     counts = [len(image) for image in targets]
     pairs = sum(counts) * sum(len(image) for image in proposals)
     usual = all(set(image.get_fields()) == {"proposal_boxes", "objectness_logits"} for image in proposals)
-    if not 0 < pairs <= MOST_PAIRS or matcher.allow_low_quality_matches or not usual:
+    if not 0 < pairs <= MAX_PAIRS or matcher.allow_low_quality_matches or not usual:
         found: list[Instances] = ROIHeads.label_and_sample_proposals(heads, proposals, targets)
         return found
     if heads.proposal_append_gt:
