@@ -70,9 +70,7 @@ def main(
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         if replay_outbox is not None:
-            from orchestrator.runlog import resume as runs
-
-            console.print(runs.replay_outbox(replay_outbox), soft_wrap=True)
+            console.print(_track(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
         earlier = None
         if resume is not None:
@@ -93,6 +91,28 @@ def main(
     except SpecError as error:
         Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(UNFIT) from None
+
+
+def _track(folder: Path) -> str:
+    """Tracks in MLflow whatever of a run is not there yet; returns what was done, for a person.
+
+    Raises:
+        SpecError: There is no run in the folder, it is still being run, or MLflow does not take it.
+    """
+    from orchestrator.runlog.resume import enter_working_directory, only_driver, read_run
+    from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
+
+    run = read_run(folder)
+    enter_working_directory(run)
+    with only_driver(run.run_dir):
+        uri = tracking_uri(run.experiment.tracking.uri)
+        tracker = Tracker(run.run_dir, uri)
+        try:
+            tracker.sync()
+        except Exception as error:  # whatever MLflow or its store raises
+            raise SpecError(f"MLflow at {without_credentials(uri)} does not take it: {error}") from error
+        done = f"MLflow at {without_credentials(uri)} has all of {run.run_dir} (run {tracker.run_ids()['']})."
+        return done if run.ended else f"{done} It was not ended: `--resume {run.run_dir}` goes on with it."
 
 
 def _show_plan(experiment: Experiment, output: Path | None, console: Console, as_json: bool) -> int:

@@ -12,10 +12,10 @@ from typing import Any
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
+from orchestrator.experiment.environment import CREDENTIALS
 from orchestrator.experiment.placement import capacity, equal_shares
 from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
-from orchestrator.preflight.node import CREDENTIALS
 from trainers.contract.plan import TrialPlan
 
 CONNECT_TIMEOUT_SECONDS = 1.0

@@ -1,54 +1,15 @@
-"""What a failure was, and whether starting again can help. Events in, a decision out; no clock, no cluster.
-
-The trap it protects against: one rank's failure makes all others fail in their next collective, so the first exception
-that arrives is seldom the cause; and what can never succeed must not be tried again until the budget is gone.
-"""
+"""Decides whether starting a failed trial again can help: events in, a decision out; no clock, no cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from orchestrator.experiment.spec import Faults
-from trainers.contract.events import CheckpointSaved, Event, FailureKind, LoopStarted, WorkerFailed
-
-CAUSES: tuple[FailureKind, ...] = (
-    "bad_input",
-    "not_finite",
-    "configuration",
-    "storage",
-    "out_of_memory",
-    "stuck",
-    "worker_lost",
-    "unknown",
-    "communication",
-)
-"""Failures by how likely they are the cause of the others seen with them, the likeliest first."""
+from orchestrator.figures.causes import described
+from trainers.contract.events import CheckpointSaved, Event, LoopStarted, WorkerFailed
 
 NOT_COUNTED = "preempted"
 """A node was taken away with notice: not a failure of the trial."""
-
-
-def root_cause(events: Sequence[Event]) -> WorkerFailed | None:
-    """The failure of an attempt that the others follow from; None where none was told.
-
-    Args:
-        events: Events of one attempt.
-    """
-    failures = [event for event in events if isinstance(event, WorkerFailed)]
-    return min(
-        failures,
-        key=lambda failure: (CAUSES.index(failure.failure), not failure.image_files, failure.time),
-        default=None,
-    )
-
-
-def described(cause: WorkerFailed) -> str:
-    """A failure in one line: what, on which rank, at which iteration, on which images."""
-    place = f"rank {cause.rank}, iteration {cause.iteration}" if cause.rank >= 0 else "before the workers started"
-    text = f"{cause.failure} ({place}, {cause.section}): {cause.message}"
-    if cause.image_files and cause.failure not in ("bad_input", "communication"):
-        text += f"; images of the batch: {', '.join(cause.image_files)}"
-    return text
 
 
 class Policy:

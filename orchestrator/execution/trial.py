@@ -15,11 +15,12 @@ from ray.train import TrainingFailedError
 
 from orchestrator.execution.cluster import draining_nodes, lost_nodes
 from orchestrator.execution.event_pump import EventPump
-from orchestrator.execution.restart_policy import NOT_COUNTED, Policy, root_cause
+from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.stop import StopRequest
 from orchestrator.execution.watchdog import Watchdog
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
+from orchestrator.figures.causes import root_cause
 from orchestrator.figures.sections import began
 from trainers.contract.events import (
     Event,

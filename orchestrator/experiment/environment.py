@@ -17,6 +17,9 @@ PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pyco
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that are recorded; no other is."""
 
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables that open the tracking server: the driver's alone."""
+
 
 def describe(argv: list[str]) -> dict[str, str]:
     """The environment of this process, fit to be published.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from orchestrator.execution.restart_policy import root_cause
+from orchestrator.figures.causes import root_cause
 from orchestrator.figures.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
 from orchestrator.figures.records import ExperimentResult, RepeatRow, ScalingFit, ScalingRow, Spread, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows

@@ -15,13 +15,11 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchestrator.experiment.environment import CREDENTIALS
 from orchestrator.findings import Finding, FindingList
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "sal-detectron2", "detectron2", "pycocotools", "mlflow")
 """Packages whose versions must be the same on all nodes."""
-
-CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Variables that open the tracking server: the driver's alone."""
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place torch's loaders use, not a choice of ours
 

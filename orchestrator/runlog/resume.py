@@ -107,24 +107,3 @@ def only_driver(run_dir: Path) -> Iterator[None]:
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
         yield
-
-
-def replay_outbox(folder: Path) -> str:
-    """Tracks in MLflow whatever of a run is not there yet; returns what was done, for a person.
-
-    Raises:
-        SpecError: There is no run in the folder, it is still being run, or MLflow does not take it.
-    """
-    run = read_run(folder)
-    enter_working_directory(run)
-    with only_driver(run.run_dir):
-        from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
-
-        uri = tracking_uri(run.experiment.tracking.uri)
-        tracker = Tracker(run.run_dir, uri)
-        try:
-            tracker.sync()
-        except Exception as error:
-            raise SpecError(f"MLflow at {without_credentials(uri)} does not take it: {error}") from error
-        done = f"MLflow at {without_credentials(uri)} has all of {run.run_dir} (run {tracker.run_ids()['']})."
-        return done if run.ended else f"{done} It was not ended: `--resume {run.run_dir}` goes on with it."

@@ -20,7 +20,6 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from orchestrator.execution.restart_policy import root_cause
 from orchestrator.experiment.spec import ReferenceRow, parse_yaml, to_yaml
 from orchestrator.figures.catalog import (
     HEADLINE,
@@ -31,6 +30,7 @@ from orchestrator.figures.catalog import (
     summary,
     window_metrics,
 )
+from orchestrator.figures.causes import root_cause
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.figures.windows import WindowJoin

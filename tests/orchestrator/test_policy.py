@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.execution.restart_policy import Policy, described, root_cause
+from orchestrator.execution.restart_policy import Policy
 from orchestrator.experiment.spec import Faults
+from orchestrator.figures.causes import described, root_cause
 from trainers.contract.events import CheckpointSaved, Event, LoopStarted, WorkerFailed
 
 

@@ -1,0 +1,43 @@
+"""Which failure of an attempt caused the others, and how it is described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainers.contract.events import Event, FailureKind, WorkerFailed
+
+CAUSES: tuple[FailureKind, ...] = (
+    "bad_input",
+    "not_finite",
+    "configuration",
+    "storage",
+    "out_of_memory",
+    "stuck",
+    "worker_lost",
+    "unknown",
+    "communication",
+)
+"""Failures by how likely they are the cause of the others seen with them, the likeliest first."""
+
+
+def root_cause(events: Sequence[Event]) -> WorkerFailed | None:
+    """The failure that caused the others; None where none was reported.
+
+    Args:
+        events: Events of one attempt.
+    """
+    failures = [event for event in events if isinstance(event, WorkerFailed)]
+    return min(
+        failures,
+        key=lambda failure: (CAUSES.index(failure.failure), not failure.image_files, failure.time),
+        default=None,
+    )
+
+
+def described(cause: WorkerFailed) -> str:
+    """A failure in one line: what, on which rank, at which iteration, on which images."""
+    place = f"rank {cause.rank}, iteration {cause.iteration}" if cause.rank >= 0 else "before the workers started"
+    text = f"{cause.failure} ({place}, {cause.section}): {cause.message}"
+    if cause.image_files and cause.failure not in ("bad_input", "communication"):
+        text += f"; images of the batch: {', '.join(cause.image_files)}"
+    return text
