@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.builders.commands import ROOT
 
 ROOMS = ("orchestrator", "trainers", "benchmarks", "cluster")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))

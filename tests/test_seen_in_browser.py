@@ -20,7 +20,7 @@ from orchestrator.report.__main__ import write_report
 from orchestrator.report.page import KINDS, mlflow_links
 from orchestrator.runlog.folder import RunFolder, read_run_folder
 from orchestrator.tracking.driver import Tracker
-from tests.browser import as_device, browser, keep_screenshot, needs_chromium
+from tests.builders.browser import as_device, browser, keep_screenshot, needs_chromium
 from tests.builders.run_folder import made_experiment, make_run
 
 pytestmark = needs_chromium

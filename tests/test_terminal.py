@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.experiments import tiny_experiment, write_experiment
 from tests.builders.run_folder import make_run
-from tests.conftest import tiny_experiment, write_experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from orchestrator.execution.stop import StopRequest
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import Experiment, Faults
-from tests.conftest import tiny_experiment
+from tests.builders.experiments import tiny_experiment
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
 from trainers.contract.plan import TrialPlan
 from trainers.faults import Fault, fired

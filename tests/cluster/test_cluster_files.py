@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from ray.autoscaler import _private
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.conftest import ROOT
+from tests.builders.commands import ROOT
 
 CLOUD_ONLY = ("provider", "auth", "available_node_types", "head_node_type")
 

@@ -12,8 +12,9 @@ import time
 import pytest
 import yaml
 
-from tests.cluster.conftest import JOB_SERVER, ClusterOfHosts, Job
-from tests.conftest import ROOT, tiny_experiment
+from tests.builders.cluster import JOB_SERVER, ClusterOfHosts, Job
+from tests.builders.commands import ROOT
+from tests.builders.experiments import tiny_experiment
 
 pytestmark = pytest.mark.cluster
 

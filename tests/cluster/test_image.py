@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, tiny_experiment, write_experiment
+from tests.builders.commands import ROOT
+from tests.builders.experiments import tiny_experiment, write_experiment
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(1800)]
 

@@ -8,8 +8,8 @@ import pytest
 
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import parse_experiment
-from tests.cluster.hosts import wait_for
-from tests.conftest import tiny_experiment
+from tests.builders.experiments import tiny_experiment
+from tests.builders.hosts import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 

@@ -20,8 +20,9 @@ import pytest
 
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.commands import run_command
+from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
-from tests.conftest import run_command, write_experiment
 from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialRestarted
 from trainers.faults import VARIABLE, Fault, fired
 

@@ -13,7 +13,7 @@ import ray
 from orchestrator.experiment.spec import Faults, Timeouts
 from orchestrator.figures.trial import trial_result
 from tests.builders.fault_bench import ITERATIONS, Bench, Outcome, experiment
-from tests.trainers.test_resume import MODELS
+from tests.builders.training import MODELS
 from trainers.contract.events import (
     CheckpointSaved,
     Event,

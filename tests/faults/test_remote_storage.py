@@ -9,8 +9,8 @@ import pyarrow.fs
 import pytest
 
 from orchestrator.experiment.plan import under
+from tests.builders.checkpoints import newest, save, state, store
 from tests.builders.s3 import KEYS, s3_server
-from tests.trainers.test_checkpoints import newest, save, state, store
 from trainers.checkpoints import StorageError
 
 

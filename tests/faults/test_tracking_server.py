@@ -19,9 +19,10 @@ import pytest
 
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
+from tests.builders.commands import run_command
+from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
 from tests.builders.s3 import free_port
-from tests.conftest import run_command, write_experiment
 from trainers.contract.events import Evaluated
 
 pytestmark = pytest.mark.train

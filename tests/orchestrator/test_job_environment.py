@@ -12,7 +12,7 @@ from orchestrator.experiment.environment import describe
 from orchestrator.experiment.spec import parse_experiment
 from orchestrator.preflight.node import NodeRequest, inspect_node
 from orchestrator.preflight.tracking import check_tracking
-from tests.conftest import tiny_experiment
+from tests.builders.experiments import tiny_experiment
 
 
 def test_a_job_tells_its_id_and_what_its_sender_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
-from tests.conftest import run_command, tiny_experiment, write_experiment
+from tests.builders.commands import run_command
+from tests.builders.experiments import tiny_experiment, write_experiment
 from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
 

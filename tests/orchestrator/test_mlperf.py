@@ -9,9 +9,9 @@ from orchestrator.experiment.spec import DEFAULT_CONFIG, load_experiment
 from orchestrator.figures.trial import trial_result
 from orchestrator.replay.__main__ import replay
 from orchestrator.report.mlperf import division_of, failed_rules, mllog_text, write_mllog
+from tests.builders.commands import run_command
 from tests.builders.logs import whole_run
 from tests.builders.trials import CONFIG_YAML, TrialBuilder, plan, trained
-from tests.conftest import run_command
 from trainers.contract.events import LoopStarted
 from trainers.contract.plan import DatasetPlan
 

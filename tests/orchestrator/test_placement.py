@@ -3,7 +3,7 @@ from pathlib import Path
 from orchestrator.experiment.placement import equal_shares, smaller
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import parse_experiment
-from tests.conftest import TINY_OVERRIDES, tiny_experiment
+from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 
 
 def test_the_fewest_hosts_are_taken_that_take_equally_many() -> None:

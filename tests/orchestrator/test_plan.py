@@ -8,7 +8,8 @@ import pytest
 
 from orchestrator.experiment.plan import DETECTRON2_DEFAULTS, Hardware, expand, model_value, scaled_solver, zoo_path
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError, load_experiment, parse_experiment
-from tests.conftest import run_command, tiny_experiment
+from tests.builders.commands import run_command
+from tests.builders.experiments import tiny_experiment
 from trainers.contract.plan import TrialPlan
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.experiment.spec import CONFIGS
-from tests.conftest import run_command
+from tests.builders.commands import run_command
 
 pytestmark = [pytest.mark.shared, pytest.mark.train]
 

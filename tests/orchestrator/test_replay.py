@@ -9,8 +9,8 @@ from orchestrator.figures.records import TrialResult
 from orchestrator.replay.__main__ import experiment_result, replay, track, write
 from orchestrator.replay.lines import ReplayError
 from orchestrator.replay.replayed import Targets
+from tests.builders.commands import run_command
 from tests.builders.logs import MadeLog, whole_run
-from tests.conftest import run_command
 
 
 def _read(made: MadeLog, folder, **options) -> TrialResult:

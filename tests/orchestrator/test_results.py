@@ -5,8 +5,8 @@ import pytest
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.page import KINDS, OTHER_DEFINITIONS
+from tests.builders.commands import ROOT
 from tests.builders.trials import TrialBuilder, plan, trained
-from tests.conftest import ROOT
 from trainers.contract.events import Event, WorkerFailed, event_from_json
 
 

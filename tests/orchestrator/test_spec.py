@@ -15,7 +15,8 @@ from orchestrator.experiment.spec import (
     load_experiment,
     parse_experiment,
 )
-from tests.conftest import run_command, tiny_experiment
+from tests.builders.commands import run_command
+from tests.builders.experiments import tiny_experiment
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainers.test_speed import plan_of, train
+from tests.builders.recipes import plan_of, train
 from trainers.recipes import PLAIN
 from trainers.speedups.loader_sizing import processes
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.ours import write_plan
-from tests.trainers.test_resume import last, plan_of, train
+from tests.builders.training import last, plan_of, train
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointSaved,

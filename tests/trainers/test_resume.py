@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.data.generate import generate
-from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import Experiment
-from tests.conftest import TINY_OVERRIDES, tiny_experiment
-from trainers.contract.channel import Channel, Command, Placement
+from tests.builders.training import MODELS, last, plan_of, train
+from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
@@ -23,67 +19,11 @@ from trainers.contract.events import (
     StepsDone,
     WorkerFailed,
 )
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import Attempt
 from trainers.faults import VARIABLE, Fault, fired
 from trainers.rank import Rank
 
 pytestmark = pytest.mark.train
-
-RETINANET = {key: value for key, value in TINY_OVERRIDES.items() if not key.startswith(("MODEL.ROI", "MODEL.RPN"))} | {
-    "MODEL.RETINANET.NUM_CONVS": 1,
-    "MODEL.RETINANET.TOPK_CANDIDATES_TEST": 50,
-    "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "mask_rcnn": {"weights": "", "overrides": TINY_OVERRIDES},
-    "retinanet": {
-        "weights": "",
-        "config": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
-        "overrides": RETINANET,
-    },
-}
-
-
-class Died(BaseException):
-    """Ends a rank as a signal would: nothing of it may be caught."""
-
-
-def plan_of(folder: Path, model: str) -> TrialPlan:
-    values = tiny_experiment(
-        model=MODELS[model],
-        protocol={"iterations": 12, "eval_period_iterations": 6, "warmup_iterations": 2},
-        storage={"checkpoint_period_iterations": 4},
-    )
-    experiment = Experiment.model_validate(values)
-    assert experiment.data.generated is not None
-    generate(folder / "data", **experiment.data.generated.model_dump())
-    (plan,) = expand(experiment, Hardware(num_cpus=1), str(folder / "run"), folder / "data")
-    return plan
-
-
-def train(plan: TrialPlan, attempt: int = 0, stop_at: int | None = None, die_at: int | None = None) -> list[Event]:
-    """Trains in this process; asked to stop a window before `stop_at`, dead at the end of the window of `die_at`."""
-    events: list[Event] = []
-    command: list[Command] = ["run"]
-
-    def push(event: Event) -> None:
-        events.append(event)
-        if isinstance(event, StepsDone) and stop_at is not None and event.iteration == stop_at - 2:
-            command[0] = rank.command = "stop"
-        if isinstance(event, StepsDone) and event.iteration == die_at:
-            raise Died
-
-    channel = Channel(push=push, beat=lambda heartbeat: command[0])
-    rank = Rank(plan, Attempt(attempt), Placement(0, 1, 0, 1, "here"), channel)
-    try:
-        rank.train(0.0)
-    except Died:
-        assert die_at is not None
-    return events
-
-
-def last(events: list[Event], kind: type[Any]) -> Any:
-    return [event for event in events if isinstance(event, kind)][-1]
 
 
 @pytest.mark.parametrize("model", MODELS)

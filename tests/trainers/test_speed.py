@@ -18,13 +18,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from benchmarks.ours import train_in_process
-from orchestrator.data.generate import generate
-from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
-from tests.conftest import tiny_experiment
+from tests.builders.recipes import plan_of, train
 from trainers import mask_rcnn
-from trainers.contract.events import Evaluated, LoopFinished
 from trainers.contract.plan import TrialPlan
 from trainers.loading import batches_of_a_size
 from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
@@ -41,23 +36,6 @@ def own_cache_and_detectron2_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def plan_of(folder: Path, recipe: Recipe, name: str) -> TrialPlan:
-    experiment = parse_experiment(tiny_experiment(), "test")
-    generated = experiment.data.generated
-    assert generated is not None
-    generate(folder / "data", num_train=16, num_val=4, size=64, num_classes=generated.num_classes, num_processes=1)
-    plan = expand(experiment, Hardware(), str(folder / name), folder / "data")[0]
-    return dataclasses.replace(plan, recipe=recipe, trial_dir=str(folder / name))
-
-
-def train(plan: TrialPlan) -> tuple[str, dict[str, float | None]]:
-    """The hash of the trained state, and the last evaluation's figures."""
-    events = train_in_process(plan)
-    hashes = [event.state_sha256 for event in events if isinstance(event, LoopFinished)]
-    figures = [event.figures for event in events if isinstance(event, Evaluated)]
-    return hashes[0], figures[-1]
 
 
 @pytest.mark.train

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.builders.commands import ROOT
 
 SHARED = "/mnt/shared"
 ENVIRONMENT = {
