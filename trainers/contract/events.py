@@ -1,8 +1,8 @@
-"""What crosses the process boundary between driver and workers, both ways.
+"""What happens in a trial, as typed events: workers send them to the driver, which writes them to `events.jsonl`.
 
 Standard library only: the driver reads it without torch, and an event written by one version of the program can be
-read back from the outbox by another. Times are Unix seconds, durations seconds, AP on the 0–100 scale. A figure that
-was not measured is None, never 0 and never NaN.
+read by another. Times are Unix seconds, durations seconds, AP on the 0–100 scale. A figure that was not measured is
+None, never 0 and never NaN.
 """
 
 from __future__ import annotations
@@ -30,20 +30,17 @@ FailureKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a trial.
-
-    Attributes:
-        trial: Name of the trial.
-        attempt: Number of the attempt.
-        rank: Rank of the worker it happened on; -1 for the driver.
-        time: When (Unix seconds).
-    """
+    """Something that happened in a trial."""
 
     kind: ClassVar[str]
     trial: str
+    """Name of the trial."""
     attempt: int
+    """Number of the attempt."""
     rank: int
+    """Rank of the worker it happened on; -1 for the driver."""
     time: float
+    """When (Unix seconds)."""
 
     def to_json(self) -> str:
         """One line of JSON; raises ValueError on NaN or infinity."""
@@ -52,332 +49,284 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerStarted(Event):
-    """The training function began on one rank: the first thing it does (rank 0 of attempt 0 starts the seed clock).
-
-    Attributes:
-        host: Host name.
-        node_id: Ray's id of the node, or "" outside Ray.
-        pid: Process id.
-        local_rank: Rank within the node.
-        world_size: Number of workers of this attempt; 0 for as many as the plan says.
-        device_name: Model name of the accelerator or the processor.
-        device_memory_gib: Memory of that device.
-        versions: Package name to version.
-        host_processor: Model name of the host's processor, or "".
-        host_cores: Its cores, hyper-threads counted; None where not known.
-        host_memory_gib: Memory of the host.
-        operating_system: Name and version, or "".
-    """
+    """The training function began on one rank: the first thing it does (rank 0 of attempt 0 starts the seed clock)."""
 
     kind: ClassVar[str] = "worker_started"
     host: str
+    """Host name."""
     node_id: str
-    pid: int
+    """Ray's id of the node; empty outside Ray."""
+    pid: int | None
+    """Process id; None in a replayed log."""
     local_rank: int
+    """Rank within the node."""
     device_name: str
+    """Model name of the accelerator or the processor."""
     device_memory_gib: float | None
+    """Memory of that device; None where not known."""
     versions: dict[str, str]
+    """Package name to version."""
     host_processor: str = ""
+    """Model name of the host's processor; empty where not known."""
     host_cores: int | None = None
+    """Its cores, counting hyper-threads; None where not known."""
     host_memory_gib: float | None = None
+    """Memory of the host; None where not known."""
     operating_system: str = ""
-    world_size: int = 0
+    """Name and version; empty where not known."""
+    world_size: int | None = None
+    """Number of workers of this attempt; None where not known (logs of other programs, files of older versions)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopStarted(Event):
-    """Model, optimizer and loader are ready, the first batch has not been asked for (MLPerf's run_start on attempt 0).
-
-    Attributes:
-        iteration: First iteration to run: 0, or the restored checkpoint's.
-        num_train_images: Images trained on per epoch, after detectron2's filtering.
-        num_val_images: Images evaluated on.
-        setup_seconds: From the start of the training function to here.
-        config_yaml: The resolved detectron2 config (rank 0 only, else "").
-        restored_from: Checkpoint that was restored, or "".
-    """
+    """Model, optimizer and loader are ready, no batch has been requested yet (MLPerf's run_start on attempt 0)."""
 
     kind: ClassVar[str] = "loop_started"
     iteration: int
-    num_train_images: int
-    num_val_images: int
-    setup_seconds: float
+    """First iteration to run: 0, or the restored checkpoint's."""
+    num_train_images: int | None
+    """Images trained on per epoch, after detectron2's filtering; None where a replayed log does not say."""
+    num_val_images: int | None
+    """Images evaluated on; None where a replayed log does not say."""
+    setup_seconds: float | None
+    """From the start of the training function to here; None where a replayed log does not say."""
     config_yaml: str
+    """The resolved detectron2 config (rank 0 only, else empty)."""
     restored_from: str
+    """Checkpoint that was restored; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepsDone(Event):
-    """A window of training steps on one rank; hooks are outside the window.
-
-    Attributes:
-        first_iteration: First iteration of the window, counted from 0.
-        iteration: Iterations done since the start of training: the last one of the window, plus 1.
-        num_images: Images this rank trained on in the window.
-        seconds: Wall time of the window on this rank, the device synchronised at both edges.
-        step_seconds: Wall time of each step, in order.
-        part_seconds: Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. With several workers
-            also `communication`, waiting for their gradients with the own ones ready; `backward` is without it. On a
-            GPU all of them, and the steps, are of the device's own line of time: `data` is its standing idle.
-        data_seconds: Waiting for the loader, for each step, in order.
-        losses: Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only).
-        learning_rate: At the last step.
-        peak_memory_gib: Most memory used so far: of the device, or of the process on CPU.
-        step_part_seconds: The parts but `data` for each step, in order; a part that was not timed by step is left out.
-        num_ranks: Ranks it tells of together: 1, or all of them where a replayed log tells no rank from another. Then
-            `step_seconds` and `data_seconds` are empty: a log prints no single step.
-    """
+    """A window of training steps on one rank; hooks are outside the window."""
 
     kind: ClassVar[str] = "steps_done"
     first_iteration: int
+    """First iteration of the window, counted from 0."""
     iteration: int
+    """Iterations done since the start of training: the last one of the window, plus 1."""
     num_images: int
+    """Images this rank trained on in the window."""
     seconds: float
+    """Wall time of the window on this rank, the device synchronised at both edges."""
     step_seconds: tuple[float, ...]
+    """Wall time of each step, in order."""
     data_seconds: tuple[float, ...]
+    """Waiting for the loader, for each step, in order."""
     part_seconds: dict[str, float]
+    """Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. With several workers also
+    `communication`: waiting for the others' gradients after the local ones are ready; `backward` excludes it. On a GPU
+    all parts, and the steps, are measured on the device's timeline: `data` is the time it idles for lack of data."""
     losses: dict[str, float]
-    learning_rate: float
-    peak_memory_gib: float
+    """Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only). A loss that is
+    not known is left out."""
+    learning_rate: float | None
+    """At the last step; None where a replayed log does not say."""
+    peak_memory_gib: float | None
+    """Most memory used so far: of the device, or of the process on CPU; None where a replayed log does not say."""
     step_part_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """The parts but `data` for each step, in order; a part that was not timed by step is left out."""
     num_ranks: int = 1
+    """Ranks whose steps this window covers: 1, or all of them where a replayed log does not separate ranks. Then
+    `step_seconds` and `data_seconds` are empty: a log prints no single step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated(Event):
-    """A COCO evaluation of the model (rank 0).
-
-    Attributes:
-        iteration: Iterations trained when it was made.
-        epoch: The same in passes over the training data.
-        figures: COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`,
-            `box_ar1`, `box_ar10`, `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`.
-            None where COCO gives none (no object of that size, a model without masks).
-        box_scored: When the box figures were known (Unix seconds).
-        mask_scored: When the mask figures were known; None without masks.
-        seconds: How long it took; training stood still as long, where it was not made beside training.
-        part_seconds: The same by part: `inference`, `gather`, `score`. With an evaluation beside training also `stall`:
-            how long training stood still for it, handing the weights on and waiting at the next one or a checkpoint.
-    """
+    """A COCO evaluation of the model (rank 0)."""
 
     kind: ClassVar[str] = "evaluated"
     iteration: int
-    epoch: float
+    """Iterations trained when it was made."""
+    epoch: float | None
+    """The same in passes over the training data; None where their number of images is not known."""
     figures: dict[str, float | None]
+    """COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`, `box_ar1`, `box_ar10`,
+    `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`. None where COCO gives none (no object of
+    that size, a model without masks)."""
     box_scored: float
+    """When the box figures were known (Unix seconds)."""
     mask_scored: float | None
+    """When the mask figures were known; None without masks."""
     seconds: float
+    """How long it took; training was stalled as long, unless it ran concurrently."""
     part_seconds: dict[str, float]
+    """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
+    was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
 
     @property
     def overlapped(self) -> bool:
-        """Whether it was made beside training."""
+        """Whether it ran concurrently with training."""
         return "stall" in self.part_seconds
 
     @property
     def stall_seconds(self) -> float:
-        """How long training stood still for it."""
+        """How long training was stalled for it."""
         return self.part_seconds.get("stall", self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete in storage (rank 0).
-
-    Attributes:
-        iteration: Iterations trained when it was taken.
-        path: Where it lies.
-        size_bytes: Its size.
-        stall_seconds: How long training stood still for it.
-        write_seconds: From the snapshot to the rename.
-    """
+    """A checkpoint is complete in storage (rank 0)."""
 
     kind: ClassVar[str] = "checkpoint_saved"
     iteration: int
+    """Iterations trained when it was taken."""
     path: str
+    """Its folder."""
     size_bytes: int
+    """Its size."""
     stall_seconds: float
+    """How long training was stalled for it."""
     write_seconds: float
+    """From the snapshot to the rename."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFailed(Event):
-    """A checkpoint could not be written, and training goes on with the older ones (rank 0).
-
-    Attributes:
-        iteration: Iterations trained when it was taken.
-        message: What storage said.
-    """
+    """A checkpoint could not be written, and training goes on with the older ones (rank 0)."""
 
     kind: ClassVar[str] = "checkpoint_failed"
     iteration: int
+    """Iterations trained when it was taken."""
     message: str
+    """Message of the storage error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SystemSampled(Event):
-    """Load of one node (its local rank 0).
-
-    Attributes:
-        host: Host name.
-        values: MLflow's names of system metrics (`cpu_utilization_percentage`, …) and their values.
-    """
+    """Load of one node (its local rank 0)."""
 
     kind: ClassVar[str] = "system_sampled"
     host: str
+    """Host name."""
     values: dict[str, float]
+    """MLflow's names of system metrics (`cpu_utilization_percentage`, …) and their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat(Event):
-    """What a rank is doing; not kept in the outbox.
-
-    Attributes:
-        section: Section of the loop.
-        part: Finer: `data`, `forward`, `backward`, `optimizer`, or "".
-        iteration: Iterations done.
-        since: When that section began (Unix seconds).
-        image_files: Images of the current batch: named when the process dies without a word.
-    """
+    """What a rank is doing; not written to the events file."""
 
     kind: ClassVar[str] = "heartbeat"
     section: Section
+    """Section of the loop."""
     part: str
+    """Part of a step: `data`, `forward`, `backward`, `optimizer`; empty for none."""
     iteration: int
+    """Iterations done."""
     since: float
+    """When that section began (Unix seconds)."""
     image_files: tuple[str, ...] = ()
+    """Images of the current batch: named when the process dies without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopFinished(Event):
-    """Training came to a regular end (rank 0).
-
-    Attributes:
-        iteration: Iterations trained.
-        reason: Why it ended.
-        state_sha256: Hash of the model's and optimizer's state, for comparing runs bit for bit.
-    """
+    """Training came to a regular end (rank 0)."""
 
     kind: ClassVar[str] = "loop_finished"
     iteration: int
+    """Iterations trained."""
     reason: StopReason
-    state_sha256: str
+    """Why it ended."""
+    state_sha256: str | None
+    """Hash of the model's and optimizer's state, for comparing runs bit for bit; None in a replayed log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailed(Event):
-    """An exception ended the training function on one rank, or the driver found a rank lost or stuck.
-
-    Attributes:
-        failure: What sort of failure.
-        iteration: Iterations done by then.
-        section: Section of the loop it happened in.
-        message: What happened, for a person.
-        image_files: Images of the batch it happened on.
-        traceback: The worker's traceback, or "".
-        began: When it happened, where that was before it was told (Unix seconds of the driver's host): the last sign
-            of life of a process that died, the beginning of what a stuck one is at.
-    """
+    """An exception ended the training function on one rank, or the driver found a rank lost or stuck."""
 
     kind: ClassVar[str] = "worker_failed"
     failure: FailureKind
+    """What sort of failure."""
     iteration: int
+    """Iterations done by then."""
     section: str
+    """Section of the loop it happened in."""
     message: str
+    """What happened, for a person."""
     image_files: tuple[str, ...] = ()
+    """Images of the batch it happened on."""
     traceback: str = ""
+    """The worker's traceback; empty for none."""
     began: float | None = None
+    """When it happened, where that was before it was noticed (Unix seconds of the driver's host): the last sign of life
+    of a process that died, the start of the section that a stuck one is in; None for `time`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """A run of an experiment began (driver; trial "").
-
-    Attributes:
-        experiment: The experiment file's values, as they were resolved.
-        run_id: Unique id of the run, the same after `--resume`.
-        tags: Git commit, versions, command, host: what the run is told apart by.
-    """
+    """A run of an experiment began (driver; trial "")."""
 
     kind: ClassVar[str] = "run_started"
     experiment: dict[str, Any]
+    """The experiment file's values, as they were resolved."""
     run_id: str
+    """Unique id of the run, the same after `--resume`."""
     tags: dict[str, str]
+    """Git commit, versions, command, host: what identifies the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
-    """All trials of a run have ended, and its results and report are written (driver; trial "").
-
-    Attributes:
-        status: MLflow's run status.
-    """
+    """All trials of a run have ended, and its results and report are written (driver; trial "")."""
 
     kind: ClassVar[str] = "run_ended"
     status: Literal["FINISHED", "FAILED", "KILLED"]
+    """MLflow's run status."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted(Event):
-    """The driver began with a trial (rank -1, attempt 0).
-
-    Attributes:
-        plan: The trial's plan, as plain values.
-    """
+    """The driver began with a trial (rank -1, attempt 0)."""
 
     kind: ClassVar[str] = "trial_started"
     plan: dict[str, Any]
+    """The trial's plan, as plain values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRestarted(Event):
-    """The driver starts the workers again (rank -1; `attempt` is the new one).
-
-    Attributes:
-        failure: What ended the attempt before.
-        message: Its cause, for a person.
-        iteration: Iterations that had been done when it ended.
-    """
+    """The driver starts the workers again (rank -1; `attempt` is the new one)."""
 
     kind: ClassVar[str] = "trial_restarted"
     failure: str
+    """What ended the attempt before."""
     message: str
+    """Its cause, for a person."""
     iteration: int
+    """Iterations that had been done when it ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogReplayed(Event):
-    """The trial was made without this program, and its events were read off a log (rank -1).
-
-    Attributes:
-        step_seconds: Mean step that the log closes with (or had reached), hooks left out; None where it prints none.
-        step_iterations: Iterations behind that mean.
-        total_seconds: Training time that the log closes with, hooks included; None where it prints none.
-        unknown: Fields of the result record that the plan had to fill, but the log does not hold;
-            `evaluations_clock` for the times of the evaluations.
-        notes: What is missing or must be known to read the figures.
-    """
+    """The trial was trained by another program, and its events were read from its log (rank -1)."""
 
     kind: ClassVar[str] = "log_replayed"
     step_seconds: float | None
+    """Mean step that the log closes with (or had reached), hooks left out; None where it prints none."""
     step_iterations: int | None
+    """Iterations behind that mean."""
     total_seconds: float | None
+    """Training time that the log closes with, hooks included; None where it prints none."""
     unknown: tuple[str, ...]
+    """Fields of the result record that the log does not hold; `evaluations_clock` for the times of the evaluations."""
     notes: tuple[str, ...]
+    """What is missing or must be known to read the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialEnded(Event):
-    """The driver is done with a trial (rank -1).
-
-    Attributes:
-        status: MLflow's run status.
-        reason: Why, for a person; "" when it finished.
-    """
+    """The driver is done with a trial (rank -1)."""
 
     kind: ClassVar[str] = "trial_ended"
     status: Literal["FINISHED", "FAILED", "KILLED"]
+    """MLflow's run status."""
     reason: str
+    """Why, for a person; empty when it finished."""
 
 
 EVENTS: dict[str, type[Event]] = {
@@ -389,6 +338,14 @@ EVENTS: dict[str, type[Event]] = {
 }  # fmt: skip
 
 
+_OLD_SENTINELS: dict[type[Event], tuple[str, Any]] = {
+    WorkerStarted: ("world_size", 0),
+    StepsDone: ("peak_memory_gib", 0.0),
+    LoopFinished: ("state_sha256", ""),
+}
+"""Field and value that older versions wrote for "not known"; read as None."""
+
+
 def event_from_json(line: str) -> Event:
     """Reads what `Event.to_json` wrote.
 
@@ -398,6 +355,9 @@ def event_from_json(line: str) -> Event:
     try:
         values: dict[str, Any] = json.loads(line)
         event = EVENTS[values.pop("kind")]
+        sentinel = _OLD_SENTINELS.get(event)
+        if sentinel and values.get(sentinel[0]) == sentinel[1]:
+            values[sentinel[0]] = None
         names = {f.name for f in dataclasses.fields(event)}
         return event(**{name: _without_lists(value) for name, value in values.items() if name in names})
     except (KeyError, TypeError, AttributeError) as error:
