@@ -28,6 +28,7 @@ from rich.console import Console
 
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
+from orchestrator.files import without_credentials
 
 if TYPE_CHECKING:
     from orchestrator.execution.event_pump import EventPump
@@ -100,7 +101,7 @@ def _track(folder: Path) -> str:
         SpecError: There is no run in the folder, it is still being run, or MLflow does not take it.
     """
     from orchestrator.runlog.resume import enter_working_directory, only_driver, read_run
-    from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
+    from orchestrator.tracking.driver import Tracker, tracking_uri
 
     run = read_run(folder)
     enter_working_directory(run)
@@ -244,7 +245,7 @@ class Session:
         from orchestrator.report.progress import ProgressDisplay
         from orchestrator.runlog.outbox import FILE_NAME, Outbox
         from orchestrator.runlog.resume import WORKING_DIRECTORY
-        from orchestrator.tracking.driver import Tracker, tracking_uri, without_credentials
+        from orchestrator.tracking.driver import Tracker, tracking_uri
         from trainers.contract.events import RunStarted, TrialStarted
 
         earlier = self.earlier
@@ -302,8 +303,6 @@ class Session:
 
     def _published(self) -> dict[str, Any]:
         """The experiment's values as they are kept and tracked: a password in the tracking address stays out."""
-        from orchestrator.tracking.driver import without_credentials
-
         values = self.experiment.model_dump(mode="json")
         if values["tracking"]["uri"]:
             values["tracking"]["uri"] = without_credentials(values["tracking"]["uri"])
@@ -329,7 +328,7 @@ class Session:
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
         from orchestrator.figures.catalog import mlflow_base, table_address
-        from orchestrator.report.__main__ import try_report
+        from orchestrator.report.writer import try_report
         from orchestrator.report.airank import write_airank_summary
         from orchestrator.report.table import closing_table
         from trainers.contract.events import RunEnded

@@ -6,14 +6,11 @@ name, size and time of change of every image file: a second look at COCO reads n
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-import os
-import uuid
 from array import array
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.data.annotations import UnreadableError, check_annotations, parse_annotations
 from orchestrator.data.image_files import FoundFile, check_images, list_files
 from orchestrator.data.values import SplitSummary
+from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList, sort_findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 CHECKS_VERSION = 1
 """Raised with every change of the checks, so that no result of older ones is taken from the cache."""
@@ -89,7 +87,7 @@ def check_split(
     file, findings = str(split.annotations), FindingList()
     listing = None
     with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(_hash_file, split.annotations)
+        hashing = pool.submit(file_sha256, split.annotations)
         try:
             listing = list_files(split.images)
         except OSError as error:
@@ -105,17 +103,14 @@ def check_split(
         findings.error("annotations_missing", file, "", f"cannot be read: {error.strerror}", "Name the file as it is")
         return SplitReport(findings.to_list(), None)
     summary = SplitSummary(file, str(split.images), sha256=digest)
-    with _without_garbage_collection():
-        try:
-            document, may_hold_nan = parse_annotations(content)
-        except UnreadableError as error:
-            findings.error(error.code, file, "", error.what, error.hint)
-            return SplitReport(findings.to_list(), None)
-        del content
-        images = check_annotations(
-            document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring
-        )
-        del document
+    try:
+        document, may_hold_nan = parse_annotations(content)
+    except UnreadableError as error:
+        findings.error(error.code, file, "", error.what, error.hint)
+        return SplitReport(findings.to_list(), None)
+    del content
+    images = check_annotations(document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
+    del document
     if listing is not None:
         summary.num_images_checked = check_images(
             images, file, split.images, listing, findings, verify=verify_images, on_progress=on_progress
@@ -125,11 +120,6 @@ def check_split(
     if entry is not None and summary.num_images >= CACHED_FROM:
         _write_cache(entry, report, verify_images=verify_images)
     return report
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def compare_splits(train: SplitSummary, val: SplitSummary) -> list[Finding]:
@@ -175,18 +165,6 @@ def _soften_official(summary: SplitSummary, findings: list[Finding]) -> list[Fin
     )
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Keeps the collector from walking millions of new lists again and again; nothing here makes cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _show(mapping: dict[int, Any]) -> str:
     shown = ", ".join(f"{key}: {value}" for key, value in list(mapping.items())[:100])
     return "{" + shown + (", …" if len(mapping) > 100 else "") + "}"
@@ -202,13 +180,7 @@ def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Pa
     names = sorted(listing)
     key.update("\0".join(names).encode(*SURROGATES))
     key.update(array("q", [number for name in names for number in listing[name][:2]]).tobytes())
-    return cache_folder() / f"{key.hexdigest()}.json"
-
-
-def cache_folder() -> Path:
-    """Tells where results of checks are kept: `$XDG_CACHE_HOME` or `~/.cache`, in a folder of ours."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "ray-detectron2-benchmark" / "checks"
+    return cache_folder() / "checks" / f"{key.hexdigest()}.json"
 
 
 def _read_cache(entry: Path, *, verify_images: bool) -> SplitReport | None:
@@ -229,10 +201,6 @@ def _write_cache(entry: Path, report: SplitReport, *, verify_images: bool) -> No
         "summary": asdict(report.summary) if report.summary else None,
         "findings": [asdict(finding) for finding in report.findings],
     }
-    aside = entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(content), encoding="utf-8")
-        aside.replace(entry)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a cache that cannot be kept costs time, nothing else
+    # A cache that cannot be written costs time, nothing else.
+    with suppress(OSError):
+        write_atomically(entry, json.dumps(content))

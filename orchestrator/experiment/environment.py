@@ -6,11 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from orchestrator.files import without_credentials
 
 PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "mlflow", "numpy")
 
@@ -48,7 +49,7 @@ def command_line() -> list[str]:
     """This process's command, as one would type it; a user and password in an address are left out."""
     main = sys.modules["__main__"].__spec__
     command = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
-    return [re.sub(r"://[^/@\s]*@", "://", part) for part in command]
+    return [without_credentials(part) for part in command]
 
 
 def _job() -> dict[str, str]:

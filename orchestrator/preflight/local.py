@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.data.bars import show_bar
+from orchestrator.files import redact
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.preflight import model as model_checks
 from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
@@ -147,7 +148,7 @@ def check_remote_storage(trial: TrialPlan) -> list[Finding]:
 
     if "://" not in trial.checkpoint_dir:
         return []
-    shown = model_checks.redact(trial.checkpoint_dir)
+    shown = redact(trial.checkpoint_dir)
 
     def write_and_remove() -> None:
         import pyarrow.fs
@@ -177,7 +178,7 @@ def _reason_within(action: Callable[[], None], seconds: float) -> str:
             action()
             reasons[0] = ""
         except Exception as error:  # whatever a foreign file system raises
-            reasons[0] = model_checks.redact(str(error).strip().split("\n")[0][:200]) or type(error).__name__
+            reasons[0] = redact(str(error).strip().split("\n")[0][:200]) or type(error).__name__
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

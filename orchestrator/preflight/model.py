@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import ast
 import difflib
-import hashlib
 import importlib.util
-import re
 import zipfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.plan import model_value
+from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ def check_weights(experiment: Experiment) -> list[Finding]:
         )
         return findings.to_list()
     if wanted is not None:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != wanted:
             what = f"has SHA-256 {found}, not {wanted}"
             hint = "Download it again, or correct model.weights_sha256 if you trust this file"
@@ -203,8 +201,3 @@ def _value(experiment: Experiment, key: str) -> Any:
     """A key's value for an experiment, else detectron2's default."""
     found = model_value(experiment, key)
     return known_keys().get(key) if found is None else found
-
-
-def redact(text: str) -> str:
-    """Takes user name and password out of an address, and whatever its query holds."""
-    return re.sub(r"\?.*", "?…", re.sub(r"//[^/@]*@", "//…@", text))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from orchestrator.files import redact
 from orchestrator.findings import Finding, FindingList
-from orchestrator.preflight.model import redact
 
 if TYPE_CHECKING:
     from orchestrator.experiment.spec import Experiment

@@ -16,8 +16,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
+from orchestrator.files import without_credentials
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
@@ -36,12 +36,6 @@ RETRY_SECONDS = 30.0
 def tracking_uri(configured: str | None) -> str:
     """The store runs go to: the experiment's, else `$MLFLOW_TRACKING_URI`, else SQLite in the working directory."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-
-
-def without_credentials(uri: str) -> str:
-    """A URI fit to be shown: `user:password@` taken out."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 class Tracker:

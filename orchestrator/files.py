@@ -1,0 +1,53 @@
+"""Files and addresses: atomic writes, checksums, the cache folder, and what of an address may be shown."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from pathlib import Path
+
+APPLICATION = "ray-detectron2-benchmark"
+"""Name of this program's folder in the user's cache folder."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part; makes its folder.
+
+    Args:
+        path: The file.
+        content: Bytes, or text to be written as UTF-8.
+
+    Raises:
+        OSError: It cannot be written; the old content is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in chunks. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """This program's folder in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
+    import platformdirs
+
+    return platformdirs.user_cache_path(APPLICATION, appauthor=False)
+
+
+def without_credentials(text: str) -> str:
+    """Text with `user:password@` taken out of every address in it, which stays an address."""
+    return re.sub(r"://[^/?#\s]*@", "://", text)
+
+
+def redact(text: str) -> str:
+    """Text for messages: of addresses, the user and password and everything after a `?` are replaced by `…`."""
+    return re.sub(r"\?.*", "?…", re.sub(r"//[^/\s]*@", "//…@", text))
