@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-from orchestrator.report.__main__ import write_report
+from orchestrator.report.writer import write_report
 from orchestrator.report.page import KINDS, mlflow_links
 from orchestrator.runlog.folder import RunFolder, read_run_folder
 from orchestrator.tracking.driver import Tracker

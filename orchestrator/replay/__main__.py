@@ -27,7 +27,7 @@ from orchestrator.replay.lines import ReplayError, read_messages
 from orchestrator.replay.metrics import read_metrics
 from orchestrator.replay.replayed import RECIPE, Targets, known_targets, replayed_events
 from orchestrator.replay.runs import LoggedRun, find_runs
-from orchestrator.report.__main__ import write_report
+from orchestrator.report.writer import write_report
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlperf import mllog_text, write_mllog
 from orchestrator.report.table import closing_table, number_text, percent_text, seconds_text

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from orchestrator.report import __main__ as report
-from orchestrator.report import page
-from orchestrator.report.__main__ import try_report, write_comparison, write_report
+from orchestrator.report import page, writer
 from orchestrator.report.comparison import differing, labels, result_differences
 from orchestrator.report.table import table_rows
+from orchestrator.report.writer import try_report, write_comparison, write_report
 from orchestrator.runlog.folder import read_run_folder
 from tests.builders.run_folder import made_experiment, make_run
 
@@ -87,7 +86,7 @@ def test_a_report_that_fails_is_told_of_and_fails_nothing_else(run, tmp_path, mo
     made, what = try_report(read_run_folder(run).result, tmp_path)
     assert made == tmp_path / "report.md" and made.exists() and (tmp_path / "table.csv").exists()
     assert "no ink" in what and "python -m orchestrator.report" in what
-    assert "RuntimeError" in (tmp_path / report.FAILURE_FILE).read_text()
+    assert "RuntimeError" in (tmp_path / writer.FAILURE_FILE).read_text()
 
 
 def test_a_report_is_made_again_without_events_and_without_the_data(run, tmp_path):
