@@ -106,8 +106,8 @@ class StepsDone(Event):
     """First iteration of the window, counted from 0."""
     iteration: int
     """Iterations done since the start of training: the last one of the window, plus 1."""
-    num_images: int
-    """Images this rank trained on in the window."""
+    num_images: int | None
+    """Images this rank trained on in the window; None where a replayed log does not say."""
     seconds: float
     """Wall time of the window on this rank, the device synchronised at both edges."""
     step_seconds: tuple[float, ...]
@@ -313,7 +313,8 @@ class LogReplayed(Event):
     total_seconds: float | None
     """Training time that the log closes with, hooks included; None where it prints none."""
     unknown: tuple[str, ...]
-    """Fields of the result record that the log does not hold; `evaluations_clock` for the times of the evaluations."""
+    """What else the log does not hold: `start`, the beginning of training, so that times since then are not known;
+    `times`, so that no moment is. Older versions list fields of the result record here."""
     notes: tuple[str, ...]
     """What is missing or must be known to read the figures."""
 

@@ -1,0 +1,74 @@
+"""What the log of another program says of a trial's settings: the counterpart of a `TrialPlan`, which has no gaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainers.contract.plan import Scaling, TrialPlan
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedDataset:
+    """A data set as far as a log names it."""
+
+    name: str | None
+    """Name under which detectron2 knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedSolver:
+    """The schedule as far as a log prints it; fields as in `SolverPlan`."""
+
+    global_batch_size: int | None
+    base_lr: float | None
+    max_iter: int | None
+    steps: tuple[int, ...]
+    warmup_iters: int | None
+    eval_period: int | None
+    checkpoint_period: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedPlan:
+    """The settings of a replayed trial; what its log does not hold is None. Fields as in `TrialPlan`."""
+
+    name: str
+    source: str
+    """Absolute path of the log."""
+    world_size: int
+    """Number of workers; 1 where the log does not say, which its notes do."""
+    num_nodes: int | None
+    recipe_name: str
+    precision: Literal["fp32", "amp"] | None
+    seed: int | None
+    scaling: Scaling
+    """`weak` or `strong`: what the runs that were replayed together kept."""
+    protocol: Literal["throughput", "time_to_train"] | None
+    weights: str | None
+    train: LoggedDataset
+    val: LoggedDataset
+    solver: LoggedSolver
+    throughput_warmup_iters: int
+    """Iterations left out of the drift curve and of the shares of the step time."""
+    target_box_ap: float | None
+    target_mask_ap: float | None
+    device: Literal["cuda", "cpu"] | None
+    price_per_accelerator_hour: float | None = None
+
+
+Plan = TrialPlan | LoggedPlan
+"""The settings of a trial, of this program or of another."""
+
+
+def plan_from_dict(values: dict[str, Any]) -> Plan:
+    """The plan in a `TrialStarted` event, also after a round trip through JSON."""
+    if "source" not in values:
+        return TrialPlan.from_dict(values)
+    solver = values["solver"]
+    nested = {
+        "train": LoggedDataset(**values["train"]),
+        "val": LoggedDataset(**values["val"]),
+        "solver": LoggedSolver(**{**solver, "steps": tuple(solver["steps"])}),
+    }
+    return LoggedPlan(**{**values, **nested})
