@@ -25,7 +25,8 @@ from benchmarks.ours import write_plan
 from benchmarks.turns import WARMUP_STEPS
 from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import DEFAULT_CONFIG, parse_experiment
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import DEFAULT_CONFIG
 from trainers.contract.events import Evaluated, Event, StepsDone, event_from_json
 from trainers.contract.plan import TrialPlan
 

@@ -27,7 +27,8 @@ import typer
 from rich.console import Console
 
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
-from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError, load_experiment
+from orchestrator.experiment.reading import load_experiment
+from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
 from orchestrator.files import without_credentials
 
 if TYPE_CHECKING:
@@ -328,9 +329,9 @@ class Session:
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
         from orchestrator.figures.catalog import mlflow_base, table_address
-        from orchestrator.report.writer import try_report
         from orchestrator.report.airank import write_airank_summary
         from orchestrator.report.table import closing_table
+        from orchestrator.report.writer import try_report
         from trainers.contract.events import RunEnded
 
         result.ended = _utc(time.time())

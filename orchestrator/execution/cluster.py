@@ -88,7 +88,7 @@ def start_ray(address: str | None, network_interface: str | None = None) -> Hard
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
-    return Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(alive))
+    return Hardware(num_gpus=gpus, num_cpus=cpus)
 
 
 def _nobody_listens(address: str) -> str:

@@ -1,29 +1,30 @@
 """From an experiment to its trials: which there are, and each one's batch, learning rate and iterations.
 
-Scaling to a world size is detectron2's own rule (`DefaultTrainer.auto_scale_workers`), applied here once; the worker
-gets finished figures and scales nothing. detectron2 itself is not imported: its model zoo's YAML files are read.
+Scaling to a world size is detectron2's own rule (`DefaultTrainer.auto_scale_workers`), applied only here: the worker
+is given a finished schedule.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import importlib.util
 import json
 import os
-from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from orchestrator.experiment.spec import Data, Experiment, SpecError, read_yaml
+from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
+from orchestrator.experiment.spec import Data, Experiment, SpecError
 from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
-ZOO_GROUPS = ("COCO-Detection/", "COCO-InstanceSegmentation/")
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 ZOO_WORLD_SIZE = 8
 """GPUs that the model zoo's batch sizes and learning rates are written for (detectron2, MODEL_ZOO.md)."""
@@ -31,32 +32,13 @@ ZOO_WORLD_SIZE = 8
 COCO2017_TRAIN_IMAGES = 117_266
 """Images of COCO 2017's training set that have at least one object: what detectron2 trains on."""
 
-DETECTRON2_DEFAULTS: dict[str, Any] = {
-    "SOLVER.IMS_PER_BATCH": 16,
-    "SOLVER.BASE_LR": 0.001,
-    "SOLVER.MAX_ITER": 40000,
-    "SOLVER.STEPS": (30000,),
-    "SOLVER.WARMUP_ITERS": 1000,
-    "SOLVER.CHECKPOINT_PERIOD": 5000,
-    "SOLVER.REFERENCE_WORLD_SIZE": 0,
-    "DATALOADER.NUM_WORKERS": 4,
-}
-"""detectron2's defaults (`detectron2/config/defaults.py`) for the keys that scaling needs; a test compares them."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hardware:
-    """What the cluster offers, as far as plans depend on it.
-
-    Attributes:
-        num_gpus: GPUs of the cluster.
-        num_cpus: CPUs of the cluster.
-        num_hosts: Hosts of the cluster.
-    """
+    """What the cluster offers, as far as plans depend on it."""
 
     num_gpus: int = 0
     num_cpus: int = 1
-    num_hosts: int = 1
 
     @classmethod
     def local(cls) -> Hardware:
@@ -110,73 +92,6 @@ def _absolute(*paths: Path) -> tuple[str, str]:
     return annotations, images
 
 
-def zoo_path(config: str) -> Path:
-    """Where a model config lies: a file of detectron2's model zoo, or the given path.
-
-    Raises:
-        SpecError: There is no such config, or it is not for COCO detection or instance segmentation.
-    """
-    own = Path(config).expanduser()
-    if own.suffix not in (".yaml", ".yml"):
-        raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
-    if own.is_file():
-        return own.absolute()
-    package = importlib.util.find_spec("detectron2")
-    if package is None or not package.submodule_search_locations:
-        raise SpecError("detectron2 is not installed: run `make install`")
-    zoo = Path(package.submodule_search_locations[0]) / "model_zoo" / "configs"
-    if config.startswith(ZOO_GROUPS) and ".." not in config and (zoo / config).is_file():
-        return zoo / config
-    known = [str(p.relative_to(zoo)) for group in ZOO_GROUPS for p in sorted((zoo / group).glob("*.yaml"))]
-    near = difflib.get_close_matches(config, known, n=1, cutoff=0.3)
-    raise SpecError(
-        f"model.config: no such file or model zoo config: {config}" + (f"; did you mean {near[0]}?" if near else "")
-    )
-
-
-def is_zoo_file(path: Path) -> bool:
-    """Whether a config is one that detectron2 ships: installed code, as trusted as the package itself.
-
-    Some of them compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
-    """
-    package = importlib.util.find_spec("detectron2")
-    roots = (package.submodule_search_locations or []) if package else []
-    return any(path.resolve().is_relative_to(Path(root).resolve()) for root in roots)
-
-
-@cache
-def _flat_config(path: Path) -> dict[str, Any]:
-    """A detectron2 YAML with its `_BASE_` chain, as dotted keys."""
-    values = read_yaml(path, ignore_code=is_zoo_file(path))
-    base = values.pop("_BASE_", None)
-    flat = dict(_flat_config(path.parent / base)) if base else {}
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-
-    walk(values, "")
-    return flat
-
-
-def model_value(experiment: Experiment, key: str) -> Any:
-    """A detectron2 key's value for the experiment: its overrides, else the model config, else detectron2's default."""
-    config = _flat_config(zoo_path(experiment.model.config))
-    for values in (experiment.model.overrides, config, DETECTRON2_DEFAULTS):
-        if key in values:
-            value = values[key]
-            # detectron2 reads tuples from strings such as "(60000, 80000)".
-            return tuple(json.loads(f"[{value.strip('()').rstrip(', ')}]")) if _is_tuple_text(value) else value
-    return None
-
-
-def _is_tuple_text(value: Any) -> bool:
-    return isinstance(value, str) and value.startswith("(") and value.endswith(")")
-
-
 def scaled_solver(
     experiment: Experiment, world_size: int, scaling: Scaling, num_train_images: int | None
 ) -> SolverPlan:
@@ -192,8 +107,8 @@ def scaled_solver(
         SpecError: A batch does not divide among the workers.
     """
     protocol, trials = experiment.protocol, experiment.trials
-    reference = trials.reference_world_size or model_value(experiment, "SOLVER.REFERENCE_WORLD_SIZE") or ZOO_WORLD_SIZE
-    batch = int(model_value(experiment, "SOLVER.IMS_PER_BATCH"))
+    reference = trials.reference_world_size or _integer(experiment, "SOLVER.REFERENCE_WORLD_SIZE") or ZOO_WORLD_SIZE
+    batch = _integer(experiment, "SOLVER.IMS_PER_BATCH")
     scale = world_size / reference if scaling == "weak" else 1.0
     if scaling == "weak" and batch % reference:
         raise SpecError(
@@ -214,7 +129,7 @@ def scaled_solver(
     if protocol.iterations is not None and protocol.kind == "throughput":
         max_iter = protocol.iterations
     else:
-        max_iter = scaled(protocol.iterations or int(model_value(experiment, "SOLVER.MAX_ITER")))
+        max_iter = scaled(protocol.iterations or _integer(experiment, "SOLVER.MAX_ITER"))
     eval_period = 0
     if protocol.eval_period_iterations:
         eval_period = max(1, scaled(protocol.eval_period_iterations))
@@ -224,18 +139,31 @@ def scaled_solver(
         eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / global_batch))
     checkpoints = experiment.storage.checkpoint_period_iterations
     if checkpoints is None:
-        checkpoints = int(model_value(experiment, "SOLVER.CHECKPOINT_PERIOD"))
+        checkpoints = _integer(experiment, "SOLVER.CHECKPOINT_PERIOD")
     at_end = protocol.evaluate_at_end
     return SolverPlan(
         global_batch_size=global_batch,
-        base_lr=float(model_value(experiment, "SOLVER.BASE_LR")) * scale,
+        base_lr=_convert(float, experiment, "SOLVER.BASE_LR") * scale,
         max_iter=max_iter,
-        steps=tuple(scaled(step) for step in model_value(experiment, "SOLVER.STEPS")),
-        warmup_iters=scaled(int(model_value(experiment, "SOLVER.WARMUP_ITERS"))),
+        steps=_convert(lambda steps: tuple(map(scaled, steps)), experiment, "SOLVER.STEPS"),
+        warmup_iters=scaled(_integer(experiment, "SOLVER.WARMUP_ITERS")),
         eval_period=eval_period,
         evaluate_at_end=at_end if at_end is not None else protocol.kind == "time_to_train",
         checkpoint_period=max(1, scaled(checkpoints)) if checkpoints else 0,
     )
+
+
+def _integer(experiment: Experiment, key: str) -> int:
+    return _convert(int, experiment, key)
+
+
+def _convert(to: Callable[[Any], T], experiment: Experiment, key: str) -> T:
+    value = model_value(experiment, key)
+    try:
+        return to(value)
+    except (TypeError, ValueError):
+        example = default_values().get(key)
+        raise SpecError(f"model.overrides.{key}: {value!r} is not a value for it; one is {example!r}") from None
 
 
 def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
@@ -287,7 +215,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
     loader_workers, most_loader_workers = resources.loader_workers or 0, 0
     if resources.loader_workers is None and device == "cuda":
-        loader_workers = int(model_value(experiment, "DATALOADER.NUM_WORKERS"))
+        loader_workers = _integer(experiment, "DATALOADER.NUM_WORKERS")
         most_loader_workers = cpus - 1  # one is for the training process itself
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
     checkpoints = experiment.storage.checkpoints

@@ -1,19 +1,13 @@
-"""Checks what an experiment asks of detectron2 without importing it: its keys, its classes and masks, its weights.
-
-detectron2's known keys and defaults are read from its source as text: importing it takes seconds and torch.
-"""
+"""Checks an experiment's model without importing detectron2: config keys, classes and masks, start weights."""
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib.util
 import zipfile
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.plan import model_value
+from orchestrator.experiment.detectron_config import default_values, evaluate, model_value
 from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
@@ -28,42 +22,10 @@ GROUPED_PARAMETERS = 86.7e6
 """Parameters of the model zoo's X-101-32x8d, taken for every backbone with grouped convolutions."""
 
 
-@cache
-def known_keys() -> dict[str, Any]:
-    """Gives detectron2's dotted config keys with their defaults; {} where detectron2 is not installed.
-
-    A default that is not a literal is None.
-    """
-    package = importlib.util.find_spec("detectron2")
-    if package is None or not package.submodule_search_locations:
-        return {}
-    source = Path(package.submodule_search_locations[0]) / "config" / "defaults.py"
-    keys: dict[str, Any] = {}
-    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
-        if not isinstance(statement, ast.Assign):
-            continue
-        name, value = ast.unparse(statement.targets[0]).removeprefix("_C."), statement.value
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "CN":  # CN(), or CN({"ENABLED": False})
-            literals = {f"{name}.{key}": part for node in value.args for key, part in _literal(node, {}).items()}
-            keys.update(literals)
-        elif name != "_C":
-            keys[name] = _literal(value, None)
-    return keys
-
-
-def _literal(node: ast.expr, otherwise: Any) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return otherwise
-
-
 def check_overrides(experiment: Experiment) -> list[Finding]:
     """Checks that every override is a key of detectron2 and its value of the default's type."""
-    findings, known = FindingList(), known_keys()
+    findings, known = FindingList(), default_values()
     for key, value in experiment.model.overrides.items():
-        if not known:
-            break
         if key not in known:
             near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
             hint = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
@@ -76,15 +38,10 @@ def check_overrides(experiment: Experiment) -> list[Finding]:
 
 
 def _has_type_of(value: Any, default: Any) -> bool:
-    """Tells whether yacs, detectron2's config library, would take a value in place of a default."""
+    """Whether yacs, detectron2's config library, would take a value in place of a default."""
+    value = evaluate(value)
     if default is None or value is None or type(value) is type(default):
         return True
-    if isinstance(value, str):  # yacs evaluates texts such as "(60000, 80000)"
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return False
-        return isinstance(value, type(default)) or {type(value), type(default)} == {list, tuple}
     return isinstance(value, list | tuple) and isinstance(default, list | tuple)
 
 
@@ -198,6 +155,6 @@ def estimate_image_bytes(experiment: Experiment) -> float:
 
 
 def _value(experiment: Experiment, key: str) -> Any:
-    """A key's value for an experiment, else detectron2's default."""
-    found = model_value(experiment, key)
-    return known_keys().get(key) if found is None else found
+    """A key's value, or detectron2's default where it is of another type, which `check_overrides` reports."""
+    value, default = model_value(experiment, key), default_values().get(key)
+    return value if _has_type_of(value, default) else default

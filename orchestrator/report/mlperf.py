@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.experiment.detectron_config import printed_values
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.sections import began, loop_runs
-from orchestrator.replay.runs import flat_config
 from trainers.contract.events import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, WorkerStarted
 from trainers.contract.plan import TrialPlan
 
@@ -155,7 +155,7 @@ def _hyperparameters(
     lines: _Lines, plan: TrialPlan, events: Sequence[Event], result: TrialResult, moment: float
 ) -> None:
     loop = next(e for e in events if isinstance(e, LoopStarted) and e.rank == 0)
-    config = flat_config(loop.config_yaml.splitlines())
+    config = printed_values(loop.config_yaml.splitlines())
     solver = plan.solver
     values: dict[str, Any] = {
         "seed": result.seed,

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from orchestrator.experiment.spec import to_yaml
+from orchestrator.experiment.reading import to_yaml
 from orchestrator.figures.catalog import mlflow_base, table_address
 from orchestrator.figures.record_parts import Sections
 from orchestrator.report import plots as figures

@@ -16,7 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.experiment.spec import Experiment, SpecError, parse_experiment
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan

@@ -20,7 +20,8 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from orchestrator.experiment.spec import ReferenceRow, parse_yaml, to_yaml
+from orchestrator.experiment.reading import parse_yaml, to_yaml
+from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.catalog import (
     HEADLINE,
     SHOWN_COLUMNS,

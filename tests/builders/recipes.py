@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.ours import train_in_process
 from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import tiny_experiment
 from trainers.contract.events import Evaluated, LoopFinished
 from trainers.contract.plan import TrialPlan

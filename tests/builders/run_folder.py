@@ -9,7 +9,8 @@ from pycocotools import mask as rle
 
 from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import Experiment, parse_experiment, read_yaml
+from orchestrator.experiment.reading import parse_experiment, read_yaml
+from orchestrator.experiment.spec import Experiment
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import tiny_experiment
 from tests.builders.hosts import wait_for
 
@@ -19,7 +19,7 @@ def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any
         trials={"world_sizes": list(world_sizes), "scaling": "weak", "reference_world_size": 1},
         resources={"device": "cuda", "num_nodes": num_nodes},
     )
-    hardware = Hardware(num_gpus=32, num_cpus=384, num_hosts=4)
+    hardware = Hardware(num_gpus=32, num_cpus=384)
     return expand(parse_experiment(values, "test"), hardware, str(tmp), tmp)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.experiment.environment import describe
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 from orchestrator.preflight.node import NodeRequest, inspect_node
 from orchestrator.preflight.tracking import check_tracking
 from tests.builders.experiments import tiny_experiment

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.experiment.plan import Hardware, expand, model_value
-from orchestrator.experiment.spec import DEFAULT_CONFIG, load_experiment
+from orchestrator.experiment.detectron_config import model_value
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.reading import load_experiment
+from orchestrator.experiment.spec import DEFAULT_CONFIG
 from orchestrator.figures.trial import trial_result
 from orchestrator.replay.__main__ import replay
 from orchestrator.report.mlperf import division_of, failed_rules, mllog_text, write_mllog

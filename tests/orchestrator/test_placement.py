@@ -2,7 +2,7 @@ from pathlib import Path
 
 from orchestrator.experiment.placement import equal_shares, smaller
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 
 

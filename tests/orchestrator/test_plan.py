@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.experiment.plan import DETECTRON2_DEFAULTS, Hardware, expand, model_value, scaled_solver, zoo_path
-from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError, load_experiment, parse_experiment
+from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
+from orchestrator.experiment.plan import Hardware, expand, scaled_solver
+from orchestrator.experiment.reading import load_experiment, parse_experiment
+from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment
 from trainers.contract.plan import TrialPlan
@@ -21,13 +25,15 @@ def plans(experiment: Experiment, hardware: Hardware = Hardware()) -> list[Trial
     return expand(experiment, hardware, "/runs/x", Path("/data"))
 
 
-def test_the_defaults_are_detectron2s() -> None:
-    from detectron2.config import get_cfg
+def test_the_defaults_read_from_detectron2s_source_are_those_of_its_config() -> None:
+    from detectron2.config import CfgNode, get_cfg
 
-    cfg = get_cfg()
-    for key, value in DETECTRON2_DEFAULTS.items():
-        section, name = key.split(".")
-        assert cfg[section][name] == value, key
+    def flat(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [(prefix + key, value)]
+
+    computed = {"MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": None, "SOLVER.WARMUP_FACTOR": None}  # no literals there
+    assert default_values() == dict(flat(get_cfg())) | computed
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 16, 32])
@@ -56,6 +62,14 @@ def test_weak_scaling_is_what_detectron2_computes(world_size: int) -> None:
     assert ours.warmup_iters == theirs.SOLVER.WARMUP_ITERS
     assert ours.eval_period == theirs.TEST.EVAL_PERIOD
     assert ours.checkpoint_period == theirs.SOLVER.CHECKPOINT_PERIOD
+
+
+@pytest.mark.parametrize("value", ["abc", None, "(abc)", [1, 2]])
+def test_a_schedule_that_is_no_number_is_refused_with_its_key(value: object) -> None:
+    values = tiny_experiment()
+    values["model"] = {"overrides": {"SOLVER.MAX_ITER": value}}
+    with pytest.raises(SpecError, match=r"model.overrides.SOLVER.MAX_ITER: .* is not a value for it; one is 40000"):
+        plans(parse_experiment(values, "test"))
 
 
 def test_strong_scaling_keeps_the_global_batch_and_the_schedule() -> None:
@@ -148,7 +162,10 @@ def test_solver_figures_are_read_from_the_model_zoo_as_detectron2_reads_them(con
 
     cfg = model_zoo.get_config(config)
     experiment = load(model={"config": config})
-    for key in DETECTRON2_DEFAULTS:
+    for key in (
+        "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS",
+        "SOLVER.CHECKPOINT_PERIOD", "SOLVER.REFERENCE_WORLD_SIZE", "DATALOADER.NUM_WORKERS", "MODEL.META_ARCHITECTURE",
+    ):  # fmt: skip
         section, name = key.split(".")
         assert model_value(experiment, key) == cfg[section][name], key
 

@@ -71,11 +71,11 @@ def test_every_kind_of_bad_input_has_a_case() -> None:
 
 def test_a_good_project_has_no_findings_on_the_driver(project: Project) -> None:
     from orchestrator.experiment.plan import Hardware, expand
-    from orchestrator.experiment.spec import load_experiment
+    from orchestrator.experiment.reading import load_experiment
     from orchestrator.preflight.local import preflight
 
     experiment = load_experiment(project.write())
-    plans = expand(experiment, Hardware(0, 2, 1), str(project.root / "runs"), project.root)
+    plans = expand(experiment, Hardware(0, 2), str(project.root / "runs"), project.root)
     assert preflight(experiment, plans, verify_images=True) == []
 
 
@@ -125,7 +125,7 @@ def test_yaml_that_would_run_code_is_refused(project: Project) -> None:
     ],
 )
 def test_a_database_that_runs_cannot_be_tracked_in_is_told(project: Project, uri: str, reason: str) -> None:
-    from orchestrator.experiment.spec import parse_experiment
+    from orchestrator.experiment.reading import parse_experiment
     from orchestrator.preflight.tracking import check_tracking
 
     (finding,) = check_tracking(parse_experiment({**project.experiment, "tracking": {"uri": uri}}, "test"))
@@ -137,7 +137,7 @@ def test_a_server_that_never_answers_is_given_up_within_seconds(project: Project
     import socket
     import time
 
-    from orchestrator.experiment.spec import parse_experiment
+    from orchestrator.experiment.reading import parse_experiment
     from orchestrator.preflight.tracking import check_tracking
 
     with socket.socket() as silent:

@@ -15,7 +15,8 @@ import pytest
 from orchestrator.data.generate import generate
 from orchestrator.execution.cluster import start_ray
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import SpecError, parse_experiment
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import SpecError
 from orchestrator.preflight.cluster import Node, check_fit, check_token, needs_several_hosts
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
@@ -173,7 +174,7 @@ import ray
 from ray.cluster_utils import Cluster
 from orchestrator import preflight_cluster as preflight
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 
 values, folder = json.loads(sys.argv[1]), sys.argv[2]
 cluster = Cluster(
@@ -186,7 +187,7 @@ found = {}
 
 def check(name, **changes):
     experiment = parse_experiment({**values, **changes}, "test")
-    plans = expand(experiment, Hardware(num_cpus=2, num_hosts=2), folder + "/runs/x", Path(folder))
+    plans = expand(experiment, Hardware(num_cpus=2), folder + "/runs/x", Path(folder))
     found[name] = [[f.level, f.code, f.id, f.what] for f in preflight.preflight_cluster(experiment, plans)]
     return plans
 

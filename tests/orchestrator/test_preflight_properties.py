@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from orchestrator.data.checks import Split, check_split
 from orchestrator.data.generate import generate
 from orchestrator.data.rle import check_rle, sum_compressed_counts
-from orchestrator.experiment.spec import SpecError, load_experiment
+from orchestrator.experiment.reading import load_experiment
+from orchestrator.experiment.spec import SpecError
 from orchestrator.findings import to_json
 from tests.builders.bad_input import base_experiment
 

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.experiment.spec import (
-    CONFIGS,
-    DEFAULT_CONFIG,
-    SpecError,
-    experiment_schema,
-    load_experiment,
-    parse_experiment,
-)
+from orchestrator.experiment.reading import load_experiment, parse_experiment
+from orchestrator.experiment.spec import CONFIGS, DEFAULT_CONFIG, SpecError, experiment_schema
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.spec import parse_experiment
+from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import TrialPlan
 from trainers.mask_rcnn import ConfigurationError, build_config, build_detector, check_weights
