@@ -1,7 +1,7 @@
-"""Arithmetic of the clocks: throughput, quantiles, time to train, scaling. Standard library only.
+"""Arithmetic of the clocks: throughput, quantiles, drift, skew. Standard library only.
 
-The definitions are docs/measurement.md's. The trap this module protects against: a mean of rates (each window's
-images/s averaged) is not a rate, and rank 0's rate times the world size is not the cluster's.
+The definitions are those of docs/measurement.md: a mean of rates (each window's images/s averaged) is not a rate, and
+rank 0's rate times the world size is not the cluster's.
 """
 
 from __future__ import annotations
@@ -24,34 +24,28 @@ def quantile(values: Iterable[float], q: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Steps of one rank: images trained on and the wall time they took, hooks left out.
-
-    Attributes:
-        first_iteration: First iteration of the window, from 0.
-        num_images: Images this rank trained on; a fraction where a window was cut.
-        step_seconds: Wall time of each step, in order.
-    """
+    """Steps of one rank: images trained on and the wall time they took, hooks left out."""
 
     first_iteration: int
+    """First iteration of the window, from 0."""
     num_images: float
+    """Images this rank trained on; a fraction where a window was cut."""
     step_seconds: tuple[float, ...]
+    """Wall time of each step, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Consecutive steps of all ranks together: one point of a drift curve.
-
-    Attributes:
-        first_iteration: First iteration, from 0.
-        iteration: Iterations done at its end.
-        num_images: Images all workers trained on.
-        seconds: Wall time of its steps on the slowest worker.
-    """
+    """Consecutive steps of all ranks together: one point of a drift curve."""
 
     first_iteration: int
+    """First iteration, from 0."""
     iteration: int
+    """Iterations done at its end."""
     num_images: float
+    """Images all workers trained on."""
     seconds: float
+    """Wall time of its steps on the slowest worker."""
 
 
 def after_warmup(window: Window, warmup_iters: int) -> Window | None:
@@ -87,8 +81,10 @@ def throughput(windows_by_rank: Mapping[int, Sequence[Window]], warmup_iters: in
     return images / slowest if slowest > 0 else None
 
 
-def stretches(windows_by_rank: Mapping[int, Sequence[Window]], warmup_iters: int, most: int = 50) -> list[Stretch]:
-    """The drift curve: consecutive windows of all ranks, joined evenly into at most `most` stretches.
+def stretches(
+    windows_by_rank: Mapping[int, Sequence[Window]], warmup_iters: int, max_points: int = 50
+) -> list[Stretch]:
+    """The drift curve: consecutive windows of all ranks, joined evenly into at most `max_points` stretches.
 
     Ranks close their windows together, so the n-th window of every rank covers the same iterations; where a rank's
     last windows are missing (it died), the others' are left out too. Stretches never cross a restart.
@@ -96,7 +92,7 @@ def stretches(windows_by_rank: Mapping[int, Sequence[Window]], warmup_iters: int
     Args:
         windows_by_rank: As for `throughput`, each rank's windows in the order they were run.
         warmup_iters: Iterations from 0 that are left out.
-        most: Most points wanted; one more is made per restart.
+        max_points: Points wanted at most; each restart adds one.
     """
     columns = [list(column) for column in zip(*windows_by_rank.values(), strict=False)]
     points: list[Stretch] = []
@@ -112,7 +108,7 @@ def stretches(windows_by_rank: Mapping[int, Sequence[Window]], warmup_iters: int
                     max(sum(window.step_seconds) for window in cut),
                 )
             )
-    return join_stretches(points, math.ceil(len(points) / most) if points else 1)
+    return join_stretches(points, math.ceil(len(points) / max_points) if points else 1)
 
 
 def join_stretches(points: Sequence[Stretch], size: int) -> list[Stretch]:
@@ -155,7 +151,8 @@ def drift_ratio(points: Sequence[Stretch]) -> float | None:
 def skew(own_seconds: Iterable[float]) -> float | None:
     """How much slower the slowest worker is by itself: its own time over the median worker's; None for one worker.
 
-    Own time is step time less waiting for other workers: with it in, every worker looks as slow as the slowest.
+    A worker's own time is its step time less its waiting for other workers, which would make every worker look as slow
+    as the slowest.
     """
     values = list(own_seconds)
     middle = quantile(values, 0.5)

@@ -45,12 +45,12 @@ def test_the_drift_curve_takes_the_slowest_worker_of_every_stretch():
         1: [Window(0, 2, (2.0, 2.0)), Window(2, 2, (1.0, 1.0))],
     }
     assert stretches(windows, 0) == [Stretch(0, 2, 4, 4.0), Stretch(2, 4, 4, 6.0)]
-    assert stretches(windows, 0, most=1) == [Stretch(0, 4, 8, 10.0)]
+    assert stretches(windows, 0, max_points=1) == [Stretch(0, 4, 8, 10.0)]
 
 
 def test_the_drift_curve_does_not_join_over_a_restart():
     windows = {0: [Window(0, 2, (1.0, 1.0)), Window(2, 2, (1.0, 1.0)), Window(2, 2, (1.0, 1.0))]}
-    assert [(s.first_iteration, s.iteration) for s in stretches(windows, 0, most=1)] == [(0, 4), (2, 4)]
+    assert [(s.first_iteration, s.iteration) for s in stretches(windows, 0, max_points=1)] == [(0, 4), (2, 4)]
 
 
 def test_a_dead_ranks_missing_windows_are_left_out_for_all():
