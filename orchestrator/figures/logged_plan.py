@@ -23,7 +23,7 @@ class LoggedSolver:
     global_batch_size: int | None
     base_lr: float | None
     max_iter: int | None
-    steps: tuple[int, ...]
+    steps: tuple[int, ...] | None
     warmup_iters: int | None
     eval_period: int | None
     checkpoint_period: int | None
@@ -65,10 +65,10 @@ def plan_from_dict(values: dict[str, Any]) -> Plan:
     """The plan in a `TrialStarted` event, also after a round trip through JSON."""
     if "source" not in values:
         return TrialPlan.from_dict(values)
-    solver = values["solver"]
+    solver, steps = values["solver"], values["solver"]["steps"]
     nested = {
         "train": LoggedDataset(**values["train"]),
         "val": LoggedDataset(**values["val"]),
-        "solver": LoggedSolver(**{**solver, "steps": tuple(solver["steps"])}),
+        "solver": LoggedSolver(**{**solver, "steps": None if steps is None else tuple(steps)}),
     }
     return LoggedPlan(**{**values, **nested})

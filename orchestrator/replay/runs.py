@@ -1,20 +1,21 @@
-"""Finds the training runs in a detectron2 log: starts, progress, evaluations, the closing figures.
+"""Finds the training runs in a detectron2 log: starts, progress, evaluations, closing figures.
 
-The traps it protects against: one file may hold several runs, or one run that was started again; two runs writing into
-one file at once would mix their figures (an error); and the printed `time:` is the mean since the start, not a sample.
+A file may hold several runs, or one run that was started again; two runs that wrote into one file at once are an error,
+for their figures cannot be told apart.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from orchestrator.replay.lines import Message, ReplayError
-from orchestrator.replay.scores import LoggedEvaluation, ScoreReader
+from orchestrator.experiment.detectron_config import printed_values
+from orchestrator.replay.evaluations import EvaluationReader, LoggedEvaluation
+from orchestrator.replay.messages import Message, ReplayError
 
-_WORLD = re.compile(r"Rank of current process: (\d+)\. World size: (\d+)")
+_WORLD = re.compile(r"Rank of current process: 0\. World size: (\d+)")
 _START = re.compile(r"Starting training from iteration (\d+)")
 _ITERATION = re.compile(r"\biter: (\d+)\b")
 _FIGURE = re.compile(r"([\w/.-]+): (-?\d[\w.+-]*)")
@@ -23,89 +24,86 @@ _TOTAL = re.compile(r"Total training time: (.+?) \((.+?) on hooks\)")
 _IMAGES_LEFT = re.compile(r"Removed \d+ images with no usable annotations\. (\d+) images left")
 _IMAGES_LOADED = re.compile(r"Loaded (\d+) images in COCO format from")
 _SEED = re.compile(r"Using a (?:generated )?random seed (\d+)")
-_MOMENT = 2.0
-"""Seconds that lines of one process may stand out of order."""
-
 _MACHINES = re.compile(r"num_machines=(\d+)")
+
+_CLOCK_TOLERANCE_SECONDS = 2.0
+"""By how much lines of one process may be out of order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One progress line.
-
-    Attributes:
-        iteration: Iterations done.
-        time: When it was printed (Unix seconds); None where the source has no times.
-        losses: Losses by detectron2's name (medians over the last 20 iterations, as printed).
-        learning_rate: At that iteration.
-        mean_step_seconds: The printed `time`: the mean since the start of the process.
-        data_seconds: The printed `data_time`: the mean over the last 20 iterations.
-        peak_memory_gib: The printed `max_mem`.
-    """
+    """One progress line."""
 
     iteration: int
+    """Iterations done."""
     time: float | None
+    """When it was printed (Unix seconds); None where the source has no times."""
     losses: dict[str, float]
+    """Losses by detectron2's name (medians over the last 20 iterations, as printed)."""
     learning_rate: float | None
+    """At that iteration."""
     mean_step_seconds: float | None
+    """The printed `time`: the mean since the start of the process, not a sample."""
     data_seconds: float | None
+    """The printed `data_time`: the mean over the last 20 iterations."""
     peak_memory_gib: float | None
+    """The printed `max_mem`, which only GPUs have."""
 
 
 @dataclass(slots=True)
 class Launch:
-    """One start of a training process.
-
-    Attributes:
-        began: Its first line (Unix seconds).
-        ended: Its last line.
-        world_size: Workers; None where its head is missing.
-        num_nodes: Machines.
-        config: The full config as dotted keys and the text of their values.
-        config_yaml: The full config as it was printed.
-        environment: The environment table.
-        seed: Random seed.
-        num_train_images: Images trained on per epoch.
-        num_val_images: Images evaluated on.
-        first_iteration: Iterations done when it started; None where training never started.
-        loop_started: When training started.
-        progress: Its progress lines.
-        evaluations: Its evaluations.
-        overall: The closing (iterations, seconds per iteration).
-        total_seconds: The closing training time, hooks included.
-        total_told: When it was printed.
-        clock_jumped: Whether a line is dated more than a moment before the one above it.
-        hook_seconds: Of which on hooks.
-        failed: Its error, or "".
-    """
+    """One start of a training process; what its log does not hold is None."""
 
     began: float
+    """Time of its first line (Unix seconds)."""
     ended: float
+    """Time of its last line."""
     world_size: int | None = None
+    """Workers."""
     num_nodes: int | None = None
+    """Machines."""
     config: dict[str, str] = field(default_factory=dict)
+    """The full config as dotted keys and the text of their values."""
     config_yaml: str = ""
+    """The full config as printed."""
     environment: dict[str, str] = field(default_factory=dict)
+    """The environment table."""
     seed: int | None = None
+    """Random seed."""
     num_train_images: int | None = None
+    """Images trained on per epoch."""
     num_val_images: int | None = None
+    """Images evaluated on."""
     first_iteration: int | None = None
+    """Iterations done when it started."""
     loop_started: float | None = None
+    """When training started."""
     progress: list[Progress] = field(default_factory=list)
+    """Its progress lines."""
     evaluations: list[LoggedEvaluation] = field(default_factory=list)
+    """Its evaluations."""
     overall: tuple[int, float] | None = None
+    """The closing iterations and seconds per iteration."""
     total_seconds: float | None = None
-    total_told: float | None = None
+    """The closing training time, hooks included."""
+    total_printed: float | None = None
+    """When that was printed."""
     clock_jumped: bool = False
-    hook_seconds: float | None = None
+    """Whether its clock was set back."""
     failed: str = ""
+    """Last line of the exception that ended it; empty for none."""
 
     def number(self, key: str) -> float | None:
-        """A config value as a number; None where it is missing or no number."""
+        """A config value as a number; None where it is missing or not a number."""
         try:
             return float(self.config[key])
         except (KeyError, ValueError):
             return None
+
+    def integer(self, key: str) -> int | None:
+        """A config value as an integer; None where it is missing or not a number."""
+        value = self.number(key)
+        return None if value is None else int(value)
 
     @property
     def iterations(self) -> int | None:
@@ -115,67 +113,71 @@ class Launch:
 
 @dataclass(slots=True)
 class LoggedRun:
-    """One run: its launches in order, the later ones gone on from a checkpoint.
-
-    Attributes:
-        source: File it was read from.
-        launches: At least one; only the first may have started at an iteration other than 0 by an earlier log.
-        notes: What is missing or must be known to read its figures.
-        dated: Whether its times are known.
-    """
+    """One run: its launches in order, each after the first resumed from a checkpoint."""
 
     source: Path
+    """File it was read from."""
     launches: list[Launch]
+    """At least one; the first may itself resume a run of another log."""
     notes: list[str]
+    """What is missing or must be known to read its figures."""
     dated: bool = True
+    """Whether its times are known."""
 
 
 def find_runs(source: Path, messages: Sequence[Message], notes: Sequence[str]) -> list[LoggedRun]:
-    """The training runs of a log, in order.
+    """Finds the training runs of a log, in order.
 
     Args:
-        source: Where the messages come from, for messages.
+        source: File of the messages, named in errors.
         messages: The log.
-        notes: Notes that go with every run.
+        notes: Notes that apply to every run.
 
     Raises:
         ReplayError: There is no training in it, or two runs are mixed.
     """
     runs: list[LoggedRun] = []
     dropped = 0
-    for launch in _launches(source, messages):
+    for launch in _LaunchReader(source, messages).launches:
         if launch.first_iteration is None and not launch.progress:
             dropped += 1
-        elif runs and _goes_on(runs[-1].launches[-1], launch):
+        elif runs and _resumes(runs[-1].launches[-1], launch):
             runs[-1].launches.append(launch)
         else:
             runs.append(LoggedRun(source, [launch], list(notes)))
     if not runs:
         raise ReplayError(f"{source}: a detectron2 log without training: no start and no progress line")
     if dropped:
-        runs[0].notes.append(f"{dropped} starts that never came to training were left out")
+        runs[0].notes.append(f"{dropped} starts that never reached training were left out")
     for run in runs:
         if any(_clock_is_wrong(launch) for launch in run.launches):
             run.dated = False
-            run.notes.append("the log's clock jumps: its times are not to be trusted, and none is given")
-    if len(runs) > 1:
-        for run in runs:
-            run.notes.append(f"the file holds {len(runs)} runs, told one by one")
+            run.notes.append("the log's clock jumps: its times cannot be trusted, and none is given")
+        if len(runs) > 1:
+            run.notes.append(f"the file holds {len(runs)} runs, which are separate trials here")
     return runs
+
+
+def duration(text: str) -> float | None:
+    """Seconds of a duration as Python prints it (`1 day, 2:03:04.5`); None where it is none."""
+    match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)", text.strip())
+    if not match:
+        return None
+    return int(match[1] or 0) * 86400 + int(match[2]) * 3600 + int(match[3]) * 60 + float(match[4])
 
 
 def _clock_is_wrong(launch: Launch) -> bool:
     """Whether a launch's dates go back, or disagree with the training time that it closes with."""
     if launch.clock_jumped or launch.ended < launch.began:
         return True
-    if launch.total_seconds is None or launch.total_told is None or launch.loop_started is None:
+    if launch.total_seconds is None or launch.total_printed is None or launch.loop_started is None:
         return False
-    by_dates = launch.total_told - launch.loop_started
+    by_dates = launch.total_printed - launch.loop_started
     return abs(by_dates - launch.total_seconds) > max(60.0, 0.01 * launch.total_seconds)
 
 
-def _goes_on(before: Launch, after: Launch) -> bool:
-    """Whether a launch continues the one before: it starts at an iteration that was reached, with the same setup."""
+def _resumes(before: Launch, after: Launch) -> bool:
+    """Whether a launch continues the one before: same setup, and it starts at an iteration that was reached."""
     start = after.first_iteration or 0
     same = all(
         a is None or b is None or a == b
@@ -188,127 +190,115 @@ def _goes_on(before: Launch, after: Launch) -> bool:
     return start > 0 and same and before.overall is None and start <= (before.iterations or 0) + 20
 
 
-def _launches(source: Path, messages: Sequence[Message]) -> list[Launch]:
-    launches = [Launch(messages[0].time, messages[0].time)]
-    scores = ScoreReader()
-    for message in messages:
-        world = _WORLD.search(message.text)
-        start = _START.search(message.text)
-        current = launches[-1]
-        if world and world[1] == "0" and (current.world_size is not None or current.progress):
-            _finish(current, scores)
-            scores = ScoreReader()
-            launches.append(Launch(message.time, message.time))
+class _LaunchReader:
+    """Splits the messages of a log into launches, which `launches` holds."""
+
+    def __init__(self, source: Path, messages: Sequence[Message]) -> None:
+        self._source = source
+        self._current = Launch(messages[0].time, messages[0].time)
+        self._evaluations = EvaluationReader()
+        self.launches = [self._current]
+        for message in messages:
+            self._read(message)
+        self._finish()
+
+    def _read(self, message: Message) -> None:
+        world, start = _WORLD.search(message.text), _START.search(message.text)
+        self._split(message, head=world is not None, start=start is not None)
+        launch = self._current
+        launch.clock_jumped |= message.time < launch.ended - _CLOCK_TOLERANCE_SECONDS
+        launch.ended = message.time
+        if world:
+            launch.world_size = int(world[1])
+        elif start:
+            launch.first_iteration, launch.loop_started = int(start[1]), message.time
+        elif (iteration := _ITERATION.search(message.text)) and "loss" in message.text:
+            self._add_progress(int(iteration[1]) + 1, message)
+            self._evaluations.interrupt()
+        else:
+            _add_facts(launch, message)
+            self._evaluations.read(message, launch.iterations or 0, training=launch.first_iteration is not None)
+
+    def _split(self, message: Message, *, head: bool, start: bool) -> None:
+        """Begins a new launch where a message cannot belong to the current one."""
+        current = self._current
+        if head and (current.world_size is not None or current.progress):
+            self._begin(Launch(message.time, message.time))
         elif start and current.first_iteration is not None:
             if not current.progress:
-                raise ReplayError(f"{source}: two runs are mixed in this log (two starts before any progress)")
-            _finish(current, scores)
-            scores = ScoreReader()
-            again = Launch(message.time, message.time, current.world_size, current.num_nodes, current.config)
-            again.config_yaml, again.environment, again.seed = current.config_yaml, current.environment, current.seed
-            again.num_train_images, again.num_val_images = current.num_train_images, current.num_val_images
-            launches.append(again)
-        current = launches[-1]
-        current.clock_jumped |= message.time < current.ended - _MOMENT
-        current.ended = message.time
-        if world and world[1] == "0":
-            current.world_size = int(world[2])
-        elif start:
-            current.first_iteration, current.loop_started = int(start[1]), message.time
-        elif _ITERATION.search(message.text) and "loss" in message.text:
-            _add_progress(source, current, message)
-            scores.interrupt()
-        else:
-            _add_fact(current, message)
-            scores.read(message, current.iterations or 0, training=current.first_iteration is not None)
-    _finish(launches[-1], scores)
-    return launches
+                raise ReplayError(f"{self._source}: two runs are mixed in this log (two starts before any progress)")
+            # Started again within one process: its head holds for both.
+            self._begin(
+                replace(
+                    current, began=message.time, ended=message.time, first_iteration=None, loop_started=None,
+                    progress=[], evaluations=[], overall=None, total_seconds=None, total_printed=None,
+                    clock_jumped=False, failed="",
+                )
+            )  # fmt: skip
 
+    def _begin(self, launch: Launch) -> None:
+        self._finish()
+        self._current, self._evaluations = launch, EvaluationReader()
+        self.launches.append(launch)
 
-def _add_progress(source: Path, launch: Launch, message: Message) -> None:
-    iteration = _ITERATION.search(message.text)
-    assert iteration is not None
-    done = int(iteration[1]) + 1
-    if launch.progress and done <= launch.progress[-1].iteration:
-        raise ReplayError(
-            f"{source}: iteration {done} comes after {launch.progress[-1].iteration} without a new start: "
-            "the log mixes several runs, and no figure of it could be trusted"
+    def _finish(self) -> None:
+        self._current.evaluations = self._evaluations.finished()
+
+    def _add_progress(self, done: int, message: Message) -> None:
+        launch = self._current
+        if launch.progress and done <= launch.progress[-1].iteration:
+            raise ReplayError(
+                f"{self._source}: iteration {done} comes after {launch.progress[-1].iteration} without a new start: "
+                "the log mixes several runs, and none of its figures could be trusted"
+            )
+        figures = {}
+        for name, text in _FIGURE.findall(message.text):
+            try:
+                figures[name] = float(text.removesuffix("M"))
+            except ValueError:
+                continue
+        memory = figures.get("max_mem")
+        launch.progress.append(
+            Progress(
+                iteration=done,
+                time=message.time,
+                losses={name: value for name, value in figures.items() if "loss" in name},
+                learning_rate=figures.get("lr"),
+                mean_step_seconds=figures.get("time"),
+                data_seconds=figures.get("data_time"),
+                peak_memory_gib=memory / 1024 if memory is not None else None,
+            )
         )
-    figures = {}
-    for name, text in _FIGURE.findall(message.text):
-        try:
-            figures[name] = float(text.removesuffix("M"))
-        except ValueError:
-            continue
-    memory = figures.get("max_mem")
-    launch.progress.append(
-        Progress(
-            iteration=done,
-            time=message.time,
-            losses={name: value for name, value in figures.items() if "loss" in name},
-            learning_rate=figures.get("lr"),
-            mean_step_seconds=figures.get("time"),
-            data_seconds=figures.get("data_time"),
-            peak_memory_gib=memory / 1024 if memory is not None else None,
-        )
-    )
 
 
-def _add_fact(launch: Launch, message: Message) -> None:
-    """Takes what a message other than progress and scores says of the launch."""
+def _add_facts(launch: Launch, message: Message) -> None:
+    """Takes what a message other than progress and evaluations says of the launch."""
     text = message.text
-    if overall := _OVERALL.search(text):
-        launch.overall = int(overall[1]), float(overall[3])
-    elif total := _TOTAL.search(text):
-        launch.total_seconds, launch.hook_seconds = duration(total[1]), duration(total[2])
-        launch.total_told = message.time
-    elif text.startswith("Running with full config"):
+    if text.startswith("Running with full config"):
         launch.config_yaml = "\n".join(message.more)
-        launch.config = flat_config(message.more)
+        launch.config = printed_values(message.more)
     elif text.startswith("Environment info"):
         rows = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in message.more)
         launch.environment = {row[0]: row[1] for row in rows if len(row) == 2 and not row[0].startswith("-")}
-    elif images := _IMAGES_LEFT.search(text):
+    elif text.startswith("Exception during training"):
+        launch.failed = next((line for line in reversed(message.more) if line.strip()), text)
+    elif overall := _OVERALL.search(text):
+        launch.overall = int(overall[1]), float(overall[3])
+    elif total := _TOTAL.search(text):
+        launch.total_seconds, launch.total_printed = duration(total[1]), message.time
+    elif seed := _SEED.search(text):
+        launch.seed = int(seed[1])
+    elif machines := _MACHINES.search(text):
+        launch.num_nodes = int(machines[1])
+    else:
+        _add_image_counts(launch, text)
+
+
+def _add_image_counts(launch: Launch, text: str) -> None:
+    if images := _IMAGES_LEFT.search(text):
         launch.num_train_images = int(images[1])
     elif images := _IMAGES_LOADED.search(text):
         if launch.loop_started is not None:
             launch.num_val_images = int(images[1])
         elif launch.num_train_images is None:
             launch.num_train_images = int(images[1])
-    elif seed := _SEED.search(text):
-        launch.seed = int(seed[1])
-    elif machines := _MACHINES.search(text):
-        launch.num_nodes = int(machines[1])
-    elif text.startswith("Exception during training"):
-        launch.failed = next((line for line in reversed(message.more) if line.strip()), text)
-
-
-def _finish(launch: Launch, scores: ScoreReader) -> None:
-    launch.evaluations = scores.finished()
-
-
-def duration(text: str) -> float | None:
-    """Seconds of a duration as Python prints it (`1 day, 2:03:04.5`); None where it is none."""
-    match = re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d\d):(\d\d(?:\.\d+)?)", text.strip())
-    if not match:
-        return None
-    return int(match[1] or 0) * 86400 + int(match[2]) * 3600 + int(match[3]) * 60 + float(match[4])
-
-
-def flat_config(lines: Sequence[str]) -> dict[str, str]:
-    """The values of a printed config (YAML indented by two blanks) as dotted keys, as text; lists with commas."""
-    flat: dict[str, str] = {}
-    path: list[str] = []
-    for line in lines:
-        item = re.match(r"^ *- (.*)$", line)
-        if item and path:
-            name = ".".join(path)
-            flat[name] = f"{flat[name]}, {item[1]}" if name in flat else item[1]
-            continue
-        match = re.match(r"^( *)([\w.]+):(?: (.*))?$", line)
-        if not match:
-            continue
-        path = [*path[: len(match[1]) // 2], match[2]]
-        if match[3]:
-            flat[".".join(path)] = match[3].strip().strip("'\"")
-    return flat

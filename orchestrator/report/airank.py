@@ -1,19 +1,20 @@
 """AI-Rank's training log of a trial: its log lines, its system_information.json, its summary table.
 
-The format is the AI-Rank training rules' (the seed benchmark's): one line per event with its Unix time, in the order
-the rules give. The trap it protects against: a line for something that was not reached.
+The format is that of the AI-Rank training rules, which the seed benchmark follows: one line per event with its Unix
+time, in the order the rules give. What was not reached has no line.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began
+from orchestrator.files import file_sha256
 from orchestrator.report.table import escape_markdown, number_text, table_rows
 from trainers.contract.events import Evaluated, Event, LoopFinished, WorkerStarted
 from trainers.contract.plan import TrialPlan
@@ -23,7 +24,7 @@ SYSTEM_NAME = "system_information.json"
 SUMMARY_NAME = "ai_rank.md"
 
 
-def write_airank(plan: TrialPlan, events: Sequence[Event], result: TrialResult, folder: Path) -> list[Path]:
+def write_airank(plan: Plan, events: Sequence[Event], result: TrialResult, folder: Path) -> list[Path]:
     """Writes the log lines and system_information.json of a trial into its folder and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     log, system = folder / LOG_NAME, folder / SYSTEM_NAME
@@ -39,13 +40,13 @@ def write_airank_summary(result: ExperimentResult, run_dir: Path) -> Path:
     return path
 
 
-def airank_log(plan: TrialPlan, events: Sequence[Event], result: TrialResult) -> str:
+def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
     """AI-Rank's lines of a trial, ending in a newline; "" where its training function never began."""
     start = began(events)
     if start is None:
         return ""
     lines = [
-        _line(start, f"load_data, checksum:{_checksum(plan.train.annotations)}"),
+        _line(start, f"load_data, checksum:{_checksum(plan)}"),
         _line(start, "test_begin"),
     ]
     target = result.time_to_train_seconds
@@ -54,7 +55,8 @@ def airank_log(plan: TrialPlan, events: Sequence[Event], result: TrialResult) ->
         figures = ((name, event.figures.get(f"{name}_ap")) for name in ("box", "mask"))
         shown = " ".join(f"{name}_ap {value:.4f}" for name, value in figures if value is not None)
         if shown:
-            lines.append(_line(scored, f"eval_accuracy:{shown}, total_epoch_cnt:{event.epoch:.6g}"))
+            epoch = f", total_epoch_cnt:{event.epoch:.6g}" if event.epoch is not None else ""
+            lines.append(_line(scored, f"eval_accuracy:{shown}{epoch}"))
         if target is not None and event.iteration == result.scored_iteration:
             lines.append(_line(max(scored, start + target), f"target_quality_time:{target:.3f}sec"))
             target = None
@@ -69,8 +71,8 @@ def airank_log(plan: TrialPlan, events: Sequence[Event], result: TrialResult) ->
     return "\n".join(lines) + "\n"
 
 
-def system_information(plan: TrialPlan, events: Sequence[Event], result: TrialResult) -> dict[str, Any]:
-    """What AI-Rank asks for about the machines; null where it is not known."""
+def system_information(plan: Plan, events: Sequence[Event], result: TrialResult) -> dict[str, Any]:
+    """What AI-Rank requires about the machines; null where it is not known."""
     workers = [e for e in events if isinstance(e, WorkerStarted)]
     workers = [e for e in workers if e.attempt == workers[-1].attempt]
     first = workers[0] if workers else None
@@ -86,8 +88,8 @@ def system_information(plan: TrialPlan, events: Sequence[Event], result: TrialRe
         "operating_system": _known(first.operating_system if first else None),
         "software_stack": first.versions if first else None,
         "framework": "detectron2",
-        "model": Path(plan.config_file).stem or None,
-        "precision": plan.recipe.precision,
+        "model": Path(plan.config_file).stem if isinstance(plan, TrialPlan) else None,
+        "precision": plan.recipe.precision if isinstance(plan, TrialPlan) else plan.precision,
         "global_batch_size": result.global_batch_size,
     }
 
@@ -113,16 +115,10 @@ def _line(moment: float, text: str) -> str:
     return f"AI-Rank-log {moment:.3f} {text}"
 
 
-def _checksum(annotations: str) -> str:
+def _checksum(plan: Plan) -> str:
     """SHA-256 of the training set's annotation file: what was loaded."""
-    path = Path(annotations)
-    if not annotations or not path.is_file():
-        return "unknown"
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    annotations = Path(plan.train.annotations) if isinstance(plan, TrialPlan) else None
+    return file_sha256(annotations) if annotations and annotations.is_file() else "unknown"
 
 
 def _gib(value: float | None) -> str | None:

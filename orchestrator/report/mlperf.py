@@ -1,8 +1,8 @@
-"""MLPerf's log of a trial (`:::MLLOG` lines), and the verdict of MLPerf's own compliance checker on it.
+"""MLPerf's log of a trial (`:::MLLOG` lines), checked by MLPerf's own compliance checker.
 
-The traps it protects against: MLPerf's clock starts when model and data pipeline stand (run_start) and never pauses;
-it ends at the first evaluation that meets the target, so what a run does after it is not in the log; AP is 0–1 there.
-These lines make no submission of a run, and say so.
+MLPerf's clock starts when model and data pipeline are ready (run_start), never pauses, and ends at the first evaluation
+that meets the target: what a run does after that is not in the log. AP is 0–1 there. The lines say that they are no
+submission.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.experiment.detectron_config import printed_values
+from orchestrator.experiment.detectron_config import evaluate, printed_values
+from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.sections import began, loop_runs
 from trainers.contract.events import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, WorkerStarted
-from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import is_met
 
 LOG_NAME = "mllog.txt"
 RULESET = "3.1.0"
@@ -31,8 +32,8 @@ CLOSED_TARGETS = (37.7, 33.9)
 Division = Literal["closed", "open"]
 
 
-def write_mllog(plan: TrialPlan, events: Sequence[Event], result: TrialResult, folder: Path) -> Path | None:
-    """Writes MLPerf's lines into a trial's folder; None where the trial never came to its training loop."""
+def write_mllog(plan: Plan, events: Sequence[Event], result: TrialResult, folder: Path) -> Path | None:
+    """Writes MLPerf's lines into a trial's folder; None where the trial never reached its training loop."""
     text = mllog_text(plan, events, result)
     if not text:
         return None
@@ -42,18 +43,18 @@ def write_mllog(plan: TrialPlan, events: Sequence[Event], result: TrialResult, f
     return path
 
 
-def mllog_text(plan: TrialPlan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:
+def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:
     """MLPerf's lines of a trial.
 
     Args:
         plan: The trial.
         events: All its events.
         result: Its record.
-        division: Rules it is meant to be checked by; None for closed where data and targets are the closed division's,
-            else open.
+        division: Division whose rules it is to be checked by; None for closed where data and targets are the closed
+            division's, else open.
 
     Returns:
-        The lines, or "" where the trial never came to its training loop.
+        The lines, or "" where the trial never reached its training loop.
     """
     start, attempts = began(events), loop_runs(events)
     if start is None or not attempts:
@@ -72,15 +73,15 @@ def mllog_text(plan: TrialPlan, events: Sequence[Event], result: TrialResult, di
     return lines.text()
 
 
-def division_of(plan: TrialPlan) -> Division:
-    """`closed` where data and targets are the closed division's; nothing else of its rules is vouched for."""
-    targets = (plan.target_box_ap or 0.0, plan.target_mask_ap or 0.0)
-    on_coco = "coco_2017_val" in plan.val.name
-    return "closed" if on_coco and all(a >= b for a, b in zip(targets, CLOSED_TARGETS, strict=True)) else "open"
+def division_of(plan: Plan) -> Division:
+    """`closed` where data and targets are the closed division's; the rest of its rules is for the checker."""
+    targets = zip((plan.target_box_ap, plan.target_mask_ap), CLOSED_TARGETS, strict=True)
+    on_coco = "coco_2017_val" in (plan.val.name or "")
+    return "closed" if on_coco and all(is_met(target, closed) for target, closed in targets) else "open"
 
 
 def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
-    """What MLPerf's compliance checker finds wrong with a log; empty where it passes whole.
+    """What MLPerf's compliance checker finds wrong with a log; empty where it passes.
 
     Args:
         text: The log.
@@ -94,7 +95,7 @@ def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
     checker = mlp_compliance.make_checker("training", ruleset, quiet=True, werror=False)
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # the checker says on the root logger what is returned here
+    logger.setLevel(logging.CRITICAL)  # the checker logs its findings to the root logger
     try:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
             file.write(text)
@@ -121,7 +122,7 @@ class _Lines:
         from mlperf_logging.mllog.mllog import MLLogger
 
         self._stream = io.StringIO()
-        logger = logging.Logger("mllog")  # of no tree of loggers: no handler of others sees its lines
+        logger = logging.Logger("mllog")  # noqa: LOG001 - outside the tree of loggers, so no other handler sees its lines
         logger.addHandler(logging.StreamHandler(self._stream))
         self._logger = MLLogger(logger=logger, root_dir=str(Path(__file__).resolve().parents[2]))
 
@@ -138,9 +139,9 @@ class _Lines:
         return self._stream.getvalue()
 
 
-def _submission(lines: _Lines, plan: TrialPlan, events: Sequence[Event], moment: float, division: Division) -> None:
+def _submission(lines: _Lines, plan: Plan, events: Sequence[Event], moment: float, division: Division) -> None:
     worker = next((e for e in events if isinstance(e, WorkerStarted)), None)
-    platform = f"{plan.world_size} x {worker.device_name if worker else plan.device}"
+    platform = f"{plan.world_size} x {(worker and worker.device_name) or plan.device or 'unknown'}"
     for key, value in {
         "submission_benchmark": "maskrcnn",
         "submission_division": division,
@@ -151,9 +152,7 @@ def _submission(lines: _Lines, plan: TrialPlan, events: Sequence[Event], moment:
         lines.point(key, moment, value)
 
 
-def _hyperparameters(
-    lines: _Lines, plan: TrialPlan, events: Sequence[Event], result: TrialResult, moment: float
-) -> None:
+def _hyperparameters(lines: _Lines, plan: Plan, events: Sequence[Event], result: TrialResult, moment: float) -> None:
     loop = next(e for e in events if isinstance(e, LoopStarted) and e.rank == 0)
     config = printed_values(loop.config_yaml.splitlines())
     solver = plan.solver
@@ -164,14 +163,14 @@ def _hyperparameters(
         "train_samples": result.num_train_images,
         "eval_samples": result.num_val_images,
         "opt_name": "sgd",
-        "opt_base_learning_rate": solver.base_lr or None,
+        "opt_base_learning_rate": solver.base_lr,
         "opt_learning_rate_warmup_steps": solver.warmup_iters,
         "opt_learning_rate_warmup_factor": _number(config, "SOLVER.WARMUP_FACTOR"),
         "opt_learning_rate_decay_factor": _number(config, "SOLVER.GAMMA"),
-        "opt_learning_rate_decay_steps": list(solver.steps),
+        "opt_learning_rate_decay_steps": list(solver.steps) if solver.steps is not None else None,
         "opt_weight_decay": _number(config, "SOLVER.WEIGHT_DECAY"),
         "num_image_candidates": _number(config, "MODEL.RPN.POST_NMS_TOPK_TRAIN"),
-        "min_image_size": max(_numbers(config, "INPUT.MIN_SIZE_TRAIN"), default=None),
+        "min_image_size": _number(config, "INPUT.MIN_SIZE_TRAIN"),
         "max_image_size": _number(config, "INPUT.MAX_SIZE_TRAIN"),
     }
     for key, value in values.items():
@@ -184,12 +183,13 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
     evaluations = sorted((e for e in events if isinstance(e, Evaluated)), key=lambda e: e.time)
     since, epoch = run_start, 0.0
     for event in evaluations:
-        block = {"first_epoch_num": epoch, "epoch_count": event.epoch - epoch}
-        at = {"epoch_num": event.epoch}
+        at = {"epoch_num": event.epoch} if event.epoch is not None else None
         scored = max(event.box_scored, event.mask_scored or event.box_scored)
-        if event.epoch > epoch:  # one that a restart or the end repeats trains no block
+        if event.epoch is not None and event.epoch > epoch:  # one that a restart or the end repeats trains no block
+            block = {"first_epoch_num": epoch, "epoch_count": event.epoch - epoch}
             lines.start("block_start", since, metadata=block)
             lines.stop("block_stop", event.time - event.seconds, metadata=block)
+            epoch = event.epoch
         lines.start("eval_start", event.time - event.seconds, metadata=at)
         names = {"BBOX": "box_ap", "SEGM": "mask_ap"}
         values = {key: round(ap / 100, 8) for key, name in names.items() if (ap := event.figures.get(name)) is not None}
@@ -198,7 +198,7 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
         lines.stop("eval_stop", scored, metadata=at)
         if event.iteration == result.scored_iteration:
             return scored
-        since, epoch = event.time, event.epoch
+        since = event.time
     ended = next((e.time for e in reversed(events) if isinstance(e, LoopFinished | TrialEnded)), since)
     if not evaluations and result.iterations and result.num_train_images and result.global_batch_size:
         trained = result.iterations * result.global_batch_size / result.num_train_images
@@ -208,10 +208,8 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
     return ended
 
 
-def _numbers(config: dict[str, str], key: str) -> list[float]:
-    found = re.findall(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", config.get(key, ""))
-    return [float(text) if any(c in text for c in ".eE") else int(text) for text in found]
-
-
 def _number(config: dict[str, str], key: str) -> float | None:
-    return next(iter(_numbers(config, key)), None)
+    """A printed value as a number, the largest of several; None where it is missing or none."""
+    value = evaluate(config.get(key))
+    parts = value if isinstance(value, tuple | list) else [value]
+    return max((part for part in parts if isinstance(part, int | float)), default=None)

@@ -9,7 +9,7 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG
 from orchestrator.figures.trial import trial_result
-from orchestrator.replay.__main__ import replay
+from orchestrator.replay.record import replay
 from orchestrator.report.mlperf import division_of, failed_rules, mllog_text, write_mllog
 from tests.builders.commands import run_command
 from tests.builders.logs import whole_run

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.figures.records import TrialResult
-from orchestrator.replay.__main__ import experiment_result, replay, track, write
-from orchestrator.replay.lines import ReplayError
-from orchestrator.replay.replayed import Targets
+from orchestrator.replay.record import experiment_result, replay, track, write
+from orchestrator.replay.messages import ReplayError
+from orchestrator.replay.plan import Targets
 from tests.builders.commands import run_command
 from tests.builders.logs import MadeLog, whole_run
 

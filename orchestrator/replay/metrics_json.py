@@ -1,7 +1,6 @@
-"""Reads detectron2's metrics.json where it is all that is left of a run.
+"""Reads AP over iterations from detectron2's metrics.json, where that is all that is left of a run.
 
-The trap it protects against: its `time` is smoothed over 20 steps and it has no dates, so neither a throughput nor a
-time to train can be had from it; what it gives is AP over the iterations.
+Its `time` is smoothed over 20 steps and it has no dates, so it gives neither a throughput nor a time to train.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.replay.lines import ReplayError
+from orchestrator.replay.evaluations import LoggedEvaluation
+from orchestrator.replay.messages import ReplayError
 from orchestrator.replay.runs import Launch, LoggedRun, Progress
-from orchestrator.replay.scores import LoggedEvaluation
 from trainers.contract.events import measured
 
 
 def read_metrics(path: Path) -> LoggedRun:
-    """The run of a metrics.json.
+    """Reads the run of a metrics.json.
 
     Raises:
         ReplayError: The file cannot be read, or no line of it is a JSON object with an iteration.
@@ -33,12 +32,10 @@ def read_metrics(path: Path) -> LoggedRun:
             continue
         done = int(values["iteration"]) + 1
         if launch.progress and done < launch.progress[-1].iteration:
-            raise ReplayError(f"{path}: iteration {done} comes after {launch.progress[-1].iteration}: it mixes runs")
-        memory = values.get("max_mem")
+            raise ReplayError(f"{path}: it mixes runs: iteration {done} comes after {launch.progress[-1].iteration}")
         losses = {name: value for name, value in values.items() if "loss" in name and value is not None}
-        progress = Progress(done, 0.0, losses, values.get("lr"), None, values.get("data_time"), memory)
         if losses and not (launch.progress and done == launch.progress[-1].iteration):
-            launch.progress.append(progress)
+            launch.progress.append(Progress(done, None, losses, values.get("lr"), None, values.get("data_time"), None))
         figures = {
             f"{ours}_{name.split('/', 1)[1].lower()}": value
             for name, value in values.items()
@@ -46,7 +43,8 @@ def read_metrics(path: Path) -> LoggedRun:
             if name.startswith(theirs) and "-" not in name
         }
         if figures:
-            launch.evaluations.append(LoggedEvaluation(0.0, done, 0.0, 0.0, 0.0, figures))
+            mask_scored = 0.0 if "mask_ap" in figures else None
+            launch.evaluations.append(LoggedEvaluation(0.0, done, 0.0, 0.0, mask_scored, figures))
     if not launch.progress:
         raise ReplayError(f"{path}: not detectron2's metrics.json: no line with an iteration and a loss")
     note = "metrics.json has no dates and no batch size: only its AP can be read"
@@ -54,7 +52,7 @@ def read_metrics(path: Path) -> LoggedRun:
 
 
 def _values(line: str) -> dict[str, Any] | None:
-    """The numbers of a line; None where it is no line of this format (the last one may be cut off)."""
+    """The numbers of a line; None where it does not have this format (the last one may be cut off)."""
     try:
         values = json.loads(line)
     except ValueError:

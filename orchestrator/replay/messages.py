@@ -1,7 +1,7 @@
-"""Cuts a detectron2 log into dated messages.
+"""Splits a detectron2 log into dated messages.
 
-The traps it protects against: the log has no year, so a run over New Year or the end of February must not gain or lose
-a day; and a line that was cut off in the middle of a number is still a valid number, but a wrong one.
+The log prints no year, so it is found such that a run over New Year or the end of February neither gains nor loses a
+day. A last line that was cut off is dropped: half a number would still parse.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 MAX_LINE_LENGTH = 1_000_000
-"""Characters of a line that are looked at; longer ones are no log lines."""
+"""Characters of a line that are examined; longer ones are no log lines."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _HEAD = re.compile(
@@ -30,17 +30,14 @@ class ReplayError(ValueError):
 
 @dataclass(slots=True)
 class Message:
-    """One message of a log.
-
-    Attributes:
-        time: When (Unix seconds, the log's own time zone taken for UTC).
-        text: Its first line, without date and logger.
-        more: The lines that follow it without a date of their own.
-    """
+    """One message of a log."""
 
     time: float
+    """When (Unix seconds, taking the log's local time for UTC)."""
     text: str
+    """Its first line, without date and logger."""
     more: list[str] = field(default_factory=list)
+    """The lines without a date that follow it."""
 
 
 def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], list[str]]:
@@ -51,7 +48,7 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
         year: Year of its first line; None to take the newest that fits the file.
 
     Returns:
-        Its messages in the order they stand, and notes on what could not be known.
+        Its messages in order, and notes on what could not be read.
 
     Raises:
         ReplayError: The file cannot be read, or has no line of detectron2's form.
@@ -62,10 +59,10 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
         raise ReplayError(f"{path}: cannot be read: {error}") from error
     text = _ANSI.sub("", raw.decode("utf-8", errors="replace"))
     notes = []
-    # splitlines() would also break at characters that stand within messages.
+    # splitlines() would also split at characters within messages.
     lines, torn = _whole_lines(text.split("\n"))
     if torn:
-        notes.append(f"{torn} lines that another line broke into were left out")
+        notes.append(f"{torn} lines that were interrupted by another line were left out")
     if lines and lines[-1] and not _WHOLE_SCORES.search(lines[-1]):
         notes.append("the last line is cut off and was left out")
         lines.pop()
@@ -93,7 +90,7 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
 
 
 def _whole_lines(lines: list[str]) -> tuple[list[str], int]:
-    """The lines without beginnings that another dated line cut off, and how many those were."""
+    """The lines without the fragments that another dated line interrupted, and the number of fragments."""
     whole, torn = [], 0
     for line in lines:
         heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:MAX_LINE_LENGTH])]

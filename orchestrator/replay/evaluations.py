@@ -1,15 +1,11 @@
-"""Reads COCO evaluations out of a detectron2 log.
-
-The trap it protects against: an evaluation that the log breaks off in must give no figure that it did not print, and
-`nan` is not measured.
-"""
+"""Reads the COCO evaluations of a detectron2 log; a printed `nan` is not measured."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from orchestrator.replay.lines import Message
+from orchestrator.replay.messages import Message
 from trainers.contract.events import measured
 
 _KINDS = {"bbox": "box", "segm": "mask"}
@@ -22,31 +18,28 @@ _INFERENCE = re.compile(r"Total inference time: (\d+):(\d\d):(\d\d(?:\.\d+)?)")
 
 @dataclass(slots=True)
 class LoggedEvaluation:
-    """One evaluation of a log.
-
-    Attributes:
-        started: When its data began to be loaded (Unix seconds), else when inference began.
-        after_iteration: Iterations of the last progress line before it.
-        ended: Its last line.
-        box_scored: When the box figures were printed; None where they were not.
-        mask_scored: The same for masks.
-        figures: `box_ap`, `box_ap50`, …, `mask_apl`, 0–100; None for a printed nan.
-        inference_seconds: Inference as it was printed.
-        dataset: Name of the data set, or "".
-    """
+    """One evaluation of a log."""
 
     started: float
+    """When its data began to load (Unix seconds), else when inference began."""
     after_iteration: int
+    """Iterations of the last progress line before it."""
     ended: float
+    """Time of its last line."""
     box_scored: float | None = None
+    """When the box figures were printed; None where they were not."""
     mask_scored: float | None = None
+    """The same for masks."""
     figures: dict[str, float | None] = field(default_factory=dict)
+    """`box_ap`, `box_ap50`, …, `mask_apl`, 0–100; None for a printed nan."""
     inference_seconds: float | None = None
-    dataset: str = ""
+    """Duration of inference as printed."""
+    dataset: str | None = None
+    """Name of the data set."""
 
 
-class ScoreReader:
-    """Follows the messages of one launch and gathers its evaluations."""
+class EvaluationReader:
+    """Collects the evaluations of one launch from its messages."""
 
     def __init__(self) -> None:
         self._done: list[LoggedEvaluation] = []
@@ -61,7 +54,7 @@ class ScoreReader:
         Args:
             message: The message.
             after_iteration: Iterations of the last progress line.
-            training: Whether training has started: data loaded before is not an evaluation's.
+            training: Whether training has started: data loaded before that is training data.
         """
         text = message.text
         if text.startswith("Start inference on"):
@@ -73,14 +66,14 @@ class ScoreReader:
             if loading and self._loading is None:
                 self._loading = message.time - float(loading[1] or 0)
         elif _LOADING.search(text):
-            # The next evaluation's data: this one is over.
+            # Data of the next evaluation.
             self._close()
             self._loading = message.time
         else:
             self._score(message, self._current)
 
     def _score(self, message: Message, current: LoggedEvaluation) -> None:
-        """Takes a message of a running evaluation; its end is its last message of this sort."""
+        """Takes a message of the current evaluation, which ends with the last message of this kind."""
         text = message.text
         if results := _RESULTS.search(text):
             kind = _KINDS[results[1]]
@@ -108,7 +101,7 @@ class ScoreReader:
             current.figures.update(_figures(_KINDS[self._task], self._names, text.split(",")))
 
     def interrupt(self) -> None:
-        """Training goes on: the evaluation is over."""
+        """Ends the current evaluation: training continues."""
         self._close()
         self._loading = None
 
@@ -118,7 +111,7 @@ class ScoreReader:
         self._current, self._loading, self._task = None, None, ""
 
     def finished(self) -> list[LoggedEvaluation]:
-        """All evaluations, in order, the last one as far as it came."""
+        """All evaluations, in order; the last may be incomplete."""
         self._close()
         return self._done
 

@@ -1,0 +1,204 @@
+"""Turns a run read from a log into the events that this program's own trials leave."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.figures.logged_plan import LoggedPlan
+from orchestrator.replay.evaluations import LoggedEvaluation
+from orchestrator.replay.plan import LOG_PERIOD, gpu_name
+from orchestrator.replay.runs import Launch, LoggedRun, Progress
+from trainers.contract.events import (
+    Evaluated,
+    Event,
+    LogReplayed,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialEnded,
+    TrialRestarted,
+    TrialStarted,
+    WorkerStarted,
+)
+
+VERSIONS = {"PyTorch": "torch", "detectron2": "detectron2", "torchvision": "torchvision", "Python": "python"}
+"""Rows of detectron2's environment table, and the packages whose versions they hold."""
+
+
+def replayed_events(run: LoggedRun, plan: LoggedPlan) -> list[Event]:
+    """The events of a run, in the order of its log.
+
+    Args:
+        run: The run.
+        plan: Its settings.
+    """
+    return _EventWriter(run, plan).events
+
+
+class _EventWriter:
+    """Collects a run's events in `events`."""
+
+    def __init__(self, run: LoggedRun, plan: LoggedPlan) -> None:
+        self._run, self._plan = run, plan
+        self._notes = list(run.notes)
+        self._attempt = 0
+        self.events: list[Event] = []
+        if run.launches[0].world_size is None:
+            self._notes.append("the log does not say how many workers there were; it is listed as one")
+        unknown = self._unknown(run.launches[0])
+        for attempt, launch in enumerate(run.launches):
+            self._attempt = attempt
+            self._launch(launch)
+        self._close(run.launches[-1], unknown)
+
+    def _emit(self, kind: type[Event], time: float, rank: int = 0, **fields: Any) -> None:
+        self.events.append(kind(trial=self._plan.name, attempt=self._attempt, rank=rank, time=time, **fields))
+
+    def _unknown(self, first: Launch) -> tuple[str, ...]:
+        if not self._run.dated:
+            return ("times", "start")
+        if first.first_iteration is None:
+            self._notes.append("the log has no start of training: start-up and times from the start are not known")
+        elif first.first_iteration > 0:
+            self._notes.append(
+                f"the run resumes at iteration {first.first_iteration}, and its beginning is not in this log: "
+                "times from the start are not known"
+            )
+        else:
+            return ()
+        return ("start",)
+
+    def _launch(self, launch: Launch) -> None:
+        if self._attempt == 0:
+            self._emit(TrialStarted, launch.began, -1, plan=asdict(self._plan))
+        else:
+            before = self._run.launches[self._attempt - 1]
+            self._emit(
+                TrialRestarted, launch.began, -1, failure="unknown",
+                message=before.failed or "the log does not say why", iteration=before.iterations or 0,
+            )  # fmt: skip
+        self._emit(
+            WorkerStarted, launch.began, host="", node_id="", pid=None, local_rank=0, device_memory_gib=None,
+            device_name=gpu_name(launch) or ("CPU" if self._plan.device == "cpu" else ""),
+            versions={
+                name: launch.environment[row].split(" ")[0] for row, name in VERSIONS.items()
+                if launch.environment.get(row)
+            },
+            world_size=launch.world_size,
+        )  # fmt: skip
+        started = launch.loop_started if launch.loop_started is not None else launch.began
+        first = launch.first_iteration
+        if first is None:
+            # Without its start, what was trained before the first line is not known.
+            first = launch.progress[0].iteration
+        self._emit(
+            LoopStarted, started, iteration=first, num_train_images=launch.num_train_images,
+            num_val_images=launch.num_val_images, config_yaml=launch.config_yaml,
+            setup_seconds=started - launch.began if launch.loop_started is not None else None,
+            restored_from="checkpoint" if self._attempt else "",
+        )  # fmt: skip
+        if self._run.dated:
+            self._windows(launch, first, started)
+        self._evaluations(launch)
+
+    def _windows(self, launch: Launch, first: int, started: float) -> None:
+        before, since = first, started
+        for line in launch.progress:
+            if line.time is None:
+                continue
+            if line.iteration > before:
+                stalls = sum(
+                    min(e.ended, line.time) - max(e.started, since)
+                    for e in launch.evaluations
+                    if e.started < line.time and e.ended > since
+                )
+                self._window(line, line.time, before, max(line.time - since - stalls, 0.0))
+                before = line.iteration
+            since = line.time
+
+    def _window(self, line: Progress, time: float, before: int, seconds: float) -> None:
+        count, batch = line.iteration - before, self._plan.solver.global_batch_size
+        self._emit(
+            StepsDone, time, first_iteration=before, iteration=line.iteration,
+            num_images=count * batch if batch is not None else None, seconds=seconds, step_seconds=(), data_seconds=(),
+            part_seconds={"data": line.data_seconds * count} if line.data_seconds is not None else {},
+            losses=line.losses, learning_rate=line.learning_rate, peak_memory_gib=line.peak_memory_gib,
+            num_ranks=self._plan.world_size,
+        )  # fmt: skip
+
+    def _evaluations(self, launch: Launch) -> None:
+        names = [e.dataset for e in launch.evaluations if e.dataset]
+        batch = self._plan.solver.global_batch_size
+        for evaluation in launch.evaluations:
+            if evaluation.box_scored is None:
+                self._notes.append("the log breaks off in an evaluation, which was left out")
+                continue
+            if evaluation.dataset and evaluation.dataset != names[0]:
+                self._notes.append(f"an evaluation on {evaluation.dataset} was left out: {names[0]} is the first one's")
+                continue
+            iteration = self._iteration(launch, evaluation)
+            inference = evaluation.inference_seconds
+            self._emit(
+                Evaluated, evaluation.ended, iteration=iteration, figures=evaluation.figures,
+                epoch=iteration * batch / launch.num_train_images if batch and launch.num_train_images else None,
+                box_scored=evaluation.box_scored, mask_scored=evaluation.mask_scored,
+                seconds=evaluation.ended - evaluation.started,
+                part_seconds={"inference": inference} if inference is not None else {},
+            )  # fmt: skip
+
+    def _iteration(self, launch: Launch, evaluation: LoggedEvaluation) -> int:
+        """Iterations trained at an evaluation: the multiple of its period between the progress lines around it.
+
+        An evaluation is printed before the progress line of its own iteration, so the line before it names an earlier
+        one.
+        """
+        after = evaluation.after_iteration
+        following = next((line.iteration for line in launch.progress if line.iteration > after), None)
+        period = launch.integer("TEST.EVAL_PERIOD")
+        if following is None and launch.overall:
+            return after
+        if period:
+            due = -(-after // period) * period
+            if due and due <= (following if following is not None else after + LOG_PERIOD):
+                return due
+        self._notes.append(f"an evaluation's iteration is known to {LOG_PERIOD} iterations only")
+        return following if following is not None else after
+
+    def _close(self, last: Launch, unknown: tuple[str, ...]) -> None:
+        step_seconds = self._step_seconds(last)
+        launches = len(self._run.launches)
+        if launches > 1:
+            self._notes.append(
+                f"started {launches} times: the throughput is of the last start, from iteration {last.first_iteration}"
+            )
+        whole = launches == 1 and last.first_iteration == 0
+        self._emit(
+            LogReplayed, last.ended, -1, step_seconds=step_seconds,
+            step_iterations=last.overall[0] if whole and last.overall else None,
+            total_seconds=last.total_seconds if whole else None,
+            unknown=unknown, notes=tuple(dict.fromkeys(self._notes)),
+        )  # fmt: skip
+        if last.overall or not self._run.dated:
+            # Without windows of steps, only the end shows how far it came.
+            end = "max_iter" if last.overall else "interrupted"
+            self._emit(LoopFinished, last.ended, iteration=last.iterations or 0, reason=end, state_sha256=None)
+        if last.overall:
+            self._emit(TrialEnded, last.ended, -1, status="FINISHED", reason="")
+        else:
+            planned = self._plan.solver.max_iter
+            of = f" of {planned}" if planned else ""
+            reason = last.failed or f"the log ends after iteration {last.iterations}{of}"
+            self._emit(TrialEnded, last.ended, -1, status="FAILED" if last.failed else "KILLED", reason=reason)
+
+    def _step_seconds(self, last: Launch) -> float | None:
+        """The mean step that the log closes with, else the one it had reached."""
+        if last.overall:
+            return last.overall[1]
+        if last.progress and last.progress[-1].mean_step_seconds:
+            self._notes.append(
+                f"no closing speed: the throughput is of the mean step printed at iteration {last.iterations}"
+            )
+            return last.progress[-1].mean_step_seconds
+        self._notes.append("no step time in the log: the throughput is not known")
+        return None

@@ -1,0 +1,188 @@
+"""From logs to the record, files and MLflow runs that this program's own runs leave."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.experiment.spec import Tracking
+from orchestrator.figures.logged_plan import LoggedPlan
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.trial import trial_result
+from orchestrator.replay.events import replayed_events
+from orchestrator.replay.messages import ReplayError, read_messages
+from orchestrator.replay.metrics_json import read_metrics
+from orchestrator.replay.plan import RECIPE, Targets, gpu_name, known_targets, logged_plan
+from orchestrator.replay.runs import LoggedRun, find_runs
+from orchestrator.report.airank import write_airank, write_airank_summary
+from orchestrator.report.mlperf import write_mllog
+from orchestrator.report.writer import write_report
+from trainers.contract.events import Event, RunEnded, RunStarted
+
+LOG_NAMES = ("log.txt", "metrics.json")
+"""Files that detectron2 leaves in its output folder, the better one first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One run read from a log."""
+
+    source: Path
+    """The log."""
+    plan: LoggedPlan
+    """Its settings, as far as the log prints them."""
+    events: list[Event]
+    """Its events."""
+    result: TrialResult
+    """Its record."""
+
+
+def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | None = None) -> list[Replayed]:
+    """Reads the runs of some logs.
+
+    Args:
+        logs: Files (log.txt, or metrics.json alone) or folders that hold them.
+        targets: AP that counts as trained; None for the task's public one, where it has one.
+        year: Year of the logs' first lines; None to guess it.
+
+    Raises:
+        ReplayError: A file is not detectron2's, holds no training, or mixes runs.
+    """
+    runs = [run for log in logs for run in _runs(_file(log), year)]
+    plans = _comparable(
+        [logged_plan(run, name, targets or known_targets(run)) for run, name in zip(runs, _names(runs), strict=True)],
+        runs,
+    )
+    replayed = []
+    for run, plan in zip(runs, plans, strict=True):
+        events = replayed_events(run, plan)
+        replayed.append(Replayed(run.source, plan, events, trial_result(plan, events)))
+    return replayed
+
+
+def experiment_result(name: str, replayed: Sequence[Replayed], command: Sequence[str]) -> ExperimentResult:
+    """The record of the runs together, compared with one another.
+
+    Args:
+        name: Name of the experiment.
+        replayed: The runs.
+        command: The command that replayed them.
+    """
+    trials = [one.result for one in replayed]
+    now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
+    return ExperimentResult(
+        experiment=name,
+        description="Read from the logs of runs of another program.",
+        status="FINISHED",
+        started=now,
+        ended=now,
+        command=list(command),
+        trials=trials,
+        scaling=scaling_rows(trials) if len(trials) > 1 else [],
+        fits=scaling_fits(trials),
+        repeats=repeat_rows(trials),
+    )
+
+
+def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path) -> None:
+    """Writes what a run of this program leaves: record, report, table, AI-Rank's and MLPerf's logs, the log itself."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    result.write(run_dir / "results.json")
+    write_report(result, run_dir)
+    write_airank_summary(result, run_dir)
+    for one in replayed:
+        folder = run_dir / one.plan.name
+        write_airank(one.plan, one.events, one.result, folder)
+        write_mllog(one.plan, one.events, one.result, folder)
+        shutil.copyfile(one.source, folder / one.source.name if one.source.suffix == ".json" else folder / "log.txt")
+
+
+def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
+    """Logs the runs to MLflow as reference runs; the same logs again change nothing.
+
+    Args:
+        result: Their record, written into `run_dir` already.
+        replayed: The runs.
+        run_dir: Folder for the events that tracking reads.
+        uri: The store; None for the default one.
+
+    Returns:
+        The store.
+    """
+    from orchestrator.runlog.outbox import FILE_NAME, Outbox
+    from orchestrator.tracking.driver import Tracker, tracking_uri
+
+    # The same logs read in the same way are the same run.
+    content = hashlib.sha256(repr([replace(one.plan, source="") for one in replayed]).encode())
+    for one in replayed:
+        content.update(one.source.read_bytes())
+    whole: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1}
+    experiment = {
+        "name": result.experiment,
+        "description": result.description,
+        "tracking": Tracking().model_dump(),
+        "reference_rows": [],
+    }
+    tags = {"run.kind": "reference", "run.source": ", ".join(one.source.name for one in replayed)}
+    run_id = f"replay-{content.hexdigest()[:16]}"
+    began, ended = min(one.events[0].time for one in replayed), max(one.events[-1].time for one in replayed)
+    (run_dir / FILE_NAME).unlink(missing_ok=True)
+    Outbox(run_dir / FILE_NAME).append(
+        RunStarted(**whole, time=began, experiment=experiment, run_id=run_id, tags=tags),
+        *(event for one in replayed for event in one.events),
+        RunEnded(**whole, time=ended, status="FINISHED"),
+    )
+    store = tracking_uri(uri)
+    (run_dir / "tracking.json").unlink(missing_ok=True)
+    Tracker(run_dir, store).sync()
+    return store
+
+
+def _file(log: Path) -> Path:
+    if not log.is_dir():
+        return log
+    found = next((log / name for name in LOG_NAMES if (log / name).is_file()), None)
+    if found is None:
+        raise ReplayError(f"{log}: holds neither {' nor '.join(LOG_NAMES)}")
+    return found
+
+
+def _runs(path: Path, year: int | None) -> list[LoggedRun]:
+    if path.suffix == ".json":
+        return [read_metrics(path)]
+    messages, notes = read_messages(path, year)
+    return find_runs(path, messages, notes)
+
+
+def _names(runs: Sequence[LoggedRun]) -> list[str]:
+    """A name per run, fit for a folder: its file's, or its folder's where the file has detectron2's own name."""
+    names: list[str] = []
+    for run in runs:
+        path = run.source.absolute()
+        stem = path.parent.name if path.name in LOG_NAMES else path.stem
+        base = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip(".-") or "run"
+        taken = sum(name == base or name.startswith(f"{base}-run") for name in names)
+        names.append(f"{base}-run{taken + 1}" if taken else base)
+    return names
+
+
+def _comparable(plans: Sequence[LoggedPlan], runs: Sequence[LoggedRun]) -> list[LoggedPlan]:
+    """The plans with a recipe that names GPU and version where these differ, and strong scaling where it was that."""
+    marks = [
+        (gpu_name(head), head.environment.get("detectron2", "").split(" ")[0])
+        for head in (run.launches[0] for run in runs)
+    ]
+    comparable = []
+    for plan, mark in zip(plans, marks, strict=True):
+        recipe = RECIPE if len(set(marks)) == 1 else f"{RECIPE} {mark[1]} on {mark[0] or 'unknown'}"
+        base = min((p for p, m in zip(plans, marks, strict=True) if m == mark), key=lambda p: p.world_size)
+        batch = plan.solver.global_batch_size
+        strong = batch is not None and batch == base.solver.global_batch_size and plan.world_size > base.world_size
+        comparable.append(replace(plan, recipe_name=recipe, scaling="strong" if strong else "weak"))
+    return comparable
