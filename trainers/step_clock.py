@@ -9,6 +9,7 @@ gradients is ready, which DistributedDataParallel's communication hook is told.
 # No `from __future__ import annotations` here: torch compares a communication hook's annotations with classes.
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ class StepClock:
         device: Where the model is.
         model: The model; where it is in DistributedDataParallel, waiting for gradients is timed too. A communication
             hook is registered on it, of which it can have one.
+        host_clock: Seconds, read where the device is no GPU.
     """
 
-    def __init__(self, device: torch.device, model: nn.Module) -> None:
-        self._device = device
+    def __init__(
+        self, device: torch.device, model: nn.Module, host_clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._device, self._host_clock = device, host_clock
         self._start: Any = None
         self._marks: list[list[tuple[str, Any]]] = []
         self._ready: Any = None
@@ -72,7 +76,7 @@ class StepClock:
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
-            return time.perf_counter()
+            return self._host_clock()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
