@@ -42,7 +42,7 @@ def test_planted_secrets_are_nowhere_in_what_a_run_leaves(tmp_path: Path) -> Non
     environment |= PLANTED | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.run", str(project.write()), "--output", str(tmp_path / "out")],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     left = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(tmp_path / "data")]
