@@ -26,7 +26,7 @@ from orchestrator.report.table import closing_table
 folder = Path(sys.argv[1])
 console = Console()
 run = read_run_folder(folder)
-console.print(plan_table([story.plan for story in run.stories]))
+console.print(plan_table([trial.plan for trial in run.trials]))
 display = ProgressDisplay(console, quiet="--quiet" in sys.argv)
 for event, _ in Outbox(folder / "events.jsonl").read():
     display(event)
@@ -56,7 +56,7 @@ def _in_terminal(command: list[str], interrupt_at: str | None = None, cwd: Path 
             interrupt_at = None
             process.send_signal(signal.SIGINT)
     os.close(master)
-    return process.wait(60), shown.decode(errors="replace")
+    return process.wait(600), shown.decode(errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +84,16 @@ def test_a_terminal_gets_bars_a_line_per_evaluation_and_tables_that_fit(run):
 
 def test_a_job_s_log_gets_plain_lines(run):
     command = [sys.executable, "-c", SHOW, str(run)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
     assert "\x1b" not in done.stdout and "━━" not in done.stdout
-    assert "evaluation at 60: box AP" in done.stdout and "starting the workers again" in done.stdout
+    assert "evaluation at 60: box AP" in done.stdout and "restarting the workers" in done.stdout
 
 
 def test_quiet_shows_failures_and_the_table_only(run):
     command = [sys.executable, "-c", SHOW, str(run), "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
     assert "evaluation at" not in done.stdout
-    assert "starting the workers again" in done.stdout and "reference-4xcpu" in done.stdout
+    assert "restarting the workers" in done.stdout and "reference-4xcpu" in done.stdout
 
 
 @pytest.mark.train

@@ -1,7 +1,6 @@
-"""A run's folder, read back: its results, and the events of every trial where they are still there.
+"""Reads a run's folder back: its results, and the events of every trial where these are still there.
 
-The trap it protects against: a folder that was copied elsewhere still names its old place in every plan, so what a
-trial left is looked for in this folder.
+A folder that was copied elsewhere still has its old path in every plan, so a trial's files are searched in this folder.
 """
 
 from __future__ import annotations
@@ -14,49 +13,42 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from orchestrator.figures.logged_plan import Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunStarted, TrialStarted
-from trainers.contract.plan import TrialPlan
 
 
 @dataclass(frozen=True, slots=True)
 class TrialEvents:
-    """A trial with what is known of its course.
-
-    Attributes:
-        label: What it is called in figures; unique among those drawn together.
-        trial: Its record.
-        events: Its events; empty where the outbox is gone.
-        plan: Its plan; None likewise.
-        folder: What it left.
-    """
+    """A trial with its record and events."""
 
     label: str
+    """Its name in figures; unique among those drawn together."""
     trial: TrialResult
+    """Its record."""
     events: Sequence[Event]
-    plan: TrialPlan | None
+    """Its events; empty where the outbox is gone."""
+    plan: Plan | None
+    """Its plan; None where the outbox is gone."""
     folder: Path
+    """The folder of its files."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """One run of an experiment.
-
-    Attributes:
-        path: Its folder.
-        result: Its results.
-        stories: Its trials.
-        experiment: The experiment's values as they were resolved; empty where the outbox is gone.
-        tracking: What tracking knows: `experiment_id`, and the MLflow runs by trial (the references' as
-            `reference/NAME`).
-    """
+    """One run of an experiment."""
 
     path: Path
+    """Its folder."""
     result: ExperimentResult
-    stories: list[TrialEvents]
+    """Its results."""
+    trials: list[TrialEvents]
+    """Its trials."""
     experiment: dict[str, Any] = field(default_factory=dict)
+    """The experiment's values as they were resolved; empty where the outbox is gone."""
     tracking: dict[str, Any] = field(default_factory=dict)
+    """State of tracking: `experiment_id`, and MLflow's `runs` by trial (those of references by `reference/NAME`)."""
 
 
 def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFolder:
@@ -64,10 +56,10 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
 
     Args:
         path: The folder.
-        result: Its results, where they are at hand already.
+        result: Its results, where they were read already.
 
     Raises:
-        ValueError: It holds no results, or such as this version cannot read.
+        ValueError: It holds no results, or results that this version cannot read.
     """
     if result is None:
         try:
@@ -79,18 +71,18 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
     events: dict[str, list[Event]] = {}
     for event, _ in Outbox(path / FILE_NAME).read():
         events.setdefault(event.trial, []).append(event)
-    stories = []
+    trials = []
     for trial in result.trials:
         mine = events.get(trial.name, [])
         started = next((e for e in mine if isinstance(e, TrialStarted)), None)
-        plan = TrialPlan.from_dict(started.plan) if started else None
-        stories.append(TrialEvents(trial.name, trial, mine, plan, path / Path(trial.name).name))
+        plan = plan_from_dict(started.plan) if started else None
+        trials.append(TrialEvents(trial.name, trial, mine, plan, path / Path(trial.name).name))
     run_started = next((e for e in events.get("", []) if isinstance(e, RunStarted)), None)
     state = path / "tracking.json"
     return RunFolder(
         path=path,
         result=result,
-        stories=stories,
+        trials=trials,
         experiment=run_started.experiment if run_started else {},
         tracking=orjson.loads(state.read_bytes()) if state.exists() else {},
     )
