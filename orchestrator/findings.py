@@ -1,13 +1,13 @@
-"""What a check has found wrong, and how it is shown: a table on a terminal, plain lines in a log, or JSON.
+"""What a check found wrong, and how it is shown: as a table on a terminal, as plain lines in a log, or as JSON.
 
-Names inside a finding come from files that nobody has vouched for. They are made printable here, once, so that no
-control character of a file name reaches a terminal and no lone surrogate breaks the output.
+Names inside a finding come from untrusted files. They are made printable here, so that no control character of a file
+name reaches a terminal and no lone surrogate breaks the output.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,45 +18,37 @@ if TYPE_CHECKING:
 Level = Literal["error", "warning"]
 
 MAX_LISTED = 20
-"""Findings of one code in one file that are listed singly; the rest are counted in one more."""
+"""Findings of one code in one file that are listed; the rest are counted in one more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
-
-    Attributes:
-        level: An `error` stops the run before it starts, a `warning` does not.
-        code: Stable short name of the kind, such as `image_missing`.
-        file: File, folder or field of the experiment it is about; "" where none is.
-        id: Which entry of it, such as `annotation 17`; "" where none is.
-        what: What is wrong, with the value that was found.
-        hint: What to do about it.
-    """
+    """One thing that is wrong."""
 
     level: Level
+    """An `error` stops the run before it starts, a `warning` does not."""
     code: str
+    """Stable short name of the kind, such as `image_missing`."""
     file: str
+    """File, folder or field of the experiment it is about; "" for none."""
     id: str
+    """Which entry of it, such as `annotation 17`; "" for none."""
     what: str
+    """What is wrong, with the value that was found."""
     hint: str
+    """How to fix it."""
 
     def to_line(self) -> str:
-        """Tells it in one line, for logs."""
+        """The finding in one line, for logs."""
         place = ": ".join(part for part in (self.file, self.id) if part)
         return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.hint}."
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Finding:
-        """Reads what `dataclasses.asdict` wrote; raises TypeError where keys are missing or unknown."""
-        return cls(**values)
-
 
 class FindingList:
-    """Collects findings of one check; of many alike the first are kept and the rest counted."""
+    """Collects the findings of one check; of many of one code in one file, the first are listed, the rest counted."""
 
     def __init__(self) -> None:
-        self._kept: list[Finding] = []
+        self._listed: list[Finding] = []
         self._seen: Counter[tuple[str, str]] = Counter()
         self._last: dict[tuple[str, str], Finding] = {}
 
@@ -69,40 +61,33 @@ class FindingList:
         self.add(Finding("warning", code, file, id, what, hint))
 
     def add(self, finding: Finding) -> None:
-        """Adds a finding, its words made printable."""
-        finding = Finding(
-            finding.level,
-            finding.code,
-            printable(finding.file),
-            printable(finding.id),
-            # A tree of folders takes lines of its own; names from a data set are quoted in what is said.
-            *("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.hint)),
-        )
+        """Adds a finding after making its text printable."""
+        # A tree of folders has several lines; names from a data set are quoted, so that theirs are escaped already.
+        what, hint = ("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.hint))
+        finding = Finding(finding.level, finding.code, printable(finding.file), printable(finding.id), what, hint)
         key = (finding.file, finding.code)
         self._seen[key] += 1
         if self._seen[key] <= MAX_LISTED:
-            self._kept.append(finding)
+            self._listed.append(finding)
         else:
             self._last[key] = finding
 
     def to_list(self) -> list[Finding]:
-        """Gives all findings, errors first, otherwise in the order they were made."""
+        """All findings, errors first, otherwise in the order they were added."""
         more = [
-            Finding(
-                last.level, last.code, last.file, "", f"and {self._seen[key] - MAX_LISTED:,} more like this", last.hint
-            )
+            replace(last, id="", what=f"and {self._seen[key] - MAX_LISTED:,} more like this")
             for key, last in self._last.items()
         ]
-        return sort_findings([*self._kept, *more])
+        return sort_findings([*self._listed, *more])
 
 
 def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
-    """Puts errors before warnings and leaves the order otherwise; what was found twice is told once."""
+    """Puts errors before warnings, otherwise in the same order; what was found twice is listed once."""
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.level != "error")
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """Tells whether any finding stops the run."""
+    """Whether any finding stops the run."""
     return any(finding.level == "error" for finding in findings)
 
 
@@ -152,7 +137,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 
 def printable(text: str) -> str:
-    """Replaces what a terminal would obey or an encoder refuse (control characters, lone surrogates) by its escape."""
+    """Escapes what a terminal would obey or an encoder refuse: control characters and lone surrogates."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )

@@ -1,6 +1,6 @@
 """The data command: `python -m orchestrator.data check | fetch | generate | excerpt`.
 
-Exit codes: 0 fine, 2 something is wrong with what was given or found (every finding is listed), 130 interrupted.
+Exit codes: 0 success, 2 the input or the data set is wrong (every finding is listed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from orchestrator.data.bars import show_bar
+from orchestrator.data.progress_bar import show_bar
 
 if TYPE_CHECKING:
     from orchestrator.data.checks import SplitReport
@@ -38,18 +38,18 @@ def check(
     cache: Annotated[bool, typer.Option(help="Reuse the result of an earlier check where nothing changed.")] = True,
 ) -> None:
     """Checks a data set: layout, counts, every annotation, every image file. Exits with 2 on errors."""
-    from orchestrator.data.checks import Split, check_split, compare_splits
-    from orchestrator.data.layout import find_splits
+    from orchestrator.data.checks import check_split, compare_splits
+    from orchestrator.data.layout import Split, find_splits
     from orchestrator.findings import has_errors, print_findings, sort_findings, to_json
 
     findings: list[Finding]
     if path.is_file() or path.suffix == ".json":
-        # As for scoring: what only training would forgive is told here, where it costs nothing.
-        splits, findings = [Split(path, images or path.parent, for_scoring=True)], []
+        # Checked as for scoring, which needs more than training does.
+        splits, findings = {"": Split(path, images or path.parent, for_scoring=True)}, []
     else:
         splits, findings = find_splits(path)
     reports = []
-    for split in splits:
+    for split in splits.values():
         with show_bar(f"checking {split.images.name}") as advance:
             report = check_split(split, verify_images=verify_images, use_cache=cache, on_progress=advance)
         findings.extend(report.findings)
@@ -68,11 +68,11 @@ def check(
 
 @app.command()
 def generate(
-    to: Annotated[Path, typer.Argument(help="Folder to be made.")],
+    to: Annotated[Path, typer.Argument(help="New folder.")],
     num_train: Annotated[int, typer.Option(help="Training images.")] = 256,
     num_val: Annotated[int, typer.Option(help="Validation images.")] = 64,
     size: Annotated[str, typer.Option(help="Pixels: a side, or WIDTHxHEIGHT.")] = "128",
-    num_classes: Annotated[int, typer.Option(help="Shapes to tell apart.")] = 3,
+    num_classes: Annotated[int, typer.Option(help="Kinds of shapes.")] = 3,
     seed: Annotated[int, typer.Option(help="The same seed draws the same bytes.")] = 0,
     crowd_fraction: Annotated[float, typer.Option(help="Share of images with a crowd region, 0 to 1.")] = 0.0,
     min_shapes: Annotated[int, typer.Option(help="Fewest shapes of an image.")] = 1,
@@ -83,7 +83,7 @@ def generate(
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a generated set of other parameters.")] = False,
 ) -> None:
-    """Draws a data set of shapes in COCO's layout; does nothing where the same one is there already."""
+    """Draws a data set of shapes in COCO's layout; does nothing where TO already holds the same one."""
     from orchestrator.data.generate import generate as generate_shapes
 
     try:
@@ -93,14 +93,14 @@ def generate(
         _fail(f"--size is {size!r}: write 128 or 160x120")
     try:
         with show_bar("drawing") as advance:
-            paths = generate_shapes(
+            generate_shapes(
                 to, num_train=num_train, num_val=num_val, size=sides, num_classes=num_classes, seed=seed,
                 crowd_fraction=crowd_fraction, shapes_per_image=(min_shapes, max_shapes), mask_format=mask_format,
                 distinct_images=distinct_images, replace=replace, on_progress=advance,
             )  # fmt: skip
     except (ValueError, OSError) as error:
         _fail(str(error))
-    typer.echo(f"{num_train:,} training and {num_val:,} validation images: {paths.train_json.parent.parent}")
+    typer.echo(f"{num_train:,} training and {num_val:,} validation images: {to.absolute()}")
 
 
 @app.command()
@@ -109,7 +109,7 @@ def fetch(
     to: Annotated[Path, typer.Option(help="Folder for DETECTRON2_DATASETS; the set goes into `coco` below it.")],
     mirror: Annotated[str | None, typer.Option(help="Server with the same paths as the official one.")] = None,
 ) -> None:
-    """Downloads COCO 2017 (20 GB; 42 GB of room): resumes, checks SHA-256, unpacks. Run it again to go on."""
+    """Downloads COCO 2017 (20 GB; needs 42 GB of space), checks SHA-256, unpacks. Run it again to resume."""
     from orchestrator.data.fetch import ADDRESS, FetchError
     from orchestrator.data.fetch import fetch as fetch_archives
 
@@ -124,8 +124,8 @@ def fetch(
 def excerpt(
     num_images: Annotated[int, typer.Argument(help="Images of each split at most.")],
     source: Annotated[Path | None, typer.Option("--from", help="Data set. Default: $DETECTRON2_DATASETS/coco.")] = None,
-    to: Annotated[Path, typer.Option(help="Folder to be made.")] = Path("datasets/excerpt"),
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    to: Annotated[Path, typer.Option(help="New folder.")] = Path("datasets/excerpt"),
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Copies a small consistent part of a COCO data set, for trying things."""
     import os

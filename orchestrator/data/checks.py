@@ -1,7 +1,7 @@
-"""Checks COCO data sets, annotations and image files together, and remembers what was found while nothing changes.
+"""Checks a split of a COCO data set, annotations and image files together, and caches the result for large sets.
 
-The result of a large set is kept under the user's cache folder, keyed by the content of the annotation file and by
-name, size and time of change of every image file: a second look at COCO reads no image and parses nothing.
+The cache is keyed by the content of the annotation file and by name, size and time of change of every image file, so
+that a second check of COCO reads no image and parses nothing.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ import json
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.data.annotations import UnreadableError, check_annotations, parse_annotations
+from orchestrator.data.annotation_file import UnreadableError, check_annotations, parse_annotations
+from orchestrator.data.entries import SplitSummary
 from orchestrator.data.image_files import FoundFile, check_images, list_files
-from orchestrator.data.values import SplitSummary
 from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList, sort_findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from orchestrator.data.layout import Split
+    from orchestrator.data.progress_bar import OnProgress
 
-CHECKS_VERSION = 1
-"""Raised with every change of the checks, so that no result of older ones is taken from the cache."""
+CHECKS_VERSION = 2
+"""Raised with every change of the checks or their messages, so that no older result is taken from the cache."""
 
 CACHED_FROM = 2000
-"""Images from which a result is kept; fewer are checked faster than anyone notices."""
+"""Images from which a result is cached; fewer are checked faster than anyone notices."""
 
 SURROGATES = ("utf-8", "surrogateescape")
 
@@ -42,31 +43,18 @@ OFFICIAL_CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69,
 """COCO's 80 category ids."""
 
 PUBLISHED_QUIRKS = ("box_empty", "box_outside", "polygon_short", "annotation_id_zero", "area_missing")
-"""What does not stop a run on COCO 2017 itself: the benchmark is defined on the file as it was published."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of a data set to be checked.
-
-    Attributes:
-        annotations: COCO JSON file.
-        images: Folder that its `file_name` entries are relative to.
-        for_scoring: Whether models are evaluated on it, for which COCO's scorer needs more.
-    """
-
-    annotations: Path
-    images: Path
-    for_scoring: bool = False
+"""Errors that are warnings in COCO 2017 itself: the benchmark is defined on the file as it was published."""
 
 
 @dataclass
 class SplitReport:
-    """What the check of one split gave; `summary` is None where the annotation file could not be read."""
+    """The result of checking one split."""
 
     findings: list[Finding]
     summary: SplitSummary | None
+    """None where the annotation file could not be read."""
     from_cache: bool = False
+    """Whether it is the result of an earlier check."""
 
 
 def check_split(
@@ -74,14 +62,14 @@ def check_split(
     *,
     verify_images: bool = False,
     use_cache: bool = True,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> SplitReport:
     """Checks an annotation file and the files of its images.
 
     Args:
         split: Where they are.
         verify_images: Decode every image instead of reading only its head and end.
-        use_cache: Take the result of an earlier check where nothing changed, and keep this one.
+        use_cache: Take the result of an earlier check where nothing changed, and cache this one.
         on_progress: Called with the number of image files done, and of all.
     """
     file, findings = str(split.annotations), FindingList()
@@ -92,7 +80,9 @@ def check_split(
             listing = list_files(split.images)
         except OSError as error:
             what = f"the image folder cannot be read: {error.strerror}"
-            findings.error("images_missing", str(split.images), "", what, "Name the folder as it is")
+            findings.error(
+                "images_missing", str(split.images), "", what, "Correct the folder's name, or give yourself read access"
+            )
     try:
         digest = hashing.result()
         entry = _cache_entry(split, digest, listing) if use_cache and listing else None
@@ -100,13 +90,19 @@ def check_split(
             return cached
         content = split.annotations.read_bytes()
     except OSError as error:
-        findings.error("annotations_missing", file, "", f"cannot be read: {error.strerror}", "Name the file as it is")
+        findings.error(
+            "annotations_missing",
+            file,
+            "",
+            f"cannot be read: {error.strerror}",
+            "Correct the file's name, or give yourself read access",
+        )
         return SplitReport(findings.to_list(), None)
-    summary = SplitSummary(file, str(split.images), sha256=digest)
+    summary = SplitSummary(file, str(split.images), digest)
     try:
         document, may_hold_nan = parse_annotations(content)
     except UnreadableError as error:
-        findings.error(error.code, file, "", error.what, error.hint)
+        findings.error(error.problem.code, file, "", error.problem.what, error.problem.hint)
         return SplitReport(findings.to_list(), None)
     del content
     images = check_annotations(document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
@@ -123,14 +119,14 @@ def check_split(
 
 
 def compare_splits(train: SplitSummary, val: SplitSummary) -> list[Finding]:
-    """Checks what must agree between a training and a validation set: the categories, by id and name and order."""
+    """Checks that a training and a validation set have the same categories, by id, name and order."""
     findings = FindingList()
     if train.categories == val.categories or not train.categories or not val.categories:
         return []
     only_train = {key: name for key, name in train.categories.items() if val.categories.get(key) != name}
     only_val = {key: name for key, name in val.categories.items() if train.categories.get(key) != name}
-    what = f"the categories differ from the training set's: there {_show(only_train)}, here {_show(only_val)}"
-    hint = "Give both files the same list of categories: a class number would mean different things in each"
+    what = f"the categories differ from the training set's: {_show(only_train)} there, {_show(only_val)} here"
+    hint = "Give both files the same categories: a class number would mean something else in each"
     findings.error("categories_disagree", val.annotations, "categories", what, hint)
     return findings.to_list()
 
@@ -144,12 +140,12 @@ def _compare_with_official(split: Split, summary: SplitSummary, findings: Findin
             what = (
                 f"{counts[0]:,} images and {counts[1]:,} annotations; COCO 2017 has {official[0]:,} and {official[1]:,}"
             )
-            hint = "Nothing, if a part of COCO is meant; figures are not comparable with COCO's"
+            hint = "Nothing, if a part of COCO is intended; its figures are not comparable with COCO's"
             findings.warning("counts_differ", summary.annotations, "", what, hint)
     elif ids and sorted(ids) != list(range(min(ids), min(ids) + len(ids))):
         mapping = {category_id: index for index, category_id in enumerate(ids)}
         what = f"the category ids have gaps; detectron2 numbers the classes {_show(mapping)}"
-        hint = "Nothing, if that is meant: results are written with the original ids"
+        hint = "Nothing, if that is intended: results are written with the original ids"
         findings.warning("category_gaps", summary.annotations, "categories", what, hint)
 
 
@@ -158,10 +154,10 @@ def _soften_official(summary: SplitSummary, findings: list[Finding]) -> list[Fin
     if not is_official or summary.categories.keys() != OFFICIAL_CATEGORIES:
         return findings
     return sort_findings(
-        Finding("warning", f.code, f.file, f.id, f.what, "Nothing: COCO 2017 was published so; detectron2 drops it")
-        if f.code in PUBLISHED_QUIRKS
-        else f
-        for f in findings
+        replace(finding, level="warning", hint="Nothing: COCO 2017 was published with it, and detectron2 drops it")
+        if finding.code in PUBLISHED_QUIRKS
+        else finding
+        for finding in findings
     )
 
 
@@ -171,7 +167,7 @@ def _show(mapping: dict[int, Any]) -> str:
 
 
 def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Path | None:
-    """Names the file that a result is kept in; None where a link could change what is checked without a trace."""
+    """The file that a result is cached in; None where a link could change what is checked without a trace."""
     if len(listing) < CACHED_FROM or any(is_link for _, _, is_link in listing.values()):
         return None
     key = hashlib.sha256()
@@ -185,14 +181,14 @@ def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Pa
 
 def _read_cache(entry: Path, *, verify_images: bool) -> SplitReport | None:
     try:
-        kept = json.loads(entry.read_bytes())
-        if verify_images and not kept["verified"]:
+        cached = json.loads(entry.read_bytes())
+        if verify_images and not cached["verified"]:
             return None
-        kept["summary"]["categories"] = {int(key): name for key, name in kept["summary"]["categories"].items()}
-        findings = [Finding.from_dict(values) for values in kept["findings"]]
-        return SplitReport(findings, SplitSummary(**kept["summary"]), from_cache=True)
+        cached["summary"]["categories"] = {int(key): name for key, name in cached["summary"]["categories"].items()}
+        findings = [Finding(**values) for values in cached["findings"]]
+        return SplitReport(findings, SplitSummary(**cached["summary"]), from_cache=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # absent or damaged: checked anew
+        return None  # absent or damaged: checked again
 
 
 def _write_cache(entry: Path, report: SplitReport, *, verify_images: bool) -> None:

@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from orchestrator.data.image_files import check_name
-from orchestrator.data.layout import find_splits, split_of
+from orchestrator.data.layout import coco_layout, find_splits
 
 if TYPE_CHECKING:
-    from orchestrator.data.checks import Split
+    from orchestrator.data.layout import Split
 
 
 def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[str, tuple[int, int]]:
     """Copies a part of a data set in COCO's layout into a new folder.
 
     Images that have an object come first, drawn at random by the seed; all categories are kept, so that class numbers
-    stay. The folder is written aside and renamed.
+    stay the same. The folder is written under another name and renamed.
 
     Args:
         source: Folder in COCO's layout, or the one above it.
         to: New folder.
         num_images: Images of each split at most.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
         Part (`train`, `val`) to the number of images and annotations taken.
 
     Raises:
-        FileExistsError: `to` is there already.
+        FileExistsError: `to` exists.
         ValueError: There is no data set, `num_images` is below 1, or a file's name leads out of its folder.
         OSError: A file cannot be read or written.
     """
@@ -41,21 +41,18 @@ def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[s
         raise ValueError(f"{num_images} images make no excerpt")
     to = to.absolute()
     if to.exists():
-        raise FileExistsError(f"{to} is there already: name a new folder")
+        raise FileExistsError(f"{to} exists: name a new folder")
     splits, findings = find_splits(source)
     if not splits:
         raise ValueError(findings[0].to_line())
     to.parent.mkdir(parents=True, exist_ok=True)
-    aside = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    targets = coco_layout(partial)._asdict()
     try:
-        taken = {
-            part: _copy_part(split, split_of(aside, part), num_images, seed)
-            for split in splits
-            for part in ("val" if split.for_scoring else "train",)
-        }
-        aside.rename(to)
+        taken = {part: _copy_part(split, targets[part], num_images, seed) for part, split in splits.items()}
+        partial.rename(to)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return taken
 
 
@@ -63,7 +60,7 @@ def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tupl
     try:
         document: dict[str, Any] = msgspec.json.decode(source.annotations.read_bytes(), type=dict[str, Any])
         with_objects = {entry["image_id"] for entry in document["annotations"] if not entry.get("iscrowd")}
-        # Shuffled by a key of each image's own, so that adding images to the source does not change all the others.
+        # Each image has its own key, so that adding images to the source does not change which others are taken.
         images = sorted(
             document["images"],
             key=lambda image: (image["id"] not in with_objects, random.Random(f"{seed} {image['id']}").random()),  # noqa: S311
@@ -72,7 +69,7 @@ def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tupl
         chosen = {image["id"] for image in images}
         annotations = [entry for entry in document["annotations"] if entry["image_id"] in chosen]
     except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source.annotations} is not a COCO file (`data check` tells where): {error!r}") from None
+        raise ValueError(f"{source.annotations} is not a COCO file (`data check` shows where): {error!r}") from None
     images.sort(key=lambda image: int(image["id"]))
     target.images.mkdir(parents=True)
     target.annotations.parent.mkdir(exist_ok=True)
@@ -84,6 +81,6 @@ def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tupl
             raise ValueError(f"{source.annotations}: file_name {name!r} leaves the image folder by a link")
         (target.images / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target.images / name)
-    kept = {**document, "images": images, "annotations": annotations}
-    target.annotations.write_bytes(msgspec.json.encode(kept))
+    taken = {**document, "images": images, "annotations": annotations}
+    target.annotations.write_bytes(msgspec.json.encode(taken))
     return len(images), len(annotations)

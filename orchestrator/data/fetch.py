@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from orchestrator.data.bars import show_bar
+from orchestrator.data.progress_bar import show_bar
 from orchestrator.preflight.node import existing_parent
 
 if TYPE_CHECKING:

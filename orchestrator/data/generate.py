@@ -1,8 +1,7 @@
 """Draws a small detection data set in COCO's layout: filled shapes on a noisy ground, the demo's data.
 
-Every image depends on nothing but the seed, its split and its index, so the files are the same bytes however many
-processes drew them. The set is drawn into a folder aside and renamed, so a folder that holds `generated.json` is
-always complete.
+Every image depends only on the seed, its split and its index, so the files are the same bytes however many processes
+drew them. The set is drawn into a temporary folder and renamed: a folder that holds `generated.json` is complete.
 """
 
 from __future__ import annotations
@@ -12,42 +11,24 @@ import os
 import shutil
 import uuid
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator.data.layout import Dataset, coco_layout
 from orchestrator.data.shapes import ShapesParameters, draw_image, name_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from orchestrator.data.progress_bar import OnProgress
 
 PARAMETERS_FILE = "generated.json"
 JPEG_QUALITY = 92
 SPLITS = ("train2017", "val2017")
 CHUNK_IMAGES = 200
-"""Images per work item of a process: large enough that the cost of handing the work over does not show."""
-
-
-@dataclass(frozen=True)
-class DatasetPaths:
-    """Where the four parts of a data set in COCO's layout are."""
-
-    train_json: Path
-    train_images: Path
-    val_json: Path
-    val_images: Path
-
-
-def dataset_paths(root: Path) -> DatasetPaths:
-    """Tells where COCO's layout keeps the annotation files and the images under `root` (nothing is read)."""
-    return DatasetPaths(
-        train_json=root / "annotations" / "instances_train2017.json",
-        train_images=root / "train2017",
-        val_json=root / "annotations" / "instances_val2017.json",
-        val_images=root / "val2017",
-    )
+"""Images per work item of a process: enough for the cost of passing work to it not to matter."""
 
 
 def generate(
@@ -64,24 +45,24 @@ def generate(
     distinct_images: int | None = None,
     replace: bool = False,
     num_processes: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> DatasetPaths:
+    on_progress: OnProgress | None = None,
+) -> Dataset:
     """Draws a data set of shapes into `to`, in COCO's layout; does nothing where the same one is there already.
 
     Args:
-        to: Folder to be made; its parents are made too.
+        to: The new folder; its parents are made too.
         num_train: Training images.
         num_val: Validation images.
         size: Side of a square image, or (width, height), pixels.
         num_classes: Shapes to tell apart.
         seed: Same seed and parameters, same bytes.
-        crowd_fraction: Share of the images with a crowd region besides their shapes, 0 to 1.
+        crowd_fraction: Share of the images that also have a crowd region, 0 to 1.
         shapes_per_image: Fewest and most shapes of an image.
         mask_format: Polygons, or compressed RLE.
         distinct_images: Images drawn per split; the others are hard links to them. None draws all.
         replace: Whether a generated set with other parameters in `to` may be replaced. A folder that this function did
             not make is never replaced.
-        num_processes: That draw at the same time; None takes the machine's CPUs for large sets, else one.
+        num_processes: Processes that draw; None takes the machine's CPUs for large sets, else one.
         on_progress: Called with the number of images written of a split, and of all of it.
 
     Returns:
@@ -99,23 +80,23 @@ def generate(
     )  # fmt: skip
     to = Path(to).absolute()
     if _is_present(to, parameters, replace=replace):
-        return dataset_paths(to)
+        return coco_layout(to)
     to.parent.mkdir(parents=True, exist_ok=True)
-    aside = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        (aside / "annotations").mkdir(parents=True)
+        (partial / "annotations").mkdir(parents=True)
         for split, num_images in zip(SPLITS, (num_train, num_val), strict=True):
-            _write_split(aside, split, num_images, parameters, num_processes, on_progress)
+            _write_split(partial, split, num_images, parameters, num_processes, on_progress)
         text = json.dumps(asdict(parameters), indent=2) + "\n"
-        (aside / PARAMETERS_FILE).write_text(text, encoding="utf-8")
-        _put_in_place(aside, to, parameters, replace=replace)
+        (partial / PARAMETERS_FILE).write_text(text, encoding="utf-8")
+        _put_in_place(partial, to, parameters, replace=replace)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return dataset_paths(to)
+        shutil.rmtree(partial, ignore_errors=True)
+    return coco_layout(to)
 
 
 def _is_present(to: Path, parameters: ShapesParameters, *, replace: bool) -> bool:
-    """Tells whether `to` holds this very set; raises FileExistsError where it holds what may not be replaced."""
+    """Whether `to` holds this set; raises FileExistsError where it holds something that may not be replaced."""
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return False
     try:
@@ -137,16 +118,16 @@ def _is_present(to: Path, parameters: ShapesParameters, *, replace: bool) -> boo
     )
 
 
-def _put_in_place(aside: Path, to: Path, parameters: ShapesParameters, *, replace: bool) -> None:
-    """Renames the finished folder; where another process was faster with the same set, its work is kept."""
+def _put_in_place(partial: Path, to: Path, parameters: ShapesParameters, *, replace: bool) -> None:
+    """Renames the finished folder; where another process has made the same set meanwhile, that one is kept."""
     try:
-        aside.rename(to)
+        partial.rename(to)
     except OSError:
         if _is_present(to, parameters, replace=replace):
             return
         old = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.old"
         to.rename(old)
-        aside.rename(to)
+        partial.rename(to)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -156,7 +137,7 @@ def _write_split(
     num_images: int,
     parameters: ShapesParameters,
     num_processes: int | None,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: OnProgress | None,
 ) -> None:
     import orjson
 

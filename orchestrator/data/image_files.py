@@ -1,7 +1,7 @@
-"""Checks image files against what an annotation file says of them: present, whole, of the size given, inside the root.
+"""Checks image files against their annotation file: present, complete, of the given size, inside the image folder.
 
 By default only a file's head and its last two bytes are read; a JPEG that does not end as one is then decoded, as all
-are with `verify`. Decoding goes through Pillow, as detectron2's own reading does, so that both refuse the same files.
+files are with `verify`. Pillow decodes, as it does for detectron2, so that both refuse the same files.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
+
+from orchestrator.data.entries import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from PIL.Image import Image
 
-    from orchestrator.data.values import ImageEntry
+    from orchestrator.data.entries import ImageEntry
+    from orchestrator.data.progress_bar import OnProgress
     from orchestrator.findings import FindingList
 
 CHUNK_FILES = 250
@@ -30,16 +33,7 @@ EXIF_ORIENTATION = 0x0112
 TURNED = {5: "mirrored and turned by 90°", 6: "turned by 90°", 7: "mirrored and turned by 90°", 8: "turned by 90°"}
 FLIPPED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored upside down"}
 
-FETCH_AGAIN = "Copy or download the image again, or take it out of the annotation file"
-
-
-class Problem(NamedTuple):
-    """What is wrong with one image file, as in a finding."""
-
-    code: str
-    what: str
-    hint: str
-
+FETCH_AGAIN = "Copy or download the image again, or remove it from the annotation file"
 
 FoundFile = tuple[int, int, bool]
 """What a folder's listing says of a file: size in bytes, time of change in ns, whether it is a link."""
@@ -76,7 +70,7 @@ def check_images(
     findings: FindingList,
     *,
     verify: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> int:
     """Checks the files of an annotation file's images.
 
@@ -119,7 +113,7 @@ def check_images(
 
 
 def check_name(name: str) -> Problem | None:
-    """Refuses a `file_name` that is no path inside the image folder: absolute, with `..`, or no path at all."""
+    """Refuses a `file_name` that is not a path inside the image folder: absolute, with `..`, or not a path at all."""
     hint = "Write it relative to the image folder"
     if "\0" in name or len(name) > 4000 or any("\ud800" <= character <= "\udfff" for character in name):
         return Problem("path_invalid", f"file_name {name[:80]!r} cannot be a path", hint)
@@ -148,9 +142,7 @@ def _report_missing(
         findings.error("image_missing", path, f"image {image.id}", "the file is not there", hint)
 
 
-def _inspect_all(
-    tasks: list[Task], verify: bool, on_progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[int, Problem]]:
+def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress | None) -> Iterator[tuple[int, Problem]]:
     chunks = [(tasks[start : start + CHUNK_FILES], verify) for start in range(0, len(tasks), CHUNK_FILES)]
     if len(tasks) < (PARALLEL_FROM // 6 if verify else PARALLEL_FROM):
         for chunk in chunks:
@@ -164,8 +156,11 @@ def _inspect_all(
                 yield from next(results)
             except BrokenProcessPool:
                 first, last = chunk[0][0], chunk[0][-1]
-                what = f"the process died that looked at this or one of the files up to {last[1]!r}"
-                yield first[0], Problem("image_check_died", what, "Look at these files, or at the machine's memory")
+                what = f"the process that checked this and the files up to {last[1]!r} died"
+                yield (
+                    first[0],
+                    Problem("image_check_died", what, "Open these files by hand, or look at the machine's memory"),
+                )
                 return
             if on_progress is not None:
                 on_progress(min((index + 1) * CHUNK_FILES, len(tasks)), len(tasks))
@@ -180,10 +175,10 @@ def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:
 
 
 def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Problem | None:
-    """Looks at one image file.
+    """Checks one image file.
 
     Args:
-        path: Of the file.
+        path: The file.
         width: As annotated, pixels.
         height: As annotated, pixels.
         verify: Decode it in any case.
@@ -205,7 +200,7 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
         return Problem("image_corrupt", "the image does not fit into memory", FETCH_AGAIN)
     except PermissionError as error:
         return Problem("image_unreadable", f"cannot be read: {error.strerror}", "Give the user of the run read access")
-    except Exception as error:  # decoders of foreign files raise what they like: OSError, SyntaxError, struct.error …
+    except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything: OSError, SyntaxError, …
         truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
         what = f"the image is {'truncated' if truncated else 'corrupt'}: {_reason(error, path)}"
         return Problem("image_truncated" if truncated else "image_corrupt", what, FETCH_AGAIN)
@@ -222,7 +217,7 @@ def _read_orientation(image: Image) -> int:
         return 1
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # detectron2 too takes an image whose EXIF cannot be read as it is
+    except Exception:  # noqa: BLE001 - detectron2 too ignores EXIF data that cannot be read
         return 1
 
 

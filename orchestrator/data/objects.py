@@ -1,15 +1,15 @@
-"""Checks the annotations of a COCO file: ids, boxes, masks, and what COCO's scorer reads of them."""
+"""Checks the annotations of a COCO file: ids, boxes, masks, and the fields that COCO's scorer reads.
+
+Values may be of any type. Each column is first reduced to the values of the right type and then checked as a whole:
+COCO's 860,000 annotations take seconds, and no input ends in a traceback.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import msgspec
-
-from orchestrator.data.rle import check_rle
-from orchestrator.data.values import (
-    MAX_ID,
+from orchestrator.data.entries import (
     REGENERATE,
     Annotation,
     ImageEntry,
@@ -19,6 +19,7 @@ from orchestrator.data.values import (
     is_number,
     shorten,
 )
+from orchestrator.data.masks import check_mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,21 +60,23 @@ def check_objects(
     ids = np.array([entry.id for entry in usable], dtype=np.int64)
     for annotation_id in find_duplicates(ids.tolist()):
         what = f"{int((ids == annotation_id).sum())} annotations have this id"
-        hint = "Number the annotations anew: detectron2 and COCO's scorer take two with one id for one"
+        hint = "Give each annotation a different id: detectron2 and COCO's scorer treat two with one id as one"
         findings.error("duplicate_annotation_id", file, f"annotation {annotation_id}", what, hint)
     if for_scoring and (ids == 0).any():
-        what = "has id 0, which COCO's scorer (pycocotools) takes for 'no match': its object can never be found"
+        what = "has id 0, which means 'no match' to COCO's scorer (pycocotools): its object can never be found"
         findings.warning("annotation_id_zero", file, "annotation 0", what, "Number annotations from 1")
 
     image_ids = np.array([entry.image_id for entry in usable], dtype=np.int64)
     known = np.array(sorted({image.id for image in images}), dtype=np.int64)
     for index in np.flatnonzero(~np.isin(image_ids, known)).tolist():
-        what = f"its image_id {image_ids[index]} is no image of this file"
-        findings.error("annotation_orphan", file, f"annotation {ids[index]}", what, "Add the image, or take it out")
+        what = f"its image_id {image_ids[index]} is not an image of this file"
+        findings.error(
+            "annotation_orphan", file, f"annotation {ids[index]}", what, "Add the image, or remove the annotation"
+        )
     category_ids = np.array([entry.category_id for entry in usable], dtype=np.int64)
     categories = np.array(list(summary.categories), dtype=np.int64)
     for index in np.flatnonzero(~np.isin(category_ids, categories)).tolist():
-        what = f"its category_id {category_ids[index]} is no category of this file ({_span(summary.categories)})"
+        what = f"its category_id {category_ids[index]} is not a category of this file ({_span(summary.categories)})"
         findings.error("category_unknown", file, f"annotation {ids[index]}", what, "Correct it, or add the category")
 
     crowd = np.array([entry.iscrowd in (1, True) for entry in usable], dtype=bool)
@@ -92,7 +95,7 @@ def check_objects(
         findings.error("crowd_only", file, f"image {only_crowd[0]}", what, "Add objects with iscrowd 0")
     elif len(only_crowd):
         what = f"{len(only_crowd):,} of {len(known):,} images have crowds only; detectron2 leaves them out of training"
-        findings.warning("crowd_only", file, f"image {only_crowd[0]}", what, "Nothing, if that is meant")
+        findings.warning("crowd_only", file, f"image {only_crowd[0]}", what, "Nothing, if that is intended")
 
 
 def _check_counting(
@@ -104,7 +107,7 @@ def _check_counting(
     for_scoring: bool,
     may_hold_nan: bool,
 ) -> None:
-    """Checks `iscrowd` and `area`, which COCO's scorer reads of every annotation."""
+    """Checks `iscrowd` and `area`, which COCO's scorer needs of every annotation."""
     report = findings.error if for_scoring else findings.warning
     for index, entry in enumerate(entries):
         crowd, area = entry.iscrowd, entry.area
@@ -142,7 +145,7 @@ def _check_boxes(
     empty = finite & ((width <= 0) | (height <= 0))
     for index in np.flatnonzero(empty).tolist():
         what = f"its bbox {shorten(boxes[kept[index]])} has no area (x, y, width, height)"
-        hint = "Take it out, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
+        hint = "Remove it, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
         findings.error("box_empty", file, f"annotation {ids[kept[index]]}", what, hint)
     bounds = np.array([sizes[index] for index in kept.tolist()], dtype=np.float64).reshape(-1, 2)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -165,65 +168,23 @@ def _check_masks(
     *,
     may_hold_nan: bool,
 ) -> None:
-    file = summary.annotations
     for index, entry in enumerate(entries):
-        mask: Any = entry.segmentation
-        if type(mask) is msgspec.Raw:
-            raw = bytes(mask)
-            if _are_fine_polygons(raw):
-                summary.num_polygons += not crowd[index]
-                continue
-            mask = msgspec.json.decode(raw)
-        if type(mask) is list and mask:
-            problem = _polygon_problem(mask, may_hold_nan=may_hold_nan)
-            if problem:
-                findings.error(problem[0], file, f"annotation {ids[index]}", problem[1], problem[2])
-            summary.num_polygons += not crowd[index]
-        elif type(mask) is dict:
-            reason = check_rle(mask, sizes[index])
-            if reason:
-                hint = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
-                findings.error("rle_invalid", file, f"annotation {ids[index]}", reason, hint)
-            if not crowd[index]:
-                summary.num_rle += 1
-                summary.first_rle = ids[index] if summary.first_rle is None else summary.first_rle
-        elif mask is None or mask == []:
-            if not crowd[index]:
-                summary.num_without_mask += 1
-                if summary.first_without_mask is None:
-                    summary.first_without_mask = ids[index]
-        else:
-            what = f"its segmentation is {shorten(mask)}: neither a list of polygons nor RLE"
-            findings.error("mask_entry", file, f"annotation {ids[index]}", what, REGENERATE)
-
-
-def _are_fine_polygons(raw: bytes) -> bool:
-    """Tells, without making a number of it, whether valid JSON is a list of polygons that nothing is wrong with."""
-    if raw[:2] != b"[[" or raw[-2:] != b"]]" or b"e" in raw or b"E" in raw:
-        return False
-    for polygon in raw[2:-2].translate(None, b" \n\r\t").split(b"],["):
-        num_values = polygon.count(b",") + 1
-        if num_values < 6 or num_values % 2 or polygon.translate(None, b"0123456789.,-"):
-            return False
-    return True
-
-
-def _polygon_problem(polygons: list[Any], *, may_hold_nan: bool) -> tuple[str, str, str] | None:
-    for number, polygon in enumerate(polygons):
-        if type(polygon) is not list:
-            flat = " (one polygon is [[x0, y0, …]], a list in a list)" if is_number(polygon) else ""
-            return "polygon_entry", f"polygon {number} is {shorten(polygon)}, not a list{flat}", REGENERATE
-        if not set(map(type, polygon)) <= {int, float}:
-            return "polygon_entry", f"polygon {number} holds something that is not a number", REGENERATE
-        if len(polygon) < 6:
-            what = f"polygon {number} has {len(polygon)} numbers: three corners take 6"
-            return "polygon_short", what, "Take the polygon out, or the whole annotation if it is the only one"
-        if len(polygon) % 2:
-            what = f"polygon {number} has an odd number of coordinates ({len(polygon)})"
-            return "polygon_odd", what, "Write x and y of every corner"
-        if may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
-            return "polygon_not_finite", f"polygon {number} holds NaN, infinity or a huge number", REGENERATE
-    return None
+        kind, problem = check_mask(entry.segmentation, sizes[index], may_hold_nan=may_hold_nan)
+        if problem is not None:
+            place = f"annotation {ids[index]}"
+            findings.error(problem.code, summary.annotations, place, problem.what, problem.hint)
+        if crowd[index]:
+            continue
+        if kind == "polygons":
+            summary.num_polygons += 1
+        elif kind == "rle":
+            summary.num_rle += 1
+            summary.first_rle = ids[index] if summary.first_rle is None else summary.first_rle
+        elif kind == "none":
+            summary.num_without_mask += 1
+            summary.first_without_mask = (
+                ids[index] if summary.first_without_mask is None else summary.first_without_mask
+            )
 
 
 def _span(categories: dict[int, str]) -> str:

@@ -24,42 +24,35 @@ SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross", "hexagon", "diam
 
 @dataclass(frozen=True)
 class ShapesParameters:
-    """What a drawn data set depends on; written beside it as `generated.json`.
-
-    Attributes:
-        num_train: Images of the training split.
-        num_val: Images of the validation split.
-        width: Pixels.
-        height: Pixels.
-        num_classes: Shapes to tell apart, 1 and more; beyond the named ones they are regular polygons.
-        seed: Of every random draw.
-        crowd_fraction: Share of the images that also hold one crowd region (RLE, `iscrowd` 1), 0 to 1.
-        min_shapes: Shapes per image at least; fewer are drawn only where there is no room left.
-        max_shapes: Shapes per image at most.
-        mask_format: Of the shapes that are no crowds: polygons, or compressed RLE.
-        distinct_images: Images drawn per split; further ones repeat them under new names by hard links (for load
-            tests of COCO's size). None draws every one.
-    """
+    """What a drawn data set depends on; written into its folder as `generated.json`."""
 
     num_train: int = 256
+    """Images of the training split."""
     num_val: int = 64
+    """Images of the validation split."""
     width: int = 128
+    """Pixels."""
     height: int = 128
+    """Pixels."""
     num_classes: int = 3
+    """Shapes to tell apart, at least 1; beyond the named ones they are regular polygons."""
     seed: int = 0
+    """Seed of every random draw."""
     crowd_fraction: float = 0.0
+    """Share of the images that also hold one crowd region (RLE, `iscrowd` 1), 0 to 1."""
     min_shapes: int = 1
+    """Fewest shapes per image; fewer are drawn only where there is no room left."""
     max_shapes: int = 4
+    """Most shapes per image."""
     mask_format: Literal["polygon", "rle"] = "polygon"
+    """How the masks of shapes other than crowds are written: polygons, or compressed RLE."""
     distinct_images: int | None = None
+    """Images drawn per split; further ones are hard links to them under new names (for load tests of COCO's size).
+    None draws every one."""
     version: int = GENERATOR_VERSION
 
     def __post_init__(self) -> None:
-        """Refuses values that no image can be drawn from.
-
-        Raises:
-            ValueError: Naming the field, its value and what is allowed.
-        """
+        """Refuses values that no image can be drawn from: ValueError with the field, its value and what is allowed."""
         lowest = {"num_train": 0, "num_val": 0, "num_classes": 1, "seed": 0, "min_shapes": 1, "distinct_images": 1}
         for name, low in lowest.items():
             value = getattr(self, name)

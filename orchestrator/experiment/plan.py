@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from orchestrator.data.layout import Split, coco_layout
 from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
 from orchestrator.experiment.spec import Data, Experiment, SpecError
 from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
@@ -69,27 +70,20 @@ def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, Datase
         generated_root: Folder of the generated data set.
     """
     if data.coco is not None:
-        pair = data.coco
-        return (
-            DatasetPlan(f"{pair.name}_train", *_absolute(pair.train_annotations, pair.train_images)),
-            DatasetPlan(f"{pair.name}_val", *_absolute(pair.val_annotations, pair.val_images)),
-        )
-    if data.coco2017:
-        root, names = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco", "coco_2017"
+        pair, name = data.coco, data.coco.name
+        train = Split(pair.train_annotations, pair.train_images)
+        val = Split(pair.val_annotations, pair.val_images)
+    elif data.coco2017:
+        root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
+        name, (train, val) = "coco_2017", coco_layout(root)
     else:
-        root, names = generated_root, "generated"
-    train, val = (
-        DatasetPlan(
-            f"{names}_{part}", *_absolute(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
-        )
-        for part in ("train", "val")
-    )
-    return train, val
+        name, (train, val) = "generated", coco_layout(generated_root)
+    return _dataset_plan(f"{name}_train", train), _dataset_plan(f"{name}_val", val)
 
 
-def _absolute(*paths: Path) -> tuple[str, str]:
-    annotations, images = (str(path.expanduser().absolute()) for path in paths)
-    return annotations, images
+def _dataset_plan(name: str, split: Split) -> DatasetPlan:
+    annotations, images = (str(path.expanduser().absolute()) for path in (split.annotations, split.images))
+    return DatasetPlan(name, annotations, images)
 
 
 def scaled_solver(

@@ -31,10 +31,10 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
 
 
 class _CodeIgnored(yaml.SafeLoader):
-    """Reads what a `!!python/…` tag stands on as null, and runs nothing."""
+    """Reads a value with a `!!python/…` tag as null instead of running it."""
 
 
-_CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: None)
+_CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
 def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file.
-        ignore_code: Read a value that code would compute as null, instead of refusing the file.
+        ignore_code: Read a value that code would compute as null instead of refusing the file.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, or holds no mapping.

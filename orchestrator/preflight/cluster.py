@@ -141,7 +141,7 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
     """Runs `inspect_node` on every node, with a file of the driver's to look for in storage."""
     import ray
 
-    request = node_request(experiment, trials)
+    request = node_request(trials)
     findings = FindingList()
     text = f".preflight-{uuid.uuid4().hex}"
     probes: dict[str, str] = {}

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.data.bars import show_bar
+from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import redact
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.preflight import model as model_checks
@@ -22,7 +22,6 @@ from trainers.contract.plan import PREFETCHED_BATCHES
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from orchestrator.data.checks import Split
     from orchestrator.experiment.spec import Experiment
     from trainers.contract.plan import TrialPlan
 
@@ -57,19 +56,19 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 
 def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
     """Checks the training and validation set, each by itself, against each other, and against the model."""
-    from orchestrator.data.checks import Split, check_split, compare_splits
-    from orchestrator.data.layout import layout_finding
+    from orchestrator.data.checks import check_split, compare_splits
+    from orchestrator.data.layout import Dataset, Split, layout_finding
 
-    train, val = (
-        Split(Path(plan.annotations), Path(plan.images), for_scoring=plan is trial.val)
-        for plan in (trial.train, trial.val)
+    dataset = Dataset(
+        Split(Path(trial.train.annotations), Path(trial.train.images)),
+        Split(Path(trial.val.annotations), Path(trial.val.images), for_scoring=True),
     )
-    if experiment.data.coco is None and not all(map(_is_there, (train, val))):
+    if experiment.data.coco is None and not all(split.is_present() for split in dataset):
         # One finding with the whole tree, instead of one for each of its four parts.
-        return [layout_finding(train.annotations.parent.parent, [train, val])]
+        return [layout_finding(dataset.train.annotations.parent.parent, dataset)]
     findings: list[Finding] = []
     summaries = []
-    for split in (train, val):
+    for split in dataset:
         with show_bar(f"checking {split.images.name}") as advance:
             report = check_split(split, verify_images=verify_images, on_progress=advance)
         findings += report.findings
@@ -79,10 +78,6 @@ def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool)
         findings += compare_splits(*summaries)
         findings += model_checks.check_data_against_model(experiment, *summaries)
     return findings
-
-
-def _is_there(split: Split) -> bool:
-    return split.annotations.is_file() and split.images.is_dir()
 
 
 def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
@@ -98,7 +93,7 @@ def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
 
 def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
     """Checks storage, shared memory and GPUs where the driver runs, for a run that stays on this machine."""
-    request = node_request(experiment, trials)
+    request = node_request(trials)
     report = inspect_node(request)
     findings = judge_nodes(
         [report],
@@ -117,7 +112,7 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
     return findings
 
 
-def node_request(experiment: Experiment, trials: Sequence[TrialPlan]) -> NodeRequest:
+def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
     """Says what every node is asked: to read the data, weights and model config, and to write where storage is."""
     trial = trials[0]
     paths = {
@@ -177,7 +172,7 @@ def _reason_within(action: Callable[[], None], seconds: float) -> str:
         try:
             action()
             reasons[0] = ""
-        except Exception as error:  # whatever a foreign file system raises
+        except Exception as error:  # noqa: BLE001 - a file system of another library raises anything
             reasons[0] = redact(str(error).strip().split("\n")[0][:200]) or type(error).__name__
 
     thread = threading.Thread(target=run, daemon=True)

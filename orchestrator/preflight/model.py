@@ -12,7 +12,7 @@ from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
 if TYPE_CHECKING:
-    from orchestrator.data.values import SplitSummary
+    from orchestrator.data.entries import SplitSummary
     from orchestrator.experiment.spec import Experiment
 
 BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.1e6}

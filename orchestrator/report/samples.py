@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle
 
-from orchestrator.data.rle import check_rle
+from orchestrator.data.masks import check_rle
 from orchestrator.runlog.folder import TrialEvents
 from trainers.contract.plan import SAMPLES_FILE
 

@@ -12,63 +12,67 @@ from typer.testing import CliRunner
 from orchestrator.data.__main__ import app
 from orchestrator.data.checks import check_split
 from orchestrator.data.excerpt import excerpt
-from orchestrator.data.generate import dataset_paths, generate
-from orchestrator.data.layout import find_splits
+from orchestrator.data.generate import generate
+from orchestrator.data.layout import coco_layout, find_splits
 
 if TYPE_CHECKING:
-    from orchestrator.data.generate import DatasetPaths
+    from orchestrator.data.layout import Dataset
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> DatasetPaths:
+def source(tmp_path: Path) -> Dataset:
     return generate(tmp_path / "source", num_train=9, num_val=5, size=32, num_classes=5)
 
 
-def test_an_excerpt_is_consistent_and_keeps_all_categories(source: DatasetPaths, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("source")
+def test_an_excerpt_is_consistent_and_keeps_all_categories(tmp_path: Path) -> None:
     taken = excerpt(tmp_path / "source", tmp_path / "part", num_images=4)
     assert {part: images for part, (images, _) in taken.items()} == {"train": 4, "val": 4}
     splits, findings = find_splits(tmp_path / "part")
-    reports = [check_split(split) for split in splits]
+    reports = [check_split(split) for split in splits.values()]
     assert findings == [] and [report.findings for report in reports] == [[], []]
     assert [len(report.summary.categories) for report in reports if report.summary] == [5, 5]
 
 
-def test_the_same_seed_takes_the_same_images(source: DatasetPaths, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("source")
+def test_the_same_seed_takes_the_same_images(tmp_path: Path) -> None:
     def names(to: str, seed: int) -> set[str]:
         excerpt(tmp_path / "source", tmp_path / to, num_images=4, seed=seed)
-        return {path.name for path in dataset_paths(tmp_path / to).train_images.iterdir()}
+        return {path.name for path in coco_layout(tmp_path / to).train.images.iterdir()}
 
     assert names("a", 1) == names("b", 1)
     assert len({frozenset(names(f"c{seed}", seed)) for seed in range(2, 8)}) > 1
 
 
-def test_images_with_objects_come_first(source: DatasetPaths, tmp_path: Path) -> None:
-    document = json.loads(source.train_json.read_text())
+def test_images_with_objects_come_first(source: Dataset, tmp_path: Path) -> None:
+    document = json.loads(source.train.annotations.read_text())
     document["annotations"] = [entry for entry in document["annotations"] if entry["image_id"] in (2, 5)]
-    source.train_json.write_text(json.dumps(document))
+    source.train.annotations.write_text(json.dumps(document))
     excerpt(tmp_path / "source", tmp_path / "part", num_images=2)
-    taken = json.loads(dataset_paths(tmp_path / "part").train_json.read_text())
+    taken = json.loads(coco_layout(tmp_path / "part").train.annotations.read_text())
     assert [image["id"] for image in taken["images"]] == [2, 5]
 
 
-def test_more_than_there_are_takes_all(source: DatasetPaths, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("source")
+def test_more_than_there_are_takes_all(tmp_path: Path) -> None:
     assert excerpt(tmp_path / "source", tmp_path / "part", num_images=100)["train"][0] == 9
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../secret"])
-def test_a_name_that_leads_out_is_not_copied(source: DatasetPaths, tmp_path: Path, name: str) -> None:
+def test_a_name_that_leads_out_is_not_copied(source: Dataset, tmp_path: Path, name: str) -> None:
     (tmp_path / "secret").write_text("secret")
-    document = json.loads(source.train_json.read_text())
+    document = json.loads(source.train.annotations.read_text())
     document["images"][0]["file_name"] = name
-    source.train_json.write_text(json.dumps(document))
+    source.train.annotations.write_text(json.dumps(document))
     done = CliRunner().invoke(app, ["excerpt", "9", "--from", str(tmp_path / "source"), "--to", str(tmp_path / "part")])
     assert done.exit_code == 2 and "file_name" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret", "source"]
 
 
-def test_what_is_there_is_never_overwritten(source: DatasetPaths, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("source")
+def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["excerpt", "2", "--from", str(tmp_path / "source"), "--to", str(tmp_path)])
-    assert done.exit_code == 2 and "there already" in done.stderr
+    assert done.exit_code == 2 and "exists: name a new folder" in done.stderr
 
 
 def test_a_folder_without_a_data_set_is_told(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import cv2
 import pytest
 from pycocotools import mask as coco_mask
 
-from orchestrator.data.generate import dataset_paths, generate
+from orchestrator.data.generate import generate
+from orchestrator.data.layout import coco_layout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,7 @@ def test_the_same_seed_gives_the_same_bytes_however_many_processes_draw(tmp_path
 
 def test_train_and_validation_images_differ(tmp_path: Path) -> None:
     paths = generate(tmp_path / "a", num_train=3, num_val=3, size=32)
-    assert set(digest(paths.train_images).values()).isdisjoint(digest(paths.val_images).values())
+    assert set(digest(paths.train.images).values()).isdisjoint(digest(paths.val.images).values())
 
 
 @pytest.mark.parametrize("mask_format", ["polygon", "rle"])
@@ -54,7 +55,7 @@ def test_area_and_box_are_those_of_the_mask(tmp_path: Path, mask_format: Any) ->
         tmp_path / "a", num_train=20, num_val=1, size=(96, 64), num_classes=12, crowd_fraction=0.5,
         shapes_per_image=(3, 6), mask_format=mask_format,
     )  # fmt: skip
-    document = read(paths.train_json)
+    document = read(paths.train.annotations)
     assert {annotation["iscrowd"] for annotation in document["annotations"]} == {0, 1}
     for annotation in document["annotations"]:
         rle = decode(annotation["segmentation"], 64, 96)
@@ -66,8 +67,8 @@ def test_area_and_box_are_those_of_the_mask(tmp_path: Path, mask_format: Any) ->
 def test_files_match_the_annotations(tmp_path: Path) -> None:
     paths = generate(tmp_path / "a", num_train=6, num_val=4, size=(48, 40), num_classes=10, shapes_per_image=(1, 2))
     for json_file, images, count in (
-        (paths.train_json, paths.train_images, 6),
-        (paths.val_json, paths.val_images, 4),
+        (paths.train.annotations, paths.train.images, 6),
+        (paths.val.annotations, paths.val.images, 4),
     ):
         document = read(json_file)
         assert len(document["images"]) == count == len(list(images.iterdir()))
@@ -81,14 +82,14 @@ def test_files_match_the_annotations(tmp_path: Path) -> None:
 
 def test_a_second_call_does_nothing_and_other_parameters_are_refused(tmp_path: Path) -> None:
     paths = generate(tmp_path / "a", num_train=2, num_val=1, size=32)
-    before = paths.train_json.stat()
+    before = paths.train.annotations.stat()
     assert generate(tmp_path / "a", num_train=2, num_val=1, size=32) == paths
-    assert paths.train_json.stat() == before
+    assert paths.train.annotations.stat() == before
     with pytest.raises(FileExistsError, match="num_train 2 there, 3 asked"):
         generate(tmp_path / "a", num_train=3, num_val=1, size=32)
-    assert paths.train_json.stat() == before
+    assert paths.train.annotations.stat() == before
     generate(tmp_path / "a", num_train=3, num_val=1, size=32, replace=True)
-    assert len(read(paths.train_json)["images"]) == 3
+    assert len(read(paths.train.annotations)["images"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -100,7 +101,7 @@ def test_a_folder_that_was_not_generated_is_never_touched(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_generation_leaves_nothing(tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(*_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -110,9 +111,9 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path: Path) -> None:
 
 def test_repeated_images_are_links_with_annotations_of_their_own(tmp_path: Path) -> None:
     paths = generate(tmp_path / "a", num_train=25, num_val=1, size=32, distinct_images=10)
-    document = read(paths.train_json)
-    assert len(document["images"]) == 25 == len(list(paths.train_images.iterdir()))
-    assert len({path.stat().st_ino for path in paths.train_images.iterdir()}) == 10
+    document = read(paths.train.annotations)
+    assert len(document["images"]) == 25 == len(list(paths.train.images.iterdir()))
+    assert len({path.stat().st_ino for path in paths.train.images.iterdir()}) == 10
     assert len({annotation["id"] for annotation in document["annotations"]}) == len(document["annotations"])
 
 
@@ -136,6 +137,6 @@ def test_impossible_parameters_are_refused_before_anything_is_written(
 
 
 def test_the_paths_of_the_layout_are_cocos(tmp_path: Path) -> None:
-    paths = dataset_paths(tmp_path)
-    assert paths.train_json == tmp_path / "annotations" / "instances_train2017.json"
-    assert paths.val_images == tmp_path / "val2017"
+    paths = coco_layout(tmp_path)
+    assert paths.train.annotations == tmp_path / "annotations" / "instances_train2017.json"
+    assert paths.val.images == tmp_path / "val2017"

@@ -13,9 +13,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.checks import Split, check_split
+from orchestrator.data.checks import check_split
 from orchestrator.data.generate import generate
-from orchestrator.data.rle import check_rle, sum_compressed_counts
+from orchestrator.data.layout import Split
+from orchestrator.data.masks import check_rle, sum_compressed_counts
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.findings import to_json

@@ -1,8 +1,4 @@
-"""Checks one COCO annotation file by itself: every entry, without opening an image.
-
-A file may hold anything: each column of values is first reduced to what has the right type, then checked as a whole,
-so that COCO's 860,000 annotations take seconds and no input ends in a traceback.
-"""
+"""Parses a COCO annotation file and checks its lists, images and categories; `objects` checks its annotations."""
 
 from __future__ import annotations
 
@@ -11,19 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from orchestrator.data.entries import (
+    REGENERATE,
+    Annotation,
+    ImageEntry,
+    Problem,
+    SplitSummary,
+    find_duplicates,
+    is_id,
+    shorten,
+)
 from orchestrator.data.objects import check_objects
-from orchestrator.data.values import REGENERATE, Annotation, ImageEntry, SplitSummary, find_duplicates, is_id, shorten
 
 if TYPE_CHECKING:
     from orchestrator.findings import FindingList
 
 
 class UnreadableError(Exception):
-    """The annotation file cannot be parsed; `what` and `hint` as in a finding."""
+    """The annotation file cannot be parsed."""
 
     def __init__(self, code: str, what: str, hint: str) -> None:
         super().__init__(what)
-        self.code, self.what, self.hint = code, what, hint
+        self.problem = Problem(code, what, hint)
 
 
 class _Document(msgspec.Struct):
@@ -33,7 +38,10 @@ class _Document(msgspec.Struct):
 
 
 def parse_annotations(content: bytes) -> tuple[Any, bool]:
-    """Parses an annotation file; also tells whether it may hold NaN or Infinity (which JSON has not, but Python reads).
+    """Parses an annotation file.
+
+    Returns:
+        What it holds, and whether that may include NaN or Infinity, which JSON does not have but Python reads.
 
     Raises:
         UnreadableError: It is not JSON; names the byte.
@@ -44,7 +52,7 @@ def parse_annotations(content: bytes) -> tuple[Any, bool]:
         document = msgspec.json.decode(content, type=_Document)
         return {key: getattr(document, key) for key in document.__struct_fields__}, False
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # Not JSON, or not a list of objects: Python's reader takes more and knows the place of what it refuses.
+        pass  # Not JSON, or not a list of objects: Python's reader accepts more, and knows where it stopped.
     try:
         return json.loads(content), True
     except UnicodeDecodeError as error:
@@ -67,7 +75,7 @@ def parse_annotations(content: bytes) -> tuple[Any, bool]:
                 "Copy or download it again: the end is missing",
             ) from None
         raise UnreadableError(
-            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Hint that place"
+            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Correct that place"
         ) from None
 
 
@@ -77,7 +85,7 @@ def check_annotations(
     """Checks a parsed annotation file and fills in `summary`.
 
     Args:
-        document: What `parse_annotations` gave.
+        document: What `parse_annotations` returned.
         summary: Its paths are set; the counts are filled in.
         findings: Added to.
         may_hold_nan: Whether numbers have to be checked for NaN and infinity.
@@ -151,7 +159,7 @@ def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingLis
     for image_id in find_duplicates([image.id for image in images]):
         names = [image.file_name for image in images if image.id == image_id]
         what = f"{len(names)} images have this id: {shorten(names)}"
-        findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image an id of its own")
+        findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image a different id")
     if len({image.file_name for image in images}) < len(images):
         seen: dict[str, int] = {}
         for image in images:
@@ -168,11 +176,13 @@ def _check_categories(entries: list[dict[str, Any]], file: str, findings: Findin
     for index, entry in enumerate(entries):
         category_id, name = entry.get("id"), entry.get("name")
         if not is_id(category_id) or not isinstance(name, str):
-            what = f"its id is {shorten(category_id)} and its name {shorten(name)}: an integer and a text are needed"
+            what = f"its id is {shorten(category_id)} and its name {shorten(name)}, not an integer and a text"
             findings.error("category_entry", file, f"categories[{index}]", what, REGENERATE)
         elif category_id in categories:
             what = f"two categories have this id: {shorten(categories[category_id])} and {shorten(name)}"
-            findings.error("duplicate_category_id", file, f"category {category_id}", what, "Give each an id of its own")
+            findings.error(
+                "duplicate_category_id", file, f"category {category_id}", what, "Give each category a different id"
+            )
         else:
             categories[category_id] = name
     if not entries:

@@ -1,22 +1,22 @@
-"""Values of a COCO file, of which nothing may be assumed: what counts as an id or a number, and how one is shown."""
+"""The entries of a COCO file, whose values may be of any type: what counts as an id or a number, how one is shown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 
 MAX_ID = 2**53
 """Beyond it, JSON readers other than Python's no longer keep integers apart."""
 
-REGENERATE = "Correct the entry, or take it out and write the file again"
+REGENERATE = "Correct the entry, or remove it and write the file again"
 
 
 class Annotation(msgspec.Struct, gc=False):
-    """An annotation as it stands in the file: any field may be missing (None) or of any type.
+    """An annotation as it is in the file: any field may be missing (None) or of any type.
 
-    `segmentation` stays the bytes of the file where msgspec read it: as Python numbers, COCO's polygons take 4 GiB.
+    `segmentation` is left as bytes where msgspec read it: as Python numbers, COCO's polygons take 4 GiB.
     """
 
     id: Any = None
@@ -26,6 +26,14 @@ class Annotation(msgspec.Struct, gc=False):
     area: Any = None
     iscrowd: Any = None
     segmentation: msgspec.Raw = msgspec.Raw(b"null")
+
+
+class Problem(NamedTuple):
+    """What is wrong with one mask or image file, as in a finding."""
+
+    code: str
+    what: str
+    hint: str
 
 
 @dataclass
@@ -40,53 +48,50 @@ class ImageEntry:
 
 @dataclass
 class SplitSummary:
-    """What one annotation file holds; also what checks against a model need to know of it.
-
-    Attributes:
-        annotations: Path of the file.
-        images: Path of the image folder.
-        num_images: Images listed.
-        num_annotations: Objects and crowd regions.
-        num_crowd: Crowd regions among them.
-        num_images_with_objects: Images with at least one object that is no crowd: what detectron2 trains on.
-        categories: Id to name, by id.
-        num_polygons: Objects (no crowds) whose mask is a list of polygons.
-        num_rle: Objects (no crowds) whose mask is run-length encoded.
-        num_without_mask: Objects (no crowds) without a mask.
-        first_rle: Id of the first such object, None without one.
-        first_without_mask: Likewise.
-        num_images_checked: Image files looked at.
-        sha256: Of the annotation file.
-    """
+    """What one annotation file holds, and what checks against a model need to know of it."""
 
     annotations: str
+    """Path of the file."""
     images: str
+    """Path of the image folder."""
+    sha256: str
+    """Of the annotation file."""
     num_images: int = 0
+    """Images listed."""
     num_annotations: int = 0
+    """Objects and crowd regions."""
     num_crowd: int = 0
+    """Crowd regions among them."""
     num_images_with_objects: int = 0
+    """Images with at least one object that is not a crowd: what detectron2 trains on."""
     categories: dict[int, str] = field(default_factory=dict)
+    """Id to name, by id."""
     num_polygons: int = 0
+    """Objects (no crowds) whose mask is a list of polygons."""
     num_rle: int = 0
+    """Objects (no crowds) whose mask is run-length encoded."""
     num_without_mask: int = 0
+    """Objects (no crowds) without a mask."""
     first_rle: int | None = None
+    """Id of the first object with a run-length encoded mask."""
     first_without_mask: int | None = None
+    """Id of the first object without a mask."""
     num_images_checked: int = 0
-    sha256: str = ""
+    """Image files that were opened."""
 
 
 def is_id(value: Any) -> TypeGuard[int]:
-    """Tells whether a value can be an id: an integer that every JSON reader keeps exactly."""
+    """Whether a value can be an id: an integer that every JSON reader keeps exactly."""
     return type(value) is int and -MAX_ID < value < MAX_ID
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Tells whether a value is a number of sensible size or NaN or infinity; a boolean is none."""
+    """Whether a value is a number of sensible size, NaN or infinity; a boolean is not."""
     return type(value) is float or (type(value) is int and -MAX_ID < value < MAX_ID)
 
 
 def find_duplicates(ids: list[int]) -> list[int]:
-    """Gives the ids that occur more than once, in order."""
+    """The ids that occur more than once, in order."""
     import numpy as np
 
     values, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)

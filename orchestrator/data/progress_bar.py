@@ -1,25 +1,32 @@
-"""A progress bar on the error stream for work on files; nothing where that stream is no terminal."""
+"""A progress bar on the error stream for work on files; nothing where that stream is not a terminal."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+OnProgress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 
 @contextmanager
-def show_bar(title: str, *, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar from its first report on; hands out the function to report with: how many are done, and of how many.
+def show_bar(title: str, *, in_bytes: bool = False) -> Iterator[OnProgress]:
+    """Shows a bar from its first report on.
 
     Args:
         title: What is being done.
         in_bytes: The counts are bytes, shown with their rate.
+
+    Yields:
+        The function that moves it.
     """
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda *_: None
         return
     from rich.console import Console
     from rich.progress import (

@@ -1,0 +1,131 @@
+"""Checks the masks of COCO annotations: polygons, and run-length encodings before compiled code trusts them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from orchestrator.data.entries import MAX_ID, REGENERATE, Problem, is_number, shorten
+
+MIN_CODE, MAX_CODE = 48, 111
+"""Codes of the characters that pycocotools' compressed counts are made of: six bits each, from '0' on."""
+
+MaskKind = Literal["polygons", "rle", "none", "unknown"]
+
+
+def check_mask(
+    segmentation: Any, image_size: tuple[int, int], *, may_hold_nan: bool
+) -> tuple[MaskKind, Problem | None]:
+    """Finds out how a mask is written, and what is wrong with it.
+
+    Args:
+        segmentation: The field of the annotation, as its bytes in the file or as a value.
+        image_size: Width and height of its image in pixels; (0, 0) where they are not known.
+        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
+    """
+    if type(segmentation) is msgspec.Raw:
+        raw = bytes(segmentation)
+        if _are_valid_polygons(raw):
+            return "polygons", None
+        segmentation = msgspec.json.decode(raw)
+    if segmentation is None or segmentation == []:
+        return "none", None
+    if type(segmentation) is list:
+        return "polygons", _check_polygons(segmentation, may_hold_nan=may_hold_nan)
+    if type(segmentation) is dict:
+        hint = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
+        what = check_rle(segmentation, image_size)
+        return "rle", Problem("rle_invalid", what, hint) if what else None
+    what = f"its segmentation is {shorten(segmentation)}: neither a list of polygons nor RLE"
+    return "unknown", Problem("mask_entry", what, REGENERATE)
+
+
+def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
+    """What is wrong with a run-length encoded mask, or "".
+
+    Args:
+        mask: `{"size": [height, width], "counts": list or text}`.
+        image_size: Width and height of its image in pixels; (0, 0) where they are not known.
+    """
+    size, counts = mask.get("size"), mask.get("counts")
+    if type(size) is not list or len(size) != 2 or not all(type(v) is int and 0 < v < 2**24 for v in size):
+        return f"its RLE size is {str(size)[:40]}, not [height, width]"
+    if image_size != (0, 0) and (size[1], size[0]) != image_size:
+        return f"its RLE is for an image of {size[1]} x {size[0]}, the image has {image_size[0]} x {image_size[1]}"
+    if isinstance(counts, str):
+        total = sum_compressed_counts(counts)
+        if total is None:
+            return "its RLE counts are not a text that pycocotools could have written"
+    elif type(counts) is list and all(type(count) is int and count >= 0 for count in counts):
+        total = sum(counts)
+    else:
+        return f"its RLE counts are a {type(counts).__name__} that holds something else than run lengths"
+    if total != size[0] * size[1]:
+        shown = f"{total:,}" if total < 2**53 else "far more"
+        return f"its RLE covers {shown} pixels, the image has {size[0] * size[1]:,}"
+    return ""
+
+
+def sum_compressed_counts(text: str) -> int | None:
+    """Adds up the run lengths of compressed counts; None where the text is none, or holds a negative run.
+
+    The encoding (pycocotools, `maskApi.c`, `rleToString`): each run is written in groups of five bits, lowest first,
+    with a bit for "more follow"; from the fourth run on, the difference to the run two before.
+    """
+    import numpy as np
+
+    if not text.isascii():
+        return None
+    codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
+    if not len(codes):
+        return 0
+    if codes.min() < MIN_CODE or codes.max() > MAX_CODE:
+        return None
+    codes -= MIN_CODE
+    last = (codes & 32) == 0
+    if not last[-1]:
+        return None
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return None
+    place = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)
+    # Undo the differences: runs 1, 3, 5 … and 2, 4, 6 … are two cumulative sums; run 0 stands alone.
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if (runs < 0).any():
+        return None
+    return int(runs.sum())
+
+
+def _are_valid_polygons(raw: bytes) -> bool:
+    """Whether JSON is a list of well-formed polygons, decided without parsing its numbers."""
+    if raw[:2] != b"[[" or raw[-2:] != b"]]" or b"e" in raw or b"E" in raw:
+        return False
+    for polygon in raw[2:-2].translate(None, b" \n\r\t").split(b"],["):
+        num_values = polygon.count(b",") + 1
+        if num_values < 6 or num_values % 2 or polygon.translate(None, b"0123456789.,-"):
+            return False
+    return True
+
+
+def _check_polygons(polygons: list[Any], *, may_hold_nan: bool) -> Problem | None:
+    for number, polygon in enumerate(polygons):
+        if type(polygon) is not list:
+            flat = " (one polygon is [[x0, y0, …]], a list in a list)" if is_number(polygon) else ""
+            return Problem("polygon_entry", f"polygon {number} is {shorten(polygon)}, not a list{flat}", REGENERATE)
+        if not set(map(type, polygon)) <= {int, float}:
+            return Problem("polygon_entry", f"polygon {number} holds something that is not a number", REGENERATE)
+        if len(polygon) < 6:
+            what = f"polygon {number} has {len(polygon)} numbers: three corners take 6"
+            return Problem("polygon_short", what, "Remove the polygon, or the whole annotation if it is the only one")
+        if len(polygon) % 2:
+            what = f"polygon {number} has an odd number of coordinates ({len(polygon)})"
+            return Problem("polygon_odd", what, "Write x and y of every corner")
+        if may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
+            return Problem("polygon_not_finite", f"polygon {number} holds NaN, infinity or a huge number", REGENERATE)
+    return None
