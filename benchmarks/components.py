@@ -233,8 +233,7 @@ def roi_pooling() -> Row:
     from trainers.speedups.roi_pooling import SparsePooler
 
     torch.manual_seed(0)
-    peer = ROIPooler(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2")
-    ours = SparsePooler(peer)
+    peer, ours = (kind(7, [1 / 4, 1 / 8, 1 / 16, 1 / 32], 0, "ROIAlignV2") for kind in (ROIPooler, SparsePooler))
     features = [torch.randn(2, 256, 320 // s, 320 // s, requires_grad=True) for s in (4, 8, 16, 32)]
     centre, sides = torch.rand(1024, 2) * 320, torch.exp(torch.rand(1024, 2) * 3 + 2.3)
     boxes = torch.cat([(centre - sides / 2).clamp(min=0), (centre + sides / 2).clamp(max=320)], dim=1)

@@ -19,6 +19,7 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from trainers import mask_rcnn
 from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator
+from trainers.speedups.apply import process_settings
 
 SCORE_THRESHOLD = 0.0
 ROUNDS = 3
@@ -44,10 +45,11 @@ def main(plan_path: str, result_path: str, side: str) -> None:
     rounds, figures = [], {}
     if side == "ours":
         evaluator = Evaluator(cfg, plan)
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            figures = evaluator.run(model).figures
-            rounds.append(time.perf_counter() - started)
+        with process_settings(plan.recipe, torch.device(plan.device)):
+            for _ in range(ROUNDS):
+                started = time.perf_counter()
+                figures = evaluator.run(model).figures
+                rounds.append(time.perf_counter() - started)
     else:
         theirs = COCOEvaluator(plan.val.name, output_dir=plan.trial_dir)
         loader = build_detection_test_loader(cfg, plan.val.name)

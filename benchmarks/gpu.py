@@ -20,6 +20,7 @@ from benchmarks.measure import Row, machine, table
 from benchmarks.training import r50, recipe_row
 from trainers import loading, mask_rcnn
 from trainers.contract.plan import TrialPlan
+from trainers.speedups.apply import process_settings
 
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
 """Dense 16-bit peak of tensor cores by a word of the device's name (NVIDIA's data sheets; SXM where there are two)."""
@@ -51,7 +52,7 @@ def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
     def step() -> None:
         torch.stack(list(model(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
 
-    with EventStorage(0):
+    with EventStorage(0), process_settings(plan.recipe, torch.device(plan.device)):
         step()
         with FlopCounterMode(display=False) as counter:
             step()

@@ -1,7 +1,7 @@
 """From a trial's plan to detectron2's config, model, optimizer and schedule: any detector of the model zoo.
 
-The plan's figures are final: nothing here scales with the world size (detectron2 would, through
-`SOLVER.REFERENCE_WORLD_SIZE`, a second time).
+The plan's figures are final: nothing here scales with the world size. detectron2 would, a second time, through
+`SOLVER.REFERENCE_WORLD_SIZE`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract.plan import DatasetPlan, TrialPlan
 from trainers.recipes import Recipe
-from trainers.speedups.apply import tune_model, tune_process
-from trainers.speedups.sgd import tune_optimizer
+from trainers.speedups.apply import tune_model
+from trainers.speedups.sgd import build_tuned_optimizer
 
 
 class ConfigurationError(ValueError):
@@ -39,10 +39,10 @@ def build_config(plan: TrialPlan) -> CfgNode:
         ConfigurationError: A key or a value is not one of detectron2's.
     """
     cfg = get_cfg()
-    own = Path(plan.config_file)
+    config_file = Path(plan.config_file)
     try:
-        if own.is_absolute():
-            cfg.merge_from_file(str(own), allow_unsafe=False)
+        if config_file.is_absolute():
+            cfg.merge_from_file(str(config_file), allow_unsafe=False)
         else:
             # Files of the installed package are code like the rest of it, and some compute their values.
             cfg.merge_from_file(model_zoo.get_config_file(plan.config_file), allow_unsafe=True)
@@ -94,9 +94,8 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     if cfg.MODEL.WEIGHTS:
         check_weights(cfg.MODEL.WEIGHTS, plan.weights_sha256)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    device = torch.device(plan.device)
-    tune_process(plan.recipe, device)
-    return tune_model(model, plan.recipe, device).train()
+    tune_model(model, plan.recipe, torch.device(plan.device))
+    return model.train()
 
 
 def check_weights(weights: str, sha256: str | None) -> None:
@@ -115,7 +114,8 @@ def check_weights(weights: str, sha256: str | None) -> None:
     if not path.is_file():
         raise ConfigurationError(f"model.weights: no such file: {weights}")
     if sha256 is not None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != sha256:
             raise ConfigurationError(f"model.weights: {weights} has SHA-256 {found}, not {sha256}")
     elif path.suffix != ".pth":
@@ -139,5 +139,5 @@ def distribute(model: nn.Module, device: torch.device, world_size: int, gradient
 
 def build_solver(cfg: CfgNode, model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
     """detectron2's optimizer, as the recipe has it, and its learning rate schedule."""
-    optimizer = tune_optimizer(build_optimizer(cfg, model), cfg, recipe)
+    optimizer = build_tuned_optimizer(cfg, model, recipe)
     return optimizer, build_lr_scheduler(cfg, optimizer)

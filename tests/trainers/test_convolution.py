@@ -13,7 +13,11 @@ from torch.nn.functional import conv2d
 from benchmarks.training import demo
 from trainers import mask_rcnn
 from trainers.speedups import convolution
-from trainers.speedups.convolution import install, three_by_three
+from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.convolution import SparseGradientConv2d, WinogradConv2d, three_by_three
+from trainers.speedups.surgery import exchange
+
+WINOGRAD = {"winograd": REPLACEMENTS["winograd"]}
 
 ROUNDING = 3e-5
 """Greatest difference to a convolution in 64 bits, as a share of the largest value."""
@@ -33,7 +37,7 @@ def inputs(images: int, channels: int, outputs: int, height: int, width: int) ->
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("sparse_gradient", [True, False])
 @pytest.mark.parametrize(
-    ("way", "shape", "stride"),
+    ("method", "shape", "stride"),
     [
         ("tiles", (2, 128, 136, 23, 30), 1),
         ("tiles", (48, 64, 72, 3, 1), 1),
@@ -43,12 +47,12 @@ def inputs(images: int, channels: int, outputs: int, height: int, width: int) ->
     ],
 )
 def test_results_and_gradients_are_a_convolutions(
-    way: str, shape: Any, stride: int, sparse_gradient: bool, with_bias: bool
+    method: str, shape: Any, stride: int, sparse_gradient: bool, with_bias: bool
 ) -> None:
     x, weight, bias = inputs(*shape)
     found = three_by_three(x, weight, bias if with_bias else None, stride, sparse_gradient)
-    plain = way == "torch" and not sparse_gradient
-    assert getattr(found.grad_fn, "way", None) == (None if plain else way)
+    plain = method == "torch" and not sparse_gradient
+    assert getattr(found.grad_fn, "method", None) == (None if plain else method)
     true = conv2d(x.double(), weight.double(), bias.double() if with_bias else None, stride, padding=1)
     assert found.shape == true.shape
     gradient = torch.randn(true.shape)
@@ -66,17 +70,17 @@ def test_results_without_a_gradient_are_left_out_where_they_are_many(
     taken: list[int] = []
     by_rows = convolution._rows_backward
 
-    def spy(pixels: Any, weight: Any, gradient: Any, stride: int, there: torch.Tensor, wants_x: bool) -> Any:
-        taken.append(len(there))
-        return by_rows(pixels, weight, gradient, stride, there, wants_x)
+    def spy(pixels: Any, weight: Any, gradient: Any, stride: int, nonzero: torch.Tensor, needs_x: bool) -> Any:
+        taken.append(len(nonzero))
+        return by_rows(pixels, weight, gradient, stride, nonzero, needs_x)
 
     monkeypatch.setattr(convolution, "_rows_backward", spy)
     x, weight, bias = inputs(2, channels, channels, 20, 24)
     found = three_by_three(x, weight, bias, 1, sparse_gradient=True)
-    there = torch.rand(2, 1, 20, 24) < share
-    gradient = torch.randn(found.shape) * there
+    sampled = torch.rand(2, 1, 20, 24) < share
+    gradient = torch.randn(found.shape) * sampled
     ours = torch.autograd.grad(found, [x, weight, bias], gradient)
-    assert taken == ([int(there.sum())] if share < convolution.SPARSE else [])
+    assert taken == ([int(sampled.sum())] if share < convolution.MAX_SPARSE_SHARE else [])
     true = conv2d(x.double(), weight.double(), bias.double(), 1, padding=1)
     theirs = torch.autograd.grad(true, [x, weight, bias], gradient.double())
     if share:
@@ -100,13 +104,14 @@ def test_a_model_keeps_its_weights_names_and_results() -> None:
     before = model.backbone(image)
     head_before = model.proposal_generator.rpn_head(list(before.values()))
     num_convolutions = sum(type(module) is Conv2d for module in model.modules())
-    assert install(model) == num_convolutions - 1  # all but the 7 x 7 of the stem
+    exchange(model, WINOGRAD)
+    exchanged = {name: type(module) for name, module in model.named_modules() if isinstance(module, WinogradConv2d)}
+    assert len(exchanged) == num_convolutions - 1  # all but the 7 x 7 of the stem
     assert list(model.state_dict()) == names
     after = model.backbone(image)
     head_after = model.proposal_generator.rpn_head(list(after.values()))
-    flagged = [name for name, module in model.named_modules() if getattr(module, "sparse_gradient", False)]
-    assert "proposal_generator.rpn_head.conv" in flagged
-    assert all(name.startswith("proposal_generator.rpn_head.") for name in flagged)
+    sparse = {name for name, kind in exchanged.items() if kind is SparseGradientConv2d}
+    assert sparse == {"proposal_generator.rpn_head.conv"}
     for name, features in before.items():
         assert max(differences([after[name]], [features])) < 1e-3, name  # of some twenty layers
     for ours, theirs in zip(head_after[0] + head_after[1], head_before[0] + head_before[1], strict=True):
@@ -121,4 +126,4 @@ def test_other_convolutions_stay_torchs() -> None:
         Conv2d(4, 4, 3),
         nn.Conv2d(4, 4, 3, padding=1),
     ]
-    assert install(nn.Sequential(*kept)) == 0
+    assert exchange(nn.Sequential(*kept), WINOGRAD).exchanged == []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
-from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
@@ -16,26 +17,42 @@ from hypothesis import strategies as st
 
 from benchmarks.training import demo
 from trainers import mask_rcnn
-from trainers.speedups import proposals
+from trainers.speedups import rpn as batched_rpn
+from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.roi_heads import BatchedStandardROIHeads
+from trainers.speedups.rpn import BatchedRPN, top_proposals
+from trainers.speedups.surgery import exchange
 
 SIZES = [(96, 96), (80, 96), (96, 61)]
 
 
 @pytest.fixture(scope="module")
-def rpn() -> RPN:
+def detectors() -> tuple[Any, Any]:
+    """The demo's model as detectron2 has it, and one with its RPN and ROI heads exchanged."""
     plan = demo(2, recipe="plain")
     torch.manual_seed(0)
-    return mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).proposal_generator
+    plain: Any = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan)
+    batched = copy.deepcopy(plain)
+    exchange(batched, {"batched_proposals": REPLACEMENTS["batched_proposals"]})
+    return plain, batched
 
 
 @pytest.fixture(scope="module")
-def heads() -> ROIHeads:
-    plan = demo(2, recipe="plain")
-    return mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).roi_heads
+def rpns(detectors: tuple[Any, Any]) -> tuple[RPN, BatchedRPN]:
+    plain, batched = (model.proposal_generator for model in detectors)
+    assert type(plain) is RPN and type(batched) is BatchedRPN
+    return plain, batched
 
 
-def anchors_of(rpn: RPN) -> list[Boxes]:
-    return list(rpn.anchor_generator([torch.zeros(1, 64, side, side) for side in (24, 12, 6, 3, 2)]))
+@pytest.fixture(scope="module")
+def heads(detectors: tuple[Any, Any]) -> tuple[StandardROIHeads, BatchedStandardROIHeads]:
+    plain, batched = (model.roi_heads for model in detectors)
+    assert type(plain) is StandardROIHeads and type(batched) is BatchedStandardROIHeads
+    return plain, batched
+
+
+def anchors_of(rpns: tuple[RPN, BatchedRPN]) -> list[Boxes]:
+    return list(rpns[0].anchor_generator([torch.zeros(1, 64, side, side) for side in (24, 12, 6, 3, 2)]))
 
 
 def objects(counts: list[int], seed: int, whole: bool) -> list[Instances]:
@@ -54,13 +71,15 @@ def objects(counts: list[int], seed: int, whole: bool) -> list[Instances]:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5), seed=st.integers(0, 2**20), whole=st.booleans())
-def test_labels_boxes_and_random_choices_are_detectron2s(rpn: RPN, counts: list[int], seed: int, whole: bool) -> None:
-    anchors, images = anchors_of(rpn), objects(counts, seed, whole)
+def test_labels_boxes_and_random_choices_are_detectron2s(
+    rpns: tuple[RPN, BatchedRPN], counts: list[int], seed: int, whole: bool
+) -> None:
+    anchors, images = anchors_of(rpns), objects(counts, seed, whole)
     torch.manual_seed(seed)
-    theirs = RPN.label_and_sample_anchors(rpn, anchors, images)
+    theirs = rpns[0].label_and_sample_anchors(anchors, images)
     after = torch.get_rng_state()
     torch.manual_seed(seed)
-    ours = proposals.label_and_sample_anchors(rpn, anchors, images)
+    ours = rpns[1].label_and_sample_anchors(anchors, images)
     assert torch.equal(torch.get_rng_state(), after)
     for one, other in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
         assert one.dtype == other.dtype
@@ -68,15 +87,15 @@ def test_labels_boxes_and_random_choices_are_detectron2s(rpn: RPN, counts: list[
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0], [0, 0], [6]])
-def test_losses_and_their_gradients_are_detectron2s(rpn: RPN, counts: list[int]) -> None:
-    anchors, generator = anchors_of(rpn), torch.Generator().manual_seed(1)
-    labels, boxes = proposals.label_and_sample_anchors(rpn, anchors, objects(counts, 3, whole=False))
-    shapes = [(len(counts), len(cells)) for cells in anchors]
+def test_losses_and_their_gradients_are_detectron2s(rpns: tuple[RPN, BatchedRPN], counts: list[int]) -> None:
+    anchors, generator = anchors_of(rpns), torch.Generator().manual_seed(1)
+    labels, boxes = rpns[1].label_and_sample_anchors(anchors, objects(counts, 3, whole=False))
+    shapes = [(len(counts), len(map_anchors)) for map_anchors in anchors]
     logits = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
     deltas = [torch.randn(*shape, 4, generator=generator).requires_grad_() for shape in shapes]
     with EventStorage(0):
-        theirs = RPN.losses(rpn, anchors, logits, labels, deltas, boxes)
-    ours = proposals.losses(rpn, anchors, logits, labels, deltas, boxes)
+        theirs = rpns[0].losses(anchors, logits, labels, deltas, boxes)
+    ours = rpns[1].losses(anchors, logits, labels, deltas, boxes)
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     gradients = [
@@ -93,7 +112,7 @@ def test_losses_and_their_gradients_are_detectron2s(rpn: RPN, counts: list[int])
     append=st.booleans(),
 )
 def test_proposals_and_their_objects_are_detectron2s(
-    heads: ROIHeads, counts: list[int], seed: int, whole: bool, append: bool
+    heads: tuple[StandardROIHeads, BatchedStandardROIHeads], counts: list[int], seed: int, whole: bool, append: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     targets = objects(counts, seed, whole)
@@ -108,14 +127,15 @@ def test_proposals_and_their_objects_are_detectron2s(
         if len(target):  # some that overlap
             near = torch.rand(12, 4, generator=generator) * 8
             offer.proposal_boxes.tensor[:12] = target.gt_boxes.tensor[torch.arange(12) % len(target)] + near
-    heads.proposal_append_gt = append
+    for each in heads:
+        each.proposal_append_gt = append
     torch.manual_seed(seed)
     with EventStorage(0):
-        theirs = ROIHeads.label_and_sample_proposals(heads, offered, targets)
+        theirs = heads[0].label_and_sample_proposals(offered, targets)
     after = torch.get_rng_state()
     torch.manual_seed(seed)
     with EventStorage(0):  # without any object it is detectron2's
-        ours = proposals.label_and_sample_proposals(heads, offered, targets)
+        ours = heads[1].label_and_sample_proposals(offered, targets)
     assert torch.equal(torch.get_rng_state(), after)
     for one, other in zip(ours, theirs, strict=True):
         assert one.image_size == other.image_size
@@ -130,21 +150,25 @@ def test_proposals_and_their_objects_are_detectron2s(
                 assert torch.equal(*pair)
 
 
-def test_too_many_pairs_are_matched_image_by_image(rpn: RPN, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "MAX_PAIRS", 10)
-    monkeypatch.setattr(proposals, "match", None)
+def test_too_many_pairs_are_matched_image_by_image(
+    rpns: tuple[RPN, BatchedRPN], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batched_rpn, "MAX_PAIRS", 10)
+    monkeypatch.setattr(batched_rpn, "match", None)
     torch.manual_seed(0)
-    labels, _ = proposals.label_and_sample_anchors(rpn, anchors_of(rpn), objects([2, 3], 0, whole=False))
+    labels, _ = rpns[1].label_and_sample_anchors(anchors_of(rpns), objects([2, 3], 0, whole=False))
     assert [int((each >= 0).sum()) for each in labels] == [64, 64]
 
 
-def predictions(rpn: RPN, images: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def predictions(rpns: tuple[RPN, BatchedRPN], images: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     boxes, logits = [], []
-    for cells in anchors_of(rpn):
-        noise = torch.randn(images, len(cells), 4, generator=generator) * 12
-        boxes.append(cells.tensor + noise)  # some reach out of the image, some are empty
-        logits.append(torch.randn(images, len(cells), generator=generator).mul(4).round() / 4)  # with equal scores
+    for map_anchors in anchors_of(rpns):
+        noise = torch.randn(images, len(map_anchors), 4, generator=generator) * 12
+        boxes.append(map_anchors.tensor + noise)  # some reach out of the image, some are empty
+        logits.append(
+            torch.randn(images, len(map_anchors), generator=generator).mul(4).round() / 4
+        )  # with equal scores
     return boxes, logits
 
 
@@ -154,11 +178,11 @@ LIMITS: dict[str, Any] = {"nms_thresh": 0.7, "pre_nms_topk": 200, "post_nms_topk
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_proposals_are_detectron2s(rpn: RPN, seed: int, images: int, training: bool) -> None:
-    boxes, logits = predictions(rpn, images, seed)
+def test_proposals_are_detectron2s(rpns: tuple[RPN, BatchedRPN], seed: int, images: int, training: bool) -> None:
+    boxes, logits = predictions(rpns, images, seed)
     sizes = SIZES[:images]
     theirs = find_top_rpn_proposals(boxes, logits, sizes, training=training, **LIMITS)
-    ours = proposals.top_proposals(boxes, logits, sizes, training=training, **LIMITS)
+    ours = top_proposals(boxes, logits, sizes, training=training, **LIMITS)
     assert len(ours) == len(theirs) == images
     for one, other in zip(ours, theirs, strict=True):
         assert one.image_size == other.image_size
@@ -166,25 +190,30 @@ def test_proposals_are_detectron2s(rpn: RPN, seed: int, images: int, training: b
         assert torch.equal(one.objectness_logits, other.objectness_logits)
 
 
-def test_boxes_that_are_not_finite_end_training_and_are_left_out_of_evaluation(rpn: RPN) -> None:
-    boxes, logits = predictions(rpn, 2, 0)
+def test_boxes_that_are_not_finite_end_training_and_are_left_out_of_evaluation(rpns: tuple[RPN, BatchedRPN]) -> None:
+    boxes, logits = predictions(rpns, 2, 0)
     boxes[0][1, 5, 2] = float("inf")
     logits[0][1, 5] = 100.0  # so that it is looked at
     with pytest.raises(FloatingPointError):
-        proposals.top_proposals(boxes, logits, SIZES[:2], training=True, **LIMITS)
+        top_proposals(boxes, logits, SIZES[:2], training=True, **LIMITS)
     theirs = find_top_rpn_proposals(boxes, logits, SIZES[:2], training=False, **LIMITS)
-    ours = proposals.top_proposals(boxes, logits, SIZES[:2], training=False, **LIMITS)
+    ours = top_proposals(boxes, logits, SIZES[:2], training=False, **LIMITS)
     assert torch.equal(ours[1].proposal_boxes.tensor, theirs[1].proposal_boxes.tensor)
 
 
-def test_a_model_without_rpn_and_roi_heads_is_left_alone() -> None:
-    assert not proposals.install(torch.nn.Linear(1, 1))
+def test_decoded_proposals_are_detectron2s(rpns: tuple[RPN, BatchedRPN]) -> None:
+    anchors, (_, logits) = anchors_of(rpns), predictions(rpns, 2, 1)
+    deltas = [torch.randn(2, len(map_anchors), 4) for map_anchors in anchors]
+    theirs, ours = (rpn.predict_proposals(anchors, logits, deltas, SIZES[:2]) for rpn in rpns)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.proposal_boxes.tensor, other.proposal_boxes.tensor)
 
 
-def test_a_recipe_puts_it_into_its_model() -> None:
-    plan = demo(2, recipe="reference")
-    model: Any = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan)
-    heads = model.roi_heads
-    assert heads.label_and_sample_proposals.__func__ is proposals.label_and_sample_proposals
-    rpn = model.proposal_generator
-    assert rpn.label_and_sample_anchors.__func__ is proposals.label_and_sample_anchors
+def test_all_roi_heads_of_detectron2_that_sample_in_the_same_way_are_exchanged() -> None:
+    alike = {
+        heads
+        for _, heads in ROI_HEADS_REGISTRY
+        if heads.label_and_sample_proposals is ROIHeads.label_and_sample_proposals
+        and heads.__module__[:9] == "detectron"
+    }
+    assert alike == set(REPLACEMENTS["batched_proposals"]) - {RPN}

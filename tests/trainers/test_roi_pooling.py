@@ -8,11 +8,13 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import nn
 
-from trainers.speedups.roi_pooling import SparsePooler, install
+from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.roi_pooling import SparsePooler
+from trainers.speedups.surgery import exchange
 
 
 def boxes(num: int, height: int, width: int, generator: torch.Generator) -> Boxes:
-    """Boxes of all sizes; some over the border, beside the image, thinner than a pixel or of no size at all."""
+    """Boxes of all sizes; some over the border, outside the image, thinner than a pixel or of no size at all."""
     centre = torch.rand(num, 2, generator=generator) * torch.tensor([width, height]) * 1.2 - 10
     sides = torch.exp(torch.rand(num, 2, generator=generator) * 6 - 0.5)
     corners = torch.cat([centre - sides / 2, centre + sides / 2], dim=1)
@@ -39,13 +41,13 @@ def test_values_and_gradients_are_roi_aligns(
 ) -> None:
     generator = torch.Generator().manual_seed(levels + size)
     torch.manual_seed(size)
-    pooler = ROIPooler(size, [1 / 2**level for level in range(2, 2 + levels)], sampling_ratio, kind)
+    settings = size, [1 / 2**level for level in range(2, 2 + levels)], sampling_ratio, kind
     features = pyramid(2, 5, 150, 210, levels)
     if channels_last:
         features = [level.contiguous(memory_format=torch.channels_last) for level in features]
     found = [boxes(60, 150, 210, generator), boxes(33, 150, 210, generator)]
     results = []
-    for module in (pooler, SparsePooler(pooler)):
+    for module in (ROIPooler(*settings), SparsePooler(*settings)):
         inputs = [level.clone().requires_grad_() for level in features]
         pooled = module(inputs, found)
         assert pooled.shape == (93, 5, size, size)
@@ -56,17 +58,17 @@ def test_values_and_gradients_are_roi_aligns(
 
 
 def test_no_box_is_an_empty_result() -> None:
-    pooler = SparsePooler(ROIPooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2"))
+    pooler = SparsePooler(7, [1 / 4, 1 / 8], 0, "ROIAlignV2")
     features = [level.requires_grad_() for level in pyramid(1, 3, 64, 64, 2)]
     assert pooler(features, [Boxes(torch.zeros(0, 4))]).shape == (0, 3, 7, 7)
-    beside = pooler(features, [Boxes(torch.tensor([[500.0, 500, 600, 600], [5.0, 5, 5, 5]]))])
-    assert beside.shape == (2, 3, 7, 7) and not beside.any()
-    beside.sum().backward()
+    outside = pooler(features, [Boxes(torch.tensor([[500.0, 500, 600, 600], [5.0, 5, 5, 5]]))])
+    assert outside.shape == (2, 3, 7, 7) and not outside.any()
+    outside.sum().backward()
     assert all(level.grad is not None and not level.grad.any() for level in features)
 
 
 def test_the_same_batch_gives_the_same_gradients_whatever_the_threads() -> None:
-    pooler = SparsePooler(ROIPooler(7, [1 / 4], 0, "ROIAlignV2"))
+    pooler = SparsePooler(7, [1 / 4], 0, "ROIAlignV2")
     features, found = torch.randn(1, 8, 40, 40), [boxes(200, 160, 160, torch.Generator().manual_seed(0))]
     gradients = []
     threads = torch.get_num_threads()
@@ -81,7 +83,7 @@ def test_the_same_batch_gives_the_same_gradients_whatever_the_threads() -> None:
 
 
 def test_half_precision_features_come_back_in_half_precision() -> None:
-    pooler = SparsePooler(ROIPooler(7, [1 / 4], 0, "ROIAlignV2"))
+    pooler = SparsePooler(7, [1 / 4], 0, "ROIAlignV2")
     features = torch.randn(1, 8, 40, 40).bfloat16().requires_grad_()
     pooled = pooler([features], [Boxes(torch.tensor([[3.0, 4, 90, 80]]))])
     pooled.sum().backward()
@@ -89,7 +91,7 @@ def test_half_precision_features_come_back_in_half_precision() -> None:
     assert features.grad is not None and features.grad.dtype == torch.bfloat16
 
 
-def test_installing_exchanges_the_align_poolers_and_nothing_else() -> None:
+def test_the_switch_exchanges_the_align_poolers_and_nothing_else() -> None:
     model = nn.ModuleDict(
         {
             "box": ROIPooler(7, [1 / 4], 0, "ROIAlignV2"),
@@ -98,6 +100,6 @@ def test_installing_exchanges_the_align_poolers_and_nothing_else() -> None:
         }
     )
     keys = list(model.state_dict())
-    assert install(model) == 1 and install(model) == 0
-    assert isinstance(model["box"], SparsePooler) and isinstance(model["rotated"], ROIPooler)
+    exchange(model, {"sparse_pooling": REPLACEMENTS["sparse_pooling"]})
+    assert type(model["box"]) is SparsePooler and type(model["rotated"]) is ROIPooler
     assert list(model.state_dict()) == keys

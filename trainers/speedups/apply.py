@@ -1,25 +1,57 @@
-"""Puts a recipe's switches into effect on a model and this process.
-
-The trap this module protects against: a switch that quietly does nothing. Each function here is called once at the
-start, says in the log what it changed, and leaves checkpoints as they are, so that a trial can go on under another
-recipe.
-"""
+"""Puts a recipe's switches into effect, on a model and on this process."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
+import cv2
 import torch
-from detectron2.modeling.roi_heads import fast_rcnn, mask_head
-from detectron2.structures import Instances
-from torch import Tensor, nn
+from detectron2.layers import Conv2d
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    MaskRCNNConvUpsampleHead,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
+from torch import nn
 
 from trainers.recipes import Precision, Recipe
-from trainers.speedups import convolution, proposals, roi_pooling
+from trainers.speedups.convolution import winograd_conv
+from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
+from trainers.speedups.roi_heads import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedStandardROIHeads
+from trainers.speedups.roi_pooling import sparse_pooler
+from trainers.speedups.rpn import BatchedRPN
+from trainers.speedups.surgery import Surgery, Table, exchange
 
 logger = logging.getLogger(__name__)
+
+REPLACEMENTS: dict[str, Table] = {
+    "sparse_pooling": {ROIPooler: sparse_pooler},
+    "batched_proposals": {
+        RPN: BatchedRPN,
+        StandardROIHeads: BatchedStandardROIHeads,
+        Res5ROIHeads: BatchedRes5ROIHeads,
+        CascadeROIHeads: BatchedCascadeROIHeads,
+    },
+    "quiet_heads": {
+        FastRCNNOutputLayers: QuietFastRCNNOutputLayers,
+        MaskRCNNConvUpsampleHead: QuietMaskRCNNHead,
+    },
+    "winograd": {Conv2d: winograd_conv},
+}
+"""For each switch of a recipe the classes of detectron2 that it exchanges, and for what."""
+
+MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD = -3, -4, -1
+"""Options of mallopt(3)."""
+GLIBC_MEMORY = ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20))
+"""What glibc itself comes to in a program that frees large blocks (mallopt(3), M_MMAP_THRESHOLD)."""
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "amp", "bf16"]:
@@ -28,78 +60,80 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "amp"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "fp32"
 
 
-def tune_process(recipe: Recipe, device: torch.device) -> None:
-    """Sets what holds for the whole process: TF32, and detectron2's heads without their statistics."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
-        torch.backends.cudnn.allow_tf32 = recipe.tf32
-    if recipe.kept_memory and device.type == "cpu":
-        keep_memory()
-    if recipe.quiet_heads:
-        mask_head.mask_rcnn_loss = quiet_mask_loss
-        fast_rcnn._log_classification_stats = _log_nothing
-        logger.info("The heads' training statistics are left out.")
+def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Surgery:
+    """Applies a recipe to a model with its weights loaded, in place.
 
+    Checkpoints stay as they are, so that a trial can go on under another recipe.
 
-def keep_memory() -> None:
-    """Lets this process keep the memory that it frees, where its C library can (glibc).
-
-    glibc gives large blocks back to the system at once, and the next step's activations are then cleared and mapped
-    again, page by page. Values and numbers of the options: mallopt(3).
+    Returns:
+        What was exchanged, and can be restored.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4
-        kept = mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1)
-        logger.info("Freed memory is %s.", "kept" if kept else "given back: mallopt refused")
-
-
-def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """Applies a recipe to a model with its weights loaded, in place; returns it."""
-    if recipe.sparse_pooling and device.type == "cpu":
-        logger.info("%d poolers are sparse products.", roi_pooling.install(model))
-    if recipe.batched_proposals:
-        logger.info("Anchors and proposals: %d of 2 parts do all images at once.", proposals.install(model))
+    on_cpu = device.type == "cpu"
+    switches = {
+        "sparse_pooling": recipe.sparse_pooling and on_cpu,
+        "batched_proposals": recipe.batched_proposals,
+        "quiet_heads": recipe.quiet_heads,
+        "winograd": recipe.winograd and on_cpu and resolve_precision(recipe.precision, device) == "fp32",
+    }
+    surgery = exchange(model, {switch: REPLACEMENTS[switch] for switch, on in switches.items() if on})
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if recipe.winograd and device.type == "cpu" and resolve_precision(recipe.precision, device) == "fp32":
-        logger.info("%d convolutions are Winograd's or matrix products.", convolution.install(model))
+        model.to(memory_format=torch.channels_last)
     if recipe.compile:
         backbone = getattr(model, "backbone", None)
         if isinstance(backbone, nn.Module):
             backbone.compile(dynamic=False)  # in place: the names of its weights stay
             logger.info("The backbone is compiled at its first step.")
-    return model
+        else:
+            logger.warning("compile: has no effect, this model has no backbone.")
+    return surgery
 
 
-def quiet_mask_loss(pred_mask_logits: Tensor, instances: list[Instances], vis_period: int = 0) -> Tensor:
-    """detectron2's `mask_rcnn_loss` without accuracies for its log, each of which waits for the device.
+@contextmanager
+def process_settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Sets what a recipe needs for the whole process, and puts it back at the end, so that another can follow."""
+    num_threads = cv2.getNumThreads()  # the fast mapper sets it
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(_tf32(recipe.tf32))
+        elif recipe.kept_memory:
+            stack.enter_context(_kept_memory())
+        try:
+            yield
+        finally:
+            cv2.setNumThreads(num_threads)
 
-    Args:
-        pred_mask_logits: (N, classes or 1, M, M), the logits of all proposals.
-        instances: For each image its proposals with `gt_classes`, `gt_masks` and `proposal_boxes`.
-        vis_period: Not used; nothing is drawn.
 
-    Returns:
-        The mean binary cross entropy over all proposals' masks of their own class.
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
+def _kept_memory() -> Iterator[None]:
+    """Lets this process keep the memory that it frees, where its C library can (glibc).
+
+    glibc gives large blocks back to the system at once, and the next step's activations are then cleared and mapped
+    again, page by page.
     """
-    chosen = [image for image in instances if len(image)]
-    if not chosen:
-        return pred_mask_logits.sum() * 0
-    side, device = pred_mask_logits.shape[2], pred_mask_logits.device
-    targets = [image.gt_masks.crop_and_resize(image.proposal_boxes.tensor, side).to(device) for image in chosen]
-    if pred_mask_logits.shape[1] == 1:
-        logits = pred_mask_logits[:, 0]
-    else:
-        classes = torch.cat([image.gt_classes for image in chosen]).to(torch.int64)
-        logits = pred_mask_logits[torch.arange(len(pred_mask_logits), device=device), classes]
-    wanted = torch.cat(targets).to(torch.float32)
-    return nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="mean")
-
-
-def _log_nothing(pred_logits: Tensor, gt_classes: Tensor, prefix: str = "fast_rcnn") -> None:
-    """Takes the place of detectron2's `_log_classification_stats`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        logger.warning("kept_memory: has no effect, this C library has no mallopt.")
+        yield
+        return
+    accepted = mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    logger.info("Freed memory is %s.", "kept" if accepted else "given back: mallopt refused")
+    try:
+        yield
+    finally:
+        for option, value in GLIBC_MEMORY:
+            mallopt(option, value)

@@ -11,34 +11,31 @@ speed on large maps. Here, on channels-last maps, where a pixel's channels are a
 - The backward pass of the RPN's convolution: only the sampled anchors have a loss, so nearly all rows of its gradient
   are zero, and the product over the others is the whole gradient.
 
-The trap this module protects against: rounding that depends on the run. Every sum has a fixed order. Against detectron2
-results differ by rounding, in the fifth digit of the largest value.
+Every sum has a fixed order, so the same batch gives the same gradients. Against detectron2 results differ by rounding,
+in the fifth digit of the largest value.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from types import MethodType
 from typing import Any, Literal
 
 import torch
 from detectron2.layers import Conv2d
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import conv2d, linear, pad
 
-Way = Literal["tiles", "rows", "torch"]
+Method = Literal["tiles", "rows", "torch"]
 
-MIN_TILES, FEWEST_CHANNELS, FEWEST_BOTH = 32, 64, 3072
-"""Below, and below so many tiles times channels, transforms cost more than they save (measured by layer, AVX2)."""
-
+MIN_TILES, MIN_CHANNELS, MIN_TILES_TIMES_CHANNELS = 32, 64, 3072
+"""Below any of these, transforms cost more than they save (measured by layer, AVX2)."""
 MAX_ROWS = 128
 """Up to so many results, a product over neighbourhoods is faster than oneDNN (measured likewise)."""
-
-SPARSE = 0.2
+MAX_SPARSE_SHARE = 0.2
 """Share of rows with a gradient up to which only these are multiplied: a row costs four times as much as in tiles."""
 
 # For tiles with so many results a side: what transforms a line of pixels, of weights, and of products into results.
-_LINES: dict[int, tuple[list[list[float]], ...]] = {
+_TRANSFORMS_1D: dict[int, tuple[list[list[float]], ...]] = {
     3: ([[2, -1, -2, 1, 0], [0, -2, -1, 1, 0], [0, 2, -3, 1, 0], [0, -1, 0, 1, 0], [0, 2, -1, -2, 1]],
         [[1 / 2, 0, 0], [-1 / 2, -1 / 2, -1 / 2], [-1 / 6, 1 / 6, -1 / 6], [1 / 6, 1 / 3, 2 / 3], [0, 0, 1]],
         [[1, 1, 1, 1, 0], [0, 1, -1, 2, 0], [0, 1, 1, 4, 1]]),
@@ -50,50 +47,49 @@ _LINES: dict[int, tuple[list[list[float]], ...]] = {
 }  # fmt: skip
 
 
-def _both_ways(part: int) -> dict[int, Tensor]:
+def _transform_2d(part: int) -> dict[int, Tensor]:
     """What does the same to both directions of an image at once: one matrix product transforms a tile's channels."""
-    lines = {side: torch.tensor(parts[part], dtype=torch.float64) for side, parts in _LINES.items()}
+    lines = {side: torch.tensor(parts[part], dtype=torch.float64) for side, parts in _TRANSFORMS_1D.items()}
     return {side: torch.kron(line, line).float() for side, line in lines.items()}
 
 
-_OF_INPUT, _OF_WEIGHT, _OF_OUTPUT = (_both_ways(part) for part in range(3))
+_INPUT_TRANSFORM, _WEIGHT_TRANSFORM, _OUTPUT_TRANSFORM = (_transform_2d(part) for part in range(3))
 
 
-def install(model: nn.Module) -> int:
-    """Exchanges how a CPU model's convolutions are computed, in place; checkpoints stay as they are.
+class WinogradConv2d(Conv2d):  # type: ignore[misc]
+    """detectron2's `Conv2d` with weights of 3 x 3 or 1 x 1, on channels-last maps of a CPU in 32 bits."""
 
-    Returns:
-        How many convolutions are computed here from now on; 7 x 7, dilated and grouped ones stay torch's.
-    """
-    found = [module for module in model.modules() if type(module) is Conv2d and _can_compute(module)]
-    rpn = getattr(getattr(model, "proposal_generator", None), "rpn_head", None)
-    sparse = {id(module) for module in rpn.modules()} if rpn is not None else set()
-    for module in found:
-        module.sparse_gradient = id(module) in sparse  # type: ignore[assignment]
-        module.forward = MethodType(_forward, module)
-    return len(found)
+    sparse_gradient = False
+    """Whether to look for results without a gradient in the backward pass."""
 
-
-def _can_compute(module: Conv2d) -> bool:
-    sides = (module.kernel_size, module.padding)
-    return (
-        sides in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
-        and module.stride in ((1, 1), (2, 2))
-        and module.dilation == (1, 1)
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-    )
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) convolved, normalized and activated."""
+        if self.kernel_size == (1, 1):
+            x = _one_by_one(x, self.weight, self.bias, self.stride[0])
+        else:
+            x = three_by_three(x, self.weight, self.bias, self.stride[0], self.sparse_gradient)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.activation is None else self.activation(x)
 
 
-def _forward(self: Conv2d, x: Tensor) -> Tensor:
-    """detectron2's `Conv2d.forward`, its convolution computed here."""
-    if self.kernel_size == (1, 1):
-        x = _one_by_one(x, self.weight, self.bias, self.stride[0])
-    else:
-        x = three_by_three(x, self.weight, self.bias, self.stride[0], self.sparse_gradient)
-    if self.norm is not None:
-        x = self.norm(x)
-    return x if self.activation is None else self.activation(x)
+class SparseGradientConv2d(WinogradConv2d):
+    """The RPN's convolution: only the sampled anchors have a loss."""
+
+    sparse_gradient = True
+
+
+def winograd_conv(name: str, conv: Conv2d) -> type[Conv2d] | None:
+    """The class that computes a convolution's results; None for 7 x 7, dilated, grouped and unpadded ones."""
+    if (
+        (conv.kernel_size, conv.padding) not in (((3, 3), (1, 1)), ((1, 1), (0, 0)))
+        or conv.stride not in ((1, 1), (2, 2))
+        or conv.dilation != (1, 1)
+        or conv.groups != 1
+        or conv.padding_mode != "zeros"
+    ):
+        return None
+    return SparseGradientConv2d if name.startswith("proposal_generator.rpn_head.") else WinogradConv2d
 
 
 def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -102,7 +98,7 @@ def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> 
 
 
 def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sparse_gradient: bool) -> Tensor:
-    """A convolution with 3 x 3 weights and a border of one zero, by the fastest of three ways.
+    """A convolution with 3 x 3 weights and a border of one zero, by the fastest of three methods.
 
     Args:
         x: (N, C, H, W) in 32 bits.
@@ -116,17 +112,18 @@ def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     """
     images, channels, height, width = x.shape
     results = images * -(-height // stride) * -(-width // stride)
-    side, fewest = _side(height, width), min(channels, len(weight))
+    side, channels = _side(height, width), min(channels, len(weight))
     tiles = images * -(-height // side) * -(-width // side)
-    way: Way = "torch"
-    if stride == 1 and tiles >= MIN_TILES and fewest >= FEWEST_CHANNELS and tiles * fewest >= FEWEST_BOTH:
-        way = "tiles"
+    enough = tiles >= MIN_TILES and channels >= MIN_CHANNELS and tiles * channels >= MIN_TILES_TIMES_CHANNELS
+    method: Method = "torch"
+    if stride == 1 and enough:
+        method = "tiles"
     elif 0 < results <= MAX_ROWS:
-        way = "rows"
+        method = "rows"
     elif not sparse_gradient:
         return conv2d(x, weight, bias, stride, padding=1)
-    found: Tensor = _ThreeByThree.apply(x, weight, bias, stride, way, sparse_gradient)
-    return found
+    result: Tensor = _ThreeByThree.apply(x, weight, bias, stride, method, sparse_gradient)
+    return result
 
 
 class _ThreeByThree(torch.autograd.Function):
@@ -134,21 +131,21 @@ class _ThreeByThree(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, way: Way, sparse_gradient: bool
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, method: Method, sparse_gradient: bool
     ) -> Tensor:
-        ctx.stride, ctx.way, ctx.sparse_gradient, ctx.has_bias = stride, way, sparse_gradient, bias is not None
+        ctx.stride, ctx.method, ctx.sparse_gradient, ctx.has_bias = stride, method, sparse_gradient, bias is not None
         pixels, transformed, tiles = x.permute(0, 2, 3, 1), None, None
-        if way == "torch":
+        if method == "torch":
             result = conv2d(x, weight, bias, stride, padding=1).permute(0, 2, 3, 1)
-        elif way == "rows":
+        elif method == "rows":
             result = _by_rows(pixels, weight, stride)
         else:
             side = _side(*x.shape[2:])
-            transformed, tiles = _of_weight(weight, side), _to_tiles(pixels, side)
+            transformed, tiles = _to_weight_tiles(weight, side), _to_tiles(pixels, side)
             result = _by_tiles(tiles, transformed, pixels.shape, side)
         # Tiles are two to three times the pixels, and of no use where few rows have a gradient.
         ctx.save_for_backward(x, weight, transformed, None if sparse_gradient else tiles)
-        if bias is not None and way != "torch":
+        if bias is not None and method != "torch":
             result += bias
         return result.permute(0, 3, 1, 2)
 
@@ -156,21 +153,21 @@ class _ThreeByThree(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, transformed, tiles = ctx.saved_tensors
-        wants_x: bool = ctx.needs_input_grad[0]
-        pixels, of_results = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-        rows = of_results.reshape(-1, len(weight))
-        there = (rows != 0).any(1).nonzero()[:, 0] if ctx.sparse_gradient else None
-        if ctx.way == "rows" or (there is not None and len(there) <= SPARSE * len(rows)):
-            of_x, of_weight = _rows_backward(pixels, weight, rows, ctx.stride, there, wants_x)
-        elif ctx.way == "tiles":
+        needs_x: bool = ctx.needs_input_grad[0]
+        pixels, grad_results = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
+        rows = grad_results.reshape(-1, len(weight))
+        nonzero = (rows != 0).any(1).nonzero()[:, 0] if ctx.sparse_gradient else None
+        if ctx.method == "rows" or (nonzero is not None and len(nonzero) <= MAX_SPARSE_SHARE * len(rows)):
+            grad_x, grad_weight = _rows_backward(pixels, weight, rows, ctx.stride, nonzero, needs_x)
+        elif ctx.method == "tiles":
             side = _side(*x.shape[2:])
             tiles = _to_tiles(pixels, side) if tiles is None else tiles
-            of_x, of_weight = _tiles_backward(tiles, transformed, of_results, side, wants_x)
+            grad_x, grad_weight = _tiles_backward(tiles, transformed, grad_results, side, needs_x)
         else:
-            of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [wants_x, True, False]
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [needs_x, True, False]
             )
-        return of_x, of_weight, rows.sum(0) if ctx.has_bias else None, None, None, None
+        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None, None, None, None
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -198,31 +195,31 @@ def _neighbours(images: int, height: int, width: int, stride: int) -> Tensor:
 def _by_rows(pixels: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The results, (N, H / stride, W / stride, O)."""
     images, height, width, _ = pixels.shape
-    seen = _neighbours(images, height, width, stride)
-    results = _rows(pixels)[seen].flatten(1) @ _flat(weight).t()
+    neighbours = _neighbours(images, height, width, stride)
+    results = _rows(pixels)[neighbours].flatten(1) @ _flat(weight).t()
     return results.view(images, -(-height // stride), -(-width // stride), -1)
 
 
 def _rows_backward(
-    pixels: Tensor, weight: Tensor, gradient: Tensor, stride: int, there: Tensor | None, wants_x: bool
+    pixels: Tensor, weight: Tensor, gradient: Tensor, stride: int, nonzero: Tensor | None, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of pixels and weights from the rows `there` of the results' gradient, (results, O)."""
+    """Gradients of pixels and weights from the results' gradient, (results, O), or its rows `nonzero`."""
     images, height, width, channels = pixels.shape
-    seen, rows = _neighbours(images, height, width, stride), _rows(pixels)
-    if there is not None:
-        seen, gradient = seen[there], gradient[there]
-    of_weight = _unflat(gradient.t() @ rows[seen].flatten(1), weight)
-    if not wants_x:
-        return None, of_weight
+    neighbours, rows = _neighbours(images, height, width, stride), _rows(pixels)
+    if nonzero is not None:
+        neighbours, gradient = neighbours[nonzero], gradient[nonzero]
+    grad_weight = _unflat(gradient.t() @ rows[neighbours].flatten(1), weight)
+    if not needs_x:
+        return None, grad_weight
     spread = (gradient @ _flat(weight)).view(-1, channels)
-    of_rows = torch.zeros_like(rows).index_add_(0, seen.flatten(), spread)
-    of_pixels = of_rows.view(images, height + 2, width + 2, channels)[:, 1:-1, 1:-1]
-    return of_pixels.permute(0, 3, 1, 2), of_weight
+    grad_rows = torch.zeros_like(rows).index_add_(0, neighbours.flatten(), spread)
+    grad_pixels = grad_rows.view(images, height + 2, width + 2, channels)[:, 1:-1, 1:-1]
+    return grad_pixels.permute(0, 3, 1, 2), grad_weight
 
 
 def _side(height: int, width: int) -> int:
     """Results a side of the tiles that cover a map with the fewest multiplications."""
-    return min(_LINES, key=lambda side: -(-height // side) * -(-width // side) * (side + 2) ** 2)
+    return min(_TRANSFORMS_1D, key=lambda side: -(-height // side) * -(-width // side) * (side + 2) ** 2)
 
 
 def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
@@ -236,18 +233,18 @@ def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
 def _to_tiles(pixels: Tensor, side: int) -> Tensor:
     """All overlapping input tiles of (N, H, W, C) pixels, transformed: ((side + 2)^2, tiles, C)."""
     images, height, width, channels = pixels.shape
-    down, across, seen = -(-height // side), -(-width // side), side + 2
+    down, across, window = -(-height // side), -(-width // side), side + 2
     padded = pad(pixels, (0, 0, 1, side * across + 1 - width, 1, side * down + 1 - height))
     image, row, column, channel = padded.stride()
     tiles = padded.as_strided(
-        (images, down, across, seen, seen, channels), (image, side * row, side * column, row, column, channel)
+        (images, down, across, window, window, channels), (image, side * row, side * column, row, column, channel)
     )
-    return _transformed(_OF_INPUT[side], tiles.reshape(-1, seen**2, channels)).transpose(0, 1)
+    return _transformed(_INPUT_TRANSFORM[side], tiles.reshape(-1, window**2, channels)).transpose(0, 1)
 
 
-def _of_weight(weight: Tensor, side: int) -> Tensor:
+def _to_weight_tiles(weight: Tensor, side: int) -> Tensor:
     """Transformed weights, ((side + 2)^2, O, C)."""
-    return _transformed(_OF_WEIGHT[side], _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
+    return _transformed(_WEIGHT_TRANSFORM[side], _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
 
 
 def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size, side: int) -> Tensor:
@@ -255,31 +252,33 @@ def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size, side: int) -> Te
     images, height, width, _ = shape
     down, across = -(-height // side), -(-width // side)
     products = torch.bmm(tiles, weight.transpose(1, 2))
-    results = _transformed(_OF_OUTPUT[side], products.transpose(0, 1)).view(images, down, across, side, side, -1)
+    results = _transformed(_OUTPUT_TRANSFORM[side], products.transpose(0, 1)).view(images, down, across, side, side, -1)
     whole = results.transpose(2, 3).reshape(images, side * down, side * across, -1)
     return whole[:, :height, :width]
 
 
 def _tiles_backward(
-    tiles: Tensor, weight: Tensor, gradient: Tensor, side: int, wants_x: bool
+    tiles: Tensor, weight: Tensor, gradient: Tensor, side: int, needs_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The transpose of each step of the forward pass, last step first; from transformed pixels and weights."""
     images, height, width, outputs = gradient.shape
-    down, across, seen, channels = -(-height // side), -(-width // side), side + 2, weight.shape[2]
+    down, across, window, channels = -(-height // side), -(-width // side), side + 2, weight.shape[2]
     padded = pad(gradient, (0, 0, 0, side * across - width, 0, side * down - height))
-    of_results = padded.reshape(images, down, side, across, side, outputs).transpose(2, 3)
-    of_products = _transformed(_OF_OUTPUT[side].t(), of_results.reshape(-1, side**2, outputs)).transpose(0, 1)
-    of_transformed = torch.bmm(of_products.transpose(1, 2), tiles)
-    of_weight = _transformed(_OF_WEIGHT[side].t(), of_transformed.transpose(0, 1))
-    of_weight = of_weight.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
-    if not wants_x:
-        return None, of_weight
-    of_tiles = _transformed(_OF_INPUT[side].t(), torch.bmm(of_products, weight).transpose(0, 1))
-    of_tiles = of_tiles.view(images, down, across, seen, seen, channels)
+    grad_results = padded.reshape(images, down, side, across, side, outputs).transpose(2, 3)
+    grad_products = _transformed(_OUTPUT_TRANSFORM[side].t(), grad_results.reshape(-1, side**2, outputs)).transpose(
+        0, 1
+    )
+    grad_transformed = torch.bmm(grad_products.transpose(1, 2), tiles)
+    grad_weight = _transformed(_WEIGHT_TRANSFORM[side].t(), grad_transformed.transpose(0, 1))
+    grad_weight = grad_weight.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)
+    if not needs_x:
+        return None, grad_weight
+    grad_tiles = _transformed(_INPUT_TRANSFORM[side].t(), torch.bmm(grad_products, weight).transpose(0, 1))
+    grad_tiles = grad_tiles.view(images, down, across, window, window, channels)
     # A tile's last two rows and columns lie on the next tile's first.
-    whole = of_tiles.new_zeros(images, down + 1, side, across + 1, side, channels)
-    for i, rows in enumerate(torch.split(of_tiles, side, dim=3)):
+    whole = grad_tiles.new_zeros(images, down + 1, side, across + 1, side, channels)
+    for i, rows in enumerate(torch.split(grad_tiles, side, dim=3)):
         for j, part in enumerate(torch.split(rows, side, dim=4)):
             whole[:, i : i + down, : part.shape[3], j : j + across, : part.shape[4]] += part.transpose(2, 3)
-    of_pixels = whole.view(images, side * (down + 1), side * (across + 1), channels)
-    return of_pixels[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), of_weight
+    grad_pixels = whole.view(images, side * (down + 1), side * (across + 1), channels)
+    return grad_pixels[:, 1 : height + 1, 1 : width + 1].permute(0, 3, 1, 2), grad_weight

@@ -1,13 +1,12 @@
 """Pools regions of interest on the CPU as one sparse product: detectron2's ROIAlign in a tenth of its time.
 
 ROIAlign is linear in the features: each pooled value is a weighted sum of a few pixels. torchvision's CPU kernel
-works the weights out again for every channel, and in the backward pass on a single thread, which took a third of a
-training step of Mask R-CNN R50-FPN at 320 px. Here the weights are worked out once for all channels, and
+computes the weights again for every channel, and in the backward pass on a single thread, which took a third of a
+training step of Mask R-CNN R50-FPN at 320 px. Here the weights are computed once for all channels, and
 `embedding_bag` sums the rows: forward by pooled value, backward by pixel.
 
-The trap this module protects against: adding up in the order in which threads finish, as atomic additions do. Every
-sum here has a fixed order, so the same batch gives the same gradients, bit for bit. Against torchvision they are equal
-but for the rounding of a sum in another order.
+Every sum has a fixed order, so the same batch gives the same gradients, bit for bit, whatever the number of threads.
+Against torchvision they are equal but for the rounding of a sum in another order.
 """
 
 from __future__ import annotations
@@ -19,42 +18,12 @@ import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
 from detectron2.structures import Boxes
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-def install(model: nn.Module) -> int:
-    """Exchanges a CPU model's ROIAlign poolers, in place; checkpoints stay as they are. Returns how many there were."""
-    found = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is ROIPooler and _can_pool(child)
-    ]
-    for parent, name, pooler in found:
-        setattr(parent, name, SparsePooler(pooler))
-    return len(found)
-
-
-def _can_pool(pooler: ROIPooler) -> bool:
-    return all(type(level) is ROIAlign for level in pooler.level_poolers)
-
-
-class SparsePooler(nn.Module):
-    """Takes the place of a `ROIPooler` of ROIAlign; the same arguments and the same result.
-
-    Args:
-        pooler: The pooler whose settings are taken over.
-    """
-
-    def __init__(self, pooler: ROIPooler) -> None:
-        super().__init__()
-        self.output_size: tuple[int, int] = pooler.output_size
-        self.scales: list[float] = [level.spatial_scale for level in pooler.level_poolers]
-        self.sampling_ratio: int = pooler.level_poolers[0].sampling_ratio
-        self.aligned: bool = pooler.level_poolers[0].aligned
-        self.levels: tuple[int, int] = pooler.min_level, pooler.max_level
-        self.canonical: tuple[int, int] = pooler.canonical_box_size, pooler.canonical_level
+class SparsePooler(ROIPooler):  # type: ignore[misc]
+    """A `ROIPooler` of ROIAlign on a CPU."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         """Pools each box from the feature map of its size.
@@ -81,104 +50,114 @@ class SparsePooler(nn.Module):
         if len(x) == 1:
             level = torch.zeros(len(boxes), dtype=torch.int64)
         else:
-            level = assign_boxes_to_levels(box_lists, *self.levels, *self.canonical)
+            level = assign_boxes_to_levels(
+                box_lists, self.min_level, self.max_level, self.canonical_box_size, self.canonical_level
+            )
         shapes = torch.tensor([features.shape[2:] for features in x])
         first_pixel = torch.tensor([0, *(features.numel() // features.shape[1] for features in x)]).cumsum(0)
         height, width = shapes[level].unbind(1)
-        corners = boxes * torch.tensor(self.scales)[level][:, None] - (0.5 if self.aligned else 0.0)
+        align = self.level_poolers[0]
+        scales = torch.tensor([pooler.spatial_scale for pooler in self.level_poolers])
+        corners = boxes * scales[level][:, None] - (0.5 if align.aligned else 0.0)
         rows, columns = self.output_size
-        down = self._along(corners[:, 1], corners[:, 3], rows, height)
-        across = self._along(corners[:, 0], corners[:, 2], columns, width)
+        vertical = _axis(corners[:, 1], corners[:, 3], rows, height, align)
+        horizontal = _axis(corners[:, 0], corners[:, 2], columns, width, align)
 
-        # One entry for each pixel that a pooled value sees, in the order of the pooled values.
-        seen_down = down.count[:, :, None].expand(-1, -1, columns).reshape(-1)
-        seen_across = across.count[:, None, :].expand(-1, rows, -1).reshape(-1)
-        num_seen = seen_down * seen_across
-        starts = num_seen.cumsum(0) - num_seen
-        value = torch.repeat_interleave(torch.arange(len(num_seen)), num_seen)
+        # One entry for each pixel that contributes to a pooled value, in the order of the pooled values.
+        pixels_down = vertical.count[:, :, None].expand(-1, -1, columns).reshape(-1)
+        pixels_across = horizontal.count[:, None, :].expand(-1, rows, -1).reshape(-1)
+        num_pixels = pixels_down * pixels_across
+        starts = num_pixels.cumsum(0) - num_pixels
+        value = torch.repeat_interleave(torch.arange(len(num_pixels)), num_pixels)
         number = torch.arange(len(value)) - starts[value]
-        step_down = torch.div(number, seen_across[value], rounding_mode="floor")
-        step_across = number - step_down * seen_across[value]
+        step_down = torch.div(number, pixels_across[value], rounding_mode="floor")
+        step_across = number - step_down * pixels_across[value]
         box = torch.div(value, rows * columns, rounding_mode="floor")
-        bin_down = torch.div(value, columns, rounding_mode="floor")  # counted over all boxes
-        bin_across = box * columns + value % columns
-        y = down.first.view(-1)[bin_down] + step_down
-        across_x = across.first.view(-1)[bin_across] + step_across
+        row = torch.div(value, columns, rounding_mode="floor")  # counted over all boxes
+        column = box * columns + value % columns
+        pixel_y = vertical.first.view(-1)[row] + step_down
+        pixel_x = horizontal.first.view(-1)[column] + step_across
         origin = first_pixel[level] + image * height * width
         return _Weights(
-            pixel=(origin[box] + y * width[box] + across_x).int(),
+            pixel=(origin[box] + pixel_y * width[box] + pixel_x).int(),
             value=value.int(),
-            weight=down.weight.flatten(0, 1)[bin_down, step_down]
-            * across.weight.flatten(0, 1)[bin_across, step_across],
+            weight=vertical.weight.flatten(0, 1)[row, step_down] * horizontal.weight.flatten(0, 1)[column, step_across],
             value_starts=starts.int(),
             num_pixels=int(first_pixel[-1]),
         )
 
-    def _along(self, start: Tensor, end: Tensor, bins: int, extent: Tensor) -> _Axis:
-        """Weights along one axis: ROIAlign's bilinear samples are a grid, so their weights are products of two axes.
 
-        Follows torchvision's `roi_align` (csrc/ops/cpu/roi_align_common.h), step by step in 32 bits.
-
-        Args:
-            start: (N,) where each box begins, in pixels of its feature map.
-            end: (N,) where it ends.
-            bins: Pooled values along the axis.
-            extent: (N,) pixels of the feature map along the axis.
-        """
-        size = end - start if self.aligned else (end - start).clamp(min=1.0)
-        bin_size = size / bins
-        grid = torch.ceil(bin_size) if self.sampling_ratio <= 0 else torch.full_like(size, self.sampling_ratio)
-        grid = grid.clamp(min=0)
-        samples = torch.arange(int(grid.max()))
-        position = (
-            start[:, None, None]
-            + torch.arange(bins)[None, :, None] * bin_size[:, None, None]
-            + (samples + 0.5) * bin_size[:, None, None] / grid[:, None, None]
-        )
-        last = (extent - 1)[:, None, None]
-        inside = (samples < grid[:, None, None]) & (position >= -1) & (position <= extent[:, None, None])
-        position = position.clamp(min=0)
-        below = torch.minimum(position.long().clamp(min=0), last)
-        upper = torch.where(below >= last, 0.0, position - below) / grid[:, None, None]
-        lower = torch.where(below >= last, 1.0, 1.0 - (position - below)) / grid[:, None, None]
-        far = int(extent.max())
-        first = torch.where(inside, below, far).amin(2)
-        # A sample on the last pixel has no upper neighbour; a window of one pixel more has weight 0 there.
-        final = torch.where(inside, torch.minimum(below + 1, last), -1).amax(2)
-        count = (final - first + 1).clamp(min=0)
-        offset = torch.where(inside, below - first[:, :, None], 0)
-        weight = torch.zeros(*first.shape, max(int(count.max()), 1) + 1)
-        weight.scatter_add_(2, offset, torch.where(inside, lower, 0.0))
-        weight.scatter_add_(2, offset + 1, torch.where(inside, upper, 0.0))
-        return _Axis(first, count, weight)
+def sparse_pooler(_name: str, pooler: ROIPooler) -> type[ROIPooler] | None:
+    """The class that pools in a pooler's place; None where it does not pool by ROIAlign."""
+    return SparsePooler if all(type(level) is ROIAlign for level in pooler.level_poolers) else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """For each box and bin: its first pixel, (N, bins), how many it sees, and their weights, (N, bins, most seen)."""
+    """The weights of pixels along one axis."""
 
     first: Tensor
+    """(N, bins), the first pixel that each bin of each box sees."""
     count: Tensor
+    """(N, bins), how many it sees."""
     weight: Tensor
+    """(N, bins, greatest count), their weights."""
+
+
+def _axis(start: Tensor, end: Tensor, bins: int, extent: Tensor, align: ROIAlign) -> _Axis:
+    """Weights along one axis: ROIAlign's bilinear samples are a grid, so their weights are products of two axes.
+
+    Follows torchvision's `roi_align` (csrc/ops/cpu/roi_align_common.h), step by step in 32 bits.
+
+    Args:
+        start: (N,) where each box begins, in pixels of its feature map.
+        end: (N,) where it ends.
+        bins: Pooled values along the axis.
+        extent: (N,) pixels of the feature map along the axis.
+        align: Says how boxes are sampled.
+    """
+    size = end - start if align.aligned else (end - start).clamp(min=1.0)
+    bin_size = size / bins
+    grid = torch.ceil(bin_size) if align.sampling_ratio <= 0 else torch.full_like(size, align.sampling_ratio)
+    grid = grid.clamp(min=0)
+    samples = torch.arange(int(grid.max()))
+    position = (
+        start[:, None, None]
+        + torch.arange(bins)[None, :, None] * bin_size[:, None, None]
+        + (samples + 0.5) * bin_size[:, None, None] / grid[:, None, None]
+    )
+    last = (extent - 1)[:, None, None]
+    inside = (samples < grid[:, None, None]) & (position >= -1) & (position <= extent[:, None, None])
+    position = position.clamp(min=0)
+    below = torch.minimum(position.long().clamp(min=0), last)
+    upper = torch.where(below >= last, 0.0, position - below) / grid[:, None, None]
+    lower = torch.where(below >= last, 1.0, 1.0 - (position - below)) / grid[:, None, None]
+    outside = int(extent.max())
+    first = torch.where(inside, below, outside).amin(2)
+    # A sample on the last pixel has no upper neighbour; a window of one pixel more has weight 0 there.
+    final = torch.where(inside, torch.minimum(below + 1, last), -1).amax(2)
+    count = (final - first + 1).clamp(min=0)
+    offset = torch.where(inside, below - first[:, :, None], 0)
+    weight = torch.zeros(*first.shape, max(int(count.max()), 1) + 1)
+    weight.scatter_add_(2, offset, torch.where(inside, lower, 0.0))
+    weight.scatter_add_(2, offset + 1, torch.where(inside, upper, 0.0))
+    return _Axis(first, count, weight)
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """A sparse matrix from the pixels of all levels and images to the pooled values, ordered by pooled value.
-
-    Attributes:
-        pixel: Column of each entry.
-        value: Row of each entry.
-        weight: The entry.
-        value_starts: Where each row's entries begin.
-        num_pixels: Number of columns.
-    """
+    """A sparse matrix from the pixels of all levels and images to the pooled values, ordered by pooled value."""
 
     pixel: Tensor
+    """Column of each entry."""
     value: Tensor
+    """Row of each entry."""
     weight: Tensor
+    """The entry."""
     value_starts: Tensor
+    """Where each row's entries begin."""
     num_pixels: int
+    """Number of columns."""
 
 
 class _SparsePool(torch.autograd.Function):

@@ -1,9 +1,4 @@
-"""The optimizer of a recipe: gradients clipped all at once, and one kernel for the whole update of SGD.
-
-The trap this module protects against: torch's fused kernel for CPUs walks through memory and takes for granted that
-weights, gradients and momenta lie there in the same order. Where one is channels-last and another is not (a momentum
-from a checkpoint of another recipe), it adds up figures of different weights without a word (torch 2.14).
-"""
+"""The optimizer of a recipe: gradients clipped all at once, and one kernel for the whole update of SGD."""
 
 from __future__ import annotations
 
@@ -11,64 +6,70 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from torch import Tensor
+from detectron2.solver import build_optimizer
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from trainers.recipes import Recipe
 
-VECTOR = 16
+VECTOR_LENGTH = 16
 """Numbers of 32 bits in the widest vector of a CPU (AVX-512)."""
 
 
-def tune_optimizer(optimizer: torch.optim.Optimizer, cfg: CfgNode, recipe: Recipe) -> torch.optim.Optimizer:
-    """Applies a recipe to detectron2's optimizer, in place; returns it.
+def build_tuned_optimizer(cfg: CfgNode, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """detectron2's optimizer as a recipe has it.
 
-    detectron2 clips by making a subclass whose `step` clips one parameter after the other, with some ten small
-    operations each. The subclass is exchanged for one that clips all of them in three.
+    detectron2 clips one parameter after the other in the optimizer's `step`, with some ten small operations each;
+    `batched_clipping` does it for all of them in a hook before the step.
     """
     clips = cfg.SOLVER.CLIP_GRADIENTS
-    found = type(optimizer)
-    plain: Any = found.__mro__[1] if clips.ENABLED else found
-    if recipe.fused_optimizer and issubclass(plain, torch.optim.SGD):
-        plain = FusedSGD
-        # The kernel can undo the scaling of float16 itself; but clipping comes before it, and needs true gradients.
-        optimizer._step_supports_amp_scaling = not clips.ENABLED  # type: ignore[attr-defined]
-    steps = {"step": found.step} if clips.ENABLED else {}
-    if recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm":
+    batched_clipping = recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm"
+    without_clipping = cfg.clone()
+    without_clipping.defrost()
+    without_clipping.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    optimizer: torch.optim.Optimizer = build_optimizer(without_clipping, model)
+    if recipe.fused_optimizer and type(optimizer) is torch.optim.SGD:
+        optimizer = FusedSGD(optimizer.param_groups, **optimizer.defaults)
+    if not batched_clipping:
+        clipping: torch.optim.Optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+        return clipping
 
-        def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            clip_each(gradients, clips.CLIP_VALUE, clips.NORM_TYPE)
-            return plain.step(self, closure)
+    def clip(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        clip_each(gradients, clips.CLIP_VALUE, clips.NORM_TYPE)
 
-        steps = {"step": step}
-    optimizer.__class__ = type(f"Tuned{plain.__name__}", (plain,), steps)
+    optimizer.register_step_pre_hook(clip)
     return optimizer
 
 
 @torch.no_grad()
-def clip_each(gradients: list[Tensor], most: float, norm_type: float) -> None:
-    """Scales each gradient, in place, to a norm of at most `most`, as `torch.nn.utils.clip_grad_norm_` does one by one.
+def clip_each(gradients: list[Tensor], max_norm: float, norm_type: float) -> None:
+    """Scales each gradient, in place, to a norm of `max_norm` at most: `torch.nn.utils.clip_grad_norm_` one by one.
 
     Args:
         gradients: Tensors of one dtype and device.
-        most: Greatest norm.
+        max_norm: Greatest norm.
         norm_type: Order of the norm.
     """
     if not gradients:
         return
-    norms = torch._foreach_norm(gradients, norm_type)
-    # One vector for all scales; 1e-6 keeps a gradient of zeros from dividing by zero (torch/nn/utils/clip_grad.py).
-    scales = (most / (torch.stack(norms) + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
-    if gradients[0].device.type == "cpu":  # looking at the scales is free here, and most of them are 1
+    norms = torch.stack([torch.linalg.vector_norm(gradient, norm_type) for gradient in gradients])
+    # 1e-6 keeps torch's own function from dividing by zero (torch/nn/utils/clip_grad.py).
+    scales = (max_norm / (norms + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
+    if scales.device.type == "cpu":  # looking at the scales is free here, and most of them are 1
         smaller = (scales != 1).nonzero()[:, 0]
         gradients, scales = [gradients[i] for i in smaller.tolist()], scales[smaller]
-    if gradients:
-        torch._foreach_mul_(gradients, scales.unbind())
+    for gradient, scale in zip(gradients, scales.unbind(), strict=True):
+        gradient.mul_(scale)
 
 
 class FusedSGD(torch.optim.SGD):
-    """torch's SGD by its fused kernel, which is shown all tensors in the order of the weights' memory.
+    """torch's SGD by its fused kernel, which is given all tensors in the order of the weights' memory.
+
+    torch's fused kernel for CPUs takes for granted that weights, gradients and momenta lie in memory in the same order.
+    Where one is channels-last and another is not (a momentum from a checkpoint of another recipe), it adds up figures
+    of different weights without an error (torch 2.14).
 
     On CPU the results are those of torch's other ways, bit for bit: the kernel rounds only once where a tensor ends in
     less than a whole vector of numbers, so such tensors (a few biases) are left to `foreach`.
@@ -76,11 +77,11 @@ class FusedSGD(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Updates all weights that have a gradient; momenta are kept as torch's SGD keeps them."""
+        """Updates all weights that have a gradient; momenta are stored as torch's SGD stores them."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            whole = [weight.device.type != "cpu" or weight.numel() % VECTOR == 0 for weight in weights]
+            whole = [weight.device.type != "cpu" or weight.numel() % VECTOR_LENGTH == 0 for weight in weights]
             self._update(group, [weight for weight, fits in zip(weights, whole, strict=True) if fits], fused=True)
             self._update(group, [weight for weight, fits in zip(weights, whole, strict=True) if not fits], fused=False)
         return loss
@@ -108,22 +109,20 @@ class FusedSGD(torch.optim.SGD):
             maximize=group["maximize"],
             fused=fused,
             foreach=not fused,
-            grad_scale=getattr(self, "grad_scale", None) if fused else None,
-            found_inf=getattr(self, "found_inf", None) if fused else None,
         )
 
 
 def as_laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
     """A tensor of a weight's shape in the weight's memory order; the same tensor where it is in that order."""
-    return tensor.contiguous(memory_format=_order(weight))
+    return tensor.contiguous(memory_format=_memory_format(weight))
 
 
 def in_memory_order(tensor: Tensor, weight: Tensor) -> Tensor:
     """A view of `as_laid_out` whose elements follow each other in memory."""
     laid_out = as_laid_out(tensor, weight)
-    return laid_out.permute(0, 2, 3, 1) if _order(weight) is torch.channels_last else laid_out
+    return laid_out.permute(0, 2, 3, 1) if _memory_format(weight) is torch.channels_last else laid_out
 
 
-def _order(weight: Tensor) -> torch.memory_format:
-    last = weight.dim() == 4 and not weight.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    channels_last = weight.dim() == 4 and not weight.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
