@@ -1,67 +1,73 @@
-# Everything a person types. Each target installs what it needs; a second call installs nothing.
-PYTHON ?= python3.11
+# Everything a person types; `make` alone lists it. Each target installs what it needs; a second call installs nothing.
+# PYTHON picks the interpreter of the environment (any from 3.11 to 3.14); without it, install.sh finds one.
 # detectron2 is not on PyPI under its name; sal-detectron2 is the same Python code (see README, "Installing detectron2").
 # `make install DETECTRON2=git+https://github.com/facebookresearch/detectron2.git` builds the official one instead.
-DETECTRON2 ?= sal-detectron2==0.7.2
-BIN := .venv/bin
-INSTALLED := .venv/installed
-EXTRAS ?= dev
-IMAGE ?= ray-detectron2-benchmark:0.1.0
-# What builds the image: the first that works. Another base: `make image BASE=docker.io/library/python:3.11-bookworm`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+IMAGE ?= ray-detectron2-benchmark:0.2.0
+# What builds the image: the first that works. Another base: `make image BASE=docker.io/library/python:3.13-bookworm`.
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
 CONFIG ?= configs/scale_out.yaml
 SEEDS ?= 20
 ADDRESS ?= http://127.0.0.1:8265
+TESTS ?=
 
-.PHONY: install demo test test-cluster test-image chaos check bench bench-gpu ui schema lock image mlflow-server submit
+.DEFAULT_GOAL := help
+.PHONY: help install demo test coverage test-cluster test-image chaos check hooks bench bench-gpu ui schema lock image \
+	mlflow-server submit
 
-install: $(INSTALLED)
+help:  ## This list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml constraints.txt install_detectron2.sh
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	sh install_detectron2.sh '$(DETECTRON2)' $(BIN)
-	touch $@
+install:  ## The environment in .venv; PYTHON=python3.12 picks the interpreter
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' EXTRAS='$(EXTRAS)' DETECTRON2='$(DETECTRON2)' sh install.sh
 
-demo: install
+demo: install  ## The main job on generated data, on CPU, in minutes
 	$(BIN)/python -m orchestrator.run
 
-test: install
-	$(BIN)/python -m pytest
+test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some
+	$(BIN)/python -m pytest $(TESTS)
 
-test-cluster: install  ## scenes on several hosts, made of network namespaces; skipped where these cannot be made
+coverage: install  ## The tests, with coverage measured and held to its floor (pyproject.toml)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(TESTS)
+
+test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-test-image: install
+test-image: install  ## Tests of the container image
 	$(BIN)/python -m pytest -m image tests/cluster
 
-chaos: install  ## SEEDS runs with random faults, each compared with an undisturbed one
+chaos: install  ## SEEDS=20 runs with random faults, each compared with an undisturbed one
 	$(BIN)/python -m pytest -m soak tests/faults
 	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS)
 
-check: install
+check: install  ## Lint, format, types, layers, dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry .
 
-bench: install
+hooks: install  ## Run the tools of `make check` on every commit
+	$(BIN)/pre-commit install
+
+bench: install  ## This program against plain detectron2, side by side
 	$(BIN)/python -m benchmarks.run
 
-bench-gpu: install  ## the real model on this machine's GPU
+bench-gpu: install  ## The real model on this machine's GPU
 	$(BIN)/python -m benchmarks.gpu
 
-ui: install
+ui: install  ## MLflow's pages on the runs of this folder
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-image:
+image:  ## The container image of a cluster's nodes
 	@test -n '$(ENGINE)' || { echo 'no docker, podman or buildah that works is at hand' >&2; exit 2; }
 	$(ENGINE) build $(if $(BASE),--build-arg BASE=$(BASE)) --tag $(IMAGE) --file docker/Dockerfile $(BUILD_OPTIONS) .
 
 mlflow-server: install  ## MLflow on PostgreSQL, with a password; SERVER='--host 10.0.0.10 --allowed-host mlflow.internal'
 	$(BIN)/python -m cluster.mlflow_server $(SERVER)
 
-submit: install  ## CONFIG as a job of the cluster at ADDRESS; Ctrl-C leaves it running
+submit: install  ## CONFIG=... as a job of the cluster at ADDRESS=...; Ctrl-C leaves it running
 	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . --runtime-env cluster/job.yaml \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD)", "submitted_by": "$(shell whoami)"}' \
 		-- exec python -m orchestrator.run $(CONFIG)
@@ -69,8 +75,13 @@ submit: install  ## CONFIG as a job of the cluster at ADDRESS; Ctrl-C leaves it 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
 	$(BIN)/python -m orchestrator.experiment.spec > configs/experiment.schema.json
 
-lock:  ## constraints.txt anew, from the ranges in pyproject.toml
-	$(PYTHON) -m venv .venv-lock
+# The pins are one set for all versions: packages are resolved on the Python at hand, then every version is asked whether
+# a wheel of each pin exists for it. Three packages have no wheels; they are pure Python and built on installation.
+lock:  ## constraints.txt, resolved again from the ranges in pyproject.toml and checked for Python 3.11 to 3.14
+	$$(sh install.sh --find) -m venv --clear .venv-lock
 	.venv-lock/bin/pip install '.[dev]'
 	.venv-lock/bin/pip freeze --exclude-editable --exclude ray-detectron2-benchmark > constraints.txt
+	grep -vE '^(antlr4-python3-runtime|fvcore|iopath)=' constraints.txt > .venv-lock/wheels.txt
+	for version in 3.11 3.12 3.13 3.14; do .venv-lock/bin/pip install --quiet --dry-run --no-deps --only-binary=:all: \
+		--python-version $$version --target .venv-lock/none --requirement .venv-lock/wheels.txt || exit 1; done
 	rm -r .venv-lock build
