@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,12 +45,15 @@ def test_what_changes_after_the_snapshot_is_not_in_it(tmp_path: Path) -> None:
     assert found is not None and found[0]["w"].sum() == 0
 
 
-def test_writing_goes_on_beside_training(tmp_path: Path) -> None:
-    training, written = threading.Event(), []
-    target = store(tmp_path, on_saved=written.append, before_valid=lambda: training.wait(10))
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    training_went_on, written = threading.Event(), []
+    target = store(tmp_path, on_saved=written.append, before_valid=lambda: training_went_on.wait(600))
+    began = time.perf_counter()
     target.save(1, state(1), None)
+    stalled = time.perf_counter() - began
     assert written == [], "the write cannot be done: it waits for training to go on"
-    training.set()
+    time.sleep(stalled)  # so that the write takes longer than the snapshot, however slow the machine is
+    training_went_on.set()
     target.wait()
     (saved,) = written
     assert isinstance(saved, Saved) and saved.stall_seconds < saved.write_seconds
@@ -132,7 +136,7 @@ store.wait()
 
 @pytest.mark.parametrize("moment", ["half written", "before the rename", "before the manifest"])
 def test_killed_while_writing_leaves_the_one_before(tmp_path: Path, moment: str) -> None:
-    died = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(tmp_path), moment], timeout=120)
+    died = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(tmp_path), moment], timeout=600)
     assert died.returncode == -signal.SIGKILL, "the fault did not fire"
     assert (tmp_path / "iter_0000008").is_dir(), "it died before it began"
     assert newest(tmp_path) == 4
