@@ -1,4 +1,4 @@
-"""What a rank's training thread is doing at the moment, for its heartbeats."""
+"""Records what a rank's training thread is doing, for its heartbeats."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from trainers.contract.events import Section
 
 @dataclass(slots=True)
 class Activity:
-    """What the training thread is doing; read by the thread that sends heartbeats.
-
-    Attributes:
-        section: Section of the loop.
-        part: `data`, `forward`, `backward`, `optimizer`, or "".
-        iteration: Iterations done.
-        since: When the section began (Unix seconds); a step is a section of its own.
-        image_files: Images of the current batch.
-    """
+    """What the training thread is doing; read by the thread that sends heartbeats."""
 
     section: Section = "setup"
+    """Section of the loop."""
     part: str = ""
+    """`data`, `forward`, `backward`, `optimizer`; empty for none."""
     iteration: int = 0
+    """Iterations done."""
     since: float = field(default_factory=time.time)
+    """When the section began (Unix seconds); a step is a section of its own."""
     image_files: tuple[str, ...] = ()
+    """Images of the current batch."""
 
     def enter(self, section: Section, part: str = "") -> None:
         """Marks the beginning of a section, or of a part of a step."""

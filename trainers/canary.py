@@ -1,4 +1,4 @@
-"""A short all-reduce between hosts: shows in seconds that a trial's workers would reach each other, or would hang."""
+"""A short all-reduce between hosts: shows in seconds whether a trial's workers would reach each other or hang."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 
 CANARY_FLOATS = 4 * 2**20
-"""16 MiB: enough to leave the smallest packets' path, little enough for a slow network."""
+"""16 MiB: more than the path for small messages takes, little enough for a slow network."""
 
 
 def find_port() -> int:

@@ -1,33 +1,32 @@
-"""A data set's records, parsed once: the second start maps a file into memory instead of reading JSON again.
+"""Caches a data set's records: the second start maps a file into memory instead of parsing JSON again.
 
-The records are what detectron2's `load_coco_json` and its filter give. Every process of a node shares the file's
-pages, and a record is decoded when it is asked for.
-
-The trap this module protects against: a cache that outlives its data. A file counts as unchanged while its size and
-modification time are; where these differ, its content's hash decides. Nothing is unpickled, so a cache that somebody
-else has written can at worst be wrong, not run code.
+The records are those of detectron2's `load_coco_json` and its filter. Every process of a node shares the file's pages,
+and a record is decoded when it is read. The annotations count as unchanged while their size and modification time are;
+where the time differs, their hash decides. Nothing is unpickled, so that a cache written by somebody else can be wrong
+at worst, not run code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import orjson
+import platformdirs
 from detectron2.data import MetadataCatalog
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from trainers.contract.plan import DatasetPlan
@@ -38,19 +37,19 @@ Record = dict[str, Any]
 """One image in detectron2's dataset format."""
 
 FORMAT = b"records1"
-"""First bytes of a cache file; another number makes old files be written anew."""
+"""First bytes of a cache file; another number makes old files be rebuilt."""
 _HEADER_BYTES = 16  # FORMAT and the length of the JSON that follows
 _BOX_MODES = {mode.value: mode for mode in BoxMode}
 
 
 class CachedRecords(Sequence[Record]):
-    """Records in a memory-mapped file; each access decodes one afresh, so that changing it changes nothing else.
+    """Records in a memory-mapped file; each access decodes a new copy, so that changing it changes nothing else.
 
     Args:
         path: A file that `cached_records` wrote.
 
     Raises:
-        ValueError: The file is not one of this format, or is not whole.
+        ValueError: The file has another format, or is incomplete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +68,7 @@ class CachedRecords(Sequence[Record]):
         """Height and width of each image, (N, 2)."""
         self._start = start + 8 * (count + 1) + 8 * count
         if self._start + int(self._bounds[-1]) != len(self._map):
-            raise ValueError(f"{path}: not a whole cache of records")
+            raise ValueError(f"{path}: an incomplete cache of records")
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -93,31 +92,33 @@ class CachedRecords(Sequence[Record]):
 def cached_records(dataset: DatasetPlan, filter_empty: bool, folder: Path | None = None) -> Sequence[Record]:
     """A COCO data set's records in detectron2's format, from the cache where it is up to date.
 
-    As detectron2's loader does, it tells the metadata of the data set's name its classes and category ids. Where
-    several processes start at once, one parses and the others wait for it.
+    As detectron2's loader does, it sets classes and category ids in the metadata of the data set's name. Where several
+    processes start at once, one parses and the others wait for it.
 
     Args:
         dataset: The data set.
         filter_empty: Whether images without an object, or with crowds only, are left out.
-        folder: Where caches are kept; None for `$XDG_CACHE_HOME/ray-detectron2-benchmark` (`~/.cache/…`).
+        folder: Folder of the caches; None for this program's folder in the user's cache folder (`~/.cache/…`).
 
     Returns:
-        The records; a plain list where they hold something that a cache would not give back unchanged (NaN), or where
-        no cache can be written.
+        The records; a plain list where they hold values that a cache would not preserve (NaN), or where no cache can be
+        written.
 
     Raises:
         OSError: The annotations cannot be read.
     """
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ray-detectron2-benchmark"
+    folder = folder or platformdirs.user_cache_path("ray-detectron2-benchmark", appauthor=False)
     source = Path(dataset.annotations).absolute()
     identity = [str(source), dataset.images, filter_empty]
     path = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.records"
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(path.with_suffix(".lock")))
-        except OSError as error:  # a home that is read-only, or storage without locks
-            logger.warning("%s: no cache can be kept there, annotations are parsed at every start: %s", folder, error)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        except (OSError, NotImplementedError) as error:  # a read-only home, or storage without locks
+            logger.warning(
+                "%s: no cache can be written there, annotations are parsed at every start: %s", folder, error
+            )
             return _parse(dataset, filter_empty)
         records: Sequence[Record] | None = _open_current(path, source)
         if records is None:
@@ -173,7 +174,7 @@ def _parse(dataset: DatasetPlan, filter_empty: bool) -> list[Record]:
 
 
 def _write(path: Path, header: dict[str, Any], *parts: bytes) -> None:
-    """Writes a cache file so that it is there whole or not at all."""
+    """Writes a cache file so that it appears complete or not at all."""
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)  # the numbers that follow are read in place
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
@@ -189,7 +190,7 @@ def _write(path: Path, header: dict[str, Any], *parts: bytes) -> None:
 
 
 def _open_current(path: Path, source: Path) -> CachedRecords | None:
-    """The cache if it belongs to the source as it is now; None if there is none or it is out of date."""
+    """The cache if it is up to date with its source; else None."""
     try:
         cached = CachedRecords(path)
     except (OSError, ValueError, KeyError, TypeError):
@@ -199,7 +200,7 @@ def _open_current(path: Path, source: Path) -> CachedRecords | None:
         return cached
     if cached.header.get("size_bytes") != stamp["size_bytes"] or cached.header.get("sha256") != _sha256(source):
         return None
-    # Copied or touched, but the same: the next start need not hash it again.
+    # Copied or touched, but unchanged: the new time saves the next start from hashing.
     body = memoryview(cached._map)[cached._start - 8 * (2 * len(cached) + 1) :]
     _write(path, {**cached.header, **stamp}, bytes(body))
     return CachedRecords(path)
@@ -215,15 +216,8 @@ def _sha256(source: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _encode(record: Record) -> bytes:
-    """A record as JSON. Its only values that JSON has no form for are the bytes of an RLE's counts."""
+    """A record as JSON; the only values that are no JSON are the bytes of an RLE's counts."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):

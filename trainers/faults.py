@@ -1,8 +1,8 @@
-"""Faults on purpose, for tests and `make chaos`: without `$BENCHMARK_FAULTS`, nothing here does anything.
+"""Injects faults for tests and `make chaos`: without `$BENCHMARK_FAULTS`, nothing here does anything.
 
-The variable names a JSON file that lists faults. A fault takes the place of what the loop does when it says "now I
-begin this part of this iteration", so the loop itself knows nothing of it. What fired is noted beside the file before
-it happens: a test that did not bring about its fault proves nothing.
+The variable names a JSON file that lists faults. A fault happens when the loop marks the beginning of a part of an
+iteration, so the loop itself contains no code for it. Each fault is logged next to the file before it happens, because
+a test whose fault never fired proves nothing.
 """
 
 from __future__ import annotations
@@ -28,25 +28,22 @@ PAUSE_SECONDS = 6.0
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that goes wrong.
-
-    Attributes:
-        kind: `kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `pause`
-            (it sleeps for a few seconds, and time to do something else is gained), `hold` (it sleeps until the file is
-            gone), `raise` (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch).
-        rank: Where.
-        iteration: When: iterations done.
-        attempt: In which attempt; None for every one.
-        section: At which section of the loop.
-        part: At which part of a step.
-    """
+    """One thing that goes wrong."""
 
     kind: Literal["kill", "crash", "freeze", "stall", "pause", "hold", "raise", "out_of_memory", "nan"]
+    """`kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `pause` (it sleeps
+    for a few seconds, and time to do something else is gained), `hold` (it sleeps until the file is gone), `raise` (an
+    exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch)."""
     rank: int
+    """Where."""
     iteration: int
+    """When: iterations done."""
     attempt: int | None = 0
+    """In which attempt; None for every one."""
     section: Section = "step"
+    """At which section of the loop."""
     part: str = "forward"
+    """At which part of a step."""
 
 
 def fired(path: Path) -> list[dict[str, Any]]:
@@ -56,7 +53,7 @@ def fired(path: Path) -> list[dict[str, Any]]:
 
 
 def from_environment(rank: int, attempt: int) -> Injector | None:
-    """The faults meant for this rank in this attempt; None where faults are not asked for."""
+    """The faults of this rank in this attempt; None where none are configured."""
     path = Path(os.environ.get(VARIABLE, ""))
     if not path.is_file():
         return None
@@ -65,14 +62,14 @@ def from_environment(rank: int, attempt: int) -> Injector | None:
 
 
 class Injector(Activity):
-    """Stands for `Activity` and brings about a fault when its place in the loop is entered."""
+    """An `Activity` that causes a fault when its place in the loop is entered."""
 
     def __init__(self, path: Path, faults: list[Fault]) -> None:
         super().__init__()
         self._path, self._faults = path, faults
 
     def enter(self, section: Section, part: str = "") -> None:
-        """Marks the beginning of a section, or of a part of a step, and lets what is meant for it happen."""
+        """Marks the beginning of a section, or of a part of a step, and causes its fault if there is one."""
         super().enter(section, part)
         for fault in self._faults:
             place = (fault.section, fault.part if section == "step" else part, fault.iteration)
@@ -80,7 +77,7 @@ class Injector(Activity):
                 self._happen(fault)
 
     def poison(self, batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-        """The batches, with the images of those that a `nan` is meant for made NaN."""
+        """The batches, with the images of those that have a `nan` fault made NaN."""
         for batch in batches:
             for fault in self._faults:
                 if fault.kind == "nan" and fault.iteration == self.iteration:
@@ -94,7 +91,7 @@ class Injector(Activity):
         signals = {"kill": signal.SIGKILL, "crash": signal.SIGSEGV, "freeze": signal.SIGSTOP}
         if fault.kind in signals:
             os.kill(os.getpid(), signals[fault.kind])
-            time.sleep(1)  # a signal to the own process is delivered when the interpreter comes round to it
+            time.sleep(1)  # the interpreter handles a signal to its own process a little later
         elif fault.kind in ("stall", "pause"):
             time.sleep(3600 if fault.kind == "stall" else PAUSE_SECONDS)
         elif fault.kind == "hold":

@@ -1,4 +1,4 @@
-"""What the loop does between windows of steps: tell progress, evaluate, keep checkpoints."""
+"""What the loop does between windows of steps: report progress, evaluate, take checkpoints."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 from trainers.checkpoints import CheckpointStore
 from trainers.contract.events import Evaluated, StepsDone
 from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import all_met
 from trainers.evaluation import Evaluator, Scores
-from trainers.loop import StepWindow, TrainingLoop, peak_memory_gib
+from trainers.loop import TrainingLoop
+from trainers.machine import peak_memory_gib
 from trainers.speedups.overlap import Overlap
 
 logger = logging.getLogger(__name__)
 
 Send = Callable[..., None]
 """Sends an event of the given class with the given fields, without waiting."""
+
+EVALUATION_PENDING_KEY = "evaluation_owed"
+"""Key of a checkpoint's state; the name that the first version wrote, so that its runs can still be resumed."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -35,7 +40,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def share_buffers(model: nn.Module, world_size: int) -> None:
-    """Gives every rank rank 0's buffers: running statistics of batch norm drift apart while ranks train."""
+    """Copies rank 0's buffers to every rank: running statistics of batch norm drift apart while ranks train."""
     if world_size > 1:
         for buffer in unwrapped(model).buffers():
             dist.broadcast(buffer, src=0)
@@ -55,8 +60,9 @@ class ProgressHook:
         """Every log period."""
         return iteration % self.plan.log_period == 0 or ending
 
-    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
+    def run(self, loop: TrainingLoop) -> None:
         """Sends the window."""
+        window = loop.window
         measured = window.step_seconds[max(0, self.plan.throughput_warmup_iters - window.first_iteration) :]
         self._num_steps += len(measured)
         self._seconds += sum(measured)
@@ -93,20 +99,15 @@ class ProgressHook:
 class EvaluationHook:
     """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so.
 
-    With `overlapped_evaluation`, rank 0 hands the weights on and trains; what is found comes later. The last evaluation
-    is made by all ranks in any case: there is nothing left to train beside it.
+    With `overlapped_evaluation`, rank 0 copies the weights to another process and trains on; the scores come later. The
+    last evaluation is made by all ranks in any case, since there is nothing left to train meanwhile.
 
     Args:
         plan: The trial.
         evaluator: This rank's share.
         num_train_images: Images of an epoch.
         send: Sends an event.
-        rate: Told the iteration and the box AP of an evaluation that was made beside training.
-
-    Attributes:
-        last_scores: What the last evaluation found (rank 0).
-        last_iteration: When that was.
-        beside: The process that evaluates beside training; None on other ranks, and where training stands still.
+        rate: Called with the iteration and the box AP of every concurrent evaluation.
     """
 
     every_window = False
@@ -122,74 +123,76 @@ class EvaluationHook:
         self.plan, self.evaluator, self.num_train_images, self.send = plan, evaluator, num_train_images, send
         self.rate = rate
         self.last_scores: Scores | None = None
+        """Scores of the last evaluation (rank 0)."""
         self.last_iteration = 0
-        self.beside: Overlap | None = None
-        self._left_out = self._reached = False
-        self._begun = -1  # the iteration whose model was last handed on; all ranks know it
-        self._stall = 0.0
+        """Iteration of that evaluation."""
+        self.overlap: Overlap | None = None
+        """The process that evaluates concurrently; None on other ranks, and where training waits for evaluations."""
+        self._skipped = self._reached = False
+        self._begun: int | None = None  # iteration of the evaluation in progress; the same on all ranks
+        self._stall_seconds = 0.0
 
-    def due(self, iteration: int, ending: bool) -> bool:
+    def due(self, iteration: int, ending: bool) -> bool:  # noqa: ARG002 - a hook's interface
         """At multiples of the period, and after the last iteration where the plan asks for it."""
         solver = self.plan.solver
         periodic = solver.eval_period > 0 and iteration % solver.eval_period == 0
         return periodic or (solver.evaluate_at_end and iteration == solver.max_iter)
 
-    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Evaluates, or hands the model on to be evaluated."""
-        self._left_out = loop.stop_reason in ("interrupted", "preempted")
-        if self._left_out:
+    def run(self, loop: TrainingLoop) -> None:
+        """Evaluates, or starts a concurrent evaluation."""
+        self._skipped = loop.stop_reason in ("interrupted", "preempted")
+        if self._skipped:
             return
         last = loop.iteration == self.plan.solver.max_iter
-        self.settle(loop)
+        self.wait_for_pending(loop)
         if loop.stop_reason == "target" and not last:
             return
-        loop.now.enter("evaluation")
+        loop.activity.enter("evaluation")
         started = time.perf_counter()
         share_buffers(loop.model, self.plan.world_size)
         if self.plan.recipe.overlapped_evaluation and not last:
             self._begun = loop.iteration
-            if self.beside:
-                self.beside.begin(unwrapped(loop.model))
-            self._stall = time.perf_counter() - started
+            if self.overlap:
+                self.overlap.begin(unwrapped(loop.model))
+            self._stall_seconds = time.perf_counter() - started
             return
         scores = self.evaluator.run(unwrapped(loop.model))
         if loop.rank == 0:
             self._emit(loop.iteration, scores, time.time(), time.perf_counter() - started, scores.part_seconds)
-        self._agree(loop)
+        self._stop_all_at_target(loop)
 
-    def owed(self, iteration: int) -> bool:
-        """Whether an evaluation of this iteration is missing: training ends here, or it is still being made.
+    def pending(self, iteration: int) -> bool:
+        """Whether an evaluation of this iteration is missing: a stop left it out, or it is still in progress.
 
-        The next start from a checkpoint of it makes it first.
+        The next start from this iteration's checkpoint makes it first.
         """
-        return self._left_out or self._begun == iteration
+        return self._skipped or self._begun == iteration
 
-    def settle(self, loop: TrainingLoop) -> None:
-        """Waits for the evaluation of an older iteration that is still being made; all ranks call it together."""
-        if not 0 <= self._begun < loop.iteration:
+    def wait_for_pending(self, loop: TrainingLoop) -> None:
+        """Waits for the concurrent evaluation of an older iteration, if there is one; all ranks call it together."""
+        if self._begun is None or self._begun >= loop.iteration:
             return
-        loop.now.enter("evaluation")
-        started = time.perf_counter()
-        if self.beside:
-            self._fetch(started)
-        self._begun = -1
-        self._agree(loop)
+        loop.activity.enter("evaluation")
+        self._fetch(time.perf_counter())
+        self._begun = None
+        self._stop_all_at_target(loop)
 
     def target_reached(self) -> bool:
         """Whether training has reached the target and is to stop there, as far as this rank knows; does not wait."""
-        if self.beside and self.beside.known():
+        if self.overlap and self.overlap.known():
             self._fetch(time.perf_counter())
         return self._reached
 
     def _fetch(self, waiting_since: float) -> None:
-        found = self.beside.fetch() if self.beside else None
-        if found:
-            scores, seconds = found
-            stall = self._stall + time.perf_counter() - waiting_since
-            known = scores.mask_scored or scores.box_scored
-            self._emit(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
-            if (box_ap := scores.figures.get("box_ap")) is not None:
-                self.rate(self._begun, box_ap)
+        found = self.overlap.fetch() if self.overlap else None
+        if found is None or self._begun is None:
+            return
+        scores, seconds = found
+        stall = self._stall_seconds + time.perf_counter() - waiting_since
+        known = scores.mask_scored or scores.box_scored
+        self._emit(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
+        if (box_ap := scores.figures.get("box_ap")) is not None:
+            self.rate(self._begun, box_ap)
 
     def _emit(
         self, iteration: int, scores: Scores, known: float, seconds: float, part_seconds: dict[str, float]
@@ -208,13 +211,11 @@ class EvaluationHook:
             part_seconds=part_seconds,
         )
         logger.info("Evaluation after %d iterations: %s", iteration, scores.figures)
-        wanted = {"box_ap": plan.target_box_ap, "mask_ap": plan.target_mask_ap}
-        targets = {name: target for name, target in wanted.items() if target is not None}
-        met = bool(targets) and all((scores.figures.get(name) or 0.0) >= target for name, target in targets.items())
-        self._reached = self._reached or (met and plan.stop_at_target)
+        if plan.stop_at_target and all_met(scores.figures, plan.target_box_ap, plan.target_mask_ap):
+            self._reached = True
 
-    def _agree(self, loop: TrainingLoop) -> None:
-        """Ends training on all ranks where rank 0 has seen the target reached."""
+    def _stop_all_at_target(self, loop: TrainingLoop) -> None:
+        """Ends training on all ranks where rank 0 knows that the target is reached."""
         reached = torch.tensor([float(self._reached)], device=loop.device)
         if self.plan.world_size > 1:
             dist.broadcast(reached, src=0)
@@ -229,7 +230,7 @@ class CheckpointHook:
         plan: The trial.
         store: Where to.
         evaluation: Knows whether the model has just been scored.
-        flush: Waits until this rank's events so far have left the process: no checkpoint is newer than what is told.
+        flush: Waits until this rank's events so far have left the process: no checkpoint is newer than the events.
     """
 
     every_window = False
@@ -244,19 +245,20 @@ class CheckpointHook:
         period = self.plan.solver.checkpoint_period
         return ending or (period > 0 and iteration % period == 0)
 
-    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Takes it on rank 0, with what the other ranks alone know.
+    def run(self, loop: TrainingLoop) -> None:
+        """Takes it on rank 0, with the local state of the other ranks.
 
         An evaluation of an older iteration is waited for: a start from this checkpoint could not make it again.
         """
-        self.evaluation.settle(loop)
-        loop.now.enter("checkpoint")
+        self.evaluation.wait_for_pending(loop)
+        loop.activity.enter("checkpoint")
         started = time.perf_counter()
         self.flush()
         share_buffers(loop.model, self.plan.world_size)
         ranks = comm.gather(rank_state(loop.model), dst=0)
         if loop.rank == 0:
-            state = training_state(loop) | {"ranks": ranks, "evaluation_owed": self.evaluation.owed(loop.iteration)}
+            pending = self.evaluation.pending(loop.iteration)
+            state = training_state(loop) | {"ranks": ranks, EVALUATION_PENDING_KEY: pending}
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = scores.figures.get("box_ap") if scores else None
             self.store.save(loop.iteration, state, score, since=started)
@@ -265,8 +267,7 @@ class CheckpointHook:
 def training_state(loop: TrainingLoop) -> dict[str, Any]:
     """All that a later start needs to go on as if nothing had happened.
 
-    Positions in the data and random choices are functions of seed, rank and iteration, so the iteration stands for
-    them.
+    Positions in the data and random choices are functions of seed, rank and iteration, and need no state.
     """
     return {
         "model": unwrapped(loop.model).state_dict(),
@@ -279,7 +280,7 @@ def training_state(loop: TrainingLoop) -> dict[str, Any]:
 
 
 def rank_state(model: nn.Module) -> dict[str, float]:
-    """What a rank's model keeps outside its state dict, by module.
+    """Values of a rank's model that are not in its state dict, by module.
 
     Dense detectors divide their losses by a running mean of the positive anchors that this rank has seen (detectron2,
     `DenseDetector._ema_update`).
@@ -292,9 +293,9 @@ def rank_state(model: nn.Module) -> dict[str, float]:
 
 
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
-    """Puts back a state that the checkpoint hook saved."""
+    """Restores a state that the checkpoint hook saved."""
     unwrapped(loop.model).load_state_dict(state["model"])
-    # There may be more or fewer ranks than there were.
+    # There may be more or fewer ranks than when it was saved.
     for name, normalizer in state["ranks"][loop.rank % len(state["ranks"])].items():
         unwrapped(loop.model).get_submodule(name).loss_normalizer = normalizer
     loop.optimizer.load_state_dict(state["optimizer"])

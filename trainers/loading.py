@@ -1,4 +1,4 @@
-"""Training and evaluation data: which image comes when, and the loader that reads it.
+"""Training and evaluation data: the order of the images, and the loaders that read them.
 
 The training order is decided on indices, before anything is read: the same images in the same batches as detectron2's
 `TrainingSampler` with `AspectRatioGroupedDataset` gives for the seed, but a resumed run skips to its place at no cost,
@@ -37,18 +37,18 @@ Place = tuple[int, int]
 class BadInputError(ValueError):
     """An image or its annotations cannot be used.
 
-    One argument, the message: a loader process hands on an exception as its type and its text alone, and one that
-    cannot be made of these arrives as a RuntimeError.
+    Its only argument is the message: a loader process passes on an exception as its type and its text, and one that
+    cannot be rebuilt from these becomes a RuntimeError.
     """
 
     @classmethod
     def of(cls, image_file: str, problem: str) -> BadInputError:
-        """The error for an image and what is wrong with it."""
+        """The error for an image and a problem with it."""
         return cls(f"image {json.dumps(image_file)}: {problem}")
 
     @property
     def image_file(self) -> str:
-        """The image."""
+        """The image; empty where the message names none."""
         named = re.search(r'image ("(?:[^"\\]|\\.)*"):', str(self))
         return str(json.loads(named[1])) if named else ""
 
@@ -95,7 +95,7 @@ class TrainingImages(Dataset[Record]):
 
     Args:
         records: The images.
-        mapper: detectron2's mapper or one that takes the same and gives the same.
+        mapper: detectron2's mapper or one with the same interface.
         seed: Seed of the augmentations.
     """
 
@@ -107,13 +107,7 @@ class TrainingImages(Dataset[Record]):
         record = self.records[index]
         # detectron2's augmentations draw from NumPy's global generator.
         np.random.seed(np.random.SeedSequence((self.seed, position)).generate_state(4))
-        try:
-            mapped = self.mapper(record)
-        except Exception as error:
-            raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
-        if mapped is None:
-            raise BadInputError.of(record["file_name"], "no usable annotation")
-        return mapped
+        return _mapped(self.mapper, record)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -126,16 +120,20 @@ class EvaluationImages(Dataset[Record]):
         self.records, self.mapper = records, mapper
 
     def __getitem__(self, index: int) -> Record:
-        record = self.records[index]
-        try:
-            mapped = self.mapper(record)
-        except Exception as error:
-            raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
-        assert mapped is not None
-        return mapped
+        return _mapped(self.mapper, self.records[index])
 
     def __len__(self) -> int:
         return len(self.records)
+
+
+def _mapped(mapper: Callable[[Record], Record | None], record: Record) -> Record:
+    try:
+        mapped = mapper(record)
+    except Exception as error:
+        raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
+    if mapped is None:
+        raise BadInputError.of(record["file_name"], "no usable annotation")
+    return mapped
 
 
 def _as_list(batch: list[Record]) -> list[Record]:
@@ -143,20 +141,22 @@ def _as_list(batch: list[Record]) -> list[Record]:
 
 
 def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
-    """The training images, those without a usable object left out where the config says so.
+    """The training images, without those that have no usable object where the config says so.
 
     Raises:
         ValueError: None is left.
     """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    try:
-        if plan.recipe.cached_annotations:
-            records: Sequence[Record] = cached_records(plan.train, filter_empty)
-            assert records, "every image is empty or holds crowds only"
-        else:
+    records: Sequence[Record]
+    if plan.recipe.cached_annotations:
+        records = cached_records(plan.train, filter_empty)
+    else:
+        try:
             records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
-    except AssertionError as error:
-        raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
+        except AssertionError as error:  # detectron2's way of saying that there are none
+            raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
+    if not records:
+        raise ValueError(f"{plan.train.name}: no image with a usable object: every image is empty or holds crowds only")
     return records
 
 
@@ -178,7 +178,7 @@ def build_mapper(cfg: CfgNode, plan: TrialPlan, is_train: bool) -> Callable[[Rec
 
 
 class PackingMapper:
-    """Packs the masks of what another mapper gives."""
+    """Packs the masks of another mapper's records."""
 
     def __init__(self, mapper: Callable[[Record], Record | None]) -> None:
         self.mapper = mapper
@@ -192,7 +192,7 @@ class PackingMapper:
 
 
 class DevicePrefetch(Iterable[list[Record]]):
-    """Batches whose images are on the GPU already: copied during the step before, on a stream of their own."""
+    """Batches whose images are on the GPU already: copied during the previous step, on a separate stream."""
 
     def __init__(self, batches: Iterable[list[Record]], device: torch.device) -> None:
         self.batches, self.device = batches, device
@@ -207,7 +207,7 @@ class DevicePrefetch(Iterable[list[Record]]):
                 yield ahead
             torch.cuda.current_stream(self.device).wait_stream(stream)
             for record in copied:
-                # The memory belongs to the copying stream; it may be used again only after this one is done with it.
+                # The memory belongs to the copying stream, which may reuse it only after this stream's work on it.
                 record["image"].record_stream(torch.cuda.current_stream(self.device))
             ahead = copied
         if ahead is not None:
@@ -215,7 +215,7 @@ class DevicePrefetch(Iterable[list[Record]]):
 
 
 def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> TrainingImages:
-    """The images of `training_records` as the recipe's mapper makes them."""
+    """The images of `training_records`, read by the recipe's mapper."""
     return TrainingImages(records, build_mapper(cfg, plan, is_train=True), plan.seed)
 
 
@@ -248,7 +248,7 @@ def training_loader(
 
 
 def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> DataLoader[Record]:
-    """The loader of this worker's share of the validation images, one at a time as in detectron2, or some of a size."""
+    """The loader of this worker's share of the validation images, in batches of one as in detectron2 or of one size."""
     batches = batches_of_a_size(InferenceSampler(len(records)), image_sizes(records), plan.recipe.evaluation_batch)
     return DataLoader(
         EvaluationImages(records, build_mapper(cfg, plan, is_train=False)),
@@ -260,8 +260,8 @@ def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) 
     )
 
 
-def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], most: int) -> list[list[int]]:
-    """Images in batches of up to `most`, in the order in which batches fill.
+def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], max_batch: int) -> list[list[int]]:
+    """Images in batches of up to `max_batch`, in the order in which batches fill.
 
     Only images of one size go together: padding one to another's size would change what is detected near its border.
     """
@@ -271,6 +271,6 @@ def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], most: in
         size = tuple(sizes[index].tolist())
         batch = open_batches.setdefault(size, [])
         batch.append(index)
-        if len(batch) == most:
+        if len(batch) == max_batch:
             batches.append(open_batches.pop(size))
     return batches + list(open_batches.values())

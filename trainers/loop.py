@@ -1,14 +1,19 @@
 """The training loop: the step, and hooks for everything that is not the step.
 
-Every decision that all workers must take together (stop, evaluate, give up on a loss of NaN) is taken at the end of a
-window of steps, from figures that all of them have: nothing in between waits for another rank but the gradients.
+    while no reason to stop:
+        until a hook is due:
+            before_step(); load a batch; forward; backward; optimizer and schedule
+        share losses and requests to stop with the other ranks
+        run every hook that is due: progress, evaluation, checkpoint, loader sizing
+
+Decisions that all workers must take together (stop, evaluate, fail on a loss of NaN) are taken at the end of a window
+of steps, from values that all ranks have: between two of them only gradients are waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -34,48 +39,42 @@ class NotFiniteError(ArithmeticError):
     """A loss became NaN or infinite; raised on all ranks together."""
 
 
-Asked = Command | Literal["target"]
-"""What a rank may ask of all: what the driver wants of it, or to end because the target is reached."""
+Request = Command | Literal["target"]
+"""What a rank requests of all ranks: the driver's command, or to end because the target is reached."""
 
-ENDS: dict[Asked, StopReason | None] = {
+STOP_REASONS: dict[Request, StopReason | None] = {
     "run": None, "preempt": "preempted", "stop": "interrupted", "target": "target"
 }  # fmt: skip
-"""What that means for training, the strongest last."""
+"""Why training ends on a request; where ranks request different things, the last of them in this order counts."""
 
 
 @dataclass(slots=True)
 class StepWindow:
-    """Steps since the last hooks ran, on this rank.
-
-    Attributes:
-        first_iteration: First of them, counted from 0.
-        num_images: Images trained on.
-        step_seconds: Wall time of each.
-        data_seconds: Waiting for data, of each.
-        part_seconds: Seconds by part, of each; `data` is in `data_seconds`.
-        losses: Mean over the steps and the ranks, by name; filled when the window closes.
-        learning_rate: At the last step.
-        complete: Whether the window has had its last step.
-    """
+    """Steps since the last hooks ran, on this rank."""
 
     first_iteration: int
+    """First of them, counted from 0."""
     num_images: int = 0
+    """Images trained on."""
     step_seconds: list[float] = field(default_factory=list)
+    """Wall time of each step."""
     data_seconds: list[float] = field(default_factory=list)
+    """Waiting for data, in each step."""
     part_seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of the other parts, in each step."""
     losses: dict[str, float] = field(default_factory=dict)
-    learning_rate: float = 0.0
+    """Mean over the steps and the ranks, by name; filled when the window closes."""
+    learning_rate: float | None = None
+    """At the last step."""
     complete: bool = False
+    """Whether the window has had its last step."""
 
 
 class Hook(Protocol):
-    """Something done between windows of steps, on all ranks.
-
-    Attributes:
-        every_window: Whether it also runs when another hook closed the window.
-    """
+    """Something done between windows of steps, on all ranks."""
 
     every_window: bool
+    """Whether it also runs when another hook closed the window."""
 
     def due(self, iteration: int, ending: bool) -> bool:
         """Whether it must run after this many iterations; the same answer on all ranks.
@@ -85,7 +84,7 @@ class Hook(Protocol):
             ending: Whether training ends here, by a request to stop or a hook's decision.
         """
 
-    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
+    def run(self, loop: TrainingLoop) -> None:
         """Does it; may set `loop.stop_reason`, the same on all ranks."""
 
 
@@ -102,8 +101,9 @@ class TrainingLoop:
         device: Where the model is.
         rank: This worker.
         start_iteration: Iterations done already.
-        now: Where the loop says what it is doing.
-        asked: Says what this rank asks of all.
+        activity: Where the loop records what it is doing.
+        request: Returns what this rank requests of all ranks; called at the end of every window.
+        before_step: Called before every step.
     """
 
     def __init__(
@@ -117,19 +117,23 @@ class TrainingLoop:
         device: torch.device,
         rank: int,
         start_iteration: int,
-        now: Activity,
-        asked: Callable[[], Asked],
+        activity: Activity,
+        request: Callable[[], Request] = lambda: "run",
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.batches, self.hooks, self.device, self.rank = batches, hooks, device, rank
-        self.iteration, self.now, self._asked = start_iteration, now, asked
+        self.iteration, self.activity = start_iteration, activity
+        self._request, self._before_step = request, before_step
         self.stop_reason: StopReason | None = None
         self._precision = resolve_precision(plan.recipe.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "amp")
-        self._loss_sums: torch.Tensor | None = None
+        self._loss_sums = torch.zeros((), device=device)
         self._loss_names: tuple[str, ...] = ()
         self._first_bad = torch.full((), -1.0, device=device)
         self._recent_files: deque[tuple[str, ...]] = deque(maxlen=plan.log_period)
+        self.window = StepWindow(start_iteration)
+        """Steps since the last hooks ran."""
         self.storage = EventStorage(start_iteration)
         self.clock = StepClock(device, model)
 
@@ -138,17 +142,18 @@ class TrainingLoop:
 
         Raises:
             NotFiniteError: A loss was not finite.
-            BadInputError: An image cannot be used.
+            BadInputError: An image is unusable.
         """
         with self.storage:
             while self.stop_reason is None:
-                window = StepWindow(self.iteration)
-                while not window.complete:
-                    self._step(window)
-                self._close(window)
+                self.window = StepWindow(self.iteration)
+                while not self.window.complete:
+                    self._before_step()
+                    self._step(self.window)
+                self._close(self.window)
                 for hook in self.hooks:
                     if hook.every_window or hook.due(self.iteration, ending=self.stop_reason is not None):
-                        hook.run(self, window)
+                        hook.run(self)
         return self.stop_reason
 
     def _closes_window(self) -> bool:
@@ -159,39 +164,39 @@ class TrainingLoop:
     def _step(self, window: StepWindow) -> None:
         started = time.perf_counter()
         self.clock.begin()
-        self.now.enter("step", "data")
+        self.activity.enter("step", "data")
         batch = next(self.batches)
-        self.now.image_files = tuple(record["file_name"] for record in batch)
-        self._recent_files.append(self.now.image_files)
+        self.activity.image_files = tuple(record["file_name"] for record in batch)
+        self._recent_files.append(self.activity.image_files)
         self.clock.mark("data")
         waited = time.perf_counter() - started
 
         # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
-        # iteration: a resumed run needs no generator state to make them again.
-        # Not `torch.manual_seed`, which looks for every kind of accelerator, each time.
+        # iteration, so that a resumed run repeats them without a saved generator state.
+        # `torch.manual_seed` would look for every kind of accelerator in each step.
         seed = hash((self.plan.seed, self.rank, self.iteration)) & 0x7FFF_FFFF_FFFF_FFFF
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        self.now.enter("step", "forward")
+        self.activity.enter("step", "forward")
         with self._autocast():
             losses: dict[str, torch.Tensor] = self.model(batch)
             total = torch.stack(list(losses.values())).sum()
         self.clock.mark("forward")
 
-        self.now.enter("step", "backward")
+        self.activity.enter("step", "backward")
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         self.clock.mark("backward")
 
-        self.now.enter("step", "optimizer")
+        self.activity.enter("step", "optimizer")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         window.learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
-        self._keep_losses(losses, total)
+        self._add_losses(losses, total)
         self.iteration += 1
-        self.now.iteration = self.iteration
+        self.activity.iteration = self.iteration
         window.complete = self._closes_window()
         self.clock.mark("optimizer")
         if window.complete:
@@ -211,10 +216,10 @@ class TrainingLoop:
         dtype = torch.float16 if self._precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def _keep_losses(self, losses: dict[str, torch.Tensor], total: torch.Tensor) -> None:
+    def _add_losses(self, losses: dict[str, torch.Tensor], total: torch.Tensor) -> None:
         """Adds up the losses on the device; nothing is fetched to the host before the window closes."""
         values = torch.stack([*(loss.detach().float() for loss in losses.values()), total.detach().float()])
-        if self._loss_sums is None:
+        if not self._loss_names:
             self._loss_names = (*losses, "total_loss")
             self._loss_sums = torch.zeros_like(values)
         self._loss_sums += values
@@ -222,12 +227,11 @@ class TrainingLoop:
         self._first_bad = torch.where(bad, float(self.iteration), self._first_bad)
 
     def _close(self, window: StepWindow) -> None:
-        """Shares what the ranks must agree on, and raises on all of them if any has seen a loss that is not finite."""
-        self.now.enter("report")
-        assert self._loss_sums is not None
-        stop = torch.tensor([float(list(ENDS).index(self._asked()))], device=self.device)
+        """Shares what the ranks must agree on; raises on all of them if a loss was not finite on any of them."""
+        self.activity.enter("report")
+        stop = torch.tensor([float(list(STOP_REASONS).index(self._request()))], device=self.device)
         shared = torch.cat([self._loss_sums / len(window.step_seconds), self._first_bad.reshape(1), stop])
-        # A NaN would spread over the sums; it is told by its own entry.
+        # A NaN would spread over the sums; it has its own entry, the iteration at which it came up.
         shared[:-2] = torch.nan_to_num(shared[:-2], posinf=0.0, neginf=0.0)
         if self.plan.world_size > 1:
             everyone = [torch.empty_like(shared) for _ in range(self.plan.world_size)]
@@ -236,26 +240,24 @@ class TrainingLoop:
             everyone = [shared]
         rows = torch.stack(everyone).tolist()
         self._loss_sums.zero_()
-        bad = {rank: int(row[-2]) for rank, row in enumerate(rows) if row[-2] >= 0}
-        if bad:
-            first = min(bad.values())
-            ranks = ", ".join(str(rank) for rank, iteration in bad.items() if iteration == first)
-            files = list(self._recent_files)
-            known = bad.get(self.rank) == first and self.iteration - first <= len(files)
-            self.now.image_files = files[first - self.iteration] if known else ()
-            self.now.section, self.now.iteration = "step", first  # where it happened, not where it was found
-            raise NotFiniteError(f"the loss became NaN or infinite at iteration {first} (first on rank {ranks})")
+        self._raise_if_not_finite({rank: int(row[-2]) for rank, row in enumerate(rows) if row[-2] >= 0})
         means = [sum(column) / len(rows) for column in zip(*(row[:-2] for row in rows), strict=True)]
         window.losses = dict(zip(self._loss_names, means, strict=True))
         if self.iteration == self.plan.solver.max_iter:
             self.stop_reason = "max_iter"
         else:
-            self.stop_reason = list(ENDS.values())[int(max(row[-1] for row in rows))]
+            self.stop_reason = list(STOP_REASONS.values())[int(max(row[-1] for row in rows))]
         self.storage.put_scalars(**window.losses, smoothing_hint=False)
 
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far in GiB: of the GPU by torch, or of this process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def _raise_if_not_finite(self, first_bad: dict[int, int]) -> None:
+        """Raises where there is a first iteration with a loss that was not finite, by rank."""
+        if not first_bad:
+            return
+        first = min(first_bad.values())
+        ranks = ", ".join(str(rank) for rank, iteration in first_bad.items() if iteration == first)
+        files = list(self._recent_files)
+        known = first_bad.get(self.rank) == first and self.iteration - first <= len(files)
+        # The failure is reported where it happened, not where it was found.
+        self.activity.image_files = files[first - self.iteration] if known else ()
+        self.activity.section, self.activity.iteration = "step", first
+        raise NotFiniteError(f"the loss became NaN or infinite at iteration {first} (first on rank {ranks})")

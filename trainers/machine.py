@@ -1,9 +1,10 @@
-"""What a worker runs on: device and package names once, the load of its node now and then."""
+"""Describes what a worker runs on: device and package versions once, its memory and its node's load repeatedly."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,15 @@ def device_memory_gib(device: torch.device) -> float:
     return psutil.virtual_memory().total / 2**30
 
 
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far in GiB: of the GPU by torch, or of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def host_description() -> dict[str, Any]:
-    """What `WorkerStarted` says of the host."""
+    """The host's fields of `WorkerStarted`."""
     return {
         "host_processor": processor_name(),
         "host_cores": psutil.cpu_count(),
@@ -59,7 +67,7 @@ def package_versions() -> dict[str, str]:
 
 
 def system_metrics() -> dict[str, float]:
-    """Load of this node under MLflow's names of system metrics; GPU figures where NVIDIA's library answers."""
+    """Load of this node under MLflow's names of system metrics, with GPU figures where NVML has them."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
     network = psutil.net_io_counters()
     values = {

@@ -40,7 +40,7 @@ class Recipe:
             (trainers/proposals.py). The same, bit for bit.
         gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
         pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.
-        batched_encoding: Encode an image's masks in one call (trainers/detections.py). The same detections.
+        batched_encoding: Encode an image's masks in one call (trainers/evaluation.py). The same detections.
         evaluation_batch: Images of one size that are detected on together; detectron2 takes them one by one. Rounding.
         overlapped_evaluation: Evaluate in a process beside rank 0 (trainers/overlap.py) while training goes on. Takes
             a second model's memory. The same figures; a target that is met ends training some iterations later.

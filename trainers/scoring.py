@@ -1,8 +1,7 @@
-"""COCO scoring of boxes and masks: the twelve figures, by pycocotools or, at the same figures, by native code.
+"""COCO scoring of boxes and masks: the twelve figures, by pycocotools or, with equal results, by native code.
 
-The trap it protects against: a detection that carries a box besides its mask is filed under its *box's* area when
-masks are scored, and the small, medium and large figures change. detectron2 drops the box first; so does this module,
-with either scorer.
+A detection that has a box besides its mask counts with its *box's* area when masks are scored, which changes the small,
+medium and large figures. detectron2 drops the box first; so does this module, with either scorer.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ def score(
 ) -> dict[str, float | None]:
     """Scores detections against a COCO annotation file over all of its images and categories.
 
-    The annotations are read once per file and kept until a file of another name, size or time is scored. Without any
-    detection the figures are COCO's for a model that finds nothing: 0 wherever there was something to find.
+    The annotations are read once per file and cached by its name, size and time. Without any detection the figures are
+    COCO's for a model that finds nothing: 0 wherever there was something to find.
 
     Args:
         annotations: The annotation JSON.
@@ -67,10 +66,10 @@ def score(
 
 
 @functools.lru_cache(maxsize=2)
-def _ground_truth(path: str, size: int, mtime_ns: int, scorer: Scorer) -> Any:
-    """A scorer's own object of the annotations; size and mtime are part of the key, so that a rewritten file is read.
+def _ground_truth(path: str, size: int, mtime_ns: int, scorer: Scorer) -> Any:  # noqa: ARG001 - part of the cache's key
+    """A scorer's object of the annotations; with size and time in the cache's key, a rewritten file is read again.
 
-    Both libraries print progress while they work, which does not belong into a log.
+    Both libraries print progress while they work, which does not belong in a log.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         if scorer == "hotcoco":
@@ -129,7 +128,7 @@ def _score_with_hotcoco(truth: Any, detections: Sequence[Detection], iou_type: I
             rles = [detection["segmentation"] for detection in detections]
             found = truth.load_res(rows, segmentation=rles)
             if rles:
-                # load_res numbers detections from 1 in their order and files them under their boxes' areas.
+                # load_res numbers detections from 1 in their order and gives them their boxes' areas.
                 found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
         else:
             found = truth.load_res(rows)

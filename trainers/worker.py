@@ -7,7 +7,6 @@ absolute here, and nothing installs signal handlers.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -51,7 +50,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     def flush() -> None:
         _answer(arrived)
 
-    def kept() -> bool:
+    def wait_until_persisted() -> bool:
         number, deadline = arrived(), time.monotonic() + CONFIRM_TIMEOUT_SECONDS
         while ray.get(telemetry.written.remote(), timeout=CONFIRM_TIMEOUT_SECONDS) < number:
             if time.monotonic() > deadline:
@@ -63,12 +62,12 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         push=lambda event: telemetry.push.remote(event),
         beat=lambda heartbeat: ray.get(telemetry.beat.remote(heartbeat), timeout=10),
         flush=flush,
-        kept=lambda: bool(_answer(kept)),
+        wait_until_persisted=lambda: bool(_answer(wait_until_persisted)),
     )
-    gc.disable()  # looking for garbage would take a sixth of an import that leaves none; `Rank` turns it on again
+    from trainers import before_step
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
-    Rank(config["plan"], config["attempt"], placement, channel).train(entered)
+    Rank(config["plan"], config["attempt"], placement, channel, before_step.from_environment()).train(entered)
 
 
 def _answer(ask: Callable[[], int]) -> int | None:

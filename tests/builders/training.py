@@ -54,7 +54,7 @@ def train(plan: TrialPlan, attempt: int = 0, stop_at: int | None = None, die_at:
     def push(event: Event) -> None:
         events.append(event)
         if isinstance(event, StepsDone) and stop_at is not None and event.iteration == stop_at - 2:
-            command[0] = rank.command = "stop"
+            command[0] = rank.pulse.command = "stop"
         if isinstance(event, StepsDone) and event.iteration == die_at:
             raise Died
 

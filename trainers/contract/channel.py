@@ -1,4 +1,4 @@
-"""A worker's place among the others, and its connection to the driver."""
+"""A worker's rank and node, and its connection to the driver. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,46 +9,39 @@ from typing import Literal
 from trainers.contract.events import Event, Heartbeat
 
 Command = Literal["run", "preempt", "stop"]
-"""What the driver wants: go on; end with a checkpoint and be started again elsewhere; end with a checkpoint."""
-
+"""The driver's order: go on; end with a checkpoint, to be started again elsewhere; end with a checkpoint."""
 
 ENDED = "ended"
-"""Part that a rank's last heartbeat names: it is silent from then on."""
+"""Part of a step that a rank's last heartbeat names: there is none after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a worker stands among the others.
-
-    Attributes:
-        rank: Rank among all workers.
-        world_size: Number of workers.
-        local_rank: Rank within its node.
-        local_world_size: Workers on its node.
-        host: Host name.
-        node_id: Ray's id of the node, or "".
-    """
+    """Which of a trial's workers this is, and where it runs."""
 
     rank: int
+    """Rank among all workers."""
     world_size: int
+    """Number of workers."""
     local_rank: int
+    """Rank within its node."""
     local_world_size: int
+    """Workers on its node."""
     host: str
+    """Host name."""
     node_id: str = ""
+    """Ray's id of the node; empty outside Ray."""
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """A worker's way to the driver.
-
-    Attributes:
-        push: Sends an event without waiting.
-        beat: Sends a heartbeat and returns what the driver wants; may take a while, raises when there is no answer.
-        flush: Waits until all that this rank has pushed has left its process.
-        kept: Waits until all that has arrived from any rank is on the driver's disk; returns whether it is.
-    """
+    """A worker's connection to the driver."""
 
     push: Callable[[Event], None]
+    """Sends an event without waiting."""
     beat: Callable[[Heartbeat], Command]
+    """Sends a heartbeat and returns the driver's command; may take a while, and raises when there is no answer."""
     flush: Callable[[], None] = lambda: None
-    kept: Callable[[], bool] = lambda: True
+    """Waits until all events that this rank has pushed have left its process."""
+    wait_until_persisted: Callable[[], bool] = lambda: True
+    """Waits until all events received so far, from any rank, are on the driver's disk; returns whether they are."""

@@ -21,117 +21,108 @@ results format has them. The file with all detections is hundreds of megabytes o
 
 @dataclass(frozen=True, slots=True)
 class DatasetPlan:
-    """One COCO-format data set: an annotation file and the folder its images lie in.
-
-    Attributes:
-        name: Name under which detectron2 knows it.
-        annotations: Absolute path of the annotation JSON.
-        images: Absolute path of the folder that `file_name` is relative to.
-    """
+    """One COCO-format data set: an annotation file and the folder its images lie in."""
 
     name: str
+    """Name under which detectron2 knows it."""
     annotations: str
+    """Absolute path of the annotation JSON."""
     images: str
+    """Absolute path of the folder that `file_name` is relative to."""
 
 
 @dataclass(frozen=True, slots=True)
 class SolverPlan:
-    """The schedule after scaling to the trial's world size.
-
-    Attributes:
-        global_batch_size: Images per iteration over all workers; divisible by the world size.
-        base_lr: Learning rate after warm-up.
-        max_iter: Length of the schedule in iterations.
-        steps: Iterations at which the learning rate drops.
-        warmup_iters: Iterations of warm-up of the learning rate.
-        eval_period: Iterations between evaluations; 0 for none before the end.
-        evaluate_at_end: Whether the last iteration is followed by an evaluation.
-        checkpoint_period: Iterations between checkpoints; 0 for none.
-    """
+    """The schedule after scaling to the trial's world size."""
 
     global_batch_size: int
+    """Images per iteration over all workers; divisible by the world size."""
     base_lr: float
+    """Learning rate after warm-up."""
     max_iter: int
+    """Length of the schedule in iterations."""
     steps: tuple[int, ...]
+    """Iterations at which the learning rate drops."""
     warmup_iters: int
+    """Iterations of warm-up of the learning rate."""
     eval_period: int
+    """Iterations between evaluations; 0 for none before the end."""
     evaluate_at_end: bool
+    """Whether the last iteration is followed by an evaluation."""
     checkpoint_period: int
+    """Iterations between checkpoints; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialPlan:
-    """Everything a worker needs to train one trial, and everything `--dry-run` prints of it.
-
-    Attributes:
-        experiment: Name of the experiment.
-        name: Name of the trial, unique within the run and fit for a path.
-        world_size: Number of workers, one per accelerator.
-        num_nodes: Number of hosts the workers spread over equally; None for the fewest that take them equally.
-        min_workers: Fewest workers it may go on with after a failure; None for no fewer than `world_size`.
-        recipe_name: Name of the recipe.
-        recipe: Its switches, with the experiment's own changes applied.
-        seed: Seed of the weights, the training order and the augmentations.
-        scaling: `weak` (batch per worker fixed) or `strong` (global batch fixed).
-        protocol: `throughput` or `time_to_train`.
-        config_file: Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file.
-        overrides: detectron2 keys (dotted) and their values, applied over the config file.
-        weights: `detectron2://…`, an absolute path, or "" for random weights; None keeps the config file's.
-        weights_sha256: Hash a weight file must have; None for not checked.
-        train: Training data.
-        val: Validation data.
-        num_classes: Number of categories of the data; None keeps the model config's.
-        solver: The scaled schedule.
-        throughput_warmup_iters: Iterations left out of the throughput window.
-        target_box_ap: Box AP at which the run counts as trained; None for no target.
-        target_mask_ap: Likewise for masks.
-        stop_at_target: Whether training ends when all targets are met.
-        device: `cuda` or `cpu`.
-        cpus_per_worker: CPUs a worker reserves; its threads are pinned to that number.
-        loader_workers: Loader processes per worker at the start; 0 loads in the training process.
-        most_loader_workers: As many as it may become once the speed of loader and step is known; 0 to leave it.
-        log_period: Iterations between progress events, also the window of device synchronisation.
-        trial_dir: Absolute path of the trial's folder: logs, detections; the same for all workers.
-        checkpoint_dir: Absolute path or URI of the folder for its checkpoints.
-        keep_checkpoints: How many of the newest checkpoints are kept besides the best.
-        timeouts: Seconds a section may take before its worker counts as stuck; `heartbeat`: without a sign of life.
-        survive_storage: Whether training goes on when a checkpoint cannot be written.
-        price_per_accelerator_hour: What one accelerator costs for an hour, in any currency; None where not known.
-    """
+    """Everything a worker needs to train one trial, and everything `--dry-run` prints of it."""
 
     experiment: str
+    """Name of the experiment."""
     name: str
+    """Name of the trial, unique within the run and fit for a path."""
     world_size: int
+    """Number of workers, one per accelerator."""
     num_nodes: int | None
+    """Number of hosts the workers spread over equally; None for the fewest that take them equally."""
     recipe_name: str
+    """Name of the recipe."""
     recipe: Recipe
+    """Its switches, with the experiment's own changes applied."""
     seed: int
+    """Seed of the weights, the training order and the augmentations."""
     scaling: Scaling
+    """`weak` (batch per worker fixed) or `strong` (global batch fixed)."""
     protocol: Literal["throughput", "time_to_train"]
+    """`throughput` or `time_to_train`."""
     config_file: str
+    """Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file."""
     overrides: dict[str, Any]
+    """detectron2 keys (dotted) and their values, applied over the config file."""
     weights: str | None
+    """`detectron2://…`, an absolute path, or "" for random weights; None keeps the config file's."""
     weights_sha256: str | None
+    """Hash a weight file must have; None for not checked."""
     train: DatasetPlan
+    """Training data."""
     val: DatasetPlan
+    """Validation data."""
     num_classes: int | None
+    """Number of categories of the data; None keeps the model config's."""
     solver: SolverPlan
+    """The scaled schedule."""
     throughput_warmup_iters: int
+    """Iterations left out of the throughput window."""
     target_box_ap: float | None
+    """Box AP at which the run counts as trained; None for no target."""
     target_mask_ap: float | None
+    """Likewise for masks."""
     stop_at_target: bool
+    """Whether training ends when all targets are met."""
     device: Literal["cuda", "cpu"]
+    """`cuda` or `cpu`."""
     cpus_per_worker: int
+    """CPUs a worker reserves; its threads are pinned to that number."""
     loader_workers: int
+    """Loader processes per worker at the start; 0 loads in the training process."""
     log_period: int
+    """Iterations between progress events, also the window of device synchronisation."""
     trial_dir: str
+    """Absolute path of the trial's folder: logs, detections; the same for all workers."""
     checkpoint_dir: str
+    """Absolute path or URI of the folder for its checkpoints."""
     keep_checkpoints: int
+    """How many of the newest checkpoints are kept besides the best."""
     timeouts: dict[str, float] = field(default_factory=dict)
+    """Seconds a section may take before its worker counts as stuck; `heartbeat`: without a sign of life."""
     survive_storage: bool = False
+    """Whether training goes on when a checkpoint cannot be written."""
     price_per_accelerator_hour: float | None = None
+    """What one accelerator costs for an hour, in any currency; None where not known."""
     min_workers: int | None = None
+    """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
     most_loader_workers: int = 0
+    """As many as it may become once the speed of loader and step is known; 0 to leave it."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
@@ -155,13 +146,10 @@ class TrialPlan:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One start of a trial's workers: the first, or one after a failure or `--resume`.
-
-    Attributes:
-        number: 0 for the first.
-        train_started: When the training function of attempt 0 first ran (Unix seconds); None in attempt 0.
-            The seed clock counts from here.
-    """
+    """One start of a trial's workers: the first, or one after a failure or `--resume`."""
 
     number: int = 0
+    """0 for the first."""
     train_started: float | None = None
+    """When the training function of attempt 0 first ran (Unix seconds); None in attempt 0. The seed clock counts from
+    here."""

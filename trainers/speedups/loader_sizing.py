@@ -1,8 +1,7 @@
-"""Sizes a loader for its model: as many processes as keep the data ahead of the step, no more.
+"""Sizes a loader for its model and machine: as many processes as keep the data ahead of the step, no more.
 
-The trap this module protects against: a number of loader processes taken from another machine. Too few starve the
-accelerator, too many take the CPUs that decode. The training order does not depend on the number, so the loader can be
-exchanged in the middle of training and every image still comes once.
+Too few starve the accelerator, too many compete for the CPUs. The training order does not depend on the number, so the
+loader can be replaced in the middle of training and every image still comes once.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ from typing import Any
 
 from trainers.contract.plan import TrialPlan
 from trainers.loading import TrainingImages
-from trainers.loop import StepWindow, TrainingLoop
+from trainers.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
 
 RESERVE = 1.5
-"""How much faster than the steps the loader shall be: images differ in size, and decoding is not even."""
+"""How much faster than the steps the loader should be: images differ in size and in time to decode."""
 
 NUM_TIMED = 8
 """Images, evenly spaced over the data set, on which the mapper's speed is measured."""
 
 
 class LoaderSizing:
-    """A hook that looks at the first window and once exchanges the loader for one of the right size.
+    """A hook that measures the first window and, once, replaces the loader by one of the right size.
 
     Args:
-        plan: The trial; nothing is done unless it leaves the number of processes open.
-        images: What the loader reads.
+        plan: The trial; the hook runs only where it allows more loader processes than it starts with.
+        images: Read by the loader.
         start: Iteration at which training starts.
         load: Makes the batches from an iteration on with a number of processes.
     """
@@ -45,13 +44,13 @@ class LoaderSizing:
         self.plan, self.images, self.load = plan, images, load
         self._at = start + plan.log_period
 
-    def due(self, iteration: int, ending: bool) -> bool:
+    def due(self, iteration: int, ending: bool) -> bool:  # noqa: ARG002 - a hook's interface
         """Once, after the first window."""
         return iteration == self._at and self.plan.most_loader_workers > self.plan.loader_workers
 
-    def run(self, loop: TrainingLoop, window: StepWindow) -> None:
-        """Exchanges the loader where another number of processes is right; each rank decides for itself."""
-        steps = [step - data for step, data in zip(window.step_seconds, window.data_seconds, strict=True)]
+    def run(self, loop: TrainingLoop) -> None:
+        """Replaces the loader where another number of processes is right; each rank decides for itself."""
+        steps = [step - data for step, data in zip(loop.window.step_seconds, loop.window.data_seconds, strict=True)]
         step = statistics.median(steps[len(steps) // 2 :])  # the first ones compile kernels and fill caches
         batch = self._seconds_per_image() * self.plan.batch_per_worker
         wanted = processes(batch, step, self.plan.most_loader_workers)
@@ -71,17 +70,17 @@ class LoaderSizing:
         return statistics.median(taken)
 
 
-def processes(batch_seconds: float, step_seconds: float, most: int) -> int:
+def processes(batch_seconds: float, step_seconds: float, max_processes: int) -> int:
     """Loader processes that stay ahead of the steps.
 
     Args:
-        batch_seconds: What one process takes to make a batch.
+        batch_seconds: Time in which one process makes a batch.
         step_seconds: A step without its wait for data.
-        most: CPUs that there are for loading.
+        max_processes: CPUs available for loading.
 
     Returns:
-        1 to `most`.
+        1 to `max_processes`.
     """
     if step_seconds <= 0:
-        return most
-    return max(1, min(most, math.ceil(RESERVE * batch_seconds / step_seconds)))
+        return max_processes
+    return max(1, min(max_processes, math.ceil(RESERVE * batch_seconds / step_seconds)))

@@ -1,7 +1,7 @@
-"""Evaluation beside training: a process of its own detects and scores while rank 0 trains on.
+"""Evaluates in a separate process while rank 0 trains on.
 
-Traps this module protects against: a process that outlives the training it belongs to (it ends itself when the other
-end of a pipe is closed, also by SIGKILL), and weights that change while they are detected with (they are copied).
+The process ends itself when the other end of a pipe is closed, so that it cannot outlive its training, not even one
+that is killed. The weights are copied, so that training cannot change them during an evaluation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
 import torch
@@ -23,15 +23,18 @@ from torch import Tensor, nn
 from trainers import mask_rcnn
 from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator, Scores
+from trainers.speedups.apply import process_settings
 
 _ALIGNMENT = 16  # bytes: a tensor of any type may begin there
 
 _serving: tuple[nn.Module, list[Tensor], Evaluator]
-"""Of the process beside training: its model, the weights it was sent, and its evaluator."""
+"""In the evaluating process: its model, the weights it was sent, and its evaluator."""
+_settings = ExitStack()
+"""Of the same process: what its recipe sets, to its end."""
 
 
 class Overlap:
-    """The process that evaluates beside rank 0; it begins to set itself up at once.
+    """The process that evaluates next to rank 0; it begins to set itself up at once.
 
     Args:
         plan: The trial.
@@ -44,15 +47,15 @@ class Overlap:
         shared = torch.zeros(size, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         self._weights = _views(shared, model)
         context = multiprocessing.get_context("spawn")
-        ours_gone, self._ours = context.Pipe(duplex=False)
-        self._process = ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(ours_gone,))
+        training_ended, self._end_process = context.Pipe(duplex=False)
+        self._process = ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(training_ended,))
         device = next(model.parameters()).device
         # The weights that training starts from are not needed there.
         self._ready = self._process.submit(_set_up, dataclasses.replace(plan, weights=""), shared, device)
         self._found: Future[tuple[Scores, float]] | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Begins to evaluate a model as it is now; the evaluation before must have been fetched.
+        """Begins to evaluate a model as it is now; the previous evaluation must have been fetched.
 
         Raises:
             BrokenProcessPool: The process died.
@@ -63,18 +66,18 @@ class Overlap:
         self._found = self._process.submit(_evaluate)
 
     def known(self) -> bool:
-        """Whether an evaluation that was begun has come to its end, or failed, and has not been fetched."""
+        """Whether there is the result or the failure of an evaluation to fetch."""
         return self._found is not None and self._found.done()
 
     def fetch(self) -> tuple[Scores, float] | None:
-        """Waits for the evaluation that was begun; None where none was, or it has been fetched.
+        """Waits for the evaluation that was begun.
 
         Returns:
-            What was found, and the seconds that it took.
+            Its scores and its seconds; None where none was begun, or its scores have been fetched.
 
         Raises:
             BrokenProcessPool: The process died.
-            Exception: Whatever ended the evaluation, or the process's setting up.
+            Exception: Whatever ended the evaluation or the process's set-up.
         """
         if self._found is None:
             return None
@@ -85,14 +88,14 @@ class Overlap:
     def close(self) -> None:
         """Ends the process, in the middle of its work where there is any."""
         if not self._ready.done() or (self._found is not None and not self._found.done()):
-            self._ours.send_bytes(b"")
+            self._end_process.send_bytes(b"")
         self._process.shutdown()
-        self._ours.close()
+        self._end_process.close()
 
 
 @contextmanager
-def beside(plan: TrialPlan, model: nn.Module, rank: int) -> Iterator[Overlap | None]:
-    """The process that evaluates beside rank 0, where there is something to evaluate before the end; else None.
+def process(plan: TrialPlan, model: nn.Module, rank: int) -> Iterator[Overlap | None]:
+    """The process that evaluates next to rank 0, where there is something to evaluate before the end; else None.
 
     It ends with the block.
     """
@@ -108,7 +111,7 @@ def beside(plan: TrialPlan, model: nn.Module, rank: int) -> Iterator[Overlap | N
 
 
 def _views(shared: Tensor, model: nn.Module) -> list[Tensor]:
-    """The parts of a block of memory that take the tensors of a model's state dict, in its order."""
+    """Views of a block of memory with the shapes and types of a model's state dict, in its order."""
     views, start = [], 0
     for tensor in model.state_dict().values():
         views.append(shared[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -117,14 +120,14 @@ def _views(shared: Tensor, model: nn.Module) -> list[Tensor]:
 
 
 def _end_with(training: Connection) -> None:
-    """Ends this process at once when training says so or is gone."""
+    """Ends this process at once when training sends a message or is gone."""
 
     def wait() -> None:
         training.poll(None)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches all; training decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in a terminal reaches all; training decides
 
 
 def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
@@ -132,6 +135,7 @@ def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(plan.cpus_per_worker)
+    _settings.enter_context(process_settings(plan.recipe, device))
     cfg = mask_rcnn.build_config(plan)
     mask_rcnn.register(plan.val)
     model = mask_rcnn.build_detector(cfg, plan)

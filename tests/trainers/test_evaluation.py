@@ -9,7 +9,7 @@ import torch
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 
-from trainers.detections import coco_detections
+from trainers.evaluation import coco_detections
 
 
 def found(number: int, with_masks: bool = True) -> Instances:
