@@ -1,10 +1,10 @@
-"""Checkpoints that survive: written aside, hashed, made valid by their manifest, read back only when they verify.
+"""Saves checkpoints in the background and loads the newest one that verifies against its hash.
 
 A checkpoint is a folder `iter_0001200/` with `state-0.pt` (0: the attempt that wrote it) and `manifest.json`. The
-manifest is written last: a folder without one is an interrupted write and does not count. A worker that was cut off
-and is still alive after its trial was started again cannot harm the new attempt: its files have other names, and it
-finds itself replaced before it writes a manifest. Ray's own checkpoint bookkeeping is not used; its snapshot file is
-overwritten in place and its copies have no checksum.
+manifest is written last: a folder without one is an interrupted write and does not count. A worker that lost its
+connection and is still alive after its trial was started again cannot harm the new attempt: its files have other
+names, and it finds itself replaced before it writes a manifest. Ray's checkpoint bookkeeping is not used, because it
+overwrites its snapshot file in place and copies without a checksum.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import torch
+
+from trainers.checkpoint_files import CheckpointFiles
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 OWNER = "attempt"
-"""File that names the latest attempt that writes here."""
+"""File with the number of the latest attempt that writes here."""
 
 
 class StorageError(OSError):
@@ -39,21 +38,18 @@ class StorageError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint that is complete in storage.
-
-    Attributes:
-        iteration: Iterations trained when it was taken.
-        path: Its folder.
-        size_bytes: Size of the state.
-        stall_seconds: How long training stood still for it.
-        write_seconds: From the snapshot to the manifest.
-    """
+    """A checkpoint that is complete in storage."""
 
     iteration: int
+    """Iterations trained when it was taken."""
     path: str
+    """Its folder."""
     size_bytes: int
+    """Size of the state."""
     stall_seconds: float
+    """How long training was stalled for it."""
     write_seconds: float
+    """From the snapshot to the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class _Snapshot:
 
 
 class CheckpointStore:
-    """The checkpoints of one trial; writes in a thread of its own, one at a time.
+    """The checkpoints of one trial, written by a background thread, one at a time.
 
     Args:
         uri: Folder on a local or shared file system, or a URI that pyarrow's file systems know (`s3://…`).
@@ -75,8 +71,8 @@ class CheckpointStore:
         on_saved: Called from the writing thread for every checkpoint that is complete.
         on_failed: Called from the writing thread with the iteration and the reason when one could not be written, and
             training goes on; None raises StorageError at the next save instead.
-        before_valid: Called from the writing thread before a checkpoint becomes valid; returns whether it may: what
-            happened before it must not be lost with whoever was told.
+        before_valid: Called from the writing thread before a checkpoint becomes valid; returns whether it may. It makes
+            sure that the driver has stored all earlier events, which a start from this checkpoint would not repeat.
     """
 
     def __init__(
@@ -88,24 +84,24 @@ class CheckpointStore:
         on_failed: Callable[[int, str], None] | None = None,
         before_valid: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
-        self._local = isinstance(self._files, pyarrow.fs.LocalFileSystem)
+        self._files = CheckpointFiles(uri)
+        self._root = self._files.root
         self._keep, self._attempt = keep, attempt
         self._on_saved, self._on_failed, self._before_valid = on_saved, on_failed, before_valid
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, iteration: int, state: dict[str, Any], score: float | None, since: float | None = None) -> None:
-        """Takes a snapshot and returns; the write goes on beside training.
+        """Takes a snapshot and returns; it is written in the background.
 
         Args:
             iteration: Iterations trained.
             state: Tensors and plain values, as `torch.load(weights_only=True)` reads back.
-            score: What the best checkpoint is the best of; None where nothing was evaluated.
-            since: When training began to stand still for it (`time.perf_counter`); None for now.
+            score: The higher the better; None where the model was not evaluated.
+            since: When training began to be stalled for it (`time.perf_counter`); None for now.
 
         Raises:
-            StorageError: The write before this one failed.
+            StorageError: The previous write failed.
         """
         started = time.perf_counter() if since is None else since
         self.wait()
@@ -120,17 +116,17 @@ class CheckpointStore:
             pending.result()
 
     def rate(self, iteration: int, score: float) -> None:
-        """Notes what the model of an older checkpoint scored, where there is one; after the write in progress."""
+        """Adds a score to an older checkpoint, if there still is one of that iteration, after the write in progress."""
         self._writer.submit(self._rate, iteration, score)
 
     def take_over(self) -> None:
-        """Makes this attempt the one that may write; an earlier one that is still alive finds out and gives up.
+        """Makes this attempt the one that may write; an earlier one that is still alive notices and gives up.
 
         Raises:
             StorageError: Nothing can be written, and training may not go on without checkpoints.
         """
         try:
-            self._put(f"{self._root}/{OWNER}", str(self._attempt).encode())
+            self._files.write(f"{self._root}/{OWNER}", str(self._attempt).encode())
         except OSError as error:
             self._fail(0, error)
 
@@ -148,23 +144,18 @@ class CheckpointStore:
 
         Raises:
             OSError: It cannot be read.
-            ValueError: It is not what was written.
+            ValueError: It is damaged.
         """
         folder = self._folder(iteration)
-        manifest = json.loads(self._read(f"{folder}/{MANIFEST}"))
+        manifest = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
         ((name, file),) = manifest["files"].items()
-        content = self._read(f"{folder}/{name}")
+        content = self._files.read(f"{folder}/{name}")
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
             raise ValueError("its SHA-256 is not the manifest's")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), folder
 
     def _folder(self, iteration: int) -> str:
         return f"{self._root}/iter_{iteration:07d}"
-
-    def _read(self, path: str) -> bytes:
-        with self._files.open_input_stream(path) as stream:
-            content: bytes = stream.read()
-            return content
 
     def _write(self, snapshot: _Snapshot) -> None:
         iteration, folder = snapshot.iteration, self._folder(snapshot.iteration)
@@ -173,7 +164,7 @@ class CheckpointStore:
             torch.save(snapshot.state, buffer)
             content = buffer.getvalue()
             name = f"state-{self._attempt}.pt"
-            self._put(f"{folder}/{name}", content)
+            self._files.write(f"{folder}/{name}", content)
             manifest = {
                 "iteration": iteration,
                 "attempt": self._attempt,
@@ -182,10 +173,10 @@ class CheckpointStore:
                 "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
             }
             if not self._before_valid():
-                logger.warning("the checkpoint of iteration %d does not count: the driver lacks its story", iteration)
+                logger.warning("the checkpoint of iteration %d does not count: the driver lacks its events", iteration)
                 return
             self._check_owner()
-            self._put(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
+            self._files.write(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
         except OSError as error:
             self._fail(iteration, error)
             return
@@ -200,10 +191,10 @@ class CheckpointStore:
         path = f"{self._folder(iteration)}/{MANIFEST}"
         try:
             self._check_owner()
-            manifest = json.loads(self._read(path)) | {"score": score}
-            self._put(path, json.dumps(manifest, indent=2).encode())
+            manifest = json.loads(self._files.read(path)) | {"score": score}
+            self._files.write(path, json.dumps(manifest, indent=2).encode())
         except (OSError, ValueError) as error:
-            logger.info("no checkpoint of iteration %d takes its score: %s", iteration, error)
+            logger.info("there is no checkpoint of iteration %d to add a score to: %s", iteration, error)
 
     def _fail(self, iteration: int, error: OSError) -> None:
         message = f"the checkpoint of iteration {iteration} could not be written to {self._root}: {error}"
@@ -214,70 +205,38 @@ class CheckpointStore:
 
     def _check_owner(self) -> None:
         try:
-            owner = int(self._read(f"{self._root}/{OWNER}"))
-        except (OSError, ValueError):  # lost or torn: nobody has taken over since
+            owner = int(self._files.read(f"{self._root}/{OWNER}"))
+        except (OSError, ValueError):  # lost or torn: no attempt has taken over since
             return
         if owner > self._attempt:
             raise StorageError(f"attempt {owner} writes here now; this one was given up")
 
-    def _put(self, path: str, content: bytes) -> None:
-        """Makes a file appear whole or not at all, and lasting."""
-        if not self._local:
-            with self._files.open_output_stream(path) as stream:  # an object is there when its upload is complete
-                stream.write(content)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.{os.getpid()}.aside")
-        try:
-            with aside.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(target)
-            for folder in (target.parent, target.parent.parent):
-                _sync_folder(folder)
-        except OSError:
-            aside.unlink(missing_ok=True)  # half a file would fill what is left of a full disk
-            raise
-
     def _valid(self) -> dict[int, float | None]:
         """Iteration and score of every checkpoint that has a readable manifest."""
         found: dict[int, float | None] = {}
-        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True, recursive=True)
-        for info in self._files.get_file_info(selector):
-            if info.base_name != MANIFEST:
-                continue
+        for path in self._files.find(MANIFEST):
             try:
-                manifest = json.loads(self._read(info.path))
+                manifest = json.loads(self._files.read(path))
                 found[int(manifest["iteration"])] = manifest["score"]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("checkpoint manifest %s is damaged and is skipped: %s", info.path, error)
+                logger.warning("checkpoint manifest %s is damaged and is skipped: %s", path, error)
         return found
 
     def _prune(self) -> None:
-        """Deletes all but the newest and the best, and what interrupted writes left behind."""
+        """Deletes all but the newest and the best, and the remains of interrupted writes."""
         valid = self._valid()
         kept = set(sorted(valid)[-self._keep :])
         scored = {iteration: score for iteration, score in valid.items() if score is not None}
         if scored:
             kept.add(max(scored, key=lambda iteration: (scored[iteration], iteration)))
-        for info in self._files.get_file_info(pyarrow.fs.FileSelector(self._root)):
-            match = re.fullmatch(r"iter_(\d+)", info.base_name)
+        for name in self._files.names():
+            match = re.fullmatch(r"iter_(\d+)", name)
             if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
                 continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
             if int(match[1]) in valid:
-                self._files.delete_file(f"{info.path}/{MANIFEST}")
-            self._files.delete_dir(info.path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                self._files.delete_file(f"{self._root}/{name}/{MANIFEST}")
+            self._files.delete_folder(f"{self._root}/{name}")
 
 
 def _to_cpu(value: Any) -> Any:

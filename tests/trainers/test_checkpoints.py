@@ -59,9 +59,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     assert isinstance(saved, Saved) and saved.stall_seconds < saved.write_seconds
 
 
-def test_a_checkpoint_whose_story_the_driver_lacks_does_not_count(tmp_path: Path) -> None:
-    told = iter([True, False, True])
-    target = store(tmp_path, keep=3, before_valid=lambda: next(told))
+def test_a_checkpoint_whose_events_the_driver_lacks_does_not_count(tmp_path: Path) -> None:
+    answers = iter([True, False, True])
+    target = store(tmp_path, keep=3, before_valid=lambda: next(answers))
     save(target, 3, 6)
     assert newest(tmp_path) == 3
     save(target, 9)
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_named_in_a_warning(tmp_path: Path, caplog: pyte
 
 
 WRITE_AND_DIE = """
-import os, signal, sys, torch
+import os, pathlib, signal, sys, torch
 from trainers import checkpoints
 folder, moment = sys.argv[1:]
 store = checkpoints.CheckpointStore(folder, 2, 0, lambda saved: None)
@@ -122,13 +122,13 @@ if moment == "before the manifest":
 else:
     os.fsync = die if moment == "before the rename" else os.fsync
     if moment == "half written":
-        real = checkpoints.Path.open
+        real = pathlib.Path.open
         class Half:
             def __init__(self, file): self.file = file
             def __enter__(self): return self
             def __exit__(self, *args): pass
             def write(self, content): self.file.write(content[: len(content) // 2]); self.file.flush(); die()
-        checkpoints.Path.open = lambda self, mode: Half(real(self, mode))
+        pathlib.Path.open = lambda self, mode: Half(real(self, mode))
 store.save(8, {"model": {"w": torch.full((64,), 8.0)}, "iteration": 8}, None)
 store.wait()
 """
