@@ -1,97 +1,351 @@
-"""What MLflow is told: the names of all metrics, and a trial's figures under them.
+"""Every figure of the program, one row each: where it is in the record, its names, unit, notation and definition.
 
-The trap it protects against: two names for one figure, so that a compare view shows half of the runs in either.
+The closing table, the report, comparisons, MLflow's metric names and their descriptions, and the reference in
+docs/measurement.md (`python -m orchestrator.figures.catalog` prints it) all come from these rows.
 """
 
 from __future__ import annotations
 
-from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.records import ExperimentResult, TrialResult
-from orchestrator.figures.windows import JointWindow
-from trainers.contract.events import Evaluated
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, Literal
 
-HEADLINE = {
-    "throughput/images_per_second": "images/s of all workers together, warm-up, evaluation and checkpoints left out",
-    "time/to_train_seconds": "seconds to the evaluation that first met the target, on a clock that never pauses",
-    "coco/box_ap": "box AP, 0–100; along the run, its last value is that of the last evaluation",
-    "coco/mask_ap": "mask AP, 0–100",
-    "scaling/efficiency": "throughput over that of the smallest world size, per worker; 1 is ideal",
-    "scaling/speed_up": "throughput over that of the smallest world size",
-    "cost/total": "price of the accelerators for the whole trial",
-    "cost/to_target": "price of the accelerators for the time to train",
-}
-"""The metrics that tell trials apart, and what each means."""
-
-SHOWN_COLUMNS = ("params.`workers`", *(f"metrics.`{name}`" for name in list(HEADLINE)[:5]), "tags.`device_name`")
-"""Columns of MLflow's own table of runs, in its own notation."""
-
-MLFLOW_UI = "http://localhost:5000"
-"""Where `make ui` serves a store that has no server of its own."""
-
-VIEW_KEY = "benchmark"
-"""Of the view of MLflow's table of runs that shows them; kept with the experiment, as its "Share" button keeps one."""
+from orchestrator.figures.notation import (
+    count_text,
+    millisecond_text,
+    number_text,
+    percent_text,
+    rate_text,
+    seconds_text,
+    setting_text,
+)
 
 
-def window_metrics(window: JointWindow) -> dict[str, float | None]:
-    """The metrics of a window of steps."""
-    losses: dict[str, float | None] = {f"loss/{name.removeprefix('loss_')}": v for name, v in window.losses.items()}
-    return losses | {
-        "learning_rate": window.learning_rate,
-        "throughput/images_per_second": window.images_per_second,
-        "time/step_seconds_p50": window.step_seconds_p50,
-        "time/step_seconds_p95": window.step_seconds_p95,
-        "time/data_seconds": window.data_seconds,
-        "memory/peak_gib": window.peak_memory_gib,
-    }
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of the catalogue."""
+
+    key: str
+    """Its dotted place in a trial's record. `scaling.` and `fits.` are lists in the run's record, `windows.` is in the
+    events only; `*` stands for a name of COCO's or detectron2's, or for a part."""
+    heading: str
+    """Its name for people."""
+    definition: str
+    """One sentence."""
+    short: str = ""
+    """Its name over a column of a narrow terminal, with line breaks; empty where the closing table does not show it."""
+    unit: str = ""
+    """Empty for counts and ratios."""
+    text: Callable[[float | None], str] = count_text
+    """How it is written."""
+    better: Literal["higher", "lower"] | None = None
+    """None where neither direction is better."""
+    mlflow: str | None = None
+    """Name of its metric in MLflow; None where it is not there."""
+
+    def of(self, record: Any) -> float | None:
+        """Its value in a record that has this key."""
+        value: float | None = attrgetter(self.key)(record)
+        return value
 
 
-def evaluation_metrics(event: Evaluated) -> dict[str, float | None]:
-    """The metrics of an evaluation: COCO's figures, and its seconds by part."""
-    figures = {f"coco/{name}": value for name, value in event.figures.items()}
-    parts = {f"time/evaluation_{part}_seconds": seconds for part, seconds in event.part_seconds.items()}
-    return {**figures, **parts, "time/evaluation_seconds": event.seconds}
+_two_decimals = partial(number_text, decimals=2)
+_seconds = partial(Figure, unit="s", text=seconds_text, better="lower")
+_step_seconds = partial(Figure, unit="s", text=millisecond_text, better="lower")
+_ap = partial(Figure, unit="AP", text=_two_decimals, better="higher")
+_rate = partial(Figure, unit="images/s", text=rate_text, better="higher")
+_cost = partial(Figure, unit="currency of the price", text=_two_decimals, better="lower")
+
+SECTIONS: dict[str, tuple[Figure, ...]] = {
+    "Throughput": (
+        _rate(
+            "images_per_second", "Images/s",
+            "Images that all workers trained on over the wall time of those steps on the slowest worker, without "
+            "warm-up, evaluations and checkpoints.",
+            short="Images\n/s", mlflow="throughput/images_per_second",
+        ),
+        _rate(
+            "wall_images_per_second", "Images/s with hooks",
+            "Images of the final state over the seconds from the first batch request to the end of training, with "
+            "evaluations, checkpoints and restarts.",
+            mlflow="throughput/wall_images_per_second",
+        ),
+        Figure("throughput_warmup_iters", "Warm-up", "Iterations left out of the throughput."),
+    ),
+    "Time to train": (
+        _seconds(
+            "time_to_box_target_seconds", "Time to train, box (s)",
+            "Seed clock at the box figures of the evaluation that first met the box target.",
+            short="Box\ntarget", mlflow="time/to_box_target_seconds",
+        ),
+        _seconds(
+            "time_to_train_seconds", "Time to train (s)",
+            "Seed clock at the figures of the evaluation that first met all targets; this clock never pauses.",
+            short="Target\n(s)", mlflow="time/to_train_seconds",
+        ),
+        _seconds(
+            "mlperf_seconds", "MLPerf's time to train (s)",
+            "MLPerf's clock, which starts at the first batch request, at the same moment.",
+            mlflow="time/mlperf_seconds",
+        ),
+        _seconds(
+            "schedule_seconds", "Whole schedule (s)", "Seed clock at the end of training, targets met or not.",
+            mlflow="time/schedule_seconds",
+        ),
+        Figure(
+            "scored_iteration", "Iteration of the targets",
+            "Iterations trained at the evaluation that first met all targets.", better="lower",
+        ),
+        _ap("scored_box_ap", "Box AP at the targets", "Box AP of the evaluation that first met all targets, 0–100."),
+        _ap("scored_mask_ap", "Mask AP at the targets", "Mask AP of the evaluation that first met all targets, 0–100."),
+    ),
+    "Accuracy": (
+        _ap("box_ap", "Box AP", "Box AP of the last evaluation, 0–100.", short="Box\nAP", mlflow="coco/final_box_ap"),
+        _ap(
+            "mask_ap", "Mask AP", "Mask AP of the last evaluation, 0–100.", short="Mask\nAP",
+            mlflow="coco/final_mask_ap",
+        ),
+        _ap("best_box_ap", "Best box AP", "Highest box AP of all evaluations, 0–100.", mlflow="coco/best_box_ap"),
+        _ap("best_mask_ap", "Best mask AP", "Highest mask AP of all evaluations, 0–100.", mlflow="coco/best_mask_ap"),
+        _ap(
+            "evaluations.box_ap", "Box AP", "Box AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
+            mlflow="coco/box_ap",
+        ),
+        _ap(
+            "evaluations.mask_ap", "Mask AP", "Mask AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
+            mlflow="coco/mask_ap",
+        ),
+        _ap(
+            "evaluations.figures.*", "COCO figures",
+            "COCO's figures of an evaluation for boxes and masks (`box_ap50`, `mask_arl`, …), 0–100.", mlflow="coco/*",
+        ),
+        Figure("evaluations.iteration", "Iteration", "Iterations trained at an evaluation."),
+        Figure("evaluations.epoch", "Epoch", "Passes over the training data at an evaluation.", text=_two_decimals),
+        _seconds(
+            "evaluations.seconds", "Evaluation (s)",
+            "How long an evaluation took; training was stalled as long, or for the part `stall` where it ran "
+            "concurrently.",
+            mlflow="time/evaluation_seconds",
+        ),
+        _seconds(
+            "evaluations.part_seconds.*", "Evaluation by part (s)",
+            "Seconds of an evaluation by part: inference, gather, score, and stall of a concurrent one.",
+            mlflow="time/evaluation_*_seconds",
+        ),
+        _seconds(
+            "evaluations.elapsed_seconds", "Boxes scored at (s)",
+            "Seed clock when the box figures of an evaluation were known.",
+        ),
+        _seconds(
+            "evaluations.mask_elapsed_seconds", "Masks scored at (s)",
+            "Seed clock when the mask figures of an evaluation were known.",
+        ),
+    ),
+    "Wall clock": (
+        _seconds(
+            "startup_seconds", "Start-up (s)",
+            "From the driver's start of the trial to the first batch request of the first attempt.",
+            mlflow="time/startup_seconds",
+        ),
+        _seconds("evaluation_seconds", "Evaluations (s)", "How long training was stalled for evaluations in all."),
+        _seconds(
+            "checkpoint_seconds", "Checkpoints (s)",
+            "How long training was stalled for checkpoints in all; writing that overlaps training is not in it.",
+        ),
+        _seconds(
+            "lost_work_seconds", "Lost work (s)",
+            "Steps that had to be trained again after a restart: the first time they were trained.",
+        ),
+        _seconds(
+            "sections.wall", "wall",
+            "From the driver's start of the trial to its end; the other sections add up to it.", better=None,
+        ),
+        _seconds("sections.startup", "startup", "From the driver's start of the trial to the first batch request."),
+        _seconds("sections.data", "data", "Steps: waiting for the loader."),
+        _seconds("sections.forward", "forward", "Steps: forward pass."),
+        _seconds(
+            "sections.backward", "backward",
+            "Steps: backward pass, without waiting for other workers' gradients where that was measured.",
+        ),
+        _seconds(
+            "sections.communication", "communication",
+            "Steps: waiting for other workers' gradients after the local ones are ready.",
+        ),
+        _seconds("sections.optimizer", "optimizer", "Steps: optimizer and learning rate schedule."),
+        _seconds("sections.step_other", "step other", "Steps: the rest of them."),
+        _seconds("sections.evaluation", "evaluation", "Training stalled for evaluations."),
+        _seconds("sections.checkpoint", "checkpoint", "Training stalled for checkpoints."),
+        _seconds(
+            "sections.lost_work", "lost work",
+            "Steps that had to be trained again after a restart: the first time they were trained.",
+        ),
+        _seconds(
+            "sections.downtime", "downtime", "From the last progress before each failure to the next batch request.",
+        ),
+        _seconds("sections.shutdown", "shutdown", "From the last progress to the end of the trial."),
+        _seconds(
+            "sections.other", "other",
+            "The rest: agreement at the ends of windows, progress lines, hooks without a section.",
+        ),
+    ),
+    "Downtime": (
+        _seconds(
+            "downtime_seconds", "Downtime (s)",
+            "From the last progress before each failure to the next batch request, added up.",
+            mlflow="time/downtime_seconds",
+        ),
+        Figure(
+            "num_restarts", "Restarts", "Starts of the workers after the first.", better="lower", mlflow="restarts",
+        ),
+        Figure(
+            "restarts.lost_iterations", "Iterations lost",
+            "Iterations that had to be trained again after a restart.", better="lower",
+        ),
+        _seconds(
+            "restarts.downtime_seconds", "Downtime (s)",
+            "From the last progress before a failure to the next batch request.",
+        ),
+        _seconds(
+            "restarts.recovery_seconds", "Recovery (s)",
+            "From a failure to the end of the first step trained after it; null for a resumed run, where nothing "
+            "failed.",
+        ),
+    ),
+    "Step times": (
+        _step_seconds(
+            "step_seconds.p50", "Step, median (s)",
+            "Median wall time of a step after the warm-up, all ranks together.", mlflow="time/step_seconds_p50",
+        ),
+        _step_seconds(
+            "step_seconds.p95", "Step, 95th percentile (s)",
+            "95th percentile of the wall time of a step after the warm-up, all ranks together.",
+            mlflow="time/step_seconds_p95",
+        ),
+        _step_seconds(
+            "step_seconds.p99", "Step, 99th percentile (s)",
+            "99th percentile of the wall time of a step after the warm-up, all ranks together.",
+        ),
+        _step_seconds("data_seconds.*", "Wait for data (s)", "Quantiles of a step's wait for the loader."),
+        _step_seconds(
+            "part_seconds.*", "Step by part (s)",
+            "Quantiles of the other parts of a step: forward, backward, communication, optimizer.",
+        ),
+        _step_seconds(
+            "windows.data_seconds", "Wait for data (s)", "Mean wait of a step for the loader, by window of steps.",
+            mlflow="time/data_seconds",
+        ),
+        Figure(
+            "data_wait_share", "Waiting for data",
+            "Waiting for the loader over the wall time of the steps after the warm-up, 0–1.", text=percent_text,
+            better="lower",
+        ),
+        Figure(
+            "peak_memory_gib", "Memory (GiB)",
+            "Most memory any worker used: allocated on its GPU, or resident in its process on CPU.", unit="GiB",
+            text=_two_decimals, better="lower", mlflow="memory/peak_gib",
+        ),
+    ),
+    "Rank skew": (
+        Figure(
+            "rank_skew", "Slowest rank",
+            "Step time of the slowest worker over the median worker's, both without waiting for others' gradients: 1 "
+            "is even; null for one worker or where that wait was not measured.",
+            text=partial(number_text, decimals=3), better="lower",
+        ),
+    ),
+    "Drift": (
+        Figure(
+            "drift_ratio", "Drift", "Throughput of the last quarter of the run over that of the first; 1 is steady.",
+            text=_two_decimals, better="higher",
+        ),
+    ),
+    "Losses": (
+        Figure(
+            "windows.losses.*", "Loss",
+            "detectron2's losses and their sum, `total_loss`: mean over the workers, by window of steps.",
+            text=partial(number_text, decimals=3), better="lower", mlflow="loss/*",
+        ),
+    ),
+    "Learning rate": (
+        Figure(
+            "windows.learning_rate", "Learning rate", "Learning rate of the last step of a window of steps.",
+            text=setting_text, mlflow="learning_rate",
+        ),
+        Figure(
+            "base_lr", "Base LR", "Learning rate after its warm-up, scaled to the world size.", text=setting_text,
+        ),
+        Figure("max_iter", "Schedule", "Iterations of the schedule."),
+        Figure("iterations", "Iterations", "Iterations trained."),
+    ),
+    "Efficiency": (
+        Figure(
+            "scaling.speed_up", "Speed-up",
+            "Throughput over that of the smallest world size of the same recipe and kind of scaling.",
+            short="Speed\nup", text=_two_decimals, better="higher", mlflow="scaling/speed_up",
+        ),
+        Figure(
+            "scaling.efficiency", "Efficiency", "Speed-up over the ratio of the world sizes; 1 is ideal.",
+            short="Effi-\nciency", text=percent_text, better="higher", mlflow="scaling/efficiency",
+        ),
+    ),
+    "Projection": (
+        _rate(
+            "fits.projected_images_per_second", "Projected images/s",
+            "PROJECTION, not a measurement: throughput at twice the largest world size.",
+        ),
+        Figure(
+            "fits.projected_efficiency", "Projected efficiency",
+            "PROJECTION, not a measurement: efficiency there, against the smallest world size.", text=percent_text,
+            better="higher",
+        ),
+    ),
+    "Cost": (
+        _cost(
+            "cost", "Cost",
+            "Price of the accelerators from the driver's start of the trial to its end; null without a price.",
+            short="Cost", mlflow="cost/total",
+        ),
+        _cost(
+            "cost_to_target", "Cost to target", "Price of the accelerators for the time to train.",
+            short="to\ntarget", mlflow="cost/to_target",
+        ),
+    ),
+    "Settings": (
+        Figure("world_size", "Workers", "Workers, one per accelerator.", short="Work\ners"),
+        Figure("num_nodes", "Hosts", "Hosts the workers ran on."),
+        Figure("seed", "Seed", "Seed of the weights, the training order and the augmentations.", text=setting_text),
+        Figure("global_batch_size", "Batch", "Images per iteration over all workers.", unit="images"),
+        Figure("num_train_images", "Training images", "Images of an epoch.", unit="images"),
+        Figure("num_val_images", "Validation images", "Images of an evaluation.", unit="images"),
+        _ap("target_box_ap", "Box target", "Box AP that counts as trained, 0–100.", better=None),
+        _ap("target_mask_ap", "Mask target", "Mask AP that counts as trained, 0–100.", better=None),
+    ),
+}  # fmt: skip
+"""The rows by the heading of docs/measurement.md under which they are explained."""
+
+FIGURES = {row.key: row for rows in SECTIONS.values() for row in rows}
+"""The rows by their key."""
+
+BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
+"""Lines of docs/measurement.md between which `reference()` stands."""
 
 
-def summary(result: TrialResult) -> dict[str, float | None]:
-    """The figures of an ended trial."""
-    return {
-        "throughput/images_per_second": result.images_per_second,
-        "throughput/wall_images_per_second": result.wall_images_per_second,
-        "time/to_train_seconds": result.time_to_train_seconds,
-        "time/to_box_target_seconds": result.time_to_box_target_seconds,
-        "time/mlperf_seconds": result.mlperf_seconds,
-        "time/schedule_seconds": result.schedule_seconds,
-        "time/startup_seconds": result.startup_seconds,
-        "time/downtime_seconds": result.downtime_seconds,
-        "time/step_seconds_p50": result.step_seconds.p50,
-        "time/step_seconds_p95": result.step_seconds.p95,
-        "coco/final_box_ap": result.box_ap,
-        "coco/final_mask_ap": result.mask_ap,
-        "coco/best_box_ap": result.best_box_ap,
-        "coco/best_mask_ap": result.best_mask_ap,
-        "cost/total": result.cost,
-        "cost/to_target": result.cost_to_target,
-        "memory/peak_gib": result.peak_memory_gib,
-        "restarts": result.num_restarts,
-    }
+def reference() -> str:
+    """The rows as Markdown: what docs/measurement.md holds between its two markers."""
+    lines = []
+    for section, rows in SECTIONS.items():
+        lines += [f"**{section}**", ""]
+        for row in rows:
+            facts = [row.unit, row.better and f"{row.better} is better", row.mlflow and f"MLflow `{row.mlflow}`"]
+            known = "; ".join(fact for fact in facts if fact)
+            entry = f"- `{row.key}`{known and f' ({known})'}: {row.definition}"
+            lines += textwrap.wrap(entry, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        lines.append("")
+    return "\n".join(lines)
 
 
-def reference_metrics(row: ReferenceRow) -> dict[str, float | None]:
-    """A published figure under the same names."""
-    return {
-        "throughput/images_per_second": row.images_per_second,
-        "time/to_train_seconds": row.time_to_train_seconds,
-        "coco/box_ap": row.box_ap,
-        "coco/mask_ap": row.mask_ap,
-    }
-
-
-def table_address(base: str, experiment_id: str) -> str:
-    """Where MLflow shows the experiment's runs in that view."""
-    return f"{base}/experiments/{experiment_id}/runs?viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
-
-
-def mlflow_base(result: ExperimentResult) -> str:
-    """What the addresses of MLflow's pages begin with: the tracking server's, or that of `make ui`."""
-    uri = result.mlflow_tracking_uri or ""
-    return f"{uri.rstrip('/') if uri.startswith(('http://', 'https://')) else MLFLOW_UI}/#"
+if __name__ == "__main__":
+    print(BEGIN, "\n", reference(), END, sep="", end="")

@@ -1,39 +1,134 @@
-"""The result record: every figure a run leaves in results.json, its meaning and its unit.
+"""The result record, results.json: what a run leaves, read by the table, the report, MLflow and comparisons.
 
-One record feeds the table, the report, MLflow's summary metrics and comparisons; `orchestrator.replay` makes the same
-record of a run made without us. A figure that was not measured is null, never 0. Definitions: docs/measurement.md.
+A figure that was not measured is null, never 0. The fields without a description here are the rows of
+`orchestrator.figures.catalog`, which defines each figure once.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.record_parts import CurvePoint, Evaluation, Quantiles, RankFigures, Restart, Sections
-
-__all__ = [
-    "CurvePoint", "Evaluation", "ExperimentResult", "Quantiles", "RankFigures", "ReferenceRow", "RepeatRow",
-    "Restart", "ScalingFit", "ScalingRow", "Sections", "Spread", "TrialResult",
-]  # fmt: skip
+from orchestrator.files import write_atomically
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
+class Quantiles(_Record):
+    """Quantiles of a duration over the steps of the throughput window, all ranks together, in seconds."""
+
+    p50: float | None = None
+    """Median."""
+    p95: float | None = None
+    """95th percentile."""
+    p99: float | None = None
+    """99th percentile."""
+
+
+class Evaluation(_Record):
+    """One COCO evaluation (`evaluations.` in the catalogue)."""
+
+    iteration: int
+    epoch: float | None = None
+    box_ap: float | None = None
+    mask_ap: float | None = None
+    seconds: float | None = None
+    elapsed_seconds: float | None = None
+    mask_elapsed_seconds: float | None = None
+    figures: dict[str, float | None] = {}
+    part_seconds: dict[str, float] = {}
+
+
+class Sections(_Record):
+    """Where the wall time of a trial went, in seconds of rank 0 (`sections.` in the catalogue); they add up to `wall`.
+
+    A section that was not measured by itself is null, and its seconds are in `step_other` or `other`.
+    """
+
+    wall: float
+    startup: float
+    data: float | None
+    forward: float | None
+    backward: float | None
+    communication: float | None
+    optimizer: float | None
+    step_other: float
+    evaluation: float
+    checkpoint: float | None
+    lost_work: float
+    downtime: float
+    shutdown: float
+    other: float
+
+
+class RankFigures(_Record):
+    """One worker's figures over the throughput window."""
+
+    rank: int
+    """Its rank."""
+    host: str | None = None
+    """Its host."""
+    images_per_second: float | None = None
+    """Images it trained on over the wall time of its steps."""
+    step_seconds: Quantiles = Quantiles()
+    """Wall time of its steps."""
+    part_seconds: dict[str, Quantiles] = {}
+    """Its steps by part: data, forward, backward, communication, optimizer."""
+    own_seconds: float | None = None
+    """Its steps without waiting for the other workers, summed; null where that wait was not measured."""
+    peak_memory_gib: float | None = None
+    """Most memory it used."""
+
+
+class CurvePoint(_Record):
+    """Consecutive steps of the run, all workers together, warm-up and hooks left out: a point of the drift curve."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)  # `images_per_second` is written, and not read
+
+    first_iteration: int
+    """First iteration, from 0."""
+    iteration: int
+    """Iterations done at its end."""
+    num_images: float
+    """Images all workers trained on; a fraction where a window was cut."""
+    seconds: float
+    """Wall time of its steps on the slowest worker."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def images_per_second(self) -> float:
+        """The one over the other."""
+        return self.num_images / self.seconds
+
+
+class Restart(_Record):
+    """One start of the workers after the first (`restarts.` in the catalogue)."""
+
+    attempt: int
+    """Number of the new attempt."""
+    cause: str
+    """Kind of the failure that ended the one before."""
+    message: str
+    """The cause, for a person."""
+    world_size: int | None = None
+    """Workers of the new attempt; null where they never started."""
+    lost_iterations: int
+    downtime_seconds: float | None = None
+    recovery_seconds: float | None = None
+
+
 class TrialResult(_Record):
-    """What one trial measured. Definitions: docs/measurement.md."""
+    """What one trial measured."""
 
     name: str
     """Name of the trial."""
     world_size: int
-    """Workers, one per accelerator."""
     num_nodes: int | None = None
-    """Hosts they ran on."""
     device: str | None = None
     """`cuda` or `cpu`."""
     device_name: str | None = None
@@ -41,106 +136,67 @@ class TrialResult(_Record):
     recipe: str | None = None
     """Speed recipe."""
     scaling: Literal["weak", "strong"] | None = None
-    """What was kept while scaling."""
+    """What stays the same while scaling: the batch per worker (weak) or the global batch (strong)."""
     protocol: Literal["throughput", "time_to_train"] | None = None
     """What was measured."""
     seed: int | None = None
-    """Seed."""
     status: Literal["FINISHED", "FAILED", "KILLED"]
     """MLflow's run status."""
     reason: str = ""
     """Why it failed or was ended, or why a figure is missing."""
     global_batch_size: int | None = None
-    """Images per iteration over all workers."""
     base_lr: float | None = None
-    """Learning rate after warm-up."""
     max_iter: int | None = None
-    """Iterations of the schedule."""
     iterations: int | None = None
-    """Iterations trained."""
     images_per_second: float | None = None
-    """Throughput: all workers, by the slowest, warm-up and hooks left out."""
     wall_images_per_second: float | None = None
-    """Images of the final state over the seconds from the first step to the end, everything on the clock."""
     step_seconds: Quantiles = Quantiles()
-    """Wall time of a step."""
     data_seconds: Quantiles = Quantiles()
-    """Waiting for data, part of the step."""
     part_seconds: dict[str, Quantiles] = {}
-    """The other parts of a step: forward, backward, communication, optimizer."""
     data_wait_share: float | None = None
-    """Waiting for data over the wall time of the steps, 0–1."""
     ranks: list[RankFigures] = []
     """Every worker by itself."""
     rank_skew: float | None = None
-    """Slowest worker's own time over the median worker's: 1 is even; null for one worker or where not measured."""
     rate_curve: list[CurvePoint] = []
     """Throughput along the run."""
     rate_curve_source: Literal["steps", "timestamps"] | None = None
     """Made of measured steps, or of a log's time stamps (1 s each)."""
     drift_ratio: float | None = None
-    """Throughput of the last quarter of the curve over that of the first; 1 is steady."""
     throughput_warmup_iters: int | None = None
-    """Iterations left out of the throughput."""
     time_to_train_seconds: float | None = None
-    """Seed clock to the evaluation that first met all targets."""
     time_to_box_target_seconds: float | None = None
-    """Seed clock to the box figures of the evaluation that first met the box target."""
     mlperf_seconds: float | None = None
-    """MLPerf's clock: from the first batch being asked for to the evaluation that first met all targets."""
     scored_iteration: int | None = None
-    """Iterations trained at the evaluation that first met all targets."""
     scored_box_ap: float | None = None
-    """Box AP of that evaluation, 0–100."""
     scored_mask_ap: float | None = None
-    """Mask AP of that evaluation, 0–100."""
     schedule_seconds: float | None = None
-    """Seed clock to the end of training, reached target or not."""
     startup_seconds: float | None = None
-    """From the driver's start of the trial to the first batch being asked for, first attempt."""
     evaluation_seconds: float | None = None
-    """Training standing still for evaluations."""
     checkpoint_seconds: float | None = None
-    """Training standing still for checkpoints."""
     downtime_seconds: float = 0.0
-    """Between the last sign of progress before each failure and the first batch asked for after it."""
     lost_work_seconds: float | None = None
-    """Steps that had to be trained again after a restart."""
     sections: Sections | None = None
     """Where the whole wall time went."""
     num_restarts: int = 0
-    """Starts of the workers after the first."""
     restarts: list[Restart] = []
     """Each of them."""
     box_ap: float | None = None
-    """Box AP of the last evaluation, 0–100."""
     mask_ap: float | None = None
-    """Mask AP of the last evaluation, 0–100."""
     best_box_ap: float | None = None
-    """Best box AP, 0–100."""
     best_mask_ap: float | None = None
-    """Best mask AP, 0–100."""
     target_box_ap: float | None = None
-    """Box AP that counts as trained."""
     target_mask_ap: float | None = None
-    """Mask AP that counts as trained."""
     evaluations: list[Evaluation] = []
     """All evaluations, in order."""
     cost: float | None = None
-    """Price of the accelerators from the driver's start of the trial to its end, in the currency the price is given in;
-    null without a price."""
     cost_to_target: float | None = None
-    """The same over the time to train."""
     peak_memory_gib: float | None = None
-    """Most memory any worker used: of its device, or of its process on CPU."""
     state_sha256: str | None = None
     """Hash of the final model and optimizer state."""
     hosts: list[str] = []
     """Host names."""
     num_train_images: int | None = None
-    """Images of an epoch."""
     num_val_images: int | None = None
-    """Images of an evaluation."""
     notes: list[str] = []
     """What is missing or must be known to read the figures, for a person."""
     mlflow_run_id: str | None = None
@@ -148,20 +204,18 @@ class TrialResult(_Record):
 
 
 class ScalingRow(_Record):
-    """One world size against the smallest one of the same recipe and kind of scaling."""
+    """One world size against the smallest one of the same recipe and kind of scaling (`scaling.` in the catalogue)."""
 
     recipe: str
     """Speed recipe."""
     kind: Literal["weak", "strong"]
-    """What was kept."""
+    """Kind of scaling."""
     world_size: int
     """Workers."""
     base_world_size: int
     """Workers of the row compared with."""
     speed_up: float | None
-    """Ratio of the throughputs."""
     efficiency: float | None
-    """Throughput over (workers / base workers) x base throughput; 1 is ideal."""
     efficiency_low: float | None = None
     """Lower end of its 95 % interval."""
     efficiency_high: float | None = None
@@ -176,29 +230,27 @@ class ScalingRow(_Record):
 
 
 class ScalingFit(_Record):
-    """A model of the step time over the world size, and what it says of a size that was not run: a projection."""
+    """A model of the step time over the world size, and its projection to a size that was not run (`fits.`)."""
 
     recipe: str
     """Speed recipe."""
     kind: Literal["weak", "strong"]
-    """What was kept."""
+    """Kind of scaling."""
     world_sizes: list[int]
     """Sizes it was fitted to."""
     computation_seconds: float
     """Step time that divides among the workers: a whole batch's on one worker (strong), one worker's own (weak,
-    together with the serial part, which weak scaling cannot tell apart)."""
+    together with the serial part, which weak scaling cannot separate)."""
     communication_seconds: float | None = None
-    """Step time that every doubling of the workers adds; null with too few sizes to tell."""
+    """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
     serial_seconds: float | None = None
-    """Step time that no worker saves; null where it cannot be told apart."""
+    """Step time that no worker saves; null where it cannot be separated."""
     worst_relative_error: float
     """Largest deviation of the fit from a measured step time."""
     projected_world_size: int
     """The next size."""
     projected_images_per_second: float
-    """PROJECTION, not a measurement: throughput there."""
     projected_efficiency: float
-    """PROJECTION, not a measurement: efficiency there, against the smallest size."""
 
 
 class Spread(_Record):
@@ -228,7 +280,7 @@ class RepeatRow(_Record):
     recipe: str
     """Speed recipe."""
     kind: Literal["weak", "strong"]
-    """What was kept while scaling."""
+    """Kind of scaling."""
     world_size: int
     """Workers."""
     num_trials: int
@@ -236,7 +288,7 @@ class RepeatRow(_Record):
     num_target_met: int
     """Repeats that met all targets."""
     figures: dict[str, Spread]
-    """By the figure's name in the trial's record."""
+    """By the figure's key."""
 
 
 class ExperimentResult(_Record):
@@ -270,11 +322,9 @@ class ExperimentResult(_Record):
     """Projections to the next world size."""
     repeats: list[RepeatRow] = []
     """Figures that several runs gave."""
-    reference_rows: list[ReferenceRow] = Field(default=[])
-    """Published figures shown beside."""
+    reference_rows: list[ReferenceRow] = []
+    """Published figures shown next to them."""
 
     def write(self, path: Path) -> None:
         """Writes the record atomically."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")

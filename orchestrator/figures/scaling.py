@@ -1,12 +1,13 @@
 """Compares trials with one another: repeats, speed-up and efficiency over matched iterations, and a projection.
 
-The trap it protects against: a run that stopped early is compared with the slower second half of a longer one. Where
-both have a drift curve of measured steps, the same iterations are compared. A projection is never among measurements.
+Where both trials have a drift curve of measured steps, the same iterations are compared: a run that stopped early is
+not compared with the slower second half of a longer one.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
@@ -14,7 +15,7 @@ from typing import Literal
 
 from orchestrator.figures.records import RepeatRow, ScalingFit, ScalingRow, TrialResult
 from orchestrator.figures.spread import Interval, ratio_between_repeats, ratio_within_runs, spread
-from trainers import clock
+from orchestrator.figures.throughput import matched, rate
 
 Kind = Literal["weak", "strong"]
 
@@ -55,45 +56,51 @@ def scaling_rows(trials: Sequence[TrialResult]) -> list[ScalingRow]:
     """Speed-up and efficiency of every world size against the smallest of its recipe and kind; medians over repeats."""
     rows = []
     for (recipe, kind), sizes in _groups(trials).items():
-        measured = {size: [t for t in repeats if t.images_per_second is not None] for size, repeats in sizes.items()}
-        measured = {size: measured[size] for size in sorted(measured) if measured[size]}
-        if not measured:
-            continue
-        base = min(measured)
-        for world_size, repeats in measured.items():
-            span = _matched_span([*repeats, *measured[base]]) if world_size != base else None
-            above, below = ([_rate(t, span) for t in group] for group in (repeats, measured[base]))
-            speed_up = _median(above) / _median(below)
-            interval, source = (None, None)
-            if world_size != base:
-                interval, source = _interval(repeats, measured[base], above, below, span)
-            share = base / world_size
-            rows.append(
-                ScalingRow(
-                    recipe=recipe,
-                    kind=kind,
-                    world_size=world_size,
-                    base_world_size=base,
-                    speed_up=speed_up,
-                    efficiency=speed_up * share,
-                    efficiency_low=interval.low * share if interval else None,
-                    efficiency_high=interval.high * share if interval else None,
-                    interval_source=source,
-                    matched_first_iteration=span[0] if span else None,
-                    matched_iteration=span[1] if span else None,
-                )
-            )
+        rated = {size: [t for t in repeats if t.images_per_second is not None] for size, repeats in sizes.items()}
+        measured = {size: repeats for size, repeats in sorted(rated.items()) if repeats}
+        if measured:
+            base = min(measured)
+            rows += [_scaling_row(recipe, kind, size, base, measured) for size in measured]
     return rows
 
 
-def compare(above: TrialResult, below: TrialResult) -> Interval | None:
-    """Ratio of two trials' throughputs over their matched iterations, with the interval within the runs.
+def _scaling_row(
+    recipe: str, kind: Kind, world_size: int, base: int, measured: Mapping[int, Sequence[TrialResult]]
+) -> ScalingRow:
+    repeats, others = measured[world_size], measured[base]
+    span = _matched_span([*repeats, *others]) if world_size != base else None
+    above, below = ([value for t in group if (value := _rate(t, span))] for group in (repeats, others))
+    speed_up = statistics.median(above) / statistics.median(below)
+    interval, source = (None, None) if world_size == base else _interval(repeats, others, above, below, span)
+    share = base / world_size
+    return ScalingRow(
+        recipe=recipe,
+        kind=kind,
+        world_size=world_size,
+        base_world_size=base,
+        speed_up=speed_up,
+        efficiency=speed_up * share,
+        efficiency_low=interval.low * share if interval else None,
+        efficiency_high=interval.high * share if interval else None,
+        interval_source=source,
+        matched_first_iteration=span[0] if span else None,
+        matched_iteration=span[1] if span else None,
+    )
+
+
+def compare(above: TrialResult, below: TrialResult, span: tuple[int, int] | None = None) -> Interval | None:
+    """Ratio of two trials' throughputs over matched iterations, with the interval within the runs.
+
+    Args:
+        above: The trial that is compared.
+        below: The trial it is compared with.
+        span: First iteration, and iterations done at the end; None for all that both have.
 
     Returns:
         None where they have no matched iterations, or too few to have a spread.
     """
-    span = _matched_span([above, below])
-    return ratio_within_runs(_points(above, span), _points(below, span)) if span else None
+    span = span or _matched_span([above, below])
+    return ratio_within_runs(matched(above.rate_curve, *span), matched(below.rate_curve, *span)) if span else None
 
 
 def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
@@ -101,93 +108,73 @@ def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
 
     The model of a step on N workers is `serial + computation / N + communication x log2(N)` with the global batch kept
     (Amdahl's law, 1967, with the rounds of a tree all-reduce), and `computation + communication x log2(N)` with the
-    batch per worker kept, where a serial part cannot be told from computation. A ring's (N - 1) / N would not do: it is
-    1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised. Two
-    sizes tell computation and one more term apart: the serial part, or communication where that fits better.
+    batch per worker kept, where a serial part cannot be separated from computation. A ring's (N - 1) / N would not do:
+    it is 1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised.
+    Two sizes separate computation and one more term: the serial part, or communication where that fits better.
     """
-    fits = []
-    for (recipe, kind), sizes in _groups(trials).items():
-        step_seconds = {}
-        for world_size, repeats in sizes.items():
-            rates = [t.images_per_second for t in repeats if t.images_per_second and t.global_batch_size]
-            if rates and repeats[0].global_batch_size:
-                step_seconds[world_size] = repeats[0].global_batch_size / _median(rates)
-        if len(step_seconds) < 2:
-            continue
-        found = _fit(_SHAPES[kind], step_seconds)
-        if found is None:
-            continue
+    return [
+        fit
+        for (recipe, kind), sizes in _groups(trials).items()
+        if (fit := _scaling_fit(recipe, kind, sizes)) is not None
+    ]
 
-        def step(size: int, found: Mapping[str, float] = found, kind: Kind = kind) -> float:
-            return sum(seconds * _SHAPES[kind][term](size) for term, seconds in found.items())
 
-        base, following = min(step_seconds), 2 * max(step_seconds)
-        batch = sizes[base][0].global_batch_size
-        assert batch is not None
-        next_batch = batch if kind == "strong" else batch / base * following
-        projected = next_batch / step(following)
-        fits.append(
-            ScalingFit(
-                recipe=recipe,
-                kind=kind,
-                world_sizes=sorted(step_seconds),
-                computation_seconds=found["computation"],
-                communication_seconds=found.get("communication"),
-                serial_seconds=found.get("serial"),
-                worst_relative_error=max(abs(step(n) / seconds - 1) for n, seconds in step_seconds.items()),
-                projected_world_size=following,
-                projected_images_per_second=projected,
-                projected_efficiency=projected / (batch / step_seconds[base]) * base / following,
-            )
-        )
-    return fits
+def _scaling_fit(recipe: str, kind: Kind, sizes: Mapping[int, Sequence[TrialResult]]) -> ScalingFit | None:
+    step_seconds, batches = {}, {}
+    for world_size, repeats in sizes.items():
+        rates, batch = [t.images_per_second for t in repeats if t.images_per_second], repeats[0].global_batch_size
+        if rates and batch:
+            step_seconds[world_size], batches[world_size] = batch / statistics.median(rates), batch
+    if len(step_seconds) < 2:
+        return None
+    found = _fit(_SHAPES[kind], step_seconds)
+
+    def step(size: int) -> float:
+        return sum(seconds * _SHAPES[kind][term](size) for term, seconds in found.items())
+
+    base, following = min(step_seconds), 2 * max(step_seconds)
+    next_batch = batches[base] if kind == "strong" else batches[base] / base * following
+    projected = next_batch / step(following)
+    return ScalingFit(
+        recipe=recipe,
+        kind=kind,
+        world_sizes=sorted(step_seconds),
+        computation_seconds=found["computation"],
+        communication_seconds=found.get("communication"),
+        serial_seconds=found.get("serial"),
+        worst_relative_error=max(abs(step(n) / seconds - 1) for n, seconds in step_seconds.items()),
+        projected_world_size=following,
+        projected_images_per_second=projected,
+        projected_efficiency=projected / (batches[base] / step_seconds[base]) * base / following,
+    )
 
 
 _SHAPES: dict[Kind, dict[str, Callable[[int], float]]] = {
-    "strong": {"computation": lambda n: 1 / n, "serial": lambda n: 1.0, "communication": math.log2},
-    "weak": {"computation": lambda n: 1.0, "communication": math.log2},
+    "strong": {"computation": lambda n: 1 / n, "serial": lambda _: 1.0, "communication": math.log2},
+    "weak": {"computation": lambda _: 1.0, "communication": math.log2},
 }
-"""Terms of a step on N workers, in the order in which more sizes tell more of them apart."""
+"""Terms of a step on N workers, in the order in which they are preferred where too few sizes separate them."""
 
 
-def _fit(shapes: Mapping[str, Callable[[int], float]], step_seconds: Mapping[int, float]) -> dict[str, float] | None:
+def _fit(shapes: Mapping[str, Callable[[int], float]], step_seconds: Mapping[int, float]) -> dict[str, float]:
     """Least squares of relative errors by computation and as many more terms as the sizes allow, none negative.
 
     Returns:
-        Seconds by term; a term that too few sizes can tell of is left out.
+        Seconds by term; with fewer sizes than terms, a term that they cannot separate is left out.
     """
-    best: tuple[float, dict[str, float]] | None = None
+    from scipy.optimize import nnls
+
     others = [name for name in shapes if name != "computation"]
-    for count in range(min(len(others), len(step_seconds) - 1) + 1):
-        for chosen in combinations(others, count):
-            names = ("computation", *chosen)
-            rows = [[shapes[name](n) / seconds for name in names] for n, seconds in step_seconds.items()]
-            solution = _least_squares(rows)
-            if solution is None or min(solution) < 0:
-                continue
-            error = sum((sum(x * a for x, a in zip(solution, row, strict=True)) - 1) ** 2 for row in rows)
-            if best is None or error < best[0] - 1e-15:
-                best = error, dict(zip(names, solution, strict=True))
-    if best is None:
-        return None
-    told = len(step_seconds) >= len(shapes)
-    return {**dict.fromkeys(shapes if told else (), 0.0), **best[1]}
-
-
-def _least_squares(rows: Sequence[Sequence[float]]) -> list[float] | None:
-    """Solves `rows x = 1` in the least squares sense by its normal equations; None where they are singular."""
-    size = len(rows[0])
-    matrix = [[*(sum(r[i] * r[j] for r in rows) for j in range(size)), sum(r[i] for r in rows)] for i in range(size)]
-    for column in range(size):
-        pivot = max(range(column, size), key=lambda row: abs(matrix[row][column]))
-        if abs(matrix[pivot][column]) < 1e-12 * max(abs(value) for row in matrix for value in row):
-            return None
-        matrix[column], matrix[pivot] = matrix[pivot], matrix[column]
-        for row in range(size):
-            if row != column:
-                factor = matrix[row][column] / matrix[column][column]
-                matrix[row] = [a - factor * b for a, b in zip(matrix[row], matrix[column], strict=True)]
-    return [matrix[row][size] / matrix[row][row] for row in range(size)]
+    solutions = []
+    for chosen in combinations(others, min(len(others), len(step_seconds) - 1)):
+        names = ("computation", *chosen)
+        rows = [[shapes[name](n) / seconds for name in names] for n, seconds in step_seconds.items()]
+        terms, residual = nnls(rows, [1.0] * len(rows))
+        solutions.append((round(float(residual), 9), dict(zip(names, map(float, terms), strict=True))))
+    best = min(solutions, key=lambda solution: solution[0])[1]  # the first of equals
+    if len(step_seconds) >= len(shapes):
+        return best
+    return {name: seconds for name, seconds in best.items() if seconds or name == "computation"}
 
 
 def _matched_span(trials: Sequence[TrialResult]) -> tuple[int, int] | None:
@@ -197,18 +184,11 @@ def _matched_span(trials: Sequence[TrialResult]) -> tuple[int, int] | None:
     first = max(trial.rate_curve[0].first_iteration for trial in trials)
     last = min(max(point.iteration for point in trial.rate_curve) for trial in trials)
     span = first, last
-    return span if all(_points(trial, span) for trial in trials) else None
+    return span if all(matched(trial.rate_curve, *span) for trial in trials) else None
 
 
-def _points(trial: TrialResult, span: tuple[int, int] | None) -> list[clock.Stretch]:
-    points = [clock.Stretch(p.first_iteration, p.iteration, p.num_images, p.seconds) for p in trial.rate_curve]
-    return clock.matched(points, *span) if span else points
-
-
-def _rate(trial: TrialResult, span: tuple[int, int] | None) -> float:
-    measured = clock.rate(_points(trial, span)) if span else trial.images_per_second
-    assert measured is not None
-    return measured
+def _rate(trial: TrialResult, span: tuple[int, int] | None) -> float | None:
+    return rate(matched(trial.rate_curve, *span)) if span else trial.images_per_second
 
 
 def _interval(
@@ -223,14 +203,8 @@ def _interval(
     if interval:
         return interval, "repeats"
     # The curve of a log is made of whole seconds: its spread is rounding, and says nothing of the run.
-    interval = ratio_within_runs(_points(above[0], span), _points(below[0], span)) if span else None
+    interval = compare(above[0], below[0], span) if span else None
     return interval, "within runs" if interval else None
-
-
-def _median(values: Sequence[float]) -> float:
-    middle = clock.quantile(values, 0.5)
-    assert middle is not None
-    return middle
 
 
 def _groups(trials: Sequence[TrialResult]) -> dict[tuple[str, Kind], dict[int, list[TrialResult]]]:

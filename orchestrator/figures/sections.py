@@ -1,7 +1,7 @@
 """Where a trial's wall time went: its events cut into sections that add up to it.
 
-The trap it protects against: sums of durations that overlap or leave gaps look plausible. Here every section is
-taken from rank 0's own line of time, and what is left over is shown as `other` instead of being spread about.
+Sums of durations that overlap or leave gaps look plausible, so every section is taken from rank 0's timeline, and what
+is left over is shown as `other`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from orchestrator.figures.record_parts import Sections
+from orchestrator.figures.records import Sections
+from orchestrator.figures.steps import PARTS
 from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
@@ -27,21 +28,18 @@ from trainers.contract.events import (
 
 @dataclass(frozen=True, slots=True)
 class LoopRun:
-    """One attempt's time in the training loop, on rank 0.
-
-    Attributes:
-        attempt: Number of the attempt.
-        first_iteration: Iteration it began with.
-        started: When the first batch was asked for (Unix seconds).
-        last_progress: When it last had something to show: a window of steps, an evaluation, a checkpoint, the end.
-        steps: Its windows of steps, in order.
-    """
+    """One attempt's time in the training loop, on rank 0."""
 
     attempt: int
+    """Number of the attempt."""
     first_iteration: int
+    """Iteration it began with."""
     started: float
+    """When the first batch was requested (Unix seconds)."""
     last_progress: float
+    """When the last window of steps, evaluation or checkpoint was done, or training ended (Unix seconds)."""
     steps: tuple[StepsDone, ...]
+    """Its windows of steps, in order."""
 
 
 def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
@@ -68,16 +66,16 @@ def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
 def began(events: Sequence[Event]) -> float | None:
     """When the training function began: the start of the seed clock (Unix seconds)."""
     starts = [e.time for e in events if isinstance(e, WorkerStarted)]
-    # A worker tells of its start only when it has loaded its libraries; the loop's event knows when it really began.
-    starts += [e.time - e.setup_seconds for e in events if isinstance(e, LoopStarted)]
+    # A worker reports its start after it has loaded its libraries; the loop's event knows when it really began.
+    starts += [e.time - e.setup_seconds for e in events if isinstance(e, LoopStarted) and e.setup_seconds is not None]
     return min(starts, default=None)
 
 
 def lost_steps(attempts: Sequence[LoopRun]) -> dict[int, int]:
     """For each attempt that was followed by another, the iteration from which its steps were trained again."""
     return {
-        stay.attempt: min(later.first_iteration for later in attempts[position + 1 :])
-        for position, stay in enumerate(attempts[:-1])
+        run.attempt: min(later.first_iteration for later in attempts[position + 1 :])
+        for position, run in enumerate(attempts[:-1])
     }
 
 
@@ -96,11 +94,11 @@ def sections(events: Sequence[Event]) -> Sections | None:
     if not attempts or started is None or ended is None:
         return None
     lost_from = lost_steps(attempts)
-    parts: dict[str, float | None] = dict.fromkeys(("data", "forward", "backward", "communication", "optimizer"))
+    parts: dict[str, float | None] = dict.fromkeys(PARTS)
     steps = lost = 0.0
-    for stay in attempts:
-        for window in stay.steps:
-            kept = kept_share(window, lost_from.get(stay.attempt))
+    for run in attempts:
+        for window in run.steps:
+            kept = kept_share(window, lost_from.get(run.attempt))
             steps += window.seconds * kept
             lost += window.seconds * (1 - kept)
             for part in parts:
@@ -112,10 +110,10 @@ def sections(events: Sequence[Event]) -> Sections | None:
         **parts,
         "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
         "evaluation": sum(e.stall_seconds for e in events if isinstance(e, Evaluated)),
-        # A log says when a checkpoint was begun, not how long training stood still for it.
+        # A log says when a checkpoint was begun, not how long training was stalled for it.
         "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,
-        "downtime": sum(later.started - stay.last_progress for stay, later in pairwise(attempts)),
+        "downtime": sum(later.started - run.last_progress for run, later in pairwise(attempts)),
         "shutdown": ended - attempts[-1].last_progress,
     }
     wall = ended - started
@@ -133,10 +131,10 @@ def kept_share(window: StepsDone, lost_from: int | None) -> float:
 
 
 def _progress(event: Event) -> float | None:
-    """When training last stood where this event leaves it (Unix seconds); None for events that are no progress."""
+    """When the progress that an event reports was made (Unix seconds); None for events that report none."""
     if isinstance(event, StepsDone | Evaluated | LoopFinished):
         return event.time
     if isinstance(event, CheckpointSaved):
-        # Written aside while training goes on: the stall is over before the event comes.
+        # Written in the background while training goes on: the stall is over before the event comes.
         return min(event.time, event.time - event.write_seconds + event.stall_seconds)
     return None

@@ -1,8 +1,7 @@
-"""How sure a figure is: repeats summed up, and a ratio of two runs with its interval. Deterministic, no sampling.
+"""How sure a figure is: repeats summed up, and a ratio of two runs with its 95 % interval; deterministic, no sampling.
 
-The trap it protects against: the steps of one run resemble their neighbours, so counting each as a measurement of its
-own makes intervals far too narrow. Steps are gathered into a few long batches first, and two runs are best compared by
-repeats, which alone see what differs from run to run.
+The steps of one run resemble their neighbours, so counting each as a measurement by itself would make intervals far too
+narrow: they are gathered into a few long batches first. Only repeats see what differs from run to run.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.figures.records import Spread
-from trainers.clock import Stretch, join_stretches, rate
+from orchestrator.figures.records import CurvePoint, Spread
+from orchestrator.figures.throughput import join_points, rate
 
 MAX_BATCHES = 10
 """Batches a run's steps are gathered into; Schmeiser, "Batch size effects in the analysis of simulation output",
@@ -22,48 +21,32 @@ Operations Research 30 (1982), finds nothing gained by more than 10 to 30."""
 MIN_BATCHES = 4
 """Fewer say nothing of a spread."""
 
-_T_975 = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788, 2.1604, 2.1448,
-    2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484,
-    2.0452, 2.0423,
-)  # fmt: skip
-"""97.5 % points of Student's t for 1 to 30 degrees of freedom (any statistical table)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with its 95 % interval.
-
-    Attributes:
-        value: The figure.
-        low: Lower end.
-        high: Upper end.
-    """
+    """A figure with its 95 % interval."""
 
     value: float
+    """The figure."""
     low: float
+    """Lower end."""
     high: float
+    """Upper end."""
 
 
 def t_975(degrees: float) -> float:
     """97.5 % point of Student's t, for intervals of 95 %.
 
-    Between whole degrees of freedom the smaller one's point is taken, which is on the safe side. Above 30 it is the
-    expansion in 1 / degrees (Abramowitz and Stegun, 26.7.5), good to four decimals there.
-
-    Raises:
-        ValueError: Below one degree of freedom.
+    Args:
+        degrees: Degrees of freedom; a fraction is allowed, as Welch's are.
     """
-    if degrees < 1:
-        raise ValueError(f"no spread with {degrees} degrees of freedom")
-    if degrees <= 30:
-        return _T_975[int(degrees) - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Sums up the values repeats gave; None of none. The interval is of the mean, by Student's t."""
+    """Sums up a figure's values over repeats; None of none. The interval is of the mean, by Student's t."""
     if not values:
         return None
     ordered = sorted(values)
@@ -83,7 +66,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     )
 
 
-def ratio_within_runs(above: Sequence[Stretch], below: Sequence[Stretch]) -> Interval | None:
+def ratio_within_runs(above: Sequence[CurvePoint], below: Sequence[CurvePoint]) -> Interval | None:
     """Ratio of two runs' throughputs with an interval from the spread within each run.
 
     Each throughput is a ratio estimator over batches (Cochran, "Sampling Techniques", 1977, section 6.3); the variances
@@ -94,7 +77,7 @@ def ratio_within_runs(above: Sequence[Stretch], below: Sequence[Stretch]) -> Int
         below: Drift curve of the run it is compared with.
 
     Returns:
-        None where a run has too few stretches to have a spread, or no throughput.
+        None where a run has too few points to have a spread, or no throughput.
     """
     rates = rate(above), rate(below)
     variances = _relative_variance(above), _relative_variance(below)
@@ -116,9 +99,9 @@ def ratio_between_repeats(above: Sequence[float], below: Sequence[float]) -> Int
     return _ratio(statistics.median(above) / statistics.median(below), variances)
 
 
-def _relative_variance(points: Sequence[Stretch]) -> tuple[float, int] | None:
-    """Variance of the logarithm of a run's throughput, and its degrees of freedom, by batches of stretches."""
-    batches = join_stretches(points, max(1, math.ceil(len(points) / MAX_BATCHES)))
+def _relative_variance(points: Sequence[CurvePoint]) -> tuple[float, int] | None:
+    """Variance of the logarithm of a run's throughput, and its degrees of freedom, by batches of points."""
+    batches = join_points(points, max(1, math.ceil(len(points) / MAX_BATCHES)))
     mean_rate = rate(batches)
     if len(batches) < MIN_BATCHES or not mean_rate:
         return None

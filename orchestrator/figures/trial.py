@@ -5,7 +5,8 @@ Ray Train's own result is bound to the last checkpoint, so figures come from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.figures.causes import root_cause
@@ -43,38 +44,84 @@ def trial_result(plan: Plan, events: Sequence[Event], mlflow_run_id: str | None 
     Raises:
         ValueError: The trial has not ended.
     """
-    ended = _last(events, TrialEnded)
+    trial = _facts(plan, events)
+    values = {**_setup(trial), **_accuracy(trial), **_clocks(trial), **_steps(trial), **_restarts(trial)}
+    if trial.log:
+        values |= _printed(trial, trial.log, values["wall_images_per_second"])
+    reason = trial.ended.reason
+    if not reason and values["time_to_train_seconds"] is None and has_target(plan):
+        reason = f"target not reached in {trial.iterations} iterations"
+    return TrialResult(**values, status=trial.ended.status, reason=reason, mlflow_run_id=mlflow_run_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the groups of figures below are made of."""
+
+    plan: Plan
+    events: Sequence[Event]
+    ended: TrialEnded
+    workers: Sequence[WorkerStarted]
+    sizes: dict[int, int]
+    """Number of workers by attempt."""
+    steps: Sequence[StepsDone]
+    """Windows of the attempts with all workers: a rate belongs to one world size."""
+    attempts: Sequence[LoopRun]
+    finished: LoopFinished | None
+    iterations: int | None
+    evaluations: Sequence[Evaluated]
+    """By iteration, each at its first time."""
+    driver_start: float | None
+    """When the driver started the trial (Unix seconds)."""
+    worker_start: float | None
+    """Start of the seed clock; None where a log does not have it."""
+    loop_start: float | None
+    """Start of MLPerf's clock, the first batch request; likewise."""
+    log: LogReplayed | None
+    """Of a replayed trial."""
+    unknown: frozenset[str]
+    """What that log does not have, see `LogReplayed.unknown`."""
+
+
+def _facts(plan: Plan, events: Sequence[Event]) -> _Facts:
+    ended, finished, log = _last(events, TrialEnded), _last(events, LoopFinished), _last(events, LogReplayed)
     if ended is None:
         raise ValueError(f"trial {plan.name} has not ended")
-    workers = _all(events, WorkerStarted)
+    workers, steps, attempts = _all(events, WorkerStarted), _all(events, StepsDone), loop_runs(events)
     sizes = {e.attempt: e.world_size or plan.world_size for e in workers}
-    # A rate belongs to one world size.
-    steps = [e for e in _all(events, StepsDone) if sizes.get(e.attempt, plan.world_size) == plan.world_size]
-    log = _last(events, LogReplayed)
-    values: dict[str, Any] = {
-        **_setup(plan, events),
-        **_accuracy(plan, events),
-        **_clocks(plan, events),
-        **_steps(plan, steps, workers),
-        **_interruptions(events, sizes),
-        "status": ended.status,
-        "notes": _notes(plan, sizes),
-        "mlflow_run_id": mlflow_run_id,
-    }
-    if log:
-        values |= _logged(plan, log, steps, values)
-    values["reason"] = ended.reason
-    if not ended.reason and values["time_to_train_seconds"] is None and has_target(plan):
-        values["reason"] = f"target not reached in {values['iterations']} iterations"
-    return TrialResult.model_validate(values)
+    done = [e.iteration for e in steps if e.rank == 0] + ([finished.iteration] if finished else [])
+    unknown = frozenset(log.unknown if log else ())
+    start_known = not unknown & {"start", "startup_seconds"}  # older versions name the figure
+    return _Facts(
+        plan=plan,
+        events=events,
+        ended=ended,
+        workers=workers,
+        sizes=sizes,
+        steps=[e for e in steps if sizes.get(e.attempt, plan.world_size) == plan.world_size],
+        attempts=attempts,
+        finished=finished,
+        iterations=max(done, default=0 if attempts else None),
+        evaluations=_first_evaluations(events),
+        driver_start=next((e.time for e in _all(events, TrialStarted)), None),
+        worker_start=began(events) if start_known else None,
+        loop_start=attempts[0].started if attempts and start_known else None,
+        log=log,
+        unknown=unknown,
+    )
 
 
-def _setup(plan: Plan, events: Sequence[Event]) -> dict[str, Any]:
+def _setup(trial: _Facts) -> dict[str, Any]:
     """What was run on what, and how far it came."""
-    workers = _all(events, WorkerStarted)
-    loop = next((e for e in _all(events, LoopStarted) if e.rank == 0), None)
-    finished = _last(events, LoopFinished)
-    done = [e.iteration for e in _all(events, StepsDone) if e.rank == 0] + ([finished.iteration] if finished else [])
+    plan, workers = trial.plan, trial.workers
+    loop = next((e for e in _all(trial.events, LoopStarted) if e.rank == 0), None)
+    fewer = [
+        f"attempt {attempt} with {size}" for attempt, size in sorted(trial.sizes.items()) if size != plan.world_size
+    ]
+    note = (
+        f"{', '.join(fewer)} of {plan.world_size} workers: rates and step times are of the attempts with all workers, "
+        "clocks and costs of all attempts"
+    )
     return {
         "name": plan.name,
         "world_size": plan.world_size,
@@ -89,79 +136,170 @@ def _setup(plan: Plan, events: Sequence[Event]) -> dict[str, Any]:
         "global_batch_size": plan.solver.global_batch_size,
         "base_lr": plan.solver.base_lr,
         "max_iter": plan.solver.max_iter,
-        "iterations": max(done, default=0 if loop else None),
+        "iterations": trial.iterations,
         "num_train_images": loop.num_train_images if loop else None,
         "num_val_images": loop.num_val_images if loop else None,
         "target_box_ap": plan.target_box_ap,
         "target_mask_ap": plan.target_mask_ap,
-        "state_sha256": finished.state_sha256 if finished else None,
+        "state_sha256": trial.finished.state_sha256 if trial.finished else None,
+        "notes": [note] if fewer else [],
     }
 
 
-def _accuracy(plan: Plan, events: Sequence[Event]) -> dict[str, Any]:
-    """AP of the last, the best and the scored evaluation, and all of them."""
-    scored = _evaluations(events)
-    last = scored[-1].figures if scored else {}
-    met = first_to_meet(plan, scored)
-    at_target = met[0].figures if met else {}
+def _accuracy(trial: _Facts) -> dict[str, Any]:
+    """AP of the last, the best and the scored evaluation, and every evaluation."""
+    met = first_to_meet(trial.plan, trial.evaluations)
+    last = trial.evaluations[-1].figures if trial.evaluations else {}
     values: dict[str, Any] = {"scored_iteration": met[0].iteration if met else None}
     for name in ("box_ap", "mask_ap"):
+        measured = [ap for e in trial.evaluations if (ap := e.figures.get(name)) is not None]
         values[name] = last.get(name)
-        values[f"best_{name}"] = max((ap for e in scored if (ap := e.figures.get(name)) is not None), default=None)
-        values[f"scored_{name}"] = at_target.get(name)
-    start, timed = _start(events), "times" not in _unknown(events)
+        values[f"best_{name}"] = max(measured, default=None)
+        values[f"scored_{name}"] = met[0].figures.get(name) if met else None
     values["evaluations"] = [
         Evaluation(
             iteration=event.iteration,
             epoch=event.epoch,
             box_ap=event.figures.get("box_ap"),
             mask_ap=event.figures.get("mask_ap"),
-            seconds=event.seconds if timed else None,
-            elapsed_seconds=_between(start, event.box_scored),
-            mask_elapsed_seconds=_between(start, event.mask_scored),
+            seconds=event.seconds if _has_times(trial) else None,
+            elapsed_seconds=_between(trial.worker_start, event.box_scored),
+            mask_elapsed_seconds=_between(trial.worker_start, event.mask_scored),
             figures=event.figures,
             part_seconds=event.part_seconds,
         )
-        for event in scored
+        for event in trial.evaluations
     ]
     return values
 
 
-def _clocks(plan: Plan, events: Sequence[Event]) -> dict[str, Any]:
+def _clocks(trial: _Facts) -> dict[str, Any]:
     """Times by the seed clock, by MLPerf's and by the wall clock, and what they cost."""
-    scored = _evaluations(events)
-    met = first_to_meet(plan, scored)
-    met_at = met[1] if met else None
-    start, attempts, finished = _start(events), loop_runs(events), _last(events, LoopFinished)
-    first_batch = attempts[0].started if attempts and start is not None else None
-    trial_started = next((e.time for e in _all(events, TrialStarted)), None)
-    time_to_train = _between(start, met_at)
-    timed = "times" not in _unknown(events)
+    met = first_to_meet(trial.plan, trial.evaluations)
+    time_to_train = _between(trial.worker_start, met[1] if met else None)
+    stalls = sum(e.stall_seconds for e in _all(trial.events, Evaluated))
+    where = sections(trial.events) if trial.loop_start is not None else None
     return {
         "time_to_train_seconds": time_to_train,
-        "time_to_box_target_seconds": _between(start, box_target_met(plan, scored)),
-        "mlperf_seconds": _between(first_batch, met_at),
-        "schedule_seconds": _between(start, finished.time if finished else None),
-        "startup_seconds": _between(trial_started, first_batch),
-        "evaluation_seconds": sum(e.stall_seconds for e in _all(events, Evaluated)) if timed else None,
-        "checkpoint_seconds": sum(e.stall_seconds for e in _all(events, CheckpointSaved)),
-        "sections": sections(events) if start is not None else None,
-        "wall_images_per_second": _wall_rate(plan, first_batch, attempts, finished, events),
-        "cost": _cost(plan, _between(trial_started, next(e.time for e in reversed(_all(events, TrialEnded))))),
-        "cost_to_target": _cost(plan, time_to_train),
+        "time_to_box_target_seconds": _between(trial.worker_start, box_target_met(trial.plan, trial.evaluations)),
+        "mlperf_seconds": _between(trial.loop_start, met[1] if met else None),
+        "schedule_seconds": _between(trial.worker_start, trial.finished.time if trial.finished else None),
+        "startup_seconds": _between(trial.driver_start, trial.loop_start),
+        "evaluation_seconds": stalls if _has_times(trial) else None,
+        "checkpoint_seconds": sum(e.stall_seconds for e in _all(trial.events, CheckpointSaved)),
+        "sections": where,
+        "lost_work_seconds": where.lost_work if where else None,
+        "wall_images_per_second": _wall_rate(trial),
+        "cost": _cost(trial.plan, _between(trial.driver_start, trial.ended.time)),
+        "cost_to_target": _cost(trial.plan, time_to_train),
     }
 
 
-def _wall_rate(
-    plan: Plan,
-    first_batch: float | None,
-    attempts: Sequence[LoopRun],
-    finished: LoopFinished | None,
-    events: Sequence[Event],
-) -> float | None:
-    """Images of the final state over the seconds from the first batch request to the end of training."""
-    iterations, batch = _setup(plan, events)["iterations"], plan.solver.global_batch_size
-    if first_batch is None or not iterations or batch is None:
-        return None
-    seconds = (finished.time if finished else attempts[-1].last_progress) - first_batch
-    return iterations * batch / seconds if seconds > 0 else None
+def _wall_rate(trial: _Facts) -> float | None:
+    batch, end = trial.plan.solver.global_batch_size, trial.finished.time if trial.finished else None
+    if end is None and trial.attempts:
+        end = trial.attempts[-1].last_progress
+    seconds = _between(trial.loop_start, end)
+    return trial.iterations * batch / seconds if trial.iterations and batch and seconds and seconds > 0 else None
+
+
+def _steps(trial: _Facts) -> dict[str, Any]:
+    """Throughput, step times, and every worker by itself."""
+    plan, steps, warmup = trial.plan, trial.steps, trial.plan.throughput_warmup_iters
+    max_points = MAX_POINTS
+    if trial.log:  # whose time stamps have whole seconds: no point shorter than a minute
+        max_points = max(1, min(MAX_POINTS, int(sum(e.seconds for e in steps) / 60)))
+    curve = rate_curve(steps, warmup, max_points)
+    parts = {name: quantiles(step_parts(steps, name, warmup)) for name in PARTS}
+    numbers = [] if trial.log else sorted({e.rank for e in steps})
+    ranks = [rank_figures(rank, steps, trial.workers, warmup, plan.world_size) for rank in numbers]
+    own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
+    return {
+        "images_per_second": throughput(steps, warmup),
+        "throughput_warmup_iters": warmup,
+        "step_seconds": quantiles(step_parts(steps, "step", warmup)),
+        "data_seconds": parts.pop("data"),
+        "part_seconds": {name: part for name, part in parts.items() if part.p50 is not None},
+        "data_wait_share": data_wait_share(steps, warmup),
+        "ranks": ranks,
+        "rank_skew": skew(own) if len(own) == len(ranks) else None,
+        "rate_curve": curve,
+        "rate_curve_source": ("timestamps" if trial.log else "steps") if curve else None,
+        "drift_ratio": drift_ratio(curve),
+        "peak_memory_gib": peak_memory(_all(trial.events, StepsDone)),
+    }
+
+
+def _restarts(trial: _Facts) -> dict[str, Any]:
+    """Every restart with its cause and what it cost."""
+    restarts = [_restart(trial, event) for event in _all(trial.events, TrialRestarted)]
+    down = sum(restart.downtime_seconds or 0.0 for restart in restarts)
+    return {"num_restarts": len(restarts), "restarts": restarts, "downtime_seconds": down}
+
+
+def _restart(trial: _Facts, event: TrialRestarted) -> Restart:
+    before = [run for run in trial.attempts if run.attempt < event.attempt]
+    after = next((run for run in trial.attempts if run.attempt == event.attempt), None)
+    cause = root_cause([e for e in trial.events if e.attempt == event.attempt - 1])
+    failed = (cause.began or cause.time) if cause and cause.failure == event.failure else None
+    first_step = after.steps[0].step_seconds[:1] if after and after.steps else ()  # a replayed log has no single steps
+    return Restart(
+        attempt=event.attempt,
+        cause=event.failure,
+        message=event.message,
+        world_size=trial.sizes.get(event.attempt),
+        lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
+        downtime_seconds=after.started - before[-1].last_progress if after and before else None,
+        recovery_seconds=_between(failed, after.started + first_step[0]) if after and first_step else None,
+    )
+
+
+def _printed(trial: _Facts, log: LogReplayed, wall_rate: float | None) -> dict[str, Any]:
+    """What a replayed log prints itself, and null for what it does not have."""
+    batch, iterations = trial.plan.solver.global_batch_size, trial.iterations
+    warmup = None
+    if log.step_iterations is not None and iterations is not None:
+        warmup = max(iterations - log.step_iterations, 0)
+    if log.total_seconds and iterations and batch:
+        wall_rate = iterations * batch / log.total_seconds
+    return {
+        "num_nodes": trial.plan.num_nodes,
+        "hosts": [],
+        "notes": list(log.notes),
+        "images_per_second": batch / log.step_seconds if log.step_seconds and batch else None,
+        "wall_images_per_second": wall_rate,
+        "throughput_warmup_iters": warmup,
+        "checkpoint_seconds": None,
+        # Older versions name figures.
+        **dict.fromkeys(name for name in trial.unknown if name in TrialResult.model_fields),
+    }
+
+
+def _has_times(trial: _Facts) -> bool:
+    """Whether moments are known; older versions named them after the evaluations."""
+    return not trial.unknown & {"times", "evaluations_clock"}
+
+
+def _first_evaluations(events: Sequence[Event]) -> list[Evaluated]:
+    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
+    attempts: dict[int, int] = {}
+    first = [e for e in _all(events, Evaluated) if attempts.setdefault(e.iteration, e.attempt) == e.attempt]
+    return sorted(first, key=lambda event: event.iteration)
+
+
+def _cost(plan: Plan, seconds: float | None) -> float | None:
+    """What the trial's accelerators cost for so many seconds; None where price or seconds are not known."""
+    price = plan.price_per_accelerator_hour
+    return None if price is None or seconds is None else price * plan.world_size * seconds / 3600
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+def _all(events: Sequence[Event], kind: type[E]) -> list[E]:
+    return [e for e in events if isinstance(e, kind)]
+
+
+def _last(events: Sequence[Event], kind: type[E]) -> E | None:
+    return next((e for e in reversed(events) if isinstance(e, kind)), None)

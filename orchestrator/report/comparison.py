@@ -1,29 +1,25 @@
 """Several experiments side by side: what differs in their configs and results, and whether it is more than noise.
 
-The trap it protects against: two single runs differ by chance, and a table of their figures looks like a finding. A
-difference is called more than noise only where repeats, or at least the spread within the runs, say so.
+Two single runs differ by chance: a difference is called more than noise only where repeats, or at least the spread
+within the runs, show it.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.figures.catalog import FIGURES, Figure
+from orchestrator.figures.notation import NOT_MEASURED
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.scaling import compare
 from orchestrator.figures.spread import Interval, ratio_between_repeats
-from orchestrator.report.table import number_text, rate_text, seconds_text
 from orchestrator.runlog.folder import RunFolder, flatten
-from trainers import clock
 
-FIGURES = {
-    "images_per_second": ("images/s", rate_text),
-    "time_to_train_seconds": ("time to train (s)", seconds_text),
-    "box_ap": ("final box AP", lambda value: number_text(value, 2)),
-    "mask_ap": ("final mask AP", lambda value: number_text(value, 2)),
-}
-"""Figures that are compared, by their name in a trial's record: what they are called, and how they are written."""
+COMPARED = tuple(FIGURES[key] for key in ("images_per_second", "time_to_train_seconds", "box_ap", "mask_ap"))
+"""Figures that are compared."""
 
 IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows")
 """Parts of an experiment that change no figure."""
@@ -31,25 +27,22 @@ IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of one world size in two experiments.
-
-    Attributes:
-        what: Recipe, kind of scaling and workers.
-        figure: Name of the figure.
-        base: Its value in the experiment compared with, as text.
-        other: In the other one.
-        ratio: The other over the base, with its 95 % interval where there is one.
-        verdict: Whether that is more than noise.
-        other_label: Which experiment the other is.
-    """
+    """One figure of one world size in two experiments."""
 
     what: str
+    """Recipe, kind of scaling and workers."""
     figure: str
+    """Heading of the figure."""
     base: str
+    """Its value in the experiment compared with, as text."""
     other: str
+    """In the other one."""
     ratio: str
+    """The other over the base, with its 95 % interval where there is one."""
     verdict: str
+    """Whether that is more than noise."""
     other_label: str
+    """Which experiment the other is."""
 
 
 def labels(runs: Sequence[RunFolder]) -> list[str]:
@@ -64,7 +57,7 @@ def labels(runs: Sequence[RunFolder]) -> list[str]:
 def differing(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
     """Keys whose values differ between tables, with each table's value."""
     keys = dict.fromkeys(key for table in tables for key in table)
-    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
+    rows = [(key, [table.get(key, NOT_MEASURED) for table in tables]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
@@ -96,8 +89,8 @@ def result_differences(base: RunFolder, others: Sequence[tuple[str, RunFolder]])
             match = below.get((recipe if recipe in shared else first, kind, size))
             if match:
                 what = f"{recipe}, {kind}, {size} worker{'s' if size > 1 else ''}"
-                rows += [_difference(what, name, match, trials, label) for name in FIGURES]
-    return [row for row in rows if (row.base, row.other) != ("–", "–")]
+                rows += [_difference(what, figure, match, trials, label) for figure in COMPARED]
+    return [row for row in rows if (row.base, row.other) != (NOT_MEASURED, NOT_MEASURED)]
 
 
 def _groups(run: RunFolder) -> dict[tuple[str, str, int], list[TrialResult]]:
@@ -108,18 +101,18 @@ def _groups(run: RunFolder) -> dict[tuple[str, str, int], list[TrialResult]]:
 
 
 def _difference(
-    what: str, name: str, below: Sequence[TrialResult], above: Sequence[TrialResult], label: str
+    what: str, figure: Figure, below: Sequence[TrialResult], above: Sequence[TrialResult], label: str
 ) -> Difference:
-    title, write = FIGURES[name]
-    values = [[v for trial in trials if (v := getattr(trial, name)) is not None] for trials in (below, above)]
-    base, other = (clock.quantile(found, 0.5) for found in values)
+    values = [[v for trial in trials if (v := figure.of(trial)) is not None] for trials in (below, above)]
+    base, other = (statistics.median(found) if found else None for found in values)
     interval, source = ratio_between_repeats(values[1], values[0]) if all(values) else None, "between repeats"
-    if interval is None and name == "images_per_second" and all(values):
+    if interval is None and figure.key == "images_per_second" and all(values):
         interval, source = compare(above[0], below[0]), "within the runs; repeats would say more"
-    ratio = f"{other / base:.3f}" if base and other is not None else "–"
+    ratio = f"{other / base:.3f}" if base and other is not None else NOT_MEASURED
     if interval:
         ratio = f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"
-    return Difference(what, title, write(base), write(other), ratio, _verdict(values, interval, source), label)
+    verdict = _verdict(values, interval, source)
+    return Difference(what, figure.heading, figure.text(base), figure.text(other), ratio, verdict, label)
 
 
 def _verdict(values: list[list[float]], interval: Interval | None, source: str) -> str:

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.figures.record_parts import CurvePoint
-from orchestrator.figures.records import TrialResult
+from orchestrator.figures.records import CurvePoint, TrialResult
 from orchestrator.figures.scaling import compare, repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.spread import ratio_between_repeats, spread, t_975
 
@@ -13,7 +12,7 @@ from orchestrator.figures.spread import ratio_between_repeats, spread, t_975
 def _trial(world_size: int, seconds: list[float], batch: int = 8, start: int = 0, **fields: object) -> TrialResult:
     """A trial whose curve has one stretch of one iteration for every given step time."""
     points = [
-        CurvePoint(first_iteration=i, iteration=i + 1, num_images=batch, seconds=s, images_per_second=batch / s)
+        CurvePoint(first_iteration=i, iteration=i + 1, num_images=batch, seconds=s)
         for i, s in enumerate(seconds, start)
     ]
     values: dict[str, object] = {
@@ -116,10 +115,8 @@ def test_the_t_distribution_narrows_with_more_values(a, b):
 
 
 def test_the_t_distribution_has_its_textbook_points():
-    assert t_975(4) == 2.7764 and t_975(40) == pytest.approx(2.0211, abs=1e-4)
+    assert t_975(4) == pytest.approx(2.7764, abs=1e-4) and t_975(40) == pytest.approx(2.0211, abs=1e-4)
     assert t_975(120) == pytest.approx(1.9799, abs=1e-4)
-    with pytest.raises(ValueError, match="degrees of freedom"):
-        t_975(0)
 
 
 def test_repeats_on_both_sides_give_the_interval():

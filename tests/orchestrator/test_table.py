@@ -5,7 +5,6 @@ import pytest
 from rich.console import Console
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.record_parts import Evaluation
 from orchestrator.figures.records import ExperimentResult, ScalingRow, TrialResult
 from orchestrator.report.table import (
     closing_table,
@@ -60,17 +59,12 @@ def test_what_was_not_measured_is_a_dash_and_its_reason_stands_below():
 
 
 def test_the_ap_shown_is_that_of_the_evaluation_that_met_the_targets():
-    evaluations = [
-        Evaluation(iteration=10, box_ap=30.0, mask_ap=28.0),
-        Evaluation(iteration=20, box_ap=38.0, mask_ap=33.0),
-        Evaluation(iteration=30, box_ap=37.8, mask_ap=34.4),
-        Evaluation(iteration=40, box_ap=38.6, mask_ap=35.3),
-    ]
     trial = _trial(
-        evaluations=evaluations,
         target_box_ap=37.7,
         target_mask_ap=33.9,
-        time_to_train_seconds=9.0,
+        scored_iteration=30,
+        scored_box_ap=37.8,
+        scored_mask_ap=34.4,
         box_ap=38.6,
         mask_ap=35.3,
     )

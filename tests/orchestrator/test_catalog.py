@@ -1,0 +1,114 @@
+"""The catalogue of figures: complete, without doubles, and what MLflow, records and docs say agrees with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import UnionType
+from typing import get_args
+
+import pytest
+
+from orchestrator.figures import records
+from orchestrator.figures.catalog import BEGIN, END, FIGURES, reference
+from orchestrator.figures.metrics import evaluation_metrics, scaling_metrics, trial_metrics, window_metrics
+from orchestrator.figures.steps import WindowJoin
+from orchestrator.figures.trial import trial_result
+from tests.builders.trials import trained
+from tests.conftest import ROOT
+from trainers.contract.events import Evaluated, StepsDone
+
+METRICS_BEFORE = {
+    "learning_rate", "throughput/images_per_second", "throughput/wall_images_per_second", "time/step_seconds_p50",
+    "time/step_seconds_p95", "time/data_seconds", "memory/peak_gib", "time/evaluation_seconds",
+    "time/to_train_seconds", "time/to_box_target_seconds", "time/mlperf_seconds", "time/schedule_seconds",
+    "time/startup_seconds", "time/downtime_seconds", "coco/final_box_ap", "coco/final_mask_ap", "coco/best_box_ap",
+    "coco/best_mask_ap", "cost/total", "cost/to_target", "restarts", "coco/box_ap", "coco/mask_ap",
+    "scaling/efficiency", "scaling/speed_up",
+}  # fmt: skip
+"""MLflow's names of release 0.1; runs of different versions are compared by them."""
+
+FAMILIES_BEFORE = {"loss/*", "coco/*", "time/evaluation_*_seconds"}
+
+
+def _types(annotation: object) -> tuple[object, ...]:
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+@pytest.mark.parametrize(
+    ("record", "prefix"),
+    [
+        (records.TrialResult, ""),
+        (records.Evaluation, "evaluations."),
+        (records.Sections, "sections."),
+        (records.Restart, "restarts."),
+        (records.ScalingRow, "scaling."),
+        (records.ScalingFit, "fits."),
+    ],
+)
+def test_every_field_of_a_record_is_described_once(record, prefix):
+    described = {name for name, field in record.model_fields.items() if field.description}
+    with_row = {key.removeprefix(prefix).split(".")[0] for key in FIGURES if key.startswith(prefix)}
+    assert set(record.model_fields) - described <= with_row
+    if prefix:  # `restarts.` and the like are lists of the trial's record with a description of their own
+        assert described & with_row == set()
+
+
+def test_every_number_of_a_trial_has_a_row():
+    numbers = {
+        name for name, field in records.TrialResult.model_fields.items() if {int, float} & set(_types(field.annotation))
+    }
+    assert numbers and numbers <= set(FIGURES)
+
+
+def test_every_row_of_a_trial_is_in_its_record():
+    result = trial_result(trained().trial, trained().events)
+    for row in FIGURES.values():
+        if (
+            not row.key.startswith(("evaluations.", "restarts.", "scaling.", "fits.", "windows."))
+            and "*" not in row.key
+        ):
+            assert row.text(row.of(result))
+
+
+def test_metrics_keep_their_names_in_mlflow_and_no_name_is_given_twice():
+    names = [row.mlflow for row in FIGURES.values() if row.mlflow]
+    assert len(names) == len(set(names))
+    assert set(names) == METRICS_BEFORE | FAMILIES_BEFORE
+
+
+def test_a_trial_sends_the_metrics_it_always_sent():
+    story = trained()
+    join = WindowJoin(story.trial.world_size)
+    windows = [join.add(event) for event in story.events if isinstance(event, StepsDone)]
+    evaluation = next(event for event in story.events if isinstance(event, Evaluated))
+    row = records.ScalingRow(
+        recipe="reference", kind="weak", world_size=2, base_world_size=1, speed_up=2.0, efficiency=1.0
+    )
+    assert set(window_metrics(windows[1])) == {
+        "loss/total_loss", "learning_rate", "throughput/images_per_second", "time/step_seconds_p50",
+        "time/step_seconds_p95", "time/data_seconds", "memory/peak_gib",
+    }  # fmt: skip
+    assert set(evaluation_metrics(evaluation)) == {
+        "coco/box_ap", "coco/mask_ap", "time/evaluation_seconds", "time/evaluation_inference_seconds",
+        "time/evaluation_gather_seconds", "time/evaluation_score_seconds",
+    }  # fmt: skip
+    assert scaling_metrics(row) == {"scaling/efficiency": 1.0, "scaling/speed_up": 2.0}
+    assert set(trial_metrics(trial_result(story.trial, story.events))) == METRICS_BEFORE - {
+        "learning_rate", "time/data_seconds", "time/evaluation_seconds", "coco/box_ap", "coco/mask_ap",
+        "scaling/efficiency", "scaling/speed_up",
+    }  # fmt: skip
+
+
+def test_a_window_of_a_log_without_learning_rate_and_memory_sends_neither():
+    unknown = {"learning_rate": None, "peak_memory_gib": None, "losses": {}, "step_seconds": ()}
+    step = next(event for event in trained().events if isinstance(event, StepsDone))
+    metrics = window_metrics(WindowJoin(1).add(replace(step, **unknown)))
+    assert metrics["learning_rate"] is None and metrics["memory/peak_gib"] is None
+    assert metrics["time/step_seconds_p50"] is None and not any(name.startswith("loss/") for name in metrics)
+
+
+def test_the_reference_in_the_docs_is_the_catalogues():
+    text = (ROOT / "docs" / "measurement.md").read_text()
+    assert text.split(BEGIN)[1].split(END)[0] == f"\n{reference()}", (
+        "run python -m orchestrator.figures.catalog and paste its output between the markers of docs/measurement.md"
+    )
