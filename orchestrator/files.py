@@ -36,6 +36,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def cache_folder() -> Path:
     """This program's folder in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
     import platformdirs

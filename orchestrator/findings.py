@@ -136,6 +136,13 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     )
 
 
+def root_cause(error: BaseException) -> str:
+    """What went wrong at first, in words: libraries wrap the reason in exceptions whose text is their own affair."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Escapes what a terminal would obey or an encoder refuse: control characters and lone surrogates."""
     return "".join(

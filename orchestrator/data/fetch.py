@@ -1,37 +1,37 @@
 """Downloads COCO 2017 from its official addresses: resumable, checked by SHA-256, unpacked into detectron2's layout.
 
-A broken connection, a stall or a restart costs nothing that was already on disk; an archive is unpacked only after
-its checksum was right, and a folder appears under its final name only when it is whole.
+What is on disk survives a broken connection, a stall or a restart. An archive is unpacked only after its checksum was
+verified, and a folder gets its final name only when it is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import re
 import shutil
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from orchestrator.data.progress_bar import show_bar
-from orchestrator.preflight.node import existing_parent
+from orchestrator.files import existing_parent, file_sha256, without_credentials
+from orchestrator.findings import root_cause
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    OnProgress = Callable[[int, int], None]
+    from orchestrator.data.progress_bar import OnProgress
 
-BLOCK = 2**20
+BLOCK_BYTES = 2**16
+"""What is written at once, and at most lost when a connection breaks."""
+
 STALL_SECONDS = 30.0
-"""Silence of the server after which the connection is given up and taken up again."""
-TRIES_WITHOUT_PROGRESS = 5
+"""Silence of the server after which the connection is closed and the download resumed over another one."""
+
+ATTEMPTS_WITHOUT_PROGRESS = 5
+
 WAIT_SECONDS = 1.0
-"""Before the second try; doubled before each further one."""
+"""Before the second attempt without progress; doubled before each further one."""
 
 ADDRESS = "http://images.cocodataset.org"
 
@@ -42,23 +42,20 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to be fetched and unpacked.
-
-    Attributes:
-        path: Below the server's address.
-        num_bytes: Its size.
-        sha256: Its checksum.
-        unpacked_bytes: Size of what is taken from it, rounded up.
-        makes: Folders it makes, in COCO's layout.
-        members: Pattern of the names that are taken from it.
-    """
+    """A file to be fetched and unpacked."""
 
     path: str
+    """Path below the server's address."""
     num_bytes: int
+    """Its size."""
     sha256: str
+    """Its checksum."""
     unpacked_bytes: int
+    """Size of what is unpacked, rounded up."""
     makes: str
+    """Folder it makes, in COCO's layout."""
     members: str
+    """Pattern of the names that are unpacked."""
 
     @property
     def name(self) -> str:
@@ -92,134 +89,142 @@ def fetch(
     stall_seconds: float = STALL_SECONDS,
     wait_seconds: float = WAIT_SECONDS,
 ) -> Path:
-    """Fetches and unpacks archives into `to`/coco; what is there already is left as it is.
+    """Fetches and unpacks archives into `to`/coco; folders that exist are left as they are.
 
     Args:
         to: The folder for DETECTRON2_DATASETS.
         archives: What to fetch; None for COCO 2017.
         address: Server; a mirror must serve the same paths.
-        stall_seconds: Silence after which a connection is given up.
-        wait_seconds: Before the second try of several.
+        stall_seconds: Silence of the server after which a connection is closed.
+        wait_seconds: Wait before the second attempt.
 
     Returns:
         The folder in COCO's layout.
 
     Raises:
-        FetchError: No room, no connection, a wrong checksum or a broken archive.
+        FetchError: No space, no connection, a wrong checksum, a broken archive, or another fetch into `to` is running.
     """
     if not address.startswith(("http://", "https://")):
         raise FetchError(f"{address}: only http:// and https:// addresses are fetched from")
+    import filelock
+
     root = to.absolute() / "coco"
     wanted = [archive for archive in archives or COCO2017 if not (root / archive.makes).exists()]
     _check_room(root, wanted)
     root.mkdir(parents=True, exist_ok=True)
-    for archive in wanted:
-        with show_bar(f"fetching {archive.name}", in_bytes=True) as advance:
-            url = f"{address.rstrip('/')}/{archive.path}"
-            file = _download(url, root, archive, stall_seconds, wait_seconds, advance)
-        with show_bar(f"checking {archive.name}", in_bytes=True) as advance:
-            _verify(file, archive, advance)
-        with show_bar(f"unpacking {archive.name}") as advance:
-            _unpack(file, root, archive, advance)
-        file.unlink()
+    try:
+        with filelock.FileLock(to / ".coco.lock", timeout=0):
+            for archive in wanted:
+                part = root / f"{archive.name}.part"
+                with show_bar(f"fetching {archive.name}", in_bytes=True) as advance:
+                    url = f"{address.rstrip('/')}/{archive.path}"
+                    _download(url, part, archive, stall_seconds, wait_seconds, advance)
+                with show_bar(f"checking {archive.name}") as advance:
+                    advance(0, None)
+                    _verify(part, archive)
+                with show_bar(f"unpacking {archive.name}") as advance:
+                    _unpack(part, root, archive, advance)
+                part.unlink()
+    except filelock.Timeout:
+        raise FetchError(f"another process is fetching into {root}: wait until it has finished") from None
     return root
 
 
 def _check_room(root: Path, archives: Sequence[Archive]) -> None:
     parent = existing_parent(root)
-    there = sum(part.stat().st_size for archive in archives if (part := root / f"{archive.name}.part").exists())
-    # An archive goes when it is unpacked: what is needed at most is all that is unpacked and the largest archive.
-    needed = sum(archive.unpacked_bytes for archive in archives)
-    needed += max((archive.num_bytes for archive in archives), default=0) - there
+    # An archive is removed once unpacked: at most, everything unpacked and the largest archive are there at once.
+    needed = sum(archive.unpacked_bytes - _size(root / f"{archive.name}.part") for archive in archives)
+    needed += max((archive.num_bytes for archive in archives), default=0)
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise FetchError(f"{parent} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed: make room")
+        raise FetchError(f"{parent} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed: free some")
 
 
 def _download(
-    url: str, root: Path, archive: Archive, stall_seconds: float, wait_seconds: float, on_progress: OnProgress
-) -> Path:
-    part = root / f"{archive.name}.part"
-    failures, reason = 0, ""
-    while (have := part.stat().st_size if part.exists() else 0) < archive.num_bytes:
-        if failures == TRIES_WITHOUT_PROGRESS:
-            raise FetchError(
-                f"{url}: gave up after {failures} tries without progress, at byte {have:,} of "
-                f"{archive.num_bytes:,}: {reason}. Run the same command again to go on from there"
-            )
-        if failures:
-            time.sleep(wait_seconds * 2 ** (failures - 1))
-        try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - http(s)
-            with urllib.request.urlopen(request, timeout=stall_seconds) as answer:  # noqa: S310 - http(s)
-                # A server that does not know ranges sends the whole file: from the start again.
-                starts_over = answer.status != 206
-                with part.open("wb" if starts_over else "ab") as stream:
-                    _copy(answer, stream, 0 if starts_over else have, archive, on_progress)
-            reason = "the server ended the file early"
-        except urllib.error.HTTPError as error:
-            reason = f"the server answers {error.code} {error.reason}"
-            if error.code == 416:
-                part.unlink(missing_ok=True)
-        except http.client.HTTPException as error:
-            reason = repr(error)
-        except OSError as error:
-            reason = str(error.strerror or error) or type(error).__name__
-            if error.errno is not None and not isinstance(
-                error, ConnectionError | TimeoutError | urllib.error.URLError
-            ):
-                raise FetchError(f"{part} cannot be written: {reason}") from error
-        failures = failures + 1 if (part.stat().st_size if part.exists() else 0) <= have else 1
-    return part
-
-
-def _copy(
-    answer: http.client.HTTPResponse, stream: BinaryIO, have: int, archive: Archive, on_progress: OnProgress
+    url: str, part: Path, archive: Archive, stall_seconds: float, wait_seconds: float, on_progress: OnProgress
 ) -> None:
-    while block := answer.read1(BLOCK):
-        have += len(block)
-        if have > archive.num_bytes:
+    import requests
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+    attempts = Retrying(
+        retry=retry_if_exception_type(requests.RequestException),
+        stop=stop_after_attempt(ATTEMPTS_WITHOUT_PROGRESS),
+        wait=wait_exponential(multiplier=wait_seconds),
+        reraise=True,
+    )
+    while (done := _size(part)) < archive.num_bytes:
+        try:
+            attempts(_append, url, part, archive, stall_seconds, on_progress)
+        except requests.RequestException as error:
+            answer = error.response
+            reason = root_cause(error) if answer is None else f"the server answers {answer.status_code} {answer.reason}"
             raise FetchError(
-                f"{archive.name}: the server sends more than its {archive.num_bytes:,} bytes: not this file"
-            )
-        stream.write(block)
-        on_progress(have, archive.num_bytes)
+                f"{without_credentials(url)}: gave up after {ATTEMPTS_WITHOUT_PROGRESS} attempts without progress, at "
+                f"byte {done:,} of {archive.num_bytes:,}: {reason}. Run the same command again to resume from there"
+            ) from error
+        except OSError as error:
+            raise FetchError(f"{part} cannot be written: {error.strerror}") from error
 
 
-def _verify(file: Path, archive: Archive, on_progress: OnProgress) -> None:
-    digest, done = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            done += len(block)
-            on_progress(done, archive.num_bytes)
-    if digest.hexdigest() != archive.sha256:
+def _append(url: str, part: Path, archive: Archive, stall_seconds: float, on_progress: OnProgress) -> None:
+    """Adds to a partial file until the connection ends; raises RequestException if that gave nothing."""
+    import requests
+
+    before = _size(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={before}-"} if before else {})
+    failure = requests.RequestException("the server ended the file early")
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=stall_seconds) as answer:
+            if answer.status_code == requests.codes.requested_range_not_satisfiable:
+                part.unlink(missing_ok=True)
+            answer.raise_for_status()
+            # A server that does not know ranges sends the whole file: from the start again.
+            is_partial = answer.status_code == requests.codes.partial_content
+            with part.open("ab" if is_partial else "wb") as stream:
+                for block in answer.iter_content(BLOCK_BYTES):
+                    stream.write(block)
+                    on_progress(stream.tell(), archive.num_bytes)
+                    if stream.tell() > archive.num_bytes:
+                        raise FetchError(
+                            f"{archive.name}: the server sends more than its {archive.num_bytes:,} bytes: not this file"
+                        )
+    except requests.RequestException as error:
+        failure = error
+    if _size(part) <= before:
+        raise failure
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _verify(file: Path, archive: Archive) -> None:
+    found = file_sha256(file)
+    if found != archive.sha256:
         file.unlink()
         raise FetchError(
-            f"{archive.name}: SHA-256 is {digest.hexdigest()}, not {archive.sha256}: a bad file was served; it was "
-            "removed. Try again, or another network"
+            f"{archive.name}: SHA-256 is {found}, not {archive.sha256}: a bad file was served; it was removed. "
+            "Try again, or from another network"
         )
 
 
 def _unpack(file: Path, root: Path, archive: Archive, on_progress: OnProgress) -> None:
-    aside = root / f".{archive.makes}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    taken = 0
+    partial = root / f".{archive.makes}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         with zipfile.ZipFile(file) as packed:
             members = [member for member in packed.infolist() if re.fullmatch(archive.members, member.filename)]
             if not members or sum(member.file_size for member in members) > archive.unpacked_bytes:
                 raise FetchError(f"{archive.name} holds {len(members)} expected files of an unexpected size")
-            for member in members:
-                # Only plain names that match the pattern, and the name's last part: nothing lands elsewhere.
-                target = aside / Path(member.filename).name
+            for index, member in enumerate(members, 1):
+                # Only plain names that match the pattern, and the name's last part: nothing is written elsewhere.
+                target = partial / Path(member.filename).name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with packed.open(member) as source, target.open("wb") as stream:
-                    shutil.copyfileobj(source, stream, BLOCK)
-                taken += 1
-                on_progress(taken, len(members))
-        aside.rename(root / archive.makes)
+                    shutil.copyfileobj(source, stream)
+                on_progress(index, len(members))
+        partial.rename(root / archive.makes)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise FetchError(f"{archive.name} cannot be unpacked: {error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

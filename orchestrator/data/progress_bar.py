@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-OnProgress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
+OnProgress = Callable[[int, int | None], None]
+"""Called with how much is done, and of how much; None where that is not known."""
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.placement import capacity, equal_shares
+from orchestrator.files import existing_parent
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
-from orchestrator.preflight.node import NodeReport, existing_parent, inspect_node, judge_nodes
+from orchestrator.preflight.node import NodeReport, inspect_node, judge_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.experiment.environment import CREDENTIALS
+from orchestrator.files import existing_parent
 from orchestrator.findings import Finding, FindingList
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "sal-detectron2", "detectron2", "pycocotools", "mlflow")
@@ -93,11 +94,6 @@ def inspect_node(request: NodeRequest) -> NodeReport:
         gpus=_list_gpus(),
         credentials=tuple(name for name in CREDENTIALS if name in os.environ),
     )
-
-
-def existing_parent(path: Path) -> Path:
-    """Gives the path itself, or the nearest folder above it that is there."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _try_folder(name: str, probe: str, probe_text: str) -> FolderState:

@@ -11,11 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import pytest
 from typer.testing import CliRunner
 
 from orchestrator.data.__main__ import app
-from orchestrator.data.fetch import COCO2017, Archive, FetchError, fetch
+from orchestrator.data.fetch import BLOCK_BYTES, COCO2017, Archive, FetchError, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,22 +43,21 @@ def archive_of(content: bytes, **changes: Any) -> Archive:
 
 
 class Server:
-    """A file server that can be told to misbehave.
-
-    Attributes:
-        content: What it serves, whatever the path.
-        cut_after: Bytes after which it drops the connection; None to serve all.
-        stall_after: Bytes after which it falls silent until the test is over; None never to.
-        knows_ranges: Whether it honours a Range header.
-        status: Answered instead of the file where it is not 200.
-        ranges: Start of every request's range, as they came.
-    """
+    """A file server that misbehaves on request."""
 
     def __init__(self) -> None:
-        self.content, self.status, self.knows_ranges = PACKED, 200, True
+        self.content = PACKED
+        """What it serves, whatever the path."""
+        self.status = 200
+        """Sent instead of the file where it is another."""
+        self.knows_ranges = True
+        """Whether it honours a Range header."""
         self.cut_after: int | None = None
+        """Bytes after which it drops the connection; None serves all."""
         self.stall_after: int | None = None
+        """Bytes after which it falls silent, once, until the test is over."""
         self.ranges: list[int] = []
+        """Start of every request's range, in order."""
         self.test_is_over = threading.Event()
         server = self
 
@@ -125,16 +125,23 @@ def test_an_archive_is_fetched_unpacked_and_removed(server: Server, tmp_path: Pa
 
 
 def test_a_connection_cut_again_and_again_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
-    server.cut_after = len(PACKED) // 7
+    server.cut_after = BLOCK_BYTES + 1000  # of which the last 1,000 bytes are lost with the connection
     root = get(server, tmp_path)
-    assert len(server.ranges) == 8 and server.ranges == sorted(set(server.ranges))
+    assert server.ranges == [0, BLOCK_BYTES, 2 * BLOCK_BYTES, 3 * BLOCK_BYTES]
     assert len(list((root / "val2017").iterdir())) == 5
 
 
 def test_a_stalled_connection_is_given_up_and_taken_up(server: Server, tmp_path: Path) -> None:
-    server.stall_after = 50_000
+    server.stall_after = 2 * BLOCK_BYTES
     get(server, tmp_path, stall_seconds=2.0)
-    assert sorted(set(server.ranges)) == [0, 50_000]  # a busy machine may be silent for two seconds, too
+    assert sorted(set(server.ranges)) == [0, 2 * BLOCK_BYTES]  # a busy machine may be silent for two seconds, too
+
+
+def test_a_server_that_sends_nothing_is_given_up(server: Server, tmp_path: Path) -> None:
+    server.content = b""
+    with pytest.raises(FetchError, match="without progress, at byte 0 .*: the server ended the file early"):
+        get(server, tmp_path)
+    assert len(server.ranges) == 5
 
 
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path) -> None:
@@ -149,7 +156,7 @@ def test_an_interrupted_fetch_goes_on_in_the_next_run(server: Server, tmp_path: 
     server.status = 503
     (tmp_path / "coco").mkdir()
     (tmp_path / "coco" / "val2017.zip.part").write_bytes(PACKED[:1000])
-    with pytest.raises(FetchError, match=r"gave up after 5 tries without progress, at byte 1,000 .* 503"):
+    with pytest.raises(FetchError, match=r"gave up after 5 attempts without progress, at byte 1,000 .* 503"):
         get(server, tmp_path)
     server.status = 200
     get(server, tmp_path)
@@ -195,9 +202,15 @@ def test_a_broken_archive_leaves_no_half_folder(server: Server, tmp_path: Path) 
 
 
 def test_room_is_looked_at_before_anything_is_fetched(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match="make room"):
+    with pytest.raises(FetchError, match="GiB are needed"):
         get(server, tmp_path, archive_of(PACKED, unpacked_bytes=10**16))
     assert server.ranges == [] and list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_do_not_fetch_into_one_folder(server: Server, tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / ".coco.lock"), pytest.raises(FetchError, match="another process is fetching"):
+        get(server, tmp_path)
+    assert server.ranges == []
 
 
 def test_only_web_addresses_are_fetched_from(tmp_path: Path) -> None:
