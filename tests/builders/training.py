@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,24 @@ def plan_of(folder: Path, model: str) -> TrialPlan:
     return plan
 
 
-def train(plan: TrialPlan, attempt: int = 0, stop_at: int | None = None, die_at: int | None = None) -> list[Event]:
-    """Trains in this process; asked to stop a window before `stop_at`, dead at the end of the window of `die_at`."""
+def train(
+    plan: TrialPlan,
+    attempt: int = 0,
+    *,
+    stop_at: int | None = None,
+    die_at: int | None = None,
+    act: Callable[[Event], None] = lambda event: None,
+) -> list[Event]:
+    """Trains in this process; asked to stop a window before `stop_at`, dead at the end of the window of `die_at`.
+
+    `act` is called with every event, and training waits for it.
+    """
     events: list[Event] = []
     command: list[Command] = ["run"]
 
     def push(event: Event) -> None:
         events.append(event)
+        act(event)
         if isinstance(event, StepsDone) and stop_at is not None and event.iteration == stop_at - 2:
             command[0] = rank.pulse.command = "stop"
         if isinstance(event, StepsDone) and event.iteration == die_at:
