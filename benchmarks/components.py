@@ -69,7 +69,7 @@ def mapper() -> Row:
         for number in range(12):
             coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
             image = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-            image = cv2.add(image, rng.integers(0, 12, image.shape, dtype=np.uint8))
+            image = cv2.add(image, np.asarray(rng.integers(0, 12, image.shape, dtype=np.uint8)))
             path = f"{folder}/{number}.jpg"
             cv2.imwrite(path, image, [cv2.IMWRITE_JPEG_QUALITY, 92])
             boxes = [random_box(rng) for _ in range(OBJECTS_PER_IMAGE)]

@@ -1,4 +1,4 @@
-"""One evaluation, ours or detectron2's, of the same weights on the same images; prints nothing, writes its seconds.
+"""Runs one evaluation, ours or detectron2's, of the same weights on the same images, and writes its seconds.
 
 `python -m benchmarks.evaluating PLAN.json RESULT.json ours|peer`. The weights are random and the score threshold is
 low, so that every image has as many detections as the config allows: the work of a trained model, without training.

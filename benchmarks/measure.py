@@ -1,8 +1,7 @@
-"""Measures two ways of doing the same work against each other, and prints the table.
+"""Measures two ways of doing the same work against each other, and formats the table.
 
-The trap this module protects against: a machine whose speed drifts. Both sides run in turns (`benchmarks.turns` lets
-trainings take turns step by step), the ratio is taken between neighbours, and the table shows the median of these
-ratios with the smallest and the greatest.
+A machine's speed drifts, so both sides run in turns (`benchmarks.turns` lets trainings take turns step by step), the
+ratio is taken between neighbours, and the table shows the median of these ratios with the smallest and the greatest.
 """
 
 from __future__ import annotations
@@ -23,27 +22,24 @@ PACKAGES = ("torch", "torchvision", "sal-detectron2", "detectron2", "pycocotools
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.
-
-    Attributes:
-        name: What `--only` takes.
-        against: What the peer does.
-        unit: Unit of the two sides' figures.
-        ours: This program's figures, in the order they were taken.
-        peer: The peer's.
-        target: Least ratio.
-        higher_is_better: Whether the figures are rates; else they are durations.
-        note: What a reader must know to read it.
-    """
+    """One line of the table."""
 
     name: str
+    """Name for `--only`."""
     against: str
+    """The peer's work."""
     unit: str
+    """Unit of the two sides' figures."""
     ours: tuple[float, ...]
+    """This program's figures, in the order they were taken."""
     peer: tuple[float, ...]
-    target: float
+    """The peer's figures, each taken next to ours."""
+    target: float | None
+    """Smallest ratio that is good enough; None for a row that is only reported."""
     higher_is_better: bool
+    """Whether the figures are rates; else they are durations."""
     note: str = ""
+    """What a reader must know to understand the row."""
 
     @property
     def ratios(self) -> list[float]:
@@ -57,9 +53,14 @@ class Row:
         return statistics.median(self.ratios)
 
     @property
-    def reached(self) -> bool:
-        """Whether the target is met."""
-        return self.ratio >= self.target
+    def reached(self) -> bool | None:
+        """Whether the target is met; None without a target."""
+        return None if self.target is None else self.ratio >= self.target
+
+    @property
+    def target_text(self) -> str:
+        """The target for a person."""
+        return "–" if self.target is None else f"{self.target:g}"
 
     def to_dict(self) -> dict[str, Any]:
         """The row with its ratio, for JSON."""
@@ -74,7 +75,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def alternate(ours: Callable[[], float], peer: Callable[[], float], repeats: int) -> tuple[list[float], list[float]]:
-    """Takes a figure of one side, then one of the other, `repeats` times."""
+    """Measures one side, then the other, `repeats` times."""
     pairs = [(ours(), peer()) for _ in range(repeats)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
@@ -86,9 +87,9 @@ def by_blocks(
 
     Args:
         ours: Seconds of this program's steps.
-        peer: Of the peer's, each taken next to ours.
-        images: A step's.
-        blocks: How many; what is left over at the end is left out.
+        peer: Seconds of the peer's steps, each taken next to ours.
+        images: Images of a step.
+        blocks: Number of blocks; steps that are left over at the end do not count.
     """
     each = min(len(ours), len(peer)) // blocks
     cuts = [slice(i * each, (i + 1) * each) for i in range(blocks)]
@@ -105,10 +106,13 @@ def timed(
     repeats: int = 5,
     note: str = "",
 ) -> Row:
-    """A row of durations: both sides are called once to warm up, then in turns."""
+    """A row of durations: each side is called once to warm up, then both in turns."""
     ours(), peer()
     found, theirs = alternate(lambda: seconds(ours), lambda: seconds(peer), repeats)
     return Row(name, against, "s", tuple(found), tuple(theirs), target, higher_is_better=False, note=note)
+
+
+_VERDICTS = {True: "reached", False: "**below**", None: ""}
 
 
 def table(rows: list[Row]) -> str:
@@ -119,14 +123,32 @@ def table(rows: list[Row]) -> str:
         ours, peer = statistics.median(row.ours), statistics.median(row.peer)
         lines.append(
             f"| {row.name} | {row.against} | {ours:.4g} {row.unit} | {peer:.4g} {row.unit} | {row.ratio:.2f} "
-            f"| {low:.2f} – {high:.2f} | {row.target:g} | {'reached' if row.reached else '**below**'} |"
+            f"| {low:.2f} – {high:.2f} | {row.target_text} | {_VERDICTS[row.reached]} |"
         )
     notes = [f"{row.name}: {row.note}" for row in rows if row.note]
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
+def report(rows: list[Row], measured_on: dict[str, Any]) -> str:
+    """A result file in Markdown: the machine, the versions, the table.
+
+    Args:
+        rows: The rows.
+        measured_on: From `machine`.
+    """
+    versions = ", ".join(f"{package} {number}" for package, number in measured_on["versions"].items())
+    return (
+        f"# {measured_on['time']}\n\n"
+        f"- Processor: {measured_on['processor']}, {measured_on['cpus']} CPUs, load average "
+        f"{measured_on['load_average']:.1f} at the end\n"
+        f"- System: {measured_on['system']}, Python {measured_on['python']}\n"
+        f"- Versions: {versions}\n\n"
+        f"{table(rows)}\n"
+    )
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine and the versions that figures are taken with."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():

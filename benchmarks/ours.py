@@ -1,6 +1,6 @@
-"""This program's worker in a process of one's own: the same function as under Ray, with nobody listening.
+"""Runs this program's worker in a separate process without Ray and without a driver.
 
-Also the entry for torchrun, with which the launcher's tax is measured:
+Also the entry point for torchrun, against which the launcher's overhead is measured:
 `torchrun --nproc-per-node 2 -m benchmarks.ours PLAN.json EVENTS.jsonl`.
 """
 
@@ -22,11 +22,10 @@ from trainers.contract.plan import Attempt, TrialPlan
 
 
 def train_in_process(plan: TrialPlan) -> list[Event]:
-    """Trains a trial of one worker in this process, or one rank of it under torchrun; returns what it told."""
+    """Trains a trial of one worker in this process, or one rank of it under torchrun; returns its events."""
     entered = time.time()
     from trainers.rank import Rank
 
-    turns.install()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     placement = Placement(
         rank=rank,
@@ -39,8 +38,8 @@ def train_in_process(plan: TrialPlan) -> list[Event]:
         torch.distributed.init_process_group("nccl" if plan.device == "cuda" else "gloo")
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
     events: list[Event] = []
-    channel = Channel(push=events.append, beat=lambda heartbeat: "run")
-    Rank(plan, Attempt(), placement, channel).train(entered)
+    channel = Channel(push=events.append, beat=lambda _: "run")
+    Rank(plan, Attempt(), placement, channel, turns.waiting()).train(entered)
     if world_size > 1:
         torch.distributed.destroy_process_group()
     return events

@@ -1,7 +1,7 @@
 """Plain detectron2 on the same work: `DefaultTrainer`, set up as its `tools/train_net.py` does, in one process.
 
 `python -m benchmarks.peer PLAN.json RESULT.json [--stop-at-target]`. The config is the one that our plan resolves to,
-so model, data, schedule and evaluation are the same; nothing else is touched.
+so model, data, schedule and evaluation are the same; nothing else is changed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from detectron2.utils.logger import setup_logger
 from benchmarks import turns
 from trainers import mask_rcnn
 from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import all_met
 
 
 class TargetReached(Exception):  # noqa: N818 - not an error
@@ -28,7 +29,10 @@ class TargetReached(Exception):  # noqa: N818 - not an error
 
 
 class PlainTrainer(DefaultTrainer):  # type: ignore[misc]
-    """What tools/train_net.py makes of DefaultTrainer, with the clock around each step."""
+    """DefaultTrainer as tools/train_net.py has it, with a clock around each step."""
+
+    last_results: dict[str, dict[str, float]] = {}  # noqa: RUF012 - set by `test`, which is a class method
+    """Figures of the last evaluation by task, as detectron2 names them."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -40,6 +44,17 @@ class PlainTrainer(DefaultTrainer):  # type: ignore[misc]
     def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> COCOEvaluator:
         """COCO's, with its file of detections."""
         return COCOEvaluator(dataset_name, output_dir=output_folder or str(Path(cfg.OUTPUT_DIR, "inference")))
+
+    @classmethod
+    def test(cls, cfg: Any, model: Any, evaluators: Any = None) -> dict[str, dict[str, float]]:
+        """Evaluates, and keeps the results."""
+        cls.last_results = super().test(cfg, model, evaluators)
+        return cls.last_results
+
+    def build_hooks(self) -> list[HookBase]:
+        """Those of DefaultTrainer, without an evaluation where there is nothing to evaluate on."""
+        hooks = super().build_hooks()
+        return hooks if self.cfg.DATASETS.TEST else [hook for hook in hooks if not isinstance(hook, EvalHook)]
 
     def before_step(self) -> None:
         """Waits for its turn, where steps are taken in turns."""
@@ -61,16 +76,15 @@ class StopAtTarget(HookBase):  # type: ignore[misc]
         self.plan = plan
 
     def after_step(self) -> None:
-        """Looks at the last evaluation."""
-        results = getattr(self.trainer, "_last_eval_results", None) or {}
-        wanted = {"bbox": self.plan.target_box_ap, "segm": self.plan.target_mask_ap}
-        targets = {task: target for task, target in wanted.items() if target is not None}
-        if results and all(results.get(task, {}).get("AP", 0) >= target for task, target in targets.items()):
+        """Checks the last evaluation."""
+        results = self.trainer.last_results
+        figures = {"box_ap": results.get("bbox", {}).get("AP"), "mask_ap": results.get("segm", {}).get("AP")}
+        if all_met(figures, self.plan.target_box_ap, self.plan.target_mask_ap):
             raise TargetReached
 
 
 def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
-    """Trains the plan the plain way; returns what was measured."""
+    """Trains the plan with plain detectron2; returns the measurements."""
     torch.set_num_threads(plan.cpus_per_worker)
     torch.manual_seed(plan.seed)
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
@@ -81,12 +95,10 @@ def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
     cfg.defrost()
     if not (plan.solver.evaluate_at_end or plan.solver.eval_period):
         cfg.DATASETS.TEST = ()
-    # detectron2 divides by the period; one beyond the end is its way of writing no checkpoint on the way.
+    # detectron2 divides by the period, so that none is written only with a period beyond the end.
     cfg.SOLVER.CHECKPOINT_PERIOD = plan.solver.checkpoint_period or plan.solver.max_iter + 1
     cfg.freeze()
     trainer = PlainTrainer(cfg)
-    if not cfg.DATASETS.TEST:
-        trainer._hooks = [hook for hook in trainer._hooks if not isinstance(hook, EvalHook)]
     if stop_at_target:
         trainer.register_hooks([StopAtTarget(plan)])
     trainer.resume_or_load(resume=False)
@@ -95,18 +107,17 @@ def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
         trainer.train()
     except TargetReached:
         reached = True
-    results = getattr(trainer, "_last_eval_results", None)
     return {
         "step_seconds": trainer.step_seconds,
         "first_step": trainer.first_step,
         "reached": reached,
         "iterations": len(trainer.step_seconds),
-        "results": {task: dict(figures) for task, figures in (results or {}).items()},
+        "results": {task: dict(figures) for task, figures in trainer.last_results.items()},
     }
 
 
 def main(plan_path: str, result_path: str, *flags: str) -> None:
-    """Trains the plan of a JSON file and writes what was measured."""
+    """Trains the plan of a JSON file and writes the measurements."""
     plan = TrialPlan.from_dict(json.loads(Path(plan_path).read_text(encoding="utf-8")))
     Path(result_path).write_text(json.dumps(train(plan, "--stop-at-target" in flags)), encoding="utf-8")
 

@@ -1,12 +1,11 @@
-"""`python -m benchmarks.run [--only NAME …] [--json FILE]`: this program against plain detectron2, one table.
+"""`python -m benchmarks.run [--only NAME …] [--json FILE] [--to FILE.md]`: this program against plain detectron2.
 
-Exits 1 and names the rows that are below their target.
+Prints one table; exits 1 and names the rows that are below their target.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import signal
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import components, tracking, training
-from benchmarks.measure import Row, machine, table
+from benchmarks.measure import Row, machine, report, table
 
 ROWS: dict[str, Callable[[], Row]] = {
     "mapper": components.mapper,
@@ -42,9 +41,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="This program against plain detectron2, side by side.")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="NAME", help=f"rows to run: {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks.json"), help="where the figures go")
+    parser.add_argument("--to", type=Path, metavar="FILE.md", help="write machine, versions and table there as well")
     arguments = parser.parse_args()
-    # What was started stands still in turns: it must not be left so.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Processes that wait for their turn must not be left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -52,12 +52,14 @@ def main() -> int:
     for name in arguments.only or ROWS:
         print(f"{name} …", file=sys.stderr, flush=True)
         rows.append(ROWS[name]())
-        print(f"{name}: {rows[-1].ratio:.2f} (target {rows[-1].target:g})", file=sys.stderr, flush=True)
+        print(f"{name}: {rows[-1].ratio:.2f} (target {rows[-1].target_text})", file=sys.stderr, flush=True)
         values = {"machine": machine(), "rows": [row.to_dict() for row in rows]}
         arguments.json.write_text(json.dumps(values, indent=2), encoding="utf-8")  # kept if a later row is interrupted
-        gc.collect()
     print(table(rows))
-    below = [row.name for row in rows if not row.reached]
+    if arguments.to:
+        arguments.to.parent.mkdir(parents=True, exist_ok=True)
+        arguments.to.write_text(report(rows, machine()), encoding="utf-8")
+    below = [row.name for row in rows if row.reached is False]
     if below:
         print(f"below target: {', '.join(below)}", file=sys.stderr)
     return 1 if below else 0

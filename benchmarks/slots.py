@@ -1,7 +1,6 @@
-"""Whole commands in slots: a few seconds of one, while all processes of the others stand still.
+"""Runs whole commands in slots: a few seconds of one, while all processes of the others are suspended.
 
-The trap this module protects against is that of `benchmarks.turns`, a machine whose speed changes, for what has no
-steps to take in turns: starts, evaluations and ends.
+A machine's speed changes, and starts, evaluations and ends have no steps to take in turns (`benchmarks.turns`).
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from pathlib import Path
 import psutil
 
 SLOT_SECONDS = 5.0
-"""How long a command runs before another one does: shorter than what the machine's speed takes to change."""
+"""How long a command runs before another one does: less than the time in which the machine's speed changes."""
 
 Slots = list[tuple[float, float]]
 """When a command ran: from and to, in Unix seconds."""
 
 
 def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]:
-    """Runs commands to their end, for a few seconds each in turn: all processes of the others stand still meanwhile.
+    """Runs commands to their end, for a few seconds each in turn; all processes of the others are suspended meanwhile.
 
     Args:
-        commands: Each starts processes of its own.
-        threads: What OMP_NUM_THREADS tells them.
+        commands: Each may start further processes.
+        threads: Their OMP_NUM_THREADS.
 
     Returns:
         When each ran; see `ran`.
@@ -83,7 +82,7 @@ def _resume(process: psutil.Process) -> None:
 
 
 def _stop(process: psutil.Process) -> None:
-    """Has a process and all below it stand still, those that are being started among them."""
+    """Suspends a process and all its descendants, including those that are being started."""
     stopped: set[psutil.Process] = set()
     while new := [each for each in _family(process) if each not in stopped]:
         for each in new:

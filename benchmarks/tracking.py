@@ -1,4 +1,4 @@
-"""What tracking costs training: a real MLflow server behind a proxy that lets every request wait."""
+"""Measures what tracking costs training, with a real MLflow server behind a proxy that delays every request."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from benchmarks.training import demo_experiment, experiment_command
 from benchmarks.turns import Side
 
 DELAY_SECONDS = 0.28
-"""How long a request waits before it is handed on: a server in another part of the world."""
+"""Delay of a request: that of a server in another part of the world."""
 
 STEPS = 3000
-"""Of the training."""
+"""Steps of the training."""
 
 WARMUP_STEPS = 200
-"""Of those the first ones, which are not measured: the tracker loads MLflow and makes the run meanwhile."""
+"""First steps, which are not measured: the tracker imports MLflow and creates the run meanwhile."""
 
 BLOCKS = 15
-"""Of the steps that are measured: a figure of the row is one's."""
+"""Blocks of the measured steps; each gives one figure of the row."""
 
 
 class SlowProxy(BaseHTTPRequestHandler):
-    """Hands each request on to the server after a while."""
+    """Forwards each request to the server after a delay."""
 
     protocol_version = "HTTP/1.1"
     port = 0
 
-    def _hand_on(self) -> None:
+    def _forward(self) -> None:
         time.sleep(DELAY_SECONDS)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -56,15 +56,15 @@ class SlowProxy(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _hand_on  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _forward  # noqa: N815 - http.server's names
 
     def log_message(self, format: str, *values: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @contextmanager
 def slow_server() -> Iterator[str]:
-    """The address of an MLflow server on a database of its own that answers after `DELAY_SECONDS`."""
+    """The address of an MLflow server with a temporary database that answers after `DELAY_SECONDS`."""
     with TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def _wait_for(address: str) -> None:
 def tracking() -> Row:
     """Images per second with a slow server and a point of every metric each 25 steps, and without tracking.
 
-    Both of one training, whose tracker stands still for every second step: of two processes that do the same, one is a
+    Both come from one training, whose tracker is suspended for every second step: of two identical processes, one is a
     hundredth faster than the other from its start to its end, and the target leaves half a hundredth.
     """
     protocol = {"kind": "throughput", "iterations": STEPS, "warmup_iterations": 10, "evaluate_at_end": False}
@@ -112,41 +112,41 @@ def tracking() -> Row:
         values["data"]["generated"] |= {"num_train": 1}
         values["model"]["overrides"] |= {"SOLVER.IMS_PER_BATCH": 1, "SOLVER.BASE_LR": 0.001}
         values["storage"] = {"checkpoint_period_iterations": 0}
-        command = experiment_command(values, folder, "benchmarks.turns")
+        command = experiment_command(values, folder)
         with turns.started(command, num_ranks=1, folder=folder, name="ours", threads=1) as side:
-            side.stands_ready()
+            side.wait_until_ready()
             side.turn(WARMUP_STEPS)
-            going, still = going_and_still(side, _tracker(side))
-    # What tracking has to do for both steps of a pair falls into one: its cost is that of the two together.
-    pairs = [(one + other) / 2 for one, other in zip(going, still, strict=True)]
-    tracked, bare = by_blocks(pairs, still, 1, BLOCKS)
-    against = f"the same training while its tracker stands still; MLflow answers after {DELAY_SECONDS} s"
+            running, suspended = with_and_without(side, _tracker(side))
+    # The tracker's work for both steps of a pair falls into one: its cost is that of the two together.
+    pairs = [(one + other) / 2 for one, other in zip(running, suspended, strict=True)]
+    tracked, bare = by_blocks(pairs, suspended, 1, BLOCKS)
+    against = f"the same training with its tracker suspended; MLflow answers after {DELAY_SECONDS} s"
     return Row("tracking", against, "images/s", tracked, bare, 0.995, higher_is_better=True)
 
 
-def going_and_still(side: Side, process: psutil.Process) -> tuple[list[float], list[float]]:
-    """Takes the steps of a training to its end, with a process going and with it standing still.
+def with_and_without(side: Side, process: psutil.Process) -> tuple[list[float], list[float]]:
+    """Takes the steps of a training to its end, with a process running and with it suspended.
 
     Args:
         side: The training.
-        process: Goes on at the end.
+        process: The process; it runs at the end.
 
     Returns:
         Seconds of the steps of each kind, equally many, each next to the one of the other kind.
     """
-    going: list[float] = []
-    still: list[float] = []
+    running: list[float] = []
+    suspended: list[float] = []
     while True:
-        for found in (going, still, still, going):  # a machine that slows down is no loss of either
-            if found is still:
+        for found in (running, suspended, suspended, running):  # a machine that slows down favours neither
+            if found is suspended:
                 process.suspend()
             try:
                 step = side.turn(1)
             finally:
                 process.resume()
             if step is None:
-                pairs = min(len(going), len(still))
-                return going[:pairs], still[:pairs]
+                pairs = min(len(running), len(suspended))
+                return running[:pairs], suspended[:pairs]
             found += step
 
 
@@ -154,4 +154,4 @@ def _tracker(side: Side) -> psutil.Process:
     for process in psutil.Process(side.process.pid).children():
         if "orchestrator.tracking" in process.cmdline():
             return process
-    raise RuntimeError(f"nothing tracks:\n{side.log.read_text(errors='replace')[-3000:]}")
+    raise RuntimeError(f"there is no tracking process:\n{side.log.read_text(errors='replace')[-3000:]}")

@@ -1,10 +1,10 @@
-"""Two trainings take their steps in turns: one stands still while the other one computes.
+"""Lets two trainings take their steps in turns: one waits while the other one computes.
 
-The trap this module protects against: a machine whose speed changes by a tenth and more from one minute to the next.
-Runs that follow each other differ by that; neighbouring steps do not.
+A machine's speed may change by a tenth and more from one minute to the next. Runs that follow each other differ by
+that; neighbouring steps do not.
 
-Each rank asks for its turn over a socket before every step (`install`), and the time from its being told to go until
-it asks again is its step: with hooks and logging, and by the same clock on both sides.
+Each rank requests its turn over a socket before every step (`waiting`). A step lasts from the answer to the next
+request: with hooks and logging, and by the same clock on both sides.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from trainers import before_step
+
 VARIABLE = "BENCHMARK_TURNS"
-"""Names the socket at which a process asks for its turn; without it, nothing waits."""
+"""Names the socket at which a process requests its turn; without it, nothing waits."""
 
 START_SECONDS = 300
-"""Longest wait for a side to come to its first step."""
+"""Longest wait for a side to reach its first step."""
 
 WARMUP_STEPS = 5
 """Steps of each side that are not measured."""
 
 
 def waiting() -> Callable[[], None]:
-    """A function that returns when it is this process's turn; one that returns at once where nobody takes turns."""
+    """A function that returns when it is this process's turn; one that does nothing outside a benchmark.
+
+    Ray Train's workers find it by `$BENCHMARK_BEFORE_STEP`, which `started` sets.
+    """
     path = os.environ.get(VARIABLE)
     if not path:
         return lambda: None
@@ -49,52 +53,27 @@ def waiting() -> Callable[[], None]:
     return wait
 
 
-def install() -> None:
-    """Makes this process's training loop wait for its turn before every step."""
-    if VARIABLE not in os.environ:
-        return
-    from trainers.loop import TrainingLoop
-
-    wait, plain = waiting(), TrainingLoop._step
-
-    def step(self: TrainingLoop, window: Any) -> None:
-        wait()
-        plain(self, window)
-
-    TrainingLoop._step = step  # type: ignore[method-assign]
-
-
-def worker_in_turns(config: dict[str, Any]) -> None:
-    """What Ray Train's workers run: this program's function, its steps in turns."""
-    install()
-    from trainers.worker import train_loop_per_worker
-
-    train_loop_per_worker(config)
-
-
 @dataclass
 class Side:
-    """A training that takes its steps when told to.
-
-    Attributes:
-        process: Its process.
-        log: What it printed.
-        num_ranks: How many processes ask for a turn.
-        seconds: Of each of its steps.
-        others_seconds: CPU time that its processes beside the ranks took while steps were measured.
-    """
+    """A training that takes a step whenever `turn` is called."""
 
     process: subprocess.Popen[bytes]
+    """Its process."""
     listener: socket.socket
+    """Socket at which its ranks connect."""
     log: Path
+    """Its output."""
     num_ranks: int
+    """Number of processes that request turns."""
     seconds: list[float] = field(default_factory=list)
+    """Seconds of each measured step."""
     others_seconds: float = 0.0
+    """CPU time of its processes other than the ranks while steps were measured."""
     _lines: list[socket.socket] = field(default_factory=list)
     _ranks: list[int] = field(default_factory=list)
 
-    def stands_ready(self) -> bool:
-        """Waits until every rank asks for its turn; False when training is over."""
+    def wait_until_ready(self) -> bool:
+        """Waits until every rank requests its turn; False when training is over."""
         deadline = time.monotonic() + START_SECONDS
         while len(self._lines) < self.num_ranks:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -117,7 +96,7 @@ class Side:
             began = time.perf_counter()
             for line in self._lines:
                 line.sendall(b".")
-            if not self.stands_ready():
+            if not self.wait_until_ready():
                 return None
             found.append(time.perf_counter() - began)
         return found
@@ -137,15 +116,19 @@ class Side:
 
 @contextmanager
 def started(command: list[str], num_ranks: int, folder: Path, name: str, threads: int) -> Iterator[Side]:
-    """A command whose steps are taken when told to; its socket and its log are in a folder, by a name."""
+    """Starts a command that takes turns; its socket and its log are in a folder, by a name."""
     path, log = folder / f"{name}.socket", folder / f"{name}.log"
     with socket.socket(socket.AF_UNIX) as listener, log.open("wb") as output:
         listener.bind(str(path))
         listener.listen()
         listener.settimeout(1)
         environment = {
-            **os.environ, VARIABLE: str(path), "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"
-        }  # fmt: skip
+            **os.environ,
+            VARIABLE: str(path),
+            before_step.VARIABLE: "benchmarks.turns:waiting",
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONWARNINGS": "ignore",
+        }
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         side = Side(process, listener, log, num_ranks)
         try:
@@ -181,12 +164,12 @@ def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int 
     ):
         sides = (first, second)
         for side in sides:
-            side.stands_ready()
+            side.wait_until_ready()
             side.turn(WARMUP_STEPS)
         before = [side.others() for side in sides]
         order = [0, 1]
         while True:
-            latest = [side.others() for side in sides]  # with the last step its processes begin to end
+            latest = [side.others() for side in sides]  # during the last step its processes begin to end
             turns: list[list[float] | None] = [None, None]
             for i in order:
                 turns[i] = sides[i].turn(1)
@@ -194,24 +177,10 @@ def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int 
                 break
             for side, turn in zip(sides, turns, strict=True):
                 side.seconds += turn or []
-            order.reverse()  # ours, peer, peer, ours: a machine that slows down is no gain of either
+            order.reverse()  # ours, peer, peer, ours: a machine that slows down favours neither
         for side, since, to in zip(sides, before, latest, strict=True):
             side.others_seconds = to - since
         for side, turn in zip(sides, turns, strict=True):
             while turn is not None:
                 turn = side.turn(1)
     return sides
-
-
-def main() -> None:
-    """`python -m benchmarks.turns ARGUMENT …`: `orchestrator.run` with these, its workers' steps in turns."""
-    import trainers.worker
-    from benchmarks import turns
-    from orchestrator.run import app
-
-    trainers.worker.train_loop_per_worker = turns.worker_in_turns  # Ray Train's workers import it from there
-    app()
-
-
-if __name__ == "__main__":
-    main()

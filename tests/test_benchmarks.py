@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import gpu, slots, turns
-from benchmarks.measure import Row, by_blocks, table
-from benchmarks.tracking import going_and_still
+from benchmarks.measure import Row, by_blocks, report, table
+from benchmarks.tracking import with_and_without
 from benchmarks.training import demo
 
 
@@ -22,6 +22,24 @@ def test_a_ratio_is_taken_between_neighbours_and_says_which_side_is_faster() -> 
     rates = Row("a", "b", "images/s", (1.0,), (2.0,), 0.6, higher_is_better=True)
     assert rates.ratio == 0.5 and not rates.reached
     assert "**below**" in table([rates]) and "reached" in table([durations])
+
+
+def test_a_row_without_a_target_is_shown_and_neither_reached_nor_below() -> None:
+    row = Row("first_step", "b", "s", (20.0,), (5.0,), None, higher_is_better=False)
+    assert row.ratio == 0.25 and row.reached is None
+    assert table([row]).splitlines()[-1] == "| first_step | b | 20 s | 5 s | 0.25 | 0.25 – 0.25 | – |  |"
+
+
+def test_a_result_file_names_machine_and_versions_above_the_table() -> None:
+    row = Row("a", "b", "s", (1.0,), (2.0,), 1.5, higher_is_better=False)
+    measured_on = {
+        "time": "2026-01-02 03:04:05 UTC", "processor": "Xeon", "cpus": 2, "load_average": 1.0, "system": "Linux",
+        "python": "3.11.2", "versions": {"torch": "2.14.1", "ray": "2.60.0"},
+    }  # fmt: skip
+    text = report([row], measured_on)
+    assert text.startswith("# 2026-01-02 03:04:05 UTC\n")
+    assert "Xeon, 2 CPUs" in text and "Versions: torch 2.14.1, ray 2.60.0\n" in text
+    assert text.endswith(table([row]) + "\n")
 
 
 @pytest.mark.train
@@ -54,35 +72,27 @@ def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:
     assert [len(side.seconds) for side in sides] == [3, 3], "the last step ends with the end of training"
 
 
-def test_a_process_stands_still_for_every_second_step_and_goes_on_afterwards(tmp_path: Path) -> None:
-    ticks, steps = tmp_path / "ticks", tmp_path / "steps"
-    ticker = (
-        "import sys, time\n"
-        "while True:\n"
-        "    time.sleep(0.01)\n"
-        "    with open(sys.argv[1], 'a') as log: log.write(f'{time.time()}\\n')\n"
-    )
+def test_a_process_is_suspended_for_every_second_step_and_runs_afterwards(tmp_path: Path) -> None:
+    # Each step waits until the process is as it should be in it: a signal takes its time on a busy machine.
     script = (
-        "import sys, time; from benchmarks import turns; wait = turns.waiting()\n"
-        "for _ in range(9):\n"
+        "import psutil, sys, time; from benchmarks import turns; wait = turns.waiting()\n"
+        "process, due = psutil.Process(int(sys.argv[1])), ([False, True, True, False] * 3)[:9]\n"
+        "for suspended in due:\n"
         "    wait()\n"
-        "    began = time.time()\n"
-        "    time.sleep(0.3)\n"
-        "    with open(sys.argv[1], 'a') as log: log.write(f'{began} {time.time()}\\n')\n"
+        "    deadline = time.monotonic() + 60\n"
+        "    while (process.status() == psutil.STATUS_STOPPED) != suspended:\n"
+        "        assert time.monotonic() < deadline, suspended\n"
+        "        time.sleep(0.01)\n"
     )
-    with psutil.Popen([sys.executable, "-c", ticker, str(ticks)]) as process:
+    with psutil.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as process:
         try:
-            with turns.started([sys.executable, "-c", script, str(steps)], 1, tmp_path, "ours", 1) as side:
-                side.stands_ready()
-                going, still = going_and_still(side, process)
+            with turns.started([sys.executable, "-c", script, str(process.pid)], 1, tmp_path, "ours", 1) as side:
+                side.wait_until_ready()
+                running, suspended = with_and_without(side, process)
             assert process.status() != psutil.STATUS_STOPPED
         finally:
             process.kill()
-    told = [float(line) for line in ticks.read_text().split()]
-    spans = [[float(each) for each in line.split()] for line in steps.read_text().splitlines()]
-    counts = [sum(since < moment < to for moment in told) for since, to in spans]
-    assert len(going) == len(still) == 4, "the last step ends with the end of training"
-    assert [count > 3 for count in counts[:8]] == [True, False, False, True] * 2
+    assert len(running) == len(suspended) == 4, "the last step ends with the end of training"
 
 
 def test_a_side_that_fails_is_an_error_with_what_it_printed() -> None:
@@ -96,7 +106,7 @@ def test_rates_are_taken_over_equal_blocks_of_neighbouring_steps() -> None:
     assert found == (4.0, 4.0) and theirs == (2.0, 1.0)
 
 
-def test_commands_in_slots_stand_still_with_all_their_processes_while_another_one_runs(
+def test_commands_in_slots_are_suspended_with_all_their_processes_while_another_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "SLOT_SECONDS", 0.5)
@@ -110,11 +120,11 @@ def test_commands_in_slots_stand_still_with_all_their_processes_while_another_on
     commands = [[sys.executable, "-c", parent, child, str(tmp_path / name)] for name in "ab"]
     taken = slots.in_slots(commands)
     for own, others, name in zip(taken, reversed(taken), "ab", strict=True):
-        told = [float(line) for line in (tmp_path / name).read_text().split()]
-        assert len(told) == 100 and len(own) > 1
-        outside = sum(any(since < moment < to for since, to in others) for moment in told)
-        assert outside < 10, "it went on beside the other one"
-        assert slots.ran(own) < told[-1] - own[0][0], "time in which it stood still was counted"
+        ticked = [float(line) for line in (tmp_path / name).read_text().split()]
+        assert len(ticked) == 100 and len(own) > 1
+        outside = sum(any(since < moment < to for since, to in others) for moment in ticked)
+        assert outside < 10, "it ran during the other one's slot"
+        assert slots.ran(own) < ticked[-1] - own[0][0], "time in which it was suspended was counted"
     with pytest.raises(RuntimeError, match="no model"):
         slots.in_slots([[sys.executable, "-c", "raise SystemExit('no model')"]])
 
