@@ -328,8 +328,8 @@ class Session:
 
     def _finish(self, result: ExperimentResult, pump: EventPump, tracker: Any) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is."""
-        from orchestrator.figures.catalog import mlflow_base, table_address
         from orchestrator.report.airank import write_airank_summary
+        from orchestrator.report.mlflow_links import mlflow_base, table_address
         from orchestrator.report.table import closing_table
         from orchestrator.report.writer import try_report
         from trainers.contract.events import RunEnded

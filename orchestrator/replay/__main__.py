@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from orchestrator.figures.notation import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.replay.messages import ReplayError
 from orchestrator.replay.plan import Targets
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
 from orchestrator.report.mlperf import mllog_text
-from orchestrator.report.table import closing_table, number_text, percent_text, seconds_text
+from orchestrator.report.table import closing_table
 
 
 def main(

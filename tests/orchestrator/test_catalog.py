@@ -9,12 +9,12 @@ from typing import get_args
 import pytest
 
 from orchestrator.figures import records
-from orchestrator.figures.catalog import BEGIN, END, FIGURES, reference
+from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
 from orchestrator.figures.metrics import evaluation_metrics, scaling_metrics, trial_metrics, window_metrics
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
 from tests.builders.trials import trained
-from tests.conftest import ROOT
+from tests.builders.commands import ROOT
 from trainers.contract.events import Evaluated, StepsDone
 
 METRICS_BEFORE = {
@@ -105,6 +105,11 @@ def test_a_window_of_a_log_without_learning_rate_and_memory_sends_neither():
     metrics = window_metrics(WindowJoin(1).add(replace(step, **unknown)))
     assert metrics["learning_rate"] is None and metrics["memory/peak_gib"] is None
     assert metrics["time/step_seconds_p50"] is None and not any(name.startswith("loss/") for name in metrics)
+
+
+def test_every_section_of_the_catalogue_is_a_heading_of_the_docs():
+    lines = (ROOT / "docs" / "measurement.md").read_text().splitlines()
+    assert [section for section in SECTIONS if f"## {section}" not in lines] == []
 
 
 def test_the_reference_in_the_docs_is_the_catalogues():

@@ -4,8 +4,6 @@ import pytest
 
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
-from orchestrator.report.page import KINDS, OTHER_DEFINITIONS
-from tests.builders.commands import ROOT
 from tests.builders.trials import TrialBuilder, plan, trained
 from trainers.contract.events import Event, WorkerFailed, event_from_json
 
@@ -133,7 +131,7 @@ def _restarted() -> TrialBuilder:
     return story
 
 
-def test_a_restart_in_the_middle_stays_on_the_seed_clock_and_is_told_by_itself():
+def test_a_restart_in_the_middle_stays_on_the_seed_clock_and_is_recorded_by_itself():
     result = _result(_restarted())
     assert result.time_to_train_seconds == pytest.approx(43 - 10)
     assert result.downtime_seconds == pytest.approx(37 - 22.5)
@@ -153,7 +151,7 @@ def test_work_done_twice_counts_in_the_rate_and_not_in_the_images_per_wall_secon
     assert result.wall_images_per_second == pytest.approx(8 * 4 / (43 - 14))
 
 
-def test_a_restart_before_the_first_window_loses_what_was_not_told():
+def test_a_restart_before_the_first_window_loses_what_was_not_reported():
     story = TrialBuilder(plan())
     story.started()
     story.workers(1.0)
@@ -230,23 +228,3 @@ def test_events_survive_the_outbox():
 
     events = trained().events
     assert [back(event) for event in events] == events
-
-
-def test_every_figure_of_a_trial_is_defined_in_the_docs():
-    text = (ROOT / "docs" / "measurement.md").read_text()
-    said_elsewhere = {
-        "name", "world_size", "num_nodes", "device", "device_name", "recipe", "scaling", "protocol", "seed", "status",
-        "hosts", "num_train_images", "num_val_images", "state_sha256", "mlflow_run_id",
-    }  # fmt: skip
-    missing = [name for name in TrialResult.model_fields if name not in said_elsewhere and f"`{name}" not in text]
-    assert missing == []
-
-
-def test_every_section_of_the_docs_that_the_report_links_to_is_there():
-    anchors = {
-        line[3:].strip().lower().replace(" ", "-")
-        for line in (ROOT / "docs" / "measurement.md").read_text().splitlines()
-        if line.startswith("## ")
-    }
-    linked = {kind.anchor for kind in KINDS} | set(OTHER_DEFINITIONS)
-    assert linked and linked <= anchors
