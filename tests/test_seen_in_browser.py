@@ -16,8 +16,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 
+from orchestrator.report.mlflow_links import mlflow_links
+from orchestrator.report.plots import PLOTS
 from orchestrator.report.writer import write_report
-from orchestrator.report.page import KINDS, mlflow_links
 from orchestrator.runlog.folder import RunFolder, read_run_folder
 from orchestrator.tracking.driver import Tracker
 from tests.builders.browser import as_device, browser, keep_screenshot, needs_chromium
@@ -60,7 +61,7 @@ def run(tmp_path_factory) -> RunFolder:
 
 
 def names(run: RunFolder) -> list[str]:
-    """What MLflow calls the trials, and the published figures beside them."""
+    """What MLflow calls the trials, and the published figures next to them."""
     return [trial.name for trial in run.result.trials] + [row.name for row in run.result.reference_rows]
 
 
@@ -71,10 +72,10 @@ def _open_report(driver: WebDriver, run: RunFolder) -> None:
 def test_the_report_opens_from_disk_and_shows_every_figure(driver, run):
     as_device(driver, 1200, 900)
     _open_report(driver, run)
-    for kind in KINDS:
-        figure = driver.find_element(By.ID, kind.function)
+    for plot in PLOTS:
+        figure = driver.find_element(By.ID, plot.name)
         svg = figure.find_element(By.TAG_NAME, "svg")
-        assert figure.is_displayed() and svg.size["width"] > 400 and svg.size["height"] > 150, kind.function
+        assert figure.is_displayed() and svg.size["width"] > 400 and svg.size["height"] > 150, plot.name
     table = driver.find_element(By.CSS_SELECTOR, "[data-testid=results]").text
     columns = ["Efficiency"] + ["Cost to target"] * (run.result.trials[0].cost is not None)
     for text in (*names(run), *columns):
@@ -90,7 +91,7 @@ def test_the_report_opens_from_disk_and_shows_every_figure(driver, run):
 def test_a_figure_s_link_leads_to_its_definition(driver, run):
     _open_report(driver, run)
     link = driver.find_element(By.CSS_SELECTOR, "#wall_clock figcaption a")
-    assert "Rank 0's line of time" in link.get_attribute("title")
+    assert "the other sections add up to it" in link.get_attribute("title")
     driver.execute_script("arguments[0].click()", link)
     assert driver.current_url.endswith("#def-wall-clock")
     assert driver.find_element(By.ID, "def-wall-clock").is_displayed()
@@ -162,7 +163,7 @@ ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 """What closes the panel that MLflow opens once in every new browser."""
 
 REDRAWN = (NoSuchElementException, StaleElementReferenceException)
-"""Of an element that the page is just drawing anew."""
+"""Of an element that the page is just redrawing."""
 
 SCROLLABLE = """return [...document.querySelectorAll('div')].filter(
     e => e.scrollHeight > e.clientHeight + 20 && /auto|scroll/.test(getComputedStyle(e).overflowY))"""
@@ -210,7 +211,7 @@ def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driv
     keep_screenshot(driver, "mlflow-table", 560)
 
 
-def test_mlflow_s_compare_page_sets_trials_beside_the_seed_s_figures(driver, run, mlflow_ui):
+def test_mlflow_s_compare_page_sets_trials_next_to_the_seed_s_figures(driver, run, mlflow_ui):
     as_device(driver, 1500, 1000)
     found = f"Comparing {len(names(run))} Runs"
     text = _visit(driver, run, mlflow_ui, 1, lambda text: found in text and "coco/box_ap" in text)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.figures.logged_plan import Plan
+from orchestrator.figures.notation import number_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began
 from orchestrator.files import file_sha256
-from orchestrator.report.table import escape_markdown, number_text, table_rows
+from orchestrator.report.table import escape_markdown, table_rows
 from trainers.contract.events import Evaluated, Event, LoopFinished, WorkerStarted
 from trainers.contract.plan import TrialPlan
 

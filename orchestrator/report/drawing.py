@@ -1,7 +1,6 @@
 """Matplotlib set up for a page: SVG whose colours are the page's CSS variables.
 
-So one drawing is light, dark and printable, text stays text, and the report needs no script. The traps it protects
-against: a trial's name that Matplotlib would read as mathematics, and ids that clash once figures share a page.
+One drawing is light, dark and printable, its text is text, and the report needs no script.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.lines import Line2D
 
+    from orchestrator.figures.records import ExperimentResult
+    from orchestrator.runlog.folder import TrialEvents
+
 WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
-"""Small enough that 9 point text is still read when a phone shows the figure 350 pixels wide."""
+"""Small enough that 9 point text is legible when a phone shows the figure 350 pixels wide."""
 
 INK, MUTED, GRID, PAPER = "#1a2330", "#5a6675", "#d9dee5", "#fdfdfd"
 SERIES = ("#2563c9", "#c2560c", "#12805c", "#8a3fc0", "#b8285a", "#4d6478")
@@ -37,7 +40,7 @@ THEME = {
     **{color: f"--series-{number}" for number, color in enumerate(SERIES)},
     **{color: f"--section-{name.replace('_', '-')}" for name, color in SECTION_COLORS.items()},
 }
-"""Colours as drawn (the light ones), and the CSS variables they become."""
+"""Colours as drawn (those of the light theme), and the CSS variables that replace them."""
 
 STYLE: Any = {
     "font.size": 9, "font.family": "sans-serif", "text.color": INK, "text.parse_math": False, "svg.fonttype": "none",
@@ -53,12 +56,26 @@ MAX_NAMED = 8
 """Series up to which a legend names them all."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReportInput:
+    """What the report's figures are drawn from."""
+
+    results: dict[str, ExperimentResult]
+    """The experiments, by the label that their curves carry ("" for a single one)."""
+    trials: Sequence[TrialEvents]
+    """Their trials."""
+
+
+Drawing = Figure | str
+"""A figure, or the reason why there is none."""
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """A figure as an inline SVG element that takes its colours from CSS.
 
     Args:
         figure: The figure.
-        name: Unique on the page; goes into the element's ids.
+        name: Unique on the page; becomes part of the element's ids, which would clash with other figures' otherwise.
     """
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -111,7 +128,7 @@ def swatch(color: str, name: str) -> Line2D:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """At most some hundred points, evenly taken, as x and y."""
+    """At most `MAX_POINTS` points, evenly spaced in their list, as x and y."""
     step = max(1, math.ceil(len(points) / MAX_POINTS))
     kept = [*points[:-1:step], points[-1]] if points else []
     return [x for x, _ in kept], [y for _, y in kept]

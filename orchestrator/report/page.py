@@ -1,7 +1,7 @@
-"""The HTML report: one file without scripts or addresses to load from, that opens from a mail.
+"""The HTML report: one file without scripts or external resources, so that it opens from a mail.
 
-Everything an experiment file can hold is hostile input: the template escapes all of it, figures come with their text
-escaped by Matplotlib, and the page's own policy lets nothing be loaded or run.
+Everything in an experiment file is untrusted: the template escapes all of it, Matplotlib escapes the text of the
+figures, and the page's content security policy lets nothing be loaded or run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,103 +19,46 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.experiment.reading import to_yaml
-from orchestrator.figures.catalog import mlflow_base, table_address
-from orchestrator.figures.record_parts import Sections
-from orchestrator.report import plots as figures
+from orchestrator.figures.catalog import FIGURES, SECTIONS
+from orchestrator.figures.notation import NOT_MEASURED
 from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
-from orchestrator.report.plots import ReportInput
+from orchestrator.report.drawing import ReportInput
+from orchestrator.report.mlflow_links import mlflow_links
+from orchestrator.report.plots import PLOTS, anchor_of, section_of
 from orchestrator.report.samples import MIN_SCORE, Sample, sample_pictures
-from orchestrator.report.table import number_text, percent_text, seconds_text, table_cells, table_rows
+from orchestrator.report.table import table_cells, table_rows
+from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import RunFolder, TrialEvents
 from trainers.contract.events import LoopStarted
 
 ROOT = Path(__file__).resolve().parents[2]
 
+DEFINED = ("images_per_second", "time_to_train_seconds", "box_ap", "scaling.efficiency", "cost")
+"""Rows of the catalogue that the results link to, besides those of the plots; each stands for its section."""
+
+NOISE = (
+    "The 95 % interval of the ratio does not hold 1: between repeats where there are any, else within the runs, which "
+    "cannot see what differs from run to run."
+)
+"""When a difference counts as more than noise (docs/measurement.md, "Noise")."""
+
 
 @dataclass(frozen=True, slots=True)
-class FigureKind:
-    """A figure of the report.
+class DetailTable:
+    """A table of figures that the results have no room for."""
 
-    Attributes:
-        function: Name of the function in `orchestrator.report.plots` that draws it.
-        title: Its heading.
-        reading: How to read it.
-        anchor: Heading of docs/measurement.md that defines what it shows.
-        definition: The same definition in a sentence, for a report that travels without the docs.
-    """
-
-    function: str
     title: str
-    reading: str
-    anchor: str
-    definition: str
-
-
-KINDS = (
-    FigureKind(
-        "throughput", "Throughput against workers", "Dotted: ideal, from the smallest size. Bars: 95 % interval.",
-        "throughput", "Images all workers trained on in the measured window, over its wall time on the slowest worker; "
-        "warm-up iterations and hooks (evaluation, checkpoints) left out.",
-    ),
-    FigureKind(
-        "accuracy_over_time", "AP over time", "Each point is one evaluation, at the moment its figures were known.",
-        "time-to-train", "The seed's clock runs from the first thing the training function does and never pauses; time "
-        "to train ends with the evaluation that first meets the target.",
-    ),
-    FigureKind(
-        "accuracy_over_iterations", "AP over iterations", "The same evaluations by iterations trained.",
-        "accuracy", "COCO's AP (mean over IoU 0.50 to 0.95) for boxes and for masks, on the scale of 0 to 100.",
-    ),
-    FigureKind(
-        "wall_clock", "Where the wall clock went", "All seconds of a trial; the sections add up to its wall time.",
-        "wall-clock", "Rank 0's line of time from the driver's start of the trial to its end, cut into sections; what "
-        "is left over is shown as other.",
-    ),
-    FigureKind(
-        "time_line", "Time line and restarts", "Triangles: the workers were started again.",
-        "downtime", "Downtime: from the last sign of progress before a failure to the first batch asked for after it. "
-        "It stays on the seed's clock.",
-    ),
-    FigureKind(
-        "step_times", "Step times", "Read across: the share of the steps that took at most so long.",
-        "step-times", "Wall time of every step after the warm-up, all ranks together, hooks left out.",
-    ),
-    FigureKind(
-        "rank_skew", "Skew between ranks", "A rank above 0 makes the others wait.",
-        "rank-skew", "A worker's step time without its wait for the others' gradients, against the median worker's; "
-        "where that wait is not known, its median step.",
-    ),
-    FigureKind(
-        "drift", "Throughput along the run", "Level: steady. Falling: something wears out or heats up.",
-        "drift", "Throughput over consecutive stretches of the run, warm-up and hooks left out.",
-    ),
-    FigureKind(
-        "losses", "Loss", "Total loss, mean over the workers and over each window of steps.",
-        "losses", "detectron2's total loss: the sum of its parts, averaged over workers and the steps of a window.",
-    ),
-    FigureKind(
-        "loss_parts", "Loss by part", "The last trial's loss, part by part.",
-        "losses", "detectron2's losses by their names: classification, boxes and masks, and the proposals' two.",
-    ),
-    FigureKind(
-        "learning_rate", "Learning rate", "Warm-up, then the steps of the schedule.",
-        "learning-rate", "The learning rate of the last step of each window, scaled by detectron2's own rule.",
-    ),
-)  # fmt: skip
-
-OTHER_DEFINITIONS = {
-    "efficiency": ("Speed-up and efficiency", "Throughput over that of the smallest world size, over the same "
-                   "iterations where both have them; efficiency divides it by the ratio of the workers: 1 is ideal."),
-    "cost": ("Cost", "Price per accelerator-hour times workers times hours: of the whole trial from the driver's start "
-             "to its end, and of the time to train; in the currency of the price."),
-    "noise": ("More than noise", "The 95 % interval of the ratio does not hold 1: between repeats where there are any, "
-              "else within the runs, which cannot see what differs from run to run."),
-}  # fmt: skip
-"""By anchor: what is defined besides the figures."""
+    """Its heading."""
+    headings: list[str]
+    """Headings of its columns."""
+    rows: list[list[str]]
+    """Its cells."""
+    text: bool = False
+    """Whether it holds text more than numbers."""
 
 
 def html_page(runs: Sequence[RunFolder], place: Path) -> str:
-    """The report on one run, or on several with the first as the one compared with.
+    """The report on one run, or on several that are compared with the first.
 
     Args:
         runs: The runs.
@@ -122,43 +66,34 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
     """
     names = labels(runs)
     several = len(runs) > 1
-    stories = [
-        TrialEvents(f"{name} · {s.label}" if several else s.label, s.trial, s.events, s.plan, s.folder)
+    trials = [
+        replace(trial, label=f"{name} · {trial.label}" if several else trial.label)
         for name, run in zip(names, runs, strict=True)
-        for s in run.stories
+        for trial in run.trials
     ]
-    material = ReportInput(
-        {name if several else "": run.result for name, run in zip(names, runs, strict=True)}, stories
-    )
+    data = ReportInput({name if several else "": run.result for name, run in zip(names, runs, strict=True)}, trials)
     drawn = []
-    for kind in KINDS:
-        svg, missing = figures.draw(getattr(figures, kind.function), material, kind.function.replace("_", "-"))
-        drawn.append((kind, Markup(svg), missing))  # noqa: S704 - Matplotlib escapes the text in its SVG
+    for plot in PLOTS:
+        svg, missing = plot.svg(data)
+        drawn.append((plot, Markup(svg), missing))  # noqa: S704 - Matplotlib escapes the text in its SVG
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    loader.filters |= {
-        "seconds": lambda seconds: seconds_text(seconds).replace("-0.0", "0.0"),
-        "number": number_text,
-        "percent": percent_text,
-    }
-    docs = ROOT / "docs" / "measurement.md"
     return loader.get_template("report.html.j2").render(
         title=" and ".join(names),
         several=several,
+        names=names,
         runs=[_run_values(name, run) for name, run in zip(names, runs, strict=True)],
-        stories=stories,
         figures=drawn,
-        kinds=KINDS,
-        other_definitions=OTHER_DEFINITIONS,
-        docs=quote(os.path.relpath(docs, place)),
-        section_names=[name for name in Sections.model_fields if name != "wall"],
-        least_score=MIN_SCORE,
+        details=_details(trials),
+        definitions=_definitions(),
+        noise=NOISE,
+        docs=quote(os.path.relpath(ROOT / "docs" / "measurement.md", place)),
+        min_score=MIN_SCORE,
         config_differences=differing([config_table(run) for run in runs]),
         environment_differences=differing([environment_table(run) for run in runs]),
         result_differences=result_differences(runs[0], list(zip(names[1:], runs[1:], strict=True))),
-        names=names,
     )
 
 
@@ -166,7 +101,6 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
     result = run.result
     headings, cells = table_cells(result)
     samples, trial, missing = _samples(run)
-    config = next((e.config_yaml for s in run.stories for e in s.events if isinstance(e, LoopStarted)), "")
     return {
         "label": name,
         "result": result,
@@ -176,7 +110,7 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
         "samples_trial": trial,
         "samples_missing": missing,
         "experiment_yaml": to_yaml(run.experiment) if run.experiment else "",
-        "config_yaml": config,
+        "config_yaml": next((e.config_yaml for t in run.trials for e in t.events if isinstance(e, LoopStarted)), ""),
         "command": shlex.join(result.command),
         "links": mlflow_links(run),
     }
@@ -184,28 +118,72 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
 
 def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
     """Pictures of the last trial that left any, its name, and the reason where there are none."""
-    missing = "no evaluation kept any"
-    for story in reversed(run.stories):
-        if story.trial.evaluations:
+    missing = "no evaluation left any"
+    for trial in reversed(run.trials):
+        if trial.trial.evaluations:
             try:
-                return sample_pictures(story), story.trial.name, ""
+                return sample_pictures(trial), trial.trial.name, ""
             except (OSError, ValueError, KeyError) as error:
                 missing = f"{type(error).__name__}: {error}"
     return [], "", missing
 
 
-def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
-    """Name and address of the run's pages in MLflow, the table first; none where tracking knows no run."""
-    base = mlflow_base(run.result)
-    experiment = str(run.tracking.get("experiment_id") or "")
-    ids: dict[str, str] = {t.name: t.mlflow_run_id for t in run.result.trials if t.mlflow_run_id}
-    if not experiment or not ids:
-        return []
-    references = {name: i for name, i in run.tracking.get("runs", {}).items() if name.startswith("reference/")}
-    listed = quote("[" + ",".join(f'"{i}"' for i in [*ids.values(), *references.values()]) + "]")
-    compared = f"{base}/compare-runs?runs={listed}&experiments=%5B%22{quote(experiment)}%22%5D"
-    table = table_address(base, quote(experiment))
-    links = [("Table of all runs", table), ("Compare these trials and the references", compared)]
-    if run.result.mlflow_run_id:
-        ids = {"This run (parent)": run.result.mlflow_run_id, **ids}
-    return links + [(name, f"{base}/experiments/{quote(experiment)}/runs/{quote(i)}") for name, i in ids.items()]
+def _definitions() -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Anchor and heading of every section that is linked to, with its figures' headings and definitions."""
+    sections = dict.fromkeys(section_of(key) for key in (*(plot.key for plot in PLOTS), *DEFINED))
+    return [(anchor_of(s), s, [(row.heading, row.definition) for row in SECTIONS[s]]) for s in sections]
+
+
+WALL_KEYS = ("sections.wall", *(f"sections.{name}" for name in SECTION_NAMES))
+EVALUATION_KEYS = (
+    "evaluations.epoch", "evaluations.box_ap", "evaluations.mask_ap", "evaluations.elapsed_seconds",
+    "evaluations.seconds",
+)  # fmt: skip
+STEP_KEYS = (
+    "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
+    "rank_skew", "peak_memory_gib", "num_restarts",
+)  # fmt: skip
+RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
+
+
+def _details(trials: Sequence[TrialEvents]) -> list[DetailTable]:
+    restarts = [
+        [t.label, str(r.attempt), r.cause, r.message, *_cells(r, RESTART_KEYS)]
+        for t in trials
+        for r in t.trial.restarts
+    ]
+    tables = [
+        DetailTable(
+            "Wall clock by section, seconds",
+            ["Trial", *_headings(WALL_KEYS)],
+            [[t.label, *_cells(t.trial, WALL_KEYS)] for t in trials if t.trial.sections],
+        ),
+        DetailTable(
+            "Evaluations",
+            ["Trial", "Iteration", *_headings(EVALUATION_KEYS)],
+            [[t.label, str(e.iteration), *_cells(e, EVALUATION_KEYS)] for t in trials for e in t.trial.evaluations],
+        ),
+        DetailTable(
+            "Steps and memory",
+            ["Trial", *_headings(STEP_KEYS), "Device"],
+            [
+                [t.label, *_cells(t.trial, STEP_KEYS), t.trial.device_name or t.trial.device or NOT_MEASURED]
+                for t in trials
+            ],
+        ),
+        DetailTable(
+            "Restarts", ["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts, text=True
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    return [FIGURES[key].heading for key in keys]
+
+
+def _cells(record: Any, keys: Sequence[str]) -> list[str]:
+    """Figures of a record as text; `record` is a trial's, or one of the list that the keys begin with."""
+    listed = keys[0].startswith(("evaluations.", "restarts."))
+    values = ((FIGURES[key], attrgetter(key.partition(".")[2] if listed else key)(record)) for key in keys)
+    return [figure.text(value).replace("-0.0", "0.0") for figure, value in values]

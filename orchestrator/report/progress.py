@@ -1,9 +1,11 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines in a job's log."""
+"""Shows a run's progress: a live bar on a terminal, plain lines in a job's log."""
 
 from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,7 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.figures.windows import JointWindow, WindowJoin
+from orchestrator.figures.notation import NOT_MEASURED, number_text, rate_text
+from orchestrator.figures.steps import JointWindow, WindowJoin
 from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
@@ -27,14 +30,15 @@ from trainers.contract.events import (
     WorkerStarted,
 )
 from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import is_met
 
 PLAIN_LINE_SECONDS = 30.0
-"""Most often that a progress line is written where there is no terminal."""
+"""Shortest time between two progress lines where there is no terminal."""
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as `1:02:03`, or – when not known."""
-    return str(datetime.timedelta(seconds=round(seconds))) if seconds is not None else "–"
+    """Seconds as `1:02:03`, or – where not known."""
+    return str(datetime.timedelta(seconds=round(seconds))) if seconds is not None else NOT_MEASURED
 
 
 def plan_table(plans: list[TrialPlan]) -> Table:
@@ -78,7 +82,7 @@ class ProgressDisplay:
     """Shows the events of a run.
 
     Args:
-        console: Where to; a live bar when it is a terminal, else lines.
+        console: Output; a live bar where it is a terminal, else lines.
         quiet: Only failures are shown.
     """
 
@@ -88,67 +92,48 @@ class ProgressDisplay:
         self._join = WindowJoin(1)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._last_line = 0.0
-        self._loop_started: tuple[float, int] | None = None
+        self._last_line: float | None = None
+        self._loop_started: LoopStarted | None = None
         self._last_ap: dict[str, float | None] = {}
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            TrialStarted: self._trial_started,
+            WorkerStarted: self._worker_started,
+            LoopStarted: self._training_started,
+            StepsDone: self._steps_done,
+            Evaluated: self._evaluated,
+            CheckpointSaved: self._checkpoint_saved,
+            CheckpointFailed: self._checkpoint_failed,
+            WorkerFailed: self._worker_failed,
+            TrialRestarted: self._trial_restarted,
+            TrialEnded: self._trial_ended,
+        }
 
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        if isinstance(event, TrialStarted):
-            self._start(TrialPlan.from_dict(event.plan))
-        elif isinstance(event, LoopStarted) and event.rank == 0:
-            self._loop_started = (event.time, event.iteration)
-            resumed = f", going on at iteration {event.iteration}" if event.iteration else ""
-            self._say(
-                f"training on {event.num_train_images:,} images, evaluating on {event.num_val_images:,}; "
-                f"set up in {event.setup_seconds:.1f} s{resumed}"
-            )
-            self._update(event.iteration)
-        elif isinstance(event, WorkerStarted):
-            self._join.expect(event)
-            if self._plan and event.rank == 0 and event.world_size not in (0, self._plan.world_size):
-                of = self._plan.world_size
-                self._say(f"[yellow]going on with {event.world_size} of {of} workers[/]", always=True)
-        elif isinstance(event, StepsDone):
-            window = self._join.add(event)
-            if window:
-                self._show(window)
-        elif isinstance(event, Evaluated):
-            self._evaluated(event)
-        elif isinstance(event, CheckpointSaved) and not self._progress:
-            self._say(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
-        elif isinstance(event, CheckpointFailed):
-            self._say(f"[red]going on without a new checkpoint[/]: {escape(event.message)}", always=True)
-        elif isinstance(event, WorkerFailed):
-            self._say(f"[red]rank {event.rank} failed[/] in {event.section}: {escape(event.message)}", always=True)
-            for file in event.image_files if event.failure in ("bad_input", "not_finite") else ():
-                self._say(f"  image of its batch: {escape(file)}", always=True)
-        elif isinstance(event, TrialRestarted):
-            self._say(f"[yellow]starting the workers again[/] ({event.failure}: {escape(event.message)})", always=True)
-        elif isinstance(event, TrialEnded):
-            self.close()
-            if event.status != "FINISHED":
-                self._say(f"[red]{event.status.lower()}[/]: {escape(event.reason)}", always=True)
+        handler = self._handlers.get(type(event))
+        if handler is not None:
+            handler(event)
 
     def stopping(self, grace_seconds: float) -> None:
-        """Says that somebody asked for the end, and what happens now."""
-        self._say(
+        """Shows that the run is being stopped, and what happens until it has."""
+        self._print(
             f"[yellow]stopping[/]: the workers take a last checkpoint, for at most {grace_seconds:.0f} s; "
             "Ctrl-C again ends at once",
             always=True,
         )
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
-    def _start(self, plan: TrialPlan) -> None:
+    def _trial_started(self, event: TrialStarted) -> None:
+        plan = TrialPlan.from_dict(event.plan)
         self._plan, self._join, self._last_ap = plan, WindowJoin(plan.world_size), {}
-        self._loop_started, self._last_line = None, 0.0
+        self._loop_started = self._last_line = None
         workers = "1 worker" if plan.world_size == 1 else f"{plan.world_size} workers"
-        self._say(f"[bold]starting[/] {workers} on {plan.device}, recipe {plan.recipe_name}")
+        self._print(f"[bold]starting[/] {workers} on {plan.device}, recipe {plan.recipe_name}")
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -167,45 +152,92 @@ class ProgressDisplay:
             )
             self._progress.start()
 
-    def _show(self, window: JointWindow) -> None:
-        assert self._plan is not None
-        eta = None
-        if self._loop_started and window.iteration > self._loop_started[1]:
-            began, first = self._loop_started
-            eta = (window.time - began) / (window.iteration - first) * (self._plan.solver.max_iter - window.iteration)
-        rate = f"{window.images_per_second:.4g} images/s"
-        loss = f"loss {window.losses.get('total_loss', 0.0):.3f}"
-        self._update(window.iteration, rate=rate, loss=loss, eta=eta)
-        if not self._progress and time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
-            self._last_line = time.monotonic()
-            self._say(f"iteration {window.iteration}/{self._plan.solver.max_iter}  ETA {duration(eta)}  {rate}  {loss}")
+    def _worker_started(self, event: WorkerStarted) -> None:
+        self._join.expect(event)
+        if self._plan and event.rank == 0 and event.world_size not in (None, self._plan.world_size):
+            of = self._plan.world_size
+            self._print(f"[yellow]continuing with {event.world_size} of {of} workers[/]", always=True)
 
-    def _update(self, iteration: int, **fields: object) -> None:
-        if self._progress:
-            self._progress.update(self._task, completed=iteration, **fields)  # type: ignore[arg-type]
+    def _training_started(self, event: LoopStarted) -> None:
+        if event.rank != 0:
+            return
+        self._loop_started = event
+        resumed = f", resuming at iteration {event.iteration}" if event.iteration else ""
+        self._print(
+            f"training on {number_text(event.num_train_images, 0)} images, "
+            f"evaluating on {number_text(event.num_val_images, 0)}; "
+            f"set up in {number_text(event.setup_seconds, 1)} s{resumed}"
+        )
+        self._update(completed=event.iteration)
+
+    def _steps_done(self, event: StepsDone) -> None:
+        window = self._join.add(event)
+        if window is None or self._plan is None:
+            return
+        eta, rate, loss = self._eta(window), f"{rate_text(window.images_per_second)} images/s", _loss(window)
+        self._update(completed=window.iteration, rate=rate, loss=loss, eta=eta)
+        now = time.monotonic()
+        if not self._progress and (self._last_line is None or now - self._last_line >= PLAIN_LINE_SECONDS):
+            self._last_line = now
+            of = self._plan.solver.max_iter
+            self._print(f"iteration {window.iteration}/{of}  ETA {duration(eta)}  {rate}  {loss}".rstrip())
+
+    def _eta(self, window: JointWindow) -> float | None:
+        """Seconds to the end of the schedule; None before the first step of this attempt."""
+        start = self._loop_started
+        if self._plan is None or start is None or window.iteration <= start.iteration:
+            return None
+        seconds_per_iteration = (window.time - start.time) / (window.iteration - start.iteration)
+        return seconds_per_iteration * (self._plan.solver.max_iter - window.iteration)
 
     def _evaluated(self, event: Evaluated) -> None:
-        assert self._plan is not None
+        if self._plan is None:
+            return
         parts = []
-        for name, key, target in (
-            ("box", "box_ap", self._plan.target_box_ap),
-            ("mask", "mask_ap", self._plan.target_mask_ap),
-        ):
-            ap, before = event.figures.get(key), self._last_ap.get(key)
+        for name, target in (("box", self._plan.target_box_ap), ("mask", self._plan.target_mask_ap)):
+            ap, before = event.figures.get(f"{name}_ap"), self._last_ap.get(f"{name}_ap")
             if ap is None:
                 continue
             text = f"{name} AP {ap:.2f}"
             text += f" ({ap - before:+.2f})" if before is not None else ""
             if target is not None:
-                text += f", target {target:g} " + ("met" if ap >= target else f"{target - ap:.2f} away")
+                text += f", target {target:g} " + ("met" if is_met(ap, target) else f"{target - ap:.2f} away")
             parts.append(text)
         self._last_ap = event.figures
-        beside = f" beside training, which stood still {event.stall_seconds:.1f} s" if event.overlapped else ""
-        self._say(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s{beside})")
-        if self._progress:
-            self._progress.update(self._task, ap=f"AP {event.figures.get('box_ap') or 0:.1f}")
+        stall = f", concurrently; training stalled for {event.stall_seconds:.1f} s" if event.overlapped else ""
+        self._print(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s{stall})")
+        self._update(ap=f"AP {number_text(event.figures.get('box_ap'), 1)}")
 
-    def _say(self, text: str, always: bool = False) -> None:
+    def _checkpoint_saved(self, event: CheckpointSaved) -> None:
+        if not self._progress:
+            self._print(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
+
+    def _checkpoint_failed(self, event: CheckpointFailed) -> None:
+        self._print(f"[red]continuing without a new checkpoint[/]: {escape(event.message)}", always=True)
+
+    def _worker_failed(self, event: WorkerFailed) -> None:
+        self._print(f"[red]rank {event.rank} failed[/] in {event.section}: {escape(event.message)}", always=True)
+        for file in event.image_files if event.failure in ("bad_input", "not_finite") else ():
+            self._print(f"  image of its batch: {escape(file)}", always=True)
+
+    def _trial_restarted(self, event: TrialRestarted) -> None:
+        self._print(f"[yellow]restarting the workers[/] ({event.failure}: {escape(event.message)})", always=True)
+
+    def _trial_ended(self, event: TrialEnded) -> None:
+        self.close()
+        if event.status != "FINISHED":
+            self._print(f"[red]{event.status.lower()}[/]: {escape(event.reason)}", always=True)
+
+    def _update(self, **fields: Any) -> None:
+        if self._progress:
+            self._progress.update(self._task, **fields)
+
+    def _print(self, text: str, always: bool = False) -> None:
         if always or not self._quiet:
             name = f"[dim]{self._plan.name}[/] " if self._plan else ""
             self._console.print(f"{name}{text}", highlight=False, soft_wrap=True)
+
+
+def _loss(window: JointWindow) -> str:
+    total = window.losses.get("total_loss")
+    return f"loss {total:.3f}" if total is not None else ""

@@ -1,7 +1,6 @@
-"""Sample images for the report: the true masks beside the predicted ones, drawn without torch.
+"""Sample images for the report: the true masks next to the predicted ones, drawn without torch.
 
-The trap it protects against: pictures picked because they look good. A trial's worker keeps images evenly spaced over
-the validation set, and all of them are shown.
+They are not picked by how they look: a trial saves images evenly spaced over the validation set, and all are shown.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pycocotools import mask as rle
 
 from orchestrator.data.masks import check_rle
 from orchestrator.runlog.folder import TrialEvents
-from trainers.contract.plan import SAMPLES_FILE
+from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 
 MIN_SCORE = 0.5
 """Detections below it are left out of the pictures; COCO's AP counts them."""
@@ -34,41 +33,38 @@ COLORS = ((64, 156, 255), (255, 149, 0), (40, 205, 95), (191, 90, 242), (255, 69
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One validation image, twice.
-
-    Attributes:
-        name: Its file's name.
-        true: With the annotated objects, as a data URI.
-        predicted: With the detections.
-        num_true: Annotated objects.
-        num_predicted: Detections shown.
-    """
+    """One validation image, twice."""
 
     name: str
+    """Its file's name."""
     true: str
+    """With the annotated objects, as a data URI."""
     predicted: str
+    """With the detections, as a data URI."""
     num_true: int
+    """Annotated objects."""
     num_predicted: int
+    """Detections shown."""
 
 
-def sample_pictures(story: TrialEvents) -> list[Sample]:
-    """Draws the images whose detections a trial's last evaluation kept.
+def sample_pictures(trial: TrialEvents) -> list[Sample]:
+    """Draws the images whose detections a trial's last evaluation saved.
 
     Raises:
-        OSError: The detections, the annotations or an image are not there (any more).
+        OSError: The detections, the annotations or an image are missing.
         ValueError: One of them cannot be read.
     """
-    if story.plan is None:
-        raise ValueError("the trial's events are gone")
-    kept = orjson.loads((story.folder / SAMPLES_FILE).read_bytes())
-    truth = orjson.loads(Path(story.plan.val.annotations).read_bytes())
+    if not isinstance(trial.plan, TrialPlan):
+        raise ValueError("the trial's events are gone, or were read from a log")  # noqa: TRY004 - of the run, not a type
+    saved = orjson.loads((trial.folder / SAMPLES_FILE).read_bytes())
+    truth = orjson.loads(Path(trial.plan.val.annotations).read_bytes())
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth.get("categories", [])}
-    wanted = set(kept["image_ids"])
-    true, found = _by_image(truth["annotations"], wanted), _by_image(kept["detections"], wanted)
+    wanted = set(saved["image_ids"])
+    true, found = _by_image(truth["annotations"], wanted), _by_image(saved["detections"], wanted)
     pictures = []
     for image in truth["images"]:
         if image["id"] in wanted:
-            with Image.open(Path(story.plan.val.images) / image["file_name"]) as file:
+            with Image.open(Path(trial.plan.val.images) / image["file_name"]) as file:
                 photo = file.convert("RGB")
             certain = [entry for entry in found[image["id"]] if entry["score"] >= MIN_SCORE]
             pictures.append(
@@ -128,7 +124,7 @@ def _mask(entry: dict[str, Any], height: int, width: int) -> NDArray[np.uint8] |
     if not shape:
         return None
     if isinstance(shape, dict) and check_rle(shape, (width, height)):
-        return None  # pycocotools trusts it
+        return None  # pycocotools would read beyond a bad one
     if isinstance(shape, list):
         encoded = rle.merge(rle.frPyObjects(shape, height, width))
     elif isinstance(shape["counts"], list):

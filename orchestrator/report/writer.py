@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.report.comparison import (
-    FIGURES,
+    COMPARED,
     config_table,
     differing,
     environment_table,
@@ -103,10 +103,10 @@ def csv_comparison(runs: Sequence[RunFolder]) -> str:
     """Every trial of every run with the figures that are compared, at full precision."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(("run", "trial", "world_size", *FIGURES, "cost", "cost_to_target"))
+    writer.writerow(("run", "trial", "world_size", *(figure.key for figure in COMPARED), "cost", "cost_to_target"))
     for name, run in zip(labels(runs), runs, strict=True):
         for trial in run.result.trials:
-            figures = [getattr(trial, figure) for figure in (*FIGURES, "cost", "cost_to_target")]
+            figures = [*(figure.of(trial) for figure in COMPARED), trial.cost, trial.cost_to_target]
             writer.writerow([neutral_cell(cell) for cell in (name, trial.name, trial.world_size, *figures)])
     return text.getvalue()
 

@@ -1,1 +1,1 @@
-"""Keeps MLflow in the state of the run log: the only package that uses MLflow."""
+"""Keeps MLflow at the state of the run log: the only package that uses MLflow."""

@@ -7,41 +7,57 @@ import os
 import select
 import signal
 import sys
-import time
 from pathlib import Path
+
+from tenacity import RetryCallState, Retrying, stop_after_delay, wait_exponential, wait_fixed
 
 from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker
 
 
-def _follow(run_dir: Path, uri: str) -> bool:
-    """Tracks a run until its end is tracked, or what its driver left: stdin ends with the driver.
+class _Driver:
+    """The process that started this one; it closes the pipe to stdin when it ends or has nothing more to track."""
+
+    gone = False
+
+    def wait(self, seconds: float) -> None:
+        """Waits for that many seconds, or until the driver is gone."""
+        self.gone = bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _follow(tracker: Tracker) -> bool:
+    """Tracks a run until its end is tracked, or what there is once the driver is gone.
 
     Returns:
         Whether the run's end has been tracked.
     """
-    tracker, failures, closing = Tracker(run_dir, uri), 0, 0.0
-    while True:
-        try:
-            if tracker.sync():
-                return True
-            if closing:
-                return False
-            failures = 0
-        except Exception as error:
-            failures += 1
-            if failures == 1:
-                print(f"MLflow at {tracker.place} does not take events; they are kept: {error}", flush=True)
-            if closing and time.monotonic() - closing > RETRY_SECONDS:
-                return False
-        if closing:
-            time.sleep(0.1)
-        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, POLL_INTERVAL_SECONDS * 2**failures))[0]:
-            closing = time.monotonic()
+
+    def report(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            error = state.outcome.exception()
+            print(f"MLflow at {tracker.place} does not take events; they are tracked later: {error}", flush=True)
+
+    def give_up(_: RetryCallState) -> bool:
+        return False
+
+    driver = _Driver()
+    while_running = Retrying(
+        wait=wait_exponential(multiplier=2 * POLL_INTERVAL_SECONDS, max=RETRY_SECONDS), stop=lambda _: driver.gone,
+        sleep=driver.wait, before_sleep=report, retry_error_callback=give_up,
+    )  # fmt: skip
+    at_the_end = Retrying(
+        wait=wait_fixed(0.1), stop=stop_after_delay(RETRY_SECONDS), before_sleep=report, retry_error_callback=give_up
+    )
+    while not driver.gone:
+        if while_running(tracker.sync):
+            return True
+        if not driver.gone:
+            driver.wait(POLL_INTERVAL_SECONDS)
+    return at_the_end(tracker.sync)
 
 
 if __name__ == "__main__":
-    # Ctrl-C and `ray job stop` are for the driver to hear.
+    # Ctrl-C and `ray job stop` are for the driver to handle.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(19)
     where, store = json.loads(sys.stdin.readline())
-    sys.exit(0 if _follow(Path(where), store) else 1)
+    sys.exit(0 if _follow(Tracker(Path(where), store)) else 1)

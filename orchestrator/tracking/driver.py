@@ -1,8 +1,8 @@
-"""Follows a run's outbox in a process of its own and keeps MLflow at its state.
+"""Keeps MLflow at the state of a run's outbox, from a separate process.
 
-Everything tracked is in the run's `events.jsonl`, which is read from where it was left off. So a tracking server that
-is slow, dead or back again costs training nothing, and tracking after the fact is the same code from offset 0. MLflow
-takes seconds of CPU to import and to make a database with: the process gives way to all others, and starts with the
+Everything tracked is in the run's `events.jsonl`, which is read from the last tracked offset on. So a tracking server
+that is slow, down or back again costs training nothing, and tracking after the fact is the same code from offset 0.
+Importing MLflow and creating a database take seconds of CPU: the process has the lowest priority, and starts with the
 first steps.
 """
 
@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.files import without_credentials
+from orchestrator.files import without_credentials, write_atomically
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
@@ -30,7 +30,7 @@ POLL_INTERVAL_SECONDS = 1.0
 """How often the outbox is read."""
 
 RETRY_SECONDS = 30.0
-"""Longest wait before a store that refused or did not answer is asked again."""
+"""Longest wait before the next attempt at a store that refused or did not answer."""
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -44,17 +44,15 @@ class Tracker:
     Args:
         run_dir: The run's folder.
         uri: The tracking store.
-
-    Attributes:
-        place: The store, fit to be shown.
     """
 
     def __init__(self, run_dir: Path, uri: str) -> None:
-        # MLflow's own retries hold a call for minutes; here whoever follows the outbox tries again by itself.
+        # MLflow's retries would block a call for minutes; the process that follows the outbox retries instead.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         self._run_dir, self._uri = run_dir, uri
         self.place = without_credentials(uri)
+        """The store without credentials, for messages."""
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
         self._runs: MlflowRuns | None = None
@@ -62,23 +60,23 @@ class Tracker:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Hears of an event that is in the outbox; the first steps, or the end of a trial without any, start it."""
+        """Starts to follow the outbox at the first steps, or at the end of a trial without any."""
         if self._process is None and isinstance(event, StepsDone | TrialRestarted | TrialEnded):
             self.start()
 
     def start(self) -> None:
-        """Begins to follow the outbox."""
-        # No process of multiprocessing's: those come with another one that outlives the driver, and a job server
-        # that stops a job waits for all of them.
+        """Starts the process that follows the outbox."""
+        # Not multiprocessing: it brings a helper process that outlives the driver, and a job server that stops a job
+        # waits for all of them.
         command = [sys.executable, "-m", "orchestrator.tracking"]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         assert process.stdin is not None
-        # Not as an argument, which everybody on this machine could read: there may be a password in it.
+        # Not as an argument, which every user of this machine can read: the address may hold a password.
         process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
         process.stdin.flush()
-        threading.Thread(target=_pass_on, args=[process], daemon=True).start()
+        threading.Thread(target=_log_output, args=[process], daemon=True).start()
         self._process = process
 
     def run_ids(self) -> dict[str, str]:
@@ -86,18 +84,18 @@ class Tracker:
         return dict(self._read_state()["runs"])
 
     def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None as long as it is not known."""
+        """MLflow's id of the experiment; None until it is known."""
         found = self._read_state()["experiment_id"]
         return None if found is None else str(found)
 
     def sync(self) -> bool:
-        """Tracks everything in the outbox that is not tracked yet.
+        """Tracks the events of the outbox that are not tracked yet.
 
         Returns:
             Whether the end of the run has been tracked.
 
         Raises:
-            MlflowException: The store refused or did not answer; nothing is lost, the next call goes on.
+            MlflowException: The store refused or did not answer; nothing is lost, the next call continues.
         """
         state = self._read_state()
         if self._runs is None:
@@ -117,15 +115,15 @@ class Tracker:
                 self._finished = isinstance(event, RunEnded)
             self._runs.flush()
         except Exception:
-            self._runs = None  # made anew from what is known to be tracked
+            self._runs = None  # rebuilt from what is known to be tracked
             raise
         if offset != state["offset"]:
-            self._write_state({**state, **self._runs.known, "offset": offset})
+            write_atomically(self._state_file, json.dumps({**state, **self._runs.known, "offset": offset}))
         return self._finished
 
     def finish(self, timeout: float) -> bool:
-        """Waits until the end of the run is tracked; returns whether it was in time (seconds)."""
-        if self._process is None or self._process.poll():  # not begun, or killed
+        """Waits until the end of the run is tracked, at most `timeout` seconds; returns whether it is."""
+        if self._process is None or self._process.poll():  # not started, or killed
             self.start()
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.close()
@@ -143,14 +141,9 @@ class Tracker:
                 return state
         return {"place": self.place, "offset": 0, "runs": {}, "experiment_id": None}
 
-    def _write_state(self, state: dict[str, Any]) -> None:
-        aside = self._state_file.with_suffix(".aside")
-        aside.write_text(json.dumps(state), encoding="utf-8")
-        aside.replace(self._state_file)
 
-
-def _pass_on(process: subprocess.Popen[str]) -> None:
-    """Logs what the process says here: the terminal is the driver's."""
+def _log_output(process: subprocess.Popen[str]) -> None:
+    """Logs the process's output in the driver, which owns the terminal."""
     assert process.stdout is not None
     for line in process.stdout:
         logger.warning("%s", line.rstrip())

@@ -3,25 +3,27 @@
 import datetime
 from pathlib import Path
 
+START = datetime.datetime(2021, 5, 4, 10, 0, 0, tzinfo=datetime.UTC)
+
 
 class MadeLog:
-    """A log in the making; the clock moves by what is told.
+    """A log whose clock moves by the seconds of each step.
 
     Args:
         start: Its first line's time.
         styled: Whether it looks like detectron2's console (colours, logger within the brackets) instead of its file.
+        gpu: Whether progress lines have a learning rate and memory, which a log of a CPU lacks.
     """
 
-    def __init__(
-        self, start: datetime.datetime = datetime.datetime(2021, 5, 4, 10, 0, 0), styled: bool = False
-    ) -> None:
-        self.clock, self.styled, self.lines = start, styled, []
+    def __init__(self, start: datetime.datetime = START, styled: bool = False, gpu: bool = True) -> None:
+        self.clock, self.styled, self.gpu = start, styled, gpu
+        self.lines: list[str] = []
         self.iteration, self.period, self.step = 0, 0, 0.5
 
     def wait(self, seconds: float) -> None:
         self.clock += datetime.timedelta(seconds=seconds)
 
-    def say(self, logger: str, text: str) -> None:
+    def log(self, logger: str, text: str) -> None:
         stamp = self.clock.strftime("%m/%d %H:%M:%S")
         if self.styled:
             self.lines.append(f"\x1b[32m[{stamp} {logger}]: \x1b[0m{text}")
@@ -33,11 +35,11 @@ class MadeLog:
     ) -> "MadeLog":
         """Two seconds of start-up: environment and config."""
         self.period = period
-        self.say("detectron2", f"Rank of current process: 0. World size: {world}")
+        self.log("detectron2", f"Rank of current process: 0. World size: {world}")
         self.wait(2)
-        self.say("detectron2", "Environment info:\n-----  ----\nPyTorch  1.9.0\ndetectron2  0.5 @/x\nGPU 0,1  Made GPU")
-        self.say("detectron2", "Command line arguments: Namespace(num_gpus=2, num_machines=1)")
-        self.say(
+        self.log("detectron2", "Environment info:\n-----  ----\nPyTorch  1.9.0\ndetectron2  0.5 @/x\nGPU 0,1  Made GPU")
+        self.log("detectron2", "Command line arguments: Namespace(num_gpus=2, num_machines=1)")
+        self.log(
             "detectron2",
             "Running with full config:\nDATASETS:\n  TEST: ('coco_2017_val',)\nINPUT:\n  MAX_SIZE_TRAIN: 1333\n"
             f"  MIN_SIZE_TRAIN: (640, 800)\nMODEL:\n  MASK_ON: {masks}\n"
@@ -45,15 +47,15 @@ class MadeLog:
             f"  BASE_LR: 0.01\n  GAMMA: 0.1\n  IMS_PER_BATCH: {batch}\n  MAX_ITER: {max_iter}\n  STEPS: (60, 70)\n"
             f"  WARMUP_FACTOR: 0.001\n  WARMUP_ITERS: 10\nTEST:\n  EVAL_PERIOD: {period}",
         )
-        self.say("d2.utils.env", "Using a generated random seed 11")
-        self.say("d2.data.build", "Removed 2 images with no usable annotations. 40 images left.")
+        self.log("d2.utils.env", "Using a generated random seed 11")
+        self.log("d2.data.build", "Removed 2 images with no usable annotations. 40 images left.")
         return self
 
     def start(self, iteration: int = 0) -> "MadeLog":
         """Training starts eight seconds after the head."""
         self.wait(8)
         self.iteration = iteration
-        self.say("d2.engine.train_loop", f"Starting training from iteration {iteration}")
+        self.log("d2.engine.train_loop", f"Starting training from iteration {iteration}")
         return self
 
     def progress(self, step: float | None = None) -> "MadeLog":
@@ -63,10 +65,10 @@ class MadeLog:
 
     def _line(self, step: float | None = None) -> "MadeLog":
         self.iteration += 20
-        self.say(
+        self.log(
             "d2.utils.events",
             f"eta: 0:01:00  iter: {self.iteration - 1}  total_loss: 1.5  loss_cls: 0.5  time: {step or self.step:.4f}  "
-            "data_time: 0.0500  lr: 0.01  max_mem: 2048M",
+            "data_time: 0.0500" + ("  lr: 0.01  max_mem: 2048M" if self.gpu else ""),
         )
         return self
 
@@ -74,11 +76,11 @@ class MadeLog:
         """Twenty iterations, an evaluation (boxes known after 8 s, masks after 11, over after 12), and their line."""
         if not last:
             self.wait(20 * self.step)
-        self.say("d2.data.datasets.coco", "Loaded 10 images in COCO format from /x/val.json")
+        self.log("d2.data.datasets.coco", "Loaded 10 images in COCO format from /x/val.json")
         self.wait(1)
-        self.say("d2.evaluation.evaluator", "Start inference on 5 images")
+        self.log("d2.evaluation.evaluator", "Start inference on 5 images")
         self.wait(5)
-        self.say(
+        self.log(
             "d2.evaluation.evaluator", "Total inference time: 0:00:05.000000 (1.0 s / img per device, on 2 devices)"
         )
         self.wait(2)
@@ -89,13 +91,13 @@ class MadeLog:
         self.wait(1)
         for task, ap in (("bbox", box), ("segm", mask)):
             if ap is not None:
-                self.say("d2.evaluation.testing", f"copypaste: Task: {task}")
-                self.say("d2.evaluation.testing", "copypaste: AP,AP50,AP75,APs,APm,APl")
-                self.say("d2.evaluation.testing", f"copypaste: {ap:.4f},60.0000,40.0000,nan,30.0000,50.0000")
+                self.log("d2.evaluation.testing", f"copypaste: Task: {task}")
+                self.log("d2.evaluation.testing", "copypaste: AP,AP50,AP75,APs,APm,APl")
+                self.log("d2.evaluation.testing", f"copypaste: {ap:.4f},60.0000,40.0000,nan,30.0000,50.0000")
         return self if last else self._line()
 
     def _scores(self, task: str, ap: float) -> None:
-        self.say(
+        self.log(
             "d2.evaluation.coco_evaluation",
             f"Evaluation results for {task}: \n|   AP   |  AP50  |  AP75  |  APs  |  APm   |  APl   |\n"
             "|:------:|:------:|:------:|:-----:|:------:|:------:|\n"
@@ -104,10 +106,10 @@ class MadeLog:
 
     def close(self, total: str = "0:01:04", hooks: str = "0:00:24") -> "MadeLog":
         iterations = self.iteration - 2
-        self.say(
+        self.log(
             "d2.engine.hooks", f"Overall training speed: {iterations} iterations in 0:00:39 ({self.step:.4f} s / it)"
         )
-        self.say("d2.engine.hooks", f"Total training time: {total} ({hooks} on hooks)")
+        self.log("d2.engine.hooks", f"Total training time: {total} ({hooks} on hooks)")
         return self
 
     def text(self) -> str:
@@ -118,12 +120,12 @@ class MadeLog:
         return path
 
 
-def whole_run(styled: bool = False) -> MadeLog:
+def whole_run(styled: bool = False, gpu: bool = True) -> MadeLog:
     """80 iterations of 0.5 s on 2 workers, batch 4; target missed at 40, met at 80, evaluated once more at the end.
 
     0 first line, 10 training starts, 30 + 12 first evaluation (boxes at 38, masks at 41), 62 + 12 second (70, 73),
     74 closes, 86 last line.
     """
-    made = MadeLog(styled=styled).head().start()
+    made = MadeLog(styled=styled, gpu=gpu).head().start()
     made.progress().evaluate(30.0, 28.0).progress().evaluate(38.1234, 34.5678).close()
     return made.evaluate(38.1234, 34.5678, last=True)

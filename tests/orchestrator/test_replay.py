@@ -1,14 +1,19 @@
 import datetime
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 
+from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.records import TrialResult
-from orchestrator.replay.record import experiment_result, replay, track, write
 from orchestrator.replay.messages import ReplayError
 from orchestrator.replay.plan import Targets
+from orchestrator.replay.record import experiment_result, replay, track, write
+from orchestrator.runlog.folder import read_earlier_run
 from tests.builders.commands import run_command
 from tests.builders.logs import MadeLog, whole_run
 
@@ -39,7 +44,7 @@ def test_a_whole_log_gives_the_figures_of_a_run_of_ours(tmp_path):
     assert result.notes == []
 
 
-def test_the_sections_of_a_log_add_up_and_say_what_a_log_does_not_emit(tmp_path):
+def test_the_sections_of_a_log_add_up_and_leave_out_what_it_does_not_print(tmp_path):
     sections = _read(whole_run(), tmp_path).sections
     assert sections is not None
     seconds = sections.model_dump()
@@ -129,10 +134,10 @@ def test_a_line_that_a_restart_cut_off_is_not_read(tmp_path):
     (tmp_path / "torn.log").write_text(torn + again.text())
     (one,) = replay([tmp_path / "torn.log"])
     assert one.result.num_restarts == 1 and one.result.images_per_second == 8.0
-    assert any("another line broke into" in note for note in one.result.notes)
+    assert any("interrupted by another line" in note for note in one.result.notes)
 
 
-def test_two_runs_in_one_file_are_told_one_by_one(tmp_path):
+def test_two_runs_in_one_file_are_separate_trials(tmp_path):
     made = whole_run()
     made.wait(60)
     made.head(world=4).start().progress()
@@ -184,10 +189,10 @@ def test_bytes_that_are_no_text_do_not_stop_the_reading(tmp_path):
 @pytest.mark.parametrize(
     "start",
     [
-        datetime.datetime(2021, 12, 31, 23, 59, 30),
-        datetime.datetime(2021, 2, 28, 23, 59, 30),
-        datetime.datetime(2020, 2, 28, 23, 59, 30),
-        datetime.datetime(2020, 2, 29, 23, 59, 30),
+        datetime.datetime(2021, 12, 31, 23, 59, 30, tzinfo=datetime.UTC),
+        datetime.datetime(2021, 2, 28, 23, 59, 30, tzinfo=datetime.UTC),
+        datetime.datetime(2020, 2, 28, 23, 59, 30, tzinfo=datetime.UTC),
+        datetime.datetime(2020, 2, 29, 23, 59, 30, tzinfo=datetime.UTC),
     ],
 )
 def test_a_run_over_the_end_of_a_year_or_of_february_gains_no_day(tmp_path, start):
@@ -239,7 +244,10 @@ def test_a_log_without_its_head_has_a_step_time_and_no_throughput(tmp_path):
     result = _read(made, tmp_path)
     assert result.images_per_second is None and result.global_batch_size is None
     assert result.startup_seconds is None and result.schedule_seconds is None
+    assert result.num_train_images is None and result.seed is None and result.protocol is None
+    assert result.rate_curve == [] and result.device is None
     assert any("no start of training" in note for note in result.notes)
+    assert any("how many workers" in note for note in result.notes)
 
 
 def test_a_continuation_without_its_beginning_has_no_time_to_train(tmp_path):
@@ -293,8 +301,6 @@ def test_the_command_refuses_what_is_no_log_with_exit_code_2(tmp_path):
 
 
 def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):
-    from mlflow.tracking import MlflowClient
-
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     log = whole_run().write(tmp_path / "log.txt")
     for name in ("first", "second"):
@@ -313,6 +319,55 @@ def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):
     assert [point.step for point in curve] == [20, 40, 60, 80]
     aps = client.get_metric_history(trials[0].info.run_id, "coco/box_ap")
     assert [(point.step, point.value) for point in aps][:2] == [(40, 30.0), (80, 38.1234)]
+
+
+def _tracked(made: MadeLog, folder: Path) -> tuple[MlflowClient, Run]:
+    """A log replayed into a store; the run of its only trial there."""
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    replayed = replay([made.write(folder / "log.txt")])
+    result = experiment_result("seen", replayed, [])
+    write(result, replayed, folder / "out")
+    track(result, replayed, folder / "out", store)
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("seen")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.kind = 'trial'")
+    return client, run
+
+
+def test_a_log_without_rate_and_memory_has_neither_anywhere(tmp_path):
+    client, run = _tracked(whole_run(gpu=False), tmp_path)
+    assert "learning_rate" not in run.data.metrics and "memory/peak_gib" not in run.data.metrics
+    assert run.data.metrics["throughput/images_per_second"] == 8.0
+    assert [p.step for p in client.get_metric_history(run.info.run_id, "loss/total_loss")] == [20, 40, 60, 80]
+    record = json.loads((tmp_path / "out" / "results.json").read_text())["trials"][0]
+    assert record["peak_memory_gib"] is None and record["step_seconds"] == {"p50": None, "p95": None, "p99": None}
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "Nothing to show: no learning rate is known." in html
+
+
+def test_only_what_the_log_prints_is_sent_to_mlflow(tmp_path):
+    _, run = _tracked(whole_run(), tmp_path)
+    params, tags = run.data.params, run.data.tags
+    assert (params["workers"], params["plan.solver.global_batch_size"], params["plan.seed"]) == ("2", "4", "11")
+    assert "None" not in params.values()
+    made_up = ("plan.recipe", "plan.cpus_per_worker", "plan.loader_workers", "plan.config_file", "plan.num_classes")
+    assert not [name for name in params if name.startswith(made_up)]
+    assert tags["device_name"] == "Made GPU" and "host.0" not in tags and tags["device"] == "cuda"
+
+
+def test_a_log_without_its_head_gives_mlflow_no_throughput_of_zero(tmp_path):
+    made = MadeLog(gpu=False)
+    made.iteration = 1000
+    _, run = _tracked(made.progress().progress(), tmp_path)
+    zeros = {name for name, value in run.data.metrics.items() if value == 0}
+    assert zeros == {"time/downtime_seconds", "restarts"}
+    assert "throughput/images_per_second" not in run.data.metrics and "device" not in run.data.tags
+
+
+def test_a_replayed_run_cannot_be_resumed(tmp_path):
+    _tracked(whole_run(), tmp_path)
+    with pytest.raises(SpecError, match="replayed from a log"):
+        read_earlier_run(tmp_path / "out")
 
 
 @pytest.mark.shared

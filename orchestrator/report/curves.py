@@ -1,0 +1,219 @@
+"""Figures of the report over workers, time or iterations: throughput, AP, losses, learning rate, drift."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from orchestrator.report.drawing import (
+    INK,
+    MAX_NAMED,
+    MUTED,
+    PAPER,
+    Drawing,
+    ReportInput,
+    color_of,
+    legend,
+    new_axes,
+    thinned,
+    time_unit,
+)
+from trainers.contract.events import StepsDone
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from orchestrator.figures.records import ScalingRow
+    from orchestrator.runlog.folder import TrialEvents
+
+Points = Sequence[tuple[float, float]]
+
+
+def throughput(data: ReportInput) -> Drawing:
+    """Images per second against workers, with the ideal line and the interval of each size."""
+    figure, axes = new_axes()
+    position, sizes = 0, set()
+    for label, result in data.results.items():
+        rates: dict[tuple[str | None, str | None], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for trial in result.trials:
+            if trial.images_per_second is not None:
+                rates[trial.recipe, trial.scaling][trial.world_size].append(trial.images_per_second)
+        for (recipe, scaling), by_size in rates.items():
+            medians = {size: statistics.median(by_size[size]) for size in sorted(by_size)}
+            rows = [r for r in result.scaling if (r.recipe, r.kind) == (recipe, scaling)]
+            _rates(axes, medians, rows, position, " ".join(filter(None, (label, recipe, scaling))))
+            sizes |= set(medians)
+            position += 1
+    if not position:
+        return "no trial ran longer than its warm-up"
+    references = {row.name: row for result in data.results.values() for row in result.reference_rows}
+    for reference in references.values():
+        if reference.images_per_second:
+            x, y = reference.world_size, reference.images_per_second
+            axes.plot(x, y, "D", color=INK, fillstyle="none", label=reference.name[:40])
+            sizes.add(x)
+    _scale_by_powers_of_two(axes, sorted(sizes))
+    axes.set_title("images/s")
+    axes.set_xlabel("workers")
+    legend(axes)
+    return figure
+
+
+def _rates(axes: Axes, medians: dict[int, float], rows: Iterable[ScalingRow], position: int, name: str) -> None:
+    """One recipe's rates by world size, its ideal line, and the intervals of its efficiency as bars."""
+    color, smallest = color_of(position), min(medians)
+    ideal = medians[smallest] / smallest
+    axes.plot(
+        list(medians), [ideal * size for size in medians], ":", color=MUTED, linewidth=1,
+        label="ideal" if position == 0 else None,
+    )  # fmt: skip
+    axes.plot(list(medians), list(medians.values()), "o-", color=color, label=name)
+    for row in rows:
+        if row.efficiency_low is not None and row.efficiency_high is not None:
+            ends = [ideal * row.world_size * row.efficiency_low, ideal * row.world_size * row.efficiency_high]
+            axes.plot([row.world_size] * 2, ends, "_-", color=color, markersize=9, linewidth=1.2)
+
+
+def _scale_by_powers_of_two(axes: Axes, sizes: Sequence[int]) -> None:
+    if len(sizes) > 1:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        low, high = axes.get_ylim()
+        if high < 8 * low:  # powers of 2 would be two labels, or one
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def accuracy_over_time(data: ReportInput) -> Drawing:
+    """Box and mask AP over the seed clock."""
+    longest = max((e.elapsed_seconds or 0 for t in data.trials for e in t.trial.evaluations), default=0)
+    unit, divisor = time_unit(longest)
+    curves = {}
+    for position, trial in enumerate(data.trials):
+        evaluations = trial.trial.evaluations
+        curves[position, "box"] = _known((e.elapsed_seconds, e.box_ap) for e in evaluations)
+        curves[position, "mask"] = _known((e.mask_elapsed_seconds, e.mask_ap) for e in evaluations)
+    curves = {key: [(x / divisor, ap) for x, ap in points] for key, points in curves.items()}
+    return _accuracy(data, curves, f"{unit} on the seed clock") or "no evaluation whose time is known"
+
+
+def accuracy_over_iterations(data: ReportInput) -> Drawing:
+    """Box and mask AP over iterations."""
+    curves = {}
+    for position, trial in enumerate(data.trials):
+        evaluations = trial.trial.evaluations
+        curves[position, "box"] = _known((e.iteration, e.box_ap) for e in evaluations)
+        curves[position, "mask"] = _known((e.iteration, e.mask_ap) for e in evaluations)
+    return _accuracy(data, curves, "iterations") or "no evaluation"
+
+
+def _known(points: Iterable[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if x is not None and y is not None]
+
+
+def _accuracy(data: ReportInput, curves: Mapping[tuple[int, str], Points], xlabel: str) -> Drawing:
+    """AP curves by trial's position and part, with their targets; "" where there is none."""
+    figure, axes = new_axes()
+    drawn = {key: points for key, points in curves.items() if points}
+    if not drawn:
+        return ""
+    for (position, part), points in drawn.items():
+        line = "o-" if part == "box" else "s--"
+        axes.plot(*thinned(points), line, color=color_of(position), markersize=3.5)
+    _target_lines(axes, {(part, getattr(data.trials[at].trial, f"target_{part}_ap")) for at, part in drawn})
+    positions = dict.fromkeys(position for position, _ in drawn)
+    handles = [Line2D([], [], color=color_of(at), label=data.trials[at].label) for at in positions]
+    if len(handles) <= MAX_NAMED - 2:
+        handles += [
+            Line2D([], [], color=MUTED, linestyle="-", marker="o", markersize=3.5, label="box AP"),
+            Line2D([], [], color=MUTED, linestyle="--", marker="s", markersize=3.5, label="mask AP"),
+        ]
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.set_title("AP, 0–100")
+    axes.set_xlabel(xlabel)
+    legend(axes, handles)
+    return figure
+
+
+def _target_lines(axes: Axes, targets: Iterable[tuple[str, float | None]]) -> None:
+    parts = defaultdict(list)
+    for part, target in sorted(targets, key=str):
+        if target is not None:
+            parts[target].append(part)
+    for target, names in parts.items():
+        axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            f"target, {' and '.join(names)}: {target:g}", (0, target), (4, 2), xycoords=("axes fraction", "data"),
+            textcoords="offset points", size=8,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+        )  # fmt: skip
+
+
+def drift(data: ReportInput) -> Drawing:
+    """Throughput along the run."""
+    curves = {t.label: [(float(p.iteration), p.images_per_second) for p in t.trial.rate_curve] for t in data.trials}
+    return _over_iterations(curves, "images/s") or "no trial ran longer than its warm-up"
+
+
+def losses(data: ReportInput) -> Drawing:
+    """Total loss of every trial."""
+    curves = {t.label: _known((e.iteration, e.losses.get("total_loss")) for e in _steps(t)) for t in data.trials}
+    return _over_iterations(curves, "total loss") or "no loss is known"
+
+
+def loss_parts(data: ReportInput) -> Drawing:
+    """The last trial's loss by its parts."""
+    parts = defaultdict(list)
+    for event in _steps(data.trials[-1]) if data.trials else ():
+        for name, value in event.losses.items():
+            if name != "total_loss":
+                parts[name.removeprefix("loss_")].append((float(event.iteration), value))
+    title = f"loss of {data.trials[-1].label}" if data.trials else ""
+    return _over_iterations(parts, title) or "no loss is known"
+
+
+def learning_rate(data: ReportInput) -> Drawing:
+    """Learning rate of every trial."""
+    curves = {t.label: _known((e.iteration, e.learning_rate) for e in _steps(t) if e.rank == 0) for t in data.trials}
+    return _over_iterations(curves, "learning rate") or "no learning rate is known"
+
+
+def _steps(trial: TrialEvents) -> list[StepsDone]:
+    return [event for event in trial.events if isinstance(event, StepsDone)]
+
+
+def _over_iterations(curves: Mapping[str, Points], title: str) -> Drawing:
+    """Curves by their label; "" where there is none."""
+    figure, axes = new_axes()
+    for position, (label, points) in enumerate(curves.items()):
+        for number, piece in enumerate(_pieces(points)):
+            axes.plot(
+                *thinned(piece), color=color_of(position), linewidth=1.2, marker="o" if len(piece) < 3 else "",
+                label=label if number == 0 else None,
+            )  # fmt: skip
+    if not any(curves.values()):
+        return ""
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    axes.set_xlabel("iterations")
+    legend(axes)
+    return figure
+
+
+def _pieces(points: Points) -> list[list[tuple[float, float]]]:
+    """A curve cut where a restart goes back."""
+    pieces = [list(points[:1])] if points else []
+    for before, point in pairwise(points):
+        if point[0] <= before[0]:
+            pieces.append([])
+        pieces[-1].append(point)
+    return pieces

@@ -1,0 +1,101 @@
+"""Data sets and models of a trial, as MLflow knows them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric
+from mlflow.tracking import MlflowClient
+
+from orchestrator.figures.logged_plan import Plan
+from orchestrator.files import file_sha256
+from trainers.contract.events import CheckpointSaved, Evaluated, Event, LoopStarted
+from trainers.contract.plan import DatasetPlan, TrialPlan
+
+HOW_TO_LOAD = """\
+# To load this model
+
+    import torch
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()
+    cfg.merge_from_file("config.yaml")
+    model = build_model(cfg)
+    model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE, weights_only=True)["model"])
+    model.eval()
+
+`state.pt` also holds optimizer and schedule. Where it is missing, the model's tag `checkpoint` names the checkpoint.
+"""
+
+
+def dataset_inputs(plan: Plan) -> list[DatasetInput]:
+    """Training and validation data of a trial, where their annotation files are on this machine."""
+    if not isinstance(plan, TrialPlan):
+        return []  # a log only names its data
+    used = ((plan.train, "training"), (plan.val, "evaluation"))
+    return [
+        DatasetInput(_dataset(data), [InputTag("mlflow.data.context", context)])
+        for data, context in used
+        if Path(data.annotations).is_file()
+    ]
+
+
+def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan, events: Sequence[Event]) -> None:
+    """Logs a trial's last checkpoint as a model with the AP of its iteration; does nothing where there is none.
+
+    Args:
+        client: The store.
+        experiment_id: MLflow's id of the experiment.
+        run_id: MLflow's id of the trial's run.
+        plan: The trial.
+        events: All its events.
+    """
+    saved = [e for e in events if isinstance(e, CheckpointSaved)]
+    configs = [e.config_yaml for e in events if isinstance(e, LoopStarted) and e.config_yaml]
+    if not saved or not configs or not isinstance(plan, TrialPlan):
+        return
+    last = saved[-1]
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    model = found[0] if found else client.create_logged_model(
+        experiment_id, plan.name, run_id, tags={"checkpoint": last.path, "iteration": str(last.iteration)},
+        params={"config": plan.config_file, "recipe": plan.recipe_name, "workers": str(plan.world_size)},
+        model_type="detectron2",
+    )  # fmt: skip
+    if model.status == LoggedModelStatus.READY:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.yaml").write_text(configs[-1], encoding="utf-8")
+        Path(folder, "README.md").write_text(HOW_TO_LOAD, encoding="utf-8")
+        # A checkpoint in an object store stays there; the tag names it.
+        for state in sorted(Path(last.path).glob("state*.pt"))[-1:]:
+            Path(folder, "state.pt").symlink_to(state)
+        client.log_model_artifacts(model.model_id, folder)
+    data = _dataset(plan.val) if Path(plan.val.annotations).is_file() else None
+    evaluated = [e for e in events if isinstance(e, Evaluated) and e.iteration == last.iteration]
+    metrics = [
+        Metric(
+            f"coco/{name}",
+            value,
+            int(event.time * 1000),
+            event.iteration,
+            model.model_id,
+            data.name if data else None,
+            data.digest if data else None,
+            run_id,
+        )
+        for event in evaluated[-1:]
+        for name, value in event.figures.items()
+        if value is not None
+    ]
+    client.log_batch(run_id, metrics=metrics)
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _dataset(dataset: DatasetPlan) -> Dataset:
+    """A data set as MLflow knows one; its digest is of the annotation file."""
+    source = json.dumps({"annotations": dataset.annotations, "images": dataset.images})
+    return Dataset(dataset.name, file_sha256(Path(dataset.annotations))[:8], "local", source)

@@ -1,0 +1,106 @@
+"""Tags and notes of the runs in MLflow, made from plans and records."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Sequence
+
+from orchestrator.figures.causes import root_cause
+from orchestrator.figures.logged_plan import Plan
+from orchestrator.figures.metrics import HEADLINE, SHOWN_COLUMNS
+from orchestrator.figures.notation import number_text, rate_text, seconds_text
+from orchestrator.figures.records import TrialResult
+from orchestrator.report.mlflow_links import VIEW_KEY
+from trainers.contract.events import Event, RunStarted, WorkerStarted
+
+MAX_NOTE_LENGTH = 5000
+"""Characters that MLflow takes for a tag's value."""
+
+
+def experiment_tags(description: str) -> dict[str, str]:
+    """The experiment's note, and the view of its table of runs: the columns that matter, trials and references.
+
+    Args:
+        description: The experiment's own description.
+    """
+    meanings = "\n".join(f"- `{figure.mlflow}`: {figure.definition}" for figure in HEADLINE)
+    # Sorted by anything but the date: else MLflow folds the trials away under their parents.
+    order = {"orderByKey": "metrics.`throughput/images_per_second`", "orderByAsc": True}
+    view = json.dumps({"selectedColumns": list(SHOWN_COLUMNS), "searchFilter": "tags.kind != 'experiment'", **order})
+    return {
+        "mlflow.note.content": f"{description}\n\n{meanings}"[:MAX_NOTE_LENGTH],
+        "mlflow.experimentKind": "custom_model_development",
+        f"mlflow.sharedViewState.{VIEW_KEY}": "deflate;" + base64.b64encode(zlib.compress(view.encode())).decode(),
+    }
+
+
+def run_tags(event: RunStarted) -> dict[str, str]:
+    """Tags of the parent run."""
+    return {
+        **event.tags,
+        "mlflow.note.content": event.experiment.get("description", ""),
+        "mlflow.source.name": event.tags.get("run.command", ""),
+        "mlflow.source.type": "JOB" if "run.ray_job_id" in event.tags else "LOCAL",
+        "mlflow.source.git.commit": event.tags.get("run.git_commit", ""),
+        "kind": "experiment",
+    }
+
+
+def trial_tags(plan: Plan) -> dict[str, str]:
+    """Tags that distinguish a trial from others; what a log does not say is left out."""
+    tags = {
+        "kind": "trial",
+        "mlflow.note.content": about(plan),
+        "world_size": str(plan.world_size),
+        "recipe": plan.recipe_name,
+        "scaling": plan.scaling,
+        "protocol": plan.protocol,
+        "device": plan.device,
+    }
+    return {key: value for key, value in tags.items() if value is not None}
+
+
+def worker_tags(event: WorkerStarted) -> dict[str, str]:
+    """Tags of the machine of a worker; what a log does not say is left out."""
+    tags = {f"host.{event.rank}": event.host, "device_name": event.device_name}
+    return {key: value for key, value in tags.items() if value} | {
+        f"version.{package}": version for package, version in event.versions.items()
+    }
+
+
+def about(plan: Plan) -> str:
+    """A trial in a line."""
+    workers = f"{plan.world_size} worker{'s' if plan.world_size > 1 else ''}"
+    where = f"{workers} on {plan.device}" if plan.device else workers
+    return ", ".join(filter(None, [where, f"recipe {plan.recipe_name}", f"{plan.scaling} scaling", plan.protocol]))
+
+
+def outcome(result: TrialResult) -> str:
+    """What a trial measured, in a line."""
+    return (
+        f"{rate_text(result.images_per_second)} images/s, {seconds_text(result.time_to_train_seconds)} s to train, "
+        f"{number_text(result.box_ap, 2)} box AP, {number_text(result.mask_ap, 2)} mask AP"
+    )
+
+
+def outcome_tags(result: TrialResult, events: Sequence[Event]) -> dict[str, str]:
+    """Tags with the hosts of a trial, why it ended, where it failed, and what each restart cost."""
+    tags = {"reason": result.reason} if result.reason else {}
+    tags |= {"num_nodes": str(result.num_nodes)} if result.num_nodes else {}
+    cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
+    if cause is not None and result.status == "FAILED":
+        tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}
+    for restart in result.restarts:
+        down = "not running again"
+        if restart.downtime_seconds is not None:
+            down = f"{restart.downtime_seconds:.1f} s down"
+        if restart.recovery_seconds is not None:
+            down += f", {restart.recovery_seconds:.1f} s from the failure to the next step"
+        if restart.world_size not in (None, result.world_size):
+            down += f", with {restart.world_size} workers"
+        tags[f"restart.{restart.attempt}"] = (
+            f"{restart.cause}: {restart.message}; {restart.lost_iterations} iterations lost, {down}"
+        )
+    return tags
