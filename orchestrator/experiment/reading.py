@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def parse_experiment(values: dict[str, Any], where: str) -> Experiment:
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
         raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values by their dotted keys, each with the prefix in front."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

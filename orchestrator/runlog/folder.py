@@ -1,11 +1,15 @@
-"""Reads a run's folder back: its results, and the events of every trial where these are still there.
+"""A run's folder: reads it back, for reports and to go on with the run, and keeps a second driver off it.
 
-A folder that was copied elsewhere still has its old path in every plan, so a trial's files are searched in this folder.
+All that is needed is in the folder: the experiment and the plans in `events.jsonl`, the results in `results.json`. A
+folder that was copied elsewhere still has its old path in every plan, so reports search a trial's files in the folder.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,19 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.figures.logged_plan import Plan, plan_from_dict
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
-from trainers.contract.events import Event, RunStarted, TrialStarted
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
+from trainers.contract.plan import TrialPlan
+
+LOCK, OWNER = "driver.lock", "driver.json"
+"""Lock of a run's folder, and the process that holds it."""
+
+WORKING_DIRECTORY = "run.working_directory"
+"""Tag with the folder the command was given in: an experiment file may hold relative paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +64,35 @@ class RunFolder:
     """State of tracking: `experiment_id`, and MLflow's `runs` by trial (those of references by `reference/NAME`)."""
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierRun:
+    """A run that was started before, as its events show it."""
+
+    run_dir: Path
+    """Its folder."""
+    experiment: Experiment
+    """What is run."""
+    started: RunStarted
+    """Its first start."""
+    num_starts: int
+    """How often it was started."""
+    plans: dict[str, TrialPlan]
+    """Plans of the trials that were begun, by name."""
+    finished: frozenset[str]
+    """Names of the trials with nothing left to do."""
+    ended: bool
+    """Whether its last driver came to the end, and did not die."""
+
+
 def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFolder:
-    """Reads a run's folder.
+    """Reads the results of a run, and its events where they are still there.
 
     Args:
         path: The folder.
         result: Its results, where they were read already.
 
     Raises:
-        ValueError: It holds no results, or results that this version cannot read.
+        ValueError: It holds no results, or results or events that this version cannot read.
     """
     if result is None:
         try:
@@ -69,29 +102,92 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
         except ValidationError as error:
             raise ValueError(f"{path}/results.json: not results that this version reads: {error}") from error
     events: dict[str, list[Event]] = {}
-    for event, _ in Outbox(path / FILE_NAME).read():
+    for event in _events(path):
         events.setdefault(event.trial, []).append(event)
-    trials = []
-    for trial in result.trials:
-        mine = events.get(trial.name, [])
-        started = next((e for e in mine if isinstance(e, TrialStarted)), None)
-        plan = plan_from_dict(started.plan) if started else None
-        trials.append(TrialEvents(trial.name, trial, mine, plan, path / Path(trial.name).name))
-    run_started = next((e for e in events.get("", []) if isinstance(e, RunStarted)), None)
+    plans = {plan.name: plan for own in events.values() for plan in _plans(own)}
+    starts = [event for event in events.get("", []) if isinstance(event, RunStarted)]
     state = path / "tracking.json"
     return RunFolder(
         path=path,
         result=result,
-        trials=trials,
-        experiment=run_started.experiment if run_started else {},
+        trials=[
+            TrialEvents(t.name, t, events.get(t.name, []), plans.get(t.name), path / Path(t.name).name)
+            for t in result.trials
+        ],
+        experiment=starts[0].experiment if starts else {},
         tracking=orjson.loads(state.read_bytes()) if state.exists() else {},
     )
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values by their dotted keys, each with the prefix in front."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def read_earlier_run(folder: Path) -> EarlierRun:
+    """Reads what is needed to go on with a run.
+
+    Raises:
+        SpecError: There is no run in the folder, it is elsewhere than when the run was started, or the run was replayed
+            from a log.
+    """
+    folder = folder.expanduser().absolute()
+    try:
+        events = _events(folder)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{folder / FILE_NAME}: {error}") from error
+    starts = [event for event in events if isinstance(event, RunStarted)]
+    if not starts:
+        raise SpecError(f"{folder}: no run was started in this folder (its {FILE_NAME} is missing or empty)")
+    plans: dict[str, TrialPlan] = {}
+    for plan in _plans(events):
+        if isinstance(plan, LoggedPlan):
+            raise SpecError(f"{folder}: the run was replayed from a log ({plan.source}) and cannot be resumed")
+        if Path(plan.trial_dir) != folder / plan.name:
+            raise SpecError(f"{folder}: the run was made in {Path(plan.trial_dir).parent}; move it back there")
+        plans[plan.name] = plan
+    last_ends = {event.trial: event for event in events if isinstance(event, TrialEnded)}
+    closing = [event for event in events if isinstance(event, RunStarted | RunEnded)]
+    return EarlierRun(
+        run_dir=folder,
+        experiment=parse_experiment(starts[0].experiment, where=str(folder / FILE_NAME)),
+        started=starts[0],
+        num_starts=len(starts),
+        plans=plans,
+        finished=frozenset(name for name, event in last_ends.items() if event.status == "FINISHED"),
+        ended=isinstance(closing[-1], RunEnded),
+    )
+
+
+def enter_working_directory(run: EarlierRun) -> None:
+    """Changes to the folder the run's command was given in, if that is on this machine."""
+    with suppress(OSError, KeyError):
+        os.chdir(run.started.tags[WORKING_DIRECTORY])
+
+
+@contextmanager
+def only_driver(run_dir: Path) -> Iterator[None]:
+    """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
+
+    Raises:
+        SpecError: Another driver is at work there.
+    """
+    import filelock
+
+    lock, owner = filelock.FileLock(run_dir / LOCK), run_dir / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        text = "another process"
+        with suppress(OSError, ValueError, KeyError):
+            known = orjson.loads(owner.read_bytes())
+            text = f"process {known['pid']} on {known['host']}"
+        raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
+    try:
+        owner.write_bytes(orjson.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        lock.release()
+
+
+def _events(folder: Path) -> list[Event]:
+    return [event for event, _ in Outbox(folder / FILE_NAME).read()]
+
+
+def _plans(events: Sequence[Event]) -> Iterator[Plan]:
+    return (plan_from_dict(event.plan) for event in events if isinstance(event, TrialStarted))

@@ -1,7 +1,7 @@
 """The outbox: every event of a run on disk, `events.jsonl` in the run's folder.
 
-It is the only source of results, tracking and the progress display. What reached it survives the driver; a torn last
-line, left by a crash, is cut off when the file is opened for writing again.
+Results, tracking and the progress display are made from it alone. What is in it survives the driver; a torn last line,
+left by a crash, is cut off when the file is opened for writing again.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FILE_NAME = "events.jsonl"
 
 
 class Outbox:
-    """The events of a run, one JSON line each, in the order they arrived.
+    """The events of a run, one JSON line each, in the order they were received.
 
     Args:
-        path: The file; made when the first event is written.
+        path: The file; created when the first event is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,12 +42,14 @@ class Outbox:
         with self.path.open("ab", buffering=0) as file:
             end = file.tell()
             try:
-                if file.write(content) < len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                written = file.write(content)
                 os.fsync(file.fileno())
             except OSError:  # all or nothing: they will be written again
                 file.truncate(end)
                 raise
+            if written < len(content):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from a byte offset on, each with the offset after it; a line still being written is left."""
