@@ -1,9 +1,9 @@
-"""Times the parts of every step: on the device's own line of time where there is a GPU, by the host's clock elsewhere.
+"""Times the parts of every step: by CUDA events where there is a GPU, by the host's clock elsewhere.
 
-The traps it protects against: a GPU's work is queued, so the host's clock tells how long it took to ask for it; and
-synchronising at every part would slow down what is measured. Events are put into the queue instead and read at the end
-of a window. Waiting for the other workers is told apart from the backward pass: it begins when the last of the own
-gradients is ready, which DistributedDataParallel's communication hook is told.
+A GPU's work is queued, so that the host's clock would time its queueing, and synchronising at every part would slow
+down what is measured. Events are put into the queue instead, and read at the end of a window. Waiting for other workers
+is timed apart from the backward pass: it begins when the last local gradients are ready, which is when
+DistributedDataParallel calls its communication hook with them.
 """
 
 # No `from __future__ import annotations` here: torch compares a communication hook's annotations with classes.
@@ -22,7 +22,7 @@ _BETWEEN = "between"
 
 
 class StepClock:
-    """Marks the ends of a step's parts, and tells their seconds when the window of steps is over.
+    """Marks the ends of a step's parts, and returns their seconds when the window of steps is over.
 
     Args:
         device: Where the model is.
@@ -42,7 +42,7 @@ class StepClock:
             model.register_comm_hook(self, _reduce)
 
     def begin(self) -> None:
-        """A step begins. What was done since the last one of the window belongs to the step, and to no part of it."""
+        """A step begins. Time since the previous one of the window belongs to the step, but to none of its parts."""
         now = self._now()
         if not self._marks:
             self._start = now
@@ -82,12 +82,12 @@ class StepClock:
         return event
 
     def _seconds(self, begin: Any, end: Any) -> float:
-        # A microsecond is finer than either clock is sure of, and makes the events a third as long.
+        # A microsecond is finer than either clock's precision, and makes the events a third as long.
         seconds: float = begin.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - begin
         return round(seconds, 6)
 
 
 def _reduce(clock: StepClock, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     clock.own_gradients_ready()
-    assert dist.group.WORLD is not None
+    assert dist.group.WORLD is not None  # DistributedDataParallel needs it
     return allreduce_hook(dist.group.WORLD, bucket)
