@@ -23,17 +23,15 @@ from trainers.contract.events import Section
 
 VARIABLE = "BENCHMARK_FAULTS"
 
-PAUSE_SECONDS = 6.0
-
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that goes wrong."""
 
-    kind: Literal["kill", "crash", "freeze", "stall", "pause", "hold", "raise", "out_of_memory", "nan"]
-    """`kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `pause` (it sleeps
-    for a few seconds, and time to do something else is gained), `hold` (it sleeps until the file is gone), `raise` (an
-    exception that nobody expects), `out_of_memory`, `nan` (in the images of the batch)."""
+    kind: Literal["kill", "crash", "freeze", "stall", "hold", "raise", "out_of_memory", "nan"]
+    """`kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `hold` (it sleeps
+    until the file is gone), `raise` (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the
+    batch)."""
     rank: int
     """Where."""
     iteration: int
@@ -92,8 +90,8 @@ class Injector(Activity):
         if fault.kind in signals:
             os.kill(os.getpid(), signals[fault.kind])
             time.sleep(1)  # the interpreter handles a signal to its own process a little later
-        elif fault.kind in ("stall", "pause"):
-            time.sleep(3600 if fault.kind == "stall" else PAUSE_SECONDS)
+        elif fault.kind == "stall":
+            time.sleep(3600)
         elif fault.kind == "hold":
             while self._path.exists():
                 time.sleep(0.1)

@@ -65,6 +65,10 @@ class Pulse:
             image_files=activity.image_files,
         )
         try:
-            self.command = self._channel.beat(heartbeat)
+            command = self._channel.beat(heartbeat)
         except Exception as error:  # noqa: BLE001 - the driver may be away for a while; training goes on
             logger.debug("no answer from the driver: %r", error)
+            return
+        if command != self.command:
+            logger.info("The driver's command: %s", command)
+        self.command = command

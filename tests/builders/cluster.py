@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from tests.builders.commands import ROOT
-from tests.builders.hosts import SHARED, Host, Network, wait_for
+from tests.builders.hosts import SHARED, Host, Network
+from tests.builders.waiting import wait_for
 
 TRACKING = "http://10.77.0.5:5000"
 JOB_SERVER = "http://10.77.0.10:8265"
@@ -47,19 +48,19 @@ class Job:
     def iterations(self) -> int:
         return max((event["iteration"] for event in self.events("steps_done")), default=0)
 
-    def wait(self, seconds: float = 400) -> int:
+    def wait(self, seconds: float = 800) -> int:
         """Waits for the end as `ray job submit` sees it; returns its exit code."""
         try:
             return self.sender.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             pytest.fail(f"{self.name} has not ended within {seconds:g} s:\n{self.output[-3000:]}")
 
-    def wait_for_iteration(self, iteration: int, seconds: float = 240) -> None:
-        def there() -> bool:
+    def wait_for_iteration(self, iteration: int) -> None:
+        def reached() -> bool:
             assert self.sender.poll() is None, self.output[-3000:]
             return self.iterations() >= iteration
 
-        wait_for(there, seconds, lambda: self.output[-3000:])
+        wait_for(reached, lambda: self.output[-3000:])
 
     def trials(self) -> list[dict[str, Any]]:
         trials: list[dict[str, Any]] = json.loads((self.run_dir / "results.json").read_text())["trials"]
@@ -83,8 +84,8 @@ class ClusterOfHosts:
         self.head.check(f"ray start {HEAD}", MLFLOW_TRACKING_URI=TRACKING)
         for name, number in (("one", 11), ("two", 12)):
             self.add_worker(name, number)
-        up = "curl --silent --fail --max-time 2 http://10.77.0.5:5000/health"
-        wait_for(lambda: self.tracking.run(up).returncode == 0, 120, log.read_text)
+        up = "curl --silent --fail --max-time 30 http://10.77.0.5:5000/health"
+        wait_for(lambda: self.tracking.run(up).returncode == 0, log.read_text)
         self.credentials = self.tracking.check("cat ~/.mlflow/credentials")
         self.head.check(f"umask 077; mkdir ~/.mlflow && echo '{self.credentials}' > ~/.mlflow/credentials")
 

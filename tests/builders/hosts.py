@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.builders.commands import ROOT
@@ -147,12 +146,12 @@ class Host:
         given = [f"{name}={value}" for name, value in (ENVIRONMENT | env).items()]
         return [*self.namespace.enter(), "env", "-i", "-C", "/tmp/home", *given, "bash", "-c", command]  # noqa: S108
 
-    def run(self, command: str, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
         """Runs a shell command to its end; output and errors come back together."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "timeout": timeout}
         return subprocess.run(self._words(command, env), **pipes)  # type: ignore[call-overload,no-any-return]
 
-    def check(self, command: str, timeout: float = 240, **env: str) -> str:
+    def check(self, command: str, timeout: float = 600, **env: str) -> str:
         """Runs a shell command that must succeed; returns its output."""
         done = self.run(command, timeout, **env)
         assert done.returncode == 0, f"{self.name}: {command}\n{done.stdout}"
@@ -166,11 +165,3 @@ class Host:
     def kill(self) -> None:
         """Ends the host and everything on it at once, as a power cut would."""
         self.namespace.kill()
-
-
-def wait_for(what: Callable[[], object], seconds: float, message: Callable[[], str] = lambda: "") -> None:
-    """Waits until something is true."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {message()}"
-        time.sleep(0.5)

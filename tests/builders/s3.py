@@ -6,12 +6,11 @@ import json
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.builders.waiting import wait_until_served
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
 
@@ -52,7 +51,7 @@ def s3_server(folder: Path) -> Iterator[str]:
         stderr=(folder / "weed.log").open("w"),
     )  # fmt: skip
     try:
-        _wait_for(f"http://127.0.0.1:{ports[0]}/")
+        wait_until_served(f"http://127.0.0.1:{ports[0]}/", server)
         address = f"127.0.0.1:{ports[0]}"
         files = pyarrow.fs.S3FileSystem(endpoint_override=address, scheme="http", allow_bucket_creation=True)
         files.create_dir("bucket")
@@ -60,16 +59,3 @@ def s3_server(folder: Path) -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=1)  # noqa: S310 - our own http address
-            return
-        except urllib.error.HTTPError:
-            return  # it answers that we may not: it is there
-        except OSError:
-            assert time.monotonic() < deadline, f"{url} does not answer"
-            time.sleep(0.2)

@@ -15,10 +15,12 @@ import yaml
 from tests.builders.cluster import JOB_SERVER, ClusterOfHosts, Job
 from tests.builders.commands import ROOT
 from tests.builders.experiments import tiny_experiment
+from tests.builders.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
 TARGET = 5
+EVALUATION_PERIOD = 20
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def demo(cluster: ClusterOfHosts) -> Job:
     """
     values = yaml.safe_load((ROOT / "configs/demo.yaml").read_text())
     values["trials"]["world_sizes"] = [4]
-    values["protocol"] |= {"target_box_ap": TARGET, "target_mask_ap": TARGET, "eval_period_iterations": 20}
+    values["protocol"] |= {"target_box_ap": TARGET, "target_mask_ap": TARGET}
+    values["protocol"]["eval_period_iterations"] = EVALUATION_PERIOD
     values["storage"]["checkpoint_period_iterations"] = 10
     values["log_period_iterations"] = 5
     return cluster.submit("demo", values)
@@ -56,6 +59,8 @@ def test_no_worker_holds_credentials(cluster: ClusterOfHosts, demo: Job) -> None
 
 
 def test_a_link_that_is_cut_for_seconds_is_survived(cluster: ClusterOfHosts, demo: Job) -> None:
+    # Within the steps between two evaluations, which would hide the wait.
+    wait_for(lambda: demo.iterations() % EVALUATION_PERIOD in (5, 10))
     before, cut_at = demo.iterations(), time.time()
     cluster.network.cut(cluster.workers[1], 5)
     demo.wait_for_iteration(before + 20)
@@ -75,7 +80,7 @@ def test_a_host_that_dies_is_replaced(cluster: ClusterOfHosts, demo: Job) -> Non
 
 
 def test_it_comes_to_its_target_and_its_log_says_so(demo: Job) -> None:
-    assert demo.wait(300) == 0, demo.output[-4000:]
+    assert demo.wait() == 0, demo.output[-4000:]
     assert "succeeded" in demo.output
     assert "\x1b[2K" not in demo.output and "it/s" not in demo.output  # plain lines, no bars
     (trial,) = demo.trials()
@@ -89,16 +94,16 @@ def test_a_stopped_job_ends_cleanly(cluster: ClusterOfHosts) -> None:
     long = {"kind": "throughput", "iterations": 2000, "warmup_iterations": 2}
     job = cluster.submit("stopped", tiny_experiment(trials={"world_sizes": [4], "scaling": "strong"}, protocol=long))
     job.wait_for_iteration(10)
-    asked = time.monotonic()
     cluster.laptop.check(f"ray job stop --address {JOB_SERVER} stopped")
-    assert time.monotonic() - asked < 100, "it was killed at the end of its grace time"
     assert "was stopped" in cluster.laptop.check(f"ray job status --address {JOB_SERVER} stopped")
+    job.wait()
+    assert "keeps results, events and checkpoints" in job.output, "it was killed at the end of its grace time"
     (trial,) = job.trials()
     assert trial["status"] == "KILLED" and 10 <= trial["iterations"] < 2000
     last = max(event["iteration"] for event in job.events("checkpoint_saved"))
     assert last == trial["iterations"]
     for host in cluster.workers:
-        assert "RayTrainWorker" not in host.check("ps axww")
+        wait_for(lambda host=host: "RayTrainWorker" not in host.check("ps axww"))  # type: ignore[misc]
 
 
 def test_their_runs_are_in_the_database_and_their_artifacts_on_the_server(cluster: ClusterOfHosts, demo: Job) -> None:
@@ -134,7 +139,7 @@ def test_nobody_gets_in_without_the_token(cluster: ClusterOfHosts) -> None:
     wrong = stranger.run(listed, RAY_AUTH_TOKEN="0" * 64)
     assert wrong.returncode != 0 and "stopped" not in wrong.stdout
     assert "stopped" in stranger.check(listed, RAY_AUTH_TOKEN=cluster.token)
-    run = f"cd {ROOT} && timeout 60 python -m orchestrator.run --preflight --set resources.address=10.77.0.10:6379"
+    run = f"cd {ROOT} && timeout 500 python -m orchestrator.run --preflight --set resources.address=10.77.0.10:6379"
     run += " --set storage.path=/tmp/r --set tracking.uri=sqlite:////tmp/mlflow.db"
     refused = stranger.run(run, RAY_AUTH_TOKEN="0" * 64)
     assert refused.returncode == 2, refused.stdout

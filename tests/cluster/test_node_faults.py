@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.trial import trial_result
 from tests.builders.fault_bench import Bench, Outcome, experiment
+from tests.builders.waiting import wait_for
 from trainers.contract.events import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
 from trainers.faults import VARIABLE, Fault
 
@@ -48,7 +50,7 @@ class Nodes:
                 "--deadline-remaining-seconds", str(seconds),
             ],
             check=True,
-            timeout=60,
+            timeout=300,
         )  # fmt: skip
 
 
@@ -93,12 +95,15 @@ def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
     bench_and_nodes: tuple[Bench, Nodes], control: Outcome
 ) -> None:
     bench, nodes = bench_and_nodes
-    notice = At(6, lambda node_id: nodes.announce(node_id, seconds=60))
-    outcome = bench.run(
-        Fault("pause", rank=0, iteration=7),
-        policy=Faults(max_failures=0),
-        listeners=[notice],
-    )
+
+    def announce(node_id: str) -> None:
+        nodes.announce(node_id, seconds=300)
+        (log,) = bench.run_dir.glob("*/log.txt")
+        wait_for(lambda: "The driver's command: preempt" in log.read_text())
+        bench.faults_file.unlink()  # the worker goes on
+
+    notice = At(6, lambda node_id: Thread(target=announce, args=[node_id], daemon=True).start())
+    outcome = bench.run(Fault("hold", rank=0, iteration=7), policy=Faults(max_failures=0), listeners=[notice])
     assert notice.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert [event.failure for event in outcome.of(TrialRestarted)] == ["preempted"]
     assert outcome.of(LoopFinished)[0].reason == "preempted"
@@ -116,7 +121,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     # One worker fills a node: two nodes are left, and one of them is lost.
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
     loss = At(6, nodes.kill)
-    outcome = bench.run(Fault("pause", rank=0, iteration=7), values=values, listeners=[loss])
+    outcome = bench.run(Fault("hold", rank=0, iteration=7), values=values, listeners=[loss])
     nodes.add("127.0.0.5")  # the next test loses one too, also where this one fails
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert {event.attempt: event.world_size for event in outcome.of(WorkerStarted)} == {0: 2, 1: 1}
@@ -132,7 +137,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
 def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
     bench, nodes = bench_and_nodes
     loss = At(6, nodes.kill)
-    outcome = bench.run(Fault("pause", rank=0, iteration=7), listeners=[loss])
+    outcome = bench.run(Fault("hold", rank=0, iteration=7), listeners=[loss])
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     (restart,) = outcome.of(TrialRestarted)
     assert restart.failure == "worker_lost" and restart.message.endswith("was lost")

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import tiny_experiment
-from tests.builders.hosts import wait_for
+from tests.builders.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -26,7 +26,7 @@ def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any
 @pytest.fixture
 def four_hosts_of_eight(cluster_of_eights: Any) -> Any:
     """The cluster, when what the test before took has been given back: that takes a moment."""
-    wait_for(lambda: cluster_of_eights.available_resources().get("GPU") == 32, 30)
+    wait_for(lambda: cluster_of_eights.available_resources().get("GPU") == 32)
     return cluster_of_eights
 
 
@@ -43,7 +43,7 @@ def cluster_of_eights() -> Iterator[Any]:
             for number in range(2, 6):
                 cluster.add_node(num_cpus=96, num_gpus=8, node_ip_address=f"127.0.0.{number}", wait=False)
             ray.init(address=cluster.address, log_to_driver=False)
-            cluster.wait_for_nodes(timeout=60)
+            cluster.wait_for_nodes(timeout=300)
             yield ray
         finally:
             ray.shutdown()
@@ -72,7 +72,7 @@ def test_the_scheduler_puts_workers_where_the_plan_does(
     bundle = {"CPU": plan.cpus_per_worker, "GPU": 1}
     group = placement_group([bundle] * world_size, strategy="PACK", bundle_label_selector=nodes)
     try:
-        ray.get(group.ready(), timeout=60)
+        ray.get(group.ready(), timeout=300)
         placed = placement_group_table(group)["bundles_to_node_id"]
         assert [placed[index] for index in range(world_size)] == [node["ray.io/node-id"] for node in nodes]
         assert sorted(Counter(placed.values()).values()) == shares
@@ -102,7 +102,7 @@ def test_hosts_that_another_job_has_taken_are_not_chosen(four_hosts_of_eight: An
     assert nodes is not None
     taken = placement_group([{"GPU": 8}], bundle_label_selector=[nodes[0]])
     try:
-        ray.get(taken.ready(), timeout=60)
+        ray.get(taken.ready(), timeout=300)
         others = choose_nodes(plan)
         assert others is not None and nodes[0] not in others and len(others) == 16
     finally:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,13 +22,11 @@ from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
+from tests.builders.waiting import wait_for
 from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialRestarted
 from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train
-
-HEARD_SECONDS = 5.0
-"""How long it takes at most until a signal to the driver is known to its workers."""
 
 
 @dataclasses.dataclass
@@ -51,6 +48,12 @@ class Command:
     def result(self) -> ExperimentResult:
         return ExperimentResult.model_validate_json((self.run_dir / "results.json").read_text())
 
+    @property
+    def log(self) -> str:
+        """The log of rank 0."""
+        (path,) = self.run_dir.glob("*/log.txt")
+        return path.read_text(encoding="utf-8")
+
     def mlflow_status(self) -> str:
         from mlflow.tracking import MlflowClient
 
@@ -65,7 +68,10 @@ class Command:
 
 @contextmanager
 def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator[Command]:
-    """The command, held at an iteration of rank 0 until some seconds after; nothing of it is alive in the end."""
+    """The command, held at an iteration of rank 0 until the worker knows of a stop; nothing of it is alive in the end.
+
+    Where the driver is killed, the workers end while they are held.
+    """
     config = write_experiment(folder, values)
     faults = folder / "faults.json"
     faults.write_text(json.dumps([dataclasses.asdict(Fault("hold", rank=0, iteration=iteration))]))
@@ -82,23 +88,20 @@ def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator
     )
     family: list[psutil.Process] = []
     try:
-        deadline = time.monotonic() + 300
-        while not fired(faults):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-            time.sleep(0.1)
+        wait_for(lambda: fired(faults) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[0]
         family = psutil.Process(process.pid).children(recursive=True)
-        assert any("RayTrainWorker" in " ".join(member.cmdline()) for member in family)
-        yield Command(folder, process)
-        time.sleep(HEARD_SECONDS)
+        workers = [member for member in family if "RayTrainWorker" in " ".join(member.cmdline())]
+        assert workers
+        command = Command(folder, process)
+        yield command
+        wait_for(lambda: "The driver's command: stop" in command.log or not any(map(_is_alive, workers)))
         faults.unlink()
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
         if process.returncode == -signal.SIGKILL:
             # Ray's agents of a driver that was killed look for their parent at leisure; what trains must be gone.
             family = [member for member in family if not (_is_alive(member) and "Agent" in member.name())]
-        deadline = time.monotonic() + 20
-        while (alive := [member for member in family if _is_alive(member)]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not alive, f"left behind: {alive}"
+        wait_for(lambda: not any(map(_is_alive, family)), lambda: f"left behind: {[*filter(_is_alive, family)]}")
     finally:
         for member in family:
             with suppress(psutil.NoSuchProcess):

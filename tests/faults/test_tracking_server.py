@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +21,7 @@ from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
 from tests.builders.s3 import free_port
+from tests.builders.waiting import wait_until_served
 from trainers.contract.events import Evaluated
 
 pytestmark = pytest.mark.train
@@ -41,14 +40,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 600
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60)
-                break
-            except OSError:
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.3)
+        wait_until_served(f"http://127.0.0.1:{port}/health", process)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 
 from benchmarks.ours import write_plan
 from tests.builders.training import last, plan_of, train
+from tests.builders.waiting import wait_for
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointSaved,
@@ -57,13 +57,6 @@ def figures(events: list[Event]) -> dict[int, dict[str, float | None]]:
 def evaluating(process: psutil.Process) -> list[psutil.Process]:
     """The processes that evaluate beside a training process."""
     return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
-
-
-def wait_for(met: Callable[[], object], what: str) -> None:
-    until = time.monotonic() + 600
-    while not met():
-        assert time.monotonic() < until, f"waited too long for {what}"
-        time.sleep(0.1)
 
 
 def train_with(plan: TrialPlan, act: Callable[[Event], None]) -> list[Event]:
@@ -204,7 +197,7 @@ def test_the_process_beside_ends_with_a_training_process_that_is_killed(tmp_path
     ours = [sys.executable, "-m", "benchmarks.ours", str(tmp_path / "plan.json"), str(tmp_path / "events")]
     with subprocess.Popen(ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
         family = psutil.Process(training.pid)
-        wait_for(lambda: evaluating(family), "the process beside")
+        wait_for(lambda: evaluating(family))
         (beside,) = evaluating(family)
         os.kill(training.pid, signal.SIGKILL)
     beside.wait(timeout=300)
