@@ -359,6 +359,8 @@ def event_from_json(line: str) -> Event:
         sentinel = _OLD_SENTINELS.get(event)
         if sentinel and values.get(sentinel[0]) == sentinel[1]:
             values[sentinel[0]] = None
+        if event is StepsDone and not values["step_seconds"] and not values["learning_rate"]:
+            values["learning_rate"] = None  # of a log without one; a trained step's may be 0.0
         names = {f.name for f in dataclasses.fields(event)}
         return event(**{name: _without_lists(value) for name, value in values.items() if name in names})
     except (KeyError, TypeError, AttributeError) as error:
