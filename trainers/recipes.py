@@ -12,61 +12,60 @@ Mapper = Literal["detectron2", "exact", "fast"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The switches of one way to train. Every switch can be set by itself in the experiment file.
+    """The switches of one way to train; the defaults are detectron2's own parts.
 
-    The defaults are detectron2's own parts. What each switch gains is measured in docs/performance.md.
-
-    Attributes:
-        precision: `fp32`; `amp` (float16 autocast with a gradient scaler, GPUs only); `bf16` (bfloat16 autocast);
-            `auto`: bf16 where the device computes in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else amp on
-            a GPU and fp32 on a CPU, where bf16 would be emulated and slower.
-        tf32: Let GPUs multiply matrices and convolve in TF32 (Ampere and later). Changes numerics.
-        channels_last: Keep images, activations and convolution weights in NHWC memory order. Rounding.
-        compile: Compile the backbone with `torch.compile` at the first step: tens of seconds, and again for each new
-            image size. Rounding.
-        winograd: On CPU, convolutions with fewer multiplications (trainers/convolution.py); needs `channels_last` and
-            fp32. Rounding.
-        sparse_pooling: On CPU, ROIAlign as one sparse product (trainers/roi_pooling.py). Rounding.
-        mapper: Who reads and augments images: detectron2; trainers/fast_mapper.py with its pixels (`exact`: the
-            same records); all of it (`fast`: one grey level at most).
-        packed_masks: Draw mask targets an image at a time (trainers/mask_targets.py). The same, bit for bit.
-        cached_annotations: Keep parsed annotations in a mapped file (trainers/dataset_cache.py). The same records.
-        batched_clipping: Clip all gradients at once instead of one by one. The same, bit for bit.
-        fused_optimizer: One kernel for the whole update of SGD. On CPU the same, bit for bit; on GPUs rounding.
-        kept_memory: On CPU, keep freed memory for the next step (mallopt of glibc) instead of giving it back. The same.
-        quiet_heads: Leave out the heads' training statistics, which fetch figures from the device in every step and
-            which nobody reads here. The same losses.
-        batched_proposals: Label and choose anchors and proposals for all images of a batch at once
-            (trainers/proposals.py). The same, bit for bit.
-        gradient_views: With several workers, gradients live in the buckets they are exchanged in. The same.
-        pinned_loader: On GPUs, load into page-locked memory and copy the next batch to the device during a step.
-        batched_encoding: Encode an image's masks in one call (trainers/evaluation.py). The same detections.
-        evaluation_batch: Images of one size that are detected on together; detectron2 takes them one by one. Rounding.
-        overlapped_evaluation: Evaluate in a process beside rank 0 (trainers/overlap.py) while training goes on. Takes
-            a second model's memory. The same figures; a target that is met ends training some iterations later.
-        scorer: Which COCO scorer computes the twelve figures; both give the same to 1e-6.
+    Every switch can be set by itself in the experiment file. What each one gains is measured in docs/performance.md.
     """
 
     precision: Precision = "fp32"
+    """`fp32`; `amp` (float16 autocast with a gradient scaler, GPUs only); `bf16` (bfloat16 autocast); `auto`: bf16
+    where the device computes in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else amp on a GPU and fp32 on a
+    CPU, where bf16 would be emulated and slower."""
     tf32: bool = False
+    """Let GPUs multiply matrices and convolve in TF32 (Ampere and later). Changes numerics."""
     channels_last: bool = False
+    """Keep images, activations and convolution weights in NHWC memory order. Rounding."""
     compile: bool = False
+    """Compile the backbone with `torch.compile` at the first step: tens of seconds, and again for each new image size.
+    Rounding."""
     winograd: bool = False
+    """On CPU, convolutions with fewer multiplications (trainers/speedups/convolution.py); needs `channels_last` and
+    fp32. Rounding."""
     sparse_pooling: bool = False
+    """On CPU, ROIAlign as one sparse product (trainers/speedups/roi_pooling.py). Rounding."""
     mapper: Mapper = "detectron2"
+    """What reads and augments images: detectron2's mapper; trainers/speedups/fast_mapper.py with detectron2's pixels
+    (`exact`: the same records); all of it (`fast`: pixels differ by one grey level at most)."""
     packed_masks: bool = False
+    """Draw mask targets an image at a time (trainers/speedups/mask_targets.py). The same, bit for bit."""
     cached_annotations: bool = False
+    """Keep parsed annotations in a mapped file (trainers/dataset_cache.py). The same records."""
     batched_clipping: bool = False
+    """Clip all gradients at once instead of one by one (trainers/speedups/sgd.py). The same, bit for bit."""
     fused_optimizer: bool = False
+    """One kernel for the whole update of SGD (trainers/speedups/sgd.py). On CPU the same, bit for bit; on GPUs
+    rounding."""
     kept_memory: bool = False
+    """On CPU, keep freed memory for the next step (mallopt of glibc) instead of giving it back. The same."""
     quiet_heads: bool = False
+    """Leave out the heads' training statistics, which fetch figures from the device in every step and which nobody
+    reads here (trainers/speedups/quiet_heads.py). The same losses."""
     batched_proposals: bool = False
+    """Label and choose anchors and proposals for all images of a batch at once (trainers/speedups/rpn.py and
+    roi_heads.py). The same, bit for bit."""
     gradient_views: bool = False
+    """With several workers, gradients live in the buckets they are exchanged in. The same."""
     pinned_loader: bool = False
+    """On GPUs, load into page-locked memory and copy the next batch to the device during a step."""
     batched_encoding: bool = False
+    """Encode an image's masks in one call (trainers/evaluation.py). The same detections."""
     evaluation_batch: int = 1
+    """Images of one size that are detected on together; detectron2 takes them one by one. Rounding."""
     overlapped_evaluation: bool = False
+    """Evaluate in a separate process while rank 0 trains on (trainers/speedups/overlap.py). Takes a second model's
+    memory. The same figures; a target that is met ends training some iterations later."""
     scorer: Scorer = "pycocotools"
+    """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""
 
 
 PLAIN = Recipe()
@@ -88,33 +87,14 @@ REFERENCE = Recipe(
 )
 """detectron2's numerics: on CPU its weights bit for bit; on GPUs the fused update may round otherwise."""
 
-FAST = Recipe(
-    precision="auto",
-    tf32=True,
-    channels_last=True,
-    winograd=True,
-    sparse_pooling=True,
-    mapper="fast",
-    packed_masks=True,
-    cached_annotations=True,
-    batched_clipping=True,
-    fused_optimizer=True,
-    kept_memory=True,
-    quiet_heads=True,
-    batched_proposals=True,
-    gradient_views=True,
-    pinned_loader=True,
-    batched_encoding=True,
-    evaluation_batch=8,
-    scorer="hotcoco",
-)
-"""Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
-
 POOLING = replace(REFERENCE, sparse_pooling=True)
 """A rung of the ablation ladder: the reference with the poolers exchanged."""
 
 LAYOUT = replace(POOLING, channels_last=True)
 """The next rung: memory order as well."""
+
+FAST = replace(LAYOUT, precision="auto", tf32=True, winograd=True, mapper="fast", evaluation_batch=8)
+"""Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
 
 RECIPES: dict[str, Recipe] = {
     "plain": PLAIN,

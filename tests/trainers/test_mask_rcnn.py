@@ -1,6 +1,8 @@
 """Configs, weights and solvers of any detector of the model zoo."""
 
+import dataclasses
 import hashlib
+import pickle
 from pathlib import Path
 
 import pytest
@@ -41,7 +43,7 @@ def test_an_unknown_detectron2_key_is_a_configuration_error() -> None:
         build_config(plan(overrides={"MODEL.RESNETS.DEEP": 50}))
 
 
-def test_a_config_of_ones_own_may_not_run_code(tmp_path: Path) -> None:
+def test_a_users_config_may_not_run_code(tmp_path: Path) -> None:
     evil = tmp_path / "evil.yaml"
     evil.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n", encoding="utf-8")
     with pytest.raises(ConfigurationError):
@@ -50,12 +52,10 @@ def test_a_config_of_ones_own_may_not_run_code(tmp_path: Path) -> None:
 
 
 def _values(trial: TrialPlan) -> dict[str, object]:
-    import dataclasses
-
     return dataclasses.asdict(trial)
 
 
-def test_start_weights_are_loaded_from_a_checkpoint_of_ones_own(tmp_path: Path) -> None:
+def test_start_weights_are_loaded_from_a_users_checkpoint(tmp_path: Path) -> None:
     trial = plan(weights="", overrides=TINY_OVERRIDES)
     cfg = build_config(trial)
     torch.manual_seed(1)
@@ -70,8 +70,6 @@ def test_start_weights_are_loaded_from_a_checkpoint_of_ones_own(tmp_path: Path) 
 
 
 def test_imagenet_weights_in_detectron2s_pickle_format_are_matched_by_name(tmp_path: Path) -> None:
-    import pickle
-
     trial = plan(weights="", overrides=TINY_OVERRIDES)
     model = build_detector(build_config(trial), trial)
     stem = model.backbone.bottom_up.stem.conv1.weight

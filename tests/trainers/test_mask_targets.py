@@ -31,7 +31,7 @@ def shapes(rng: np.random.Generator, num_instances: int, most_polygons: int = 3)
 
 
 def boxes_around(polygons: Polygons, rng: np.random.Generator) -> torch.Tensor:
-    """Proposals near, within and beside the instances, some of them thinner than a tenth of a pixel."""
+    """Proposals near, within and outside the instances, some of them thinner than a tenth of a pixel."""
     rows = []
     for instance in polygons:
         points = np.concatenate(instance).reshape(-1, 2)

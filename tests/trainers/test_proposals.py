@@ -56,7 +56,7 @@ def anchors_of(rpns: tuple[RPN, BatchedRPN]) -> list[Boxes]:
 
 
 def objects(counts: list[int], seed: int, whole: bool) -> list[Instances]:
-    """Boxes at random; at whole pixels and with twins, so that overlaps are equal here and there."""
+    """Boxes at random; at whole pixels and with twins, so that some overlaps are equal."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for n, count in enumerate(counts):

@@ -1,19 +1,16 @@
-"""detectron2's DatasetMapper at a fraction of its time.
+"""Reads and augments images as detectron2's DatasetMapper does, in a fraction of its time.
 
 OpenCV reads, resizes and flips, and NumPy moves all of an image's boxes and polygons at once.
 Augmentations are detectron2's own objects and draw from the same random numbers in the same order, so the fast mapper
-makes the same choices. The image differs by at most one grey level, or not at all where detectron2's functions are kept
-for it (`exact_pixels`); boxes and masks never do.
-
-The traps this module protects against: OpenCV reads a cut-off JPEG as a half-grey image where Pillow raises; it does
-not smooth when shrinking, as Pillow does; its threads and a forked loader process can wait for each other forever.
-Whatever is not known to come out alike goes through detectron2's own code.
+makes the same choices. The image differs by at most one grey level, or not at all where detectron2's functions are used
+for it (`exact_pixels`); boxes and masks never do. Whatever might not come out alike goes through detectron2's own code.
 """
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +25,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.file_io import PathManager
 from fvcore.transforms.transform import HFlipTransform, NoOpTransform, Transform, TransformList, VFlipTransform
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from trainers.speedups.mask_targets import PackedPolygons, pack
 
@@ -37,16 +34,15 @@ Pixels = NDArray[np.uint8]
 
 ELEMENTWISE = (augment.ResizeTransform, HFlipTransform, VFlipTransform, NoOpTransform)
 """Transforms that move each point by itself, whatever else is in the array."""
-EXIF_ORIENTATION = 274
-"""Tag number (EXIF 2.32, table 4)."""
-MIN_BOX = 1e-5
+MIN_BOX_SIDE = 1e-5
 """Sides above this count as a box (detectron2's `filter_empty_instances`)."""
 
 
 class FastMapper(DatasetMapper):  # type: ignore[misc]
     """Reads and augments one image; the same arguments and the same result as detectron2's DatasetMapper.
 
-    OpenCV computes on the calling thread alone from then on, in the whole process.
+    OpenCV computes on the calling thread alone from then on, in the whole process: its threads and a forked loader
+    process could wait for each other forever. `process_settings` puts that back.
 
     Args:
         cfg: detectron2's config.
@@ -96,19 +92,19 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
             return pack(found) if self.packed_masks else found
         boxes = _move_boxes([annotation["bbox"] for annotation in objects], transforms, shape)
         sides = boxes[:, 2:] - boxes[:, :2]
-        kept = np.flatnonzero((sides > MIN_BOX).all(axis=1))
+        nonempty = np.flatnonzero((sides > MIN_BOX_SIDE).all(axis=1))
         instances = Instances(shape)
-        instances.gt_boxes = Boxes(torch.from_numpy(boxes[kept]))
-        instances.gt_classes = torch.tensor([int(objects[i]["category_id"]) for i in kept], dtype=torch.int64)
+        instances.gt_boxes = Boxes(torch.from_numpy(boxes[nonempty]))
+        instances.gt_classes = torch.tensor([int(objects[i]["category_id"]) for i in nonempty], dtype=torch.int64)
         if with_masks:
-            segmentations = [objects[i]["segmentation"] for i in kept]
+            segmentations = [objects[i]["segmentation"] for i in nonempty]
             polygons = _move_polygons(segmentations, transforms)
             masks = PackedPolygons(polygons) if self.packed_masks else detection.PolygonMasks(polygons)
             instances.gt_masks = masks
         return instances
 
     def _is_plain(self, objects: list[dict[str, Any]], transforms: TransformList, with_masks: bool) -> bool:
-        """Whether the vectorised way gives what detectron2's gives: boxes and polygons as JSON has them."""
+        """Whether the vectorised code gives what detectron2's gives: boxes and polygons as JSON has them."""
         return (
             not self.use_keypoint
             and not self.recompute_boxes
@@ -118,10 +114,9 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
                 annotation["bbox_mode"] == BoxMode.XYWH_ABS
                 and type(annotation["bbox"]) is list
                 and len(annotation["bbox"]) == 4
+                and (not with_masks or (type(annotation.get("segmentation")) is list and annotation["segmentation"]))
                 for annotation in objects
             )
-            and (not with_masks or all(type(annotation.get("segmentation")) is list for annotation in objects))
-            and (not with_masks or all(annotation["segmentation"] for annotation in objects))
         )
 
 
@@ -145,8 +140,8 @@ class _Augmented(augment.AugInput):  # type: ignore[misc]
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Pillow's bilinear resize to within one grey level.
 
-    Enlarging is plain interpolation, which OpenCV is fastest at; shrinking averages over what falls together, which
-    OpenCV leaves out and torch's antialiased kernel for bytes does as Pillow does.
+    Enlarging is plain interpolation, which OpenCV is fastest at. Shrinking averages over the pixels that fall together,
+    which torch's antialiased kernel for bytes does as Pillow does, and OpenCV does not.
     """
     if (height, width) == image.shape[:2]:
         return image
@@ -160,6 +155,8 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
 
 def read_image(file: str, image_format: str) -> Pixels:
     """Reads an image as detectron2 does, turned as its EXIF orientation says; greyscale becomes three channels.
+
+    OpenCV reads a JPEG that was cut off as a half-grey image; such files are left to Pillow, which raises.
 
     Args:
         file: Path, or anything detectron2's PathManager opens.
@@ -207,8 +204,8 @@ def _upright(image: Pixels, data: bytes) -> Pixels:
     if b"Exif" not in data[:65536] and b"eXIf" not in data:
         return image
     try:
-        orientation = Image.open(io.BytesIO(data)).getexif().get(EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block says nothing about the orientation; detectron2 goes on, too
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - a damaged EXIF block raises anything; detectron2 ignores it, too
         return image
     if orientation in (5, 6, 7, 8):
         image = cv2.transpose(image)
@@ -232,14 +229,14 @@ def _move_boxes(boxes: list[list[float]], transforms: TransformList, shape: tupl
     """
     moved = np.zeros((len(boxes), 4))
     whole = np.array([all(type(value) is int for value in box) for box in boxes], dtype=bool)
-    for chosen, dtype, wide in ((~whole, np.float32, np.float64), (whole, np.int64, np.int64)):
-        if chosen.any():
-            given: NDArray[Any] = np.array([box for box, taken in zip(boxes, chosen, strict=True) if taken], dtype)
-            corners = np.concatenate([given[:, :2], given[:, 2:] + given[:, :2]], axis=1)
-            moved[chosen] = transforms.apply_box(corners.astype(wide))
+    for mask, dtype, wide_dtype in ((~whole, np.float32, np.float64), (whole, np.int64, np.int64)):
+        if mask.any():
+            selected: NDArray[Any] = np.array(list(itertools.compress(boxes, mask)), dtype)
+            corners = np.concatenate([selected[:, :2], selected[:, 2:] + selected[:, :2]], axis=1)
+            moved[mask] = transforms.apply_box(corners.astype(wide_dtype))
     height, width = shape
-    within: NDArray[np.float32] = np.minimum(moved.clip(min=0), [width, height, width, height]).astype(np.float32)
-    return within
+    clipped: NDArray[np.float32] = np.minimum(moved.clip(min=0), [width, height, width, height]).astype(np.float32)
+    return clipped
 
 
 def _move_polygons(segmentations: list[list[Any]], transforms: TransformList) -> list[list[NDArray[np.float64]]]:

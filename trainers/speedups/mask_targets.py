@@ -1,11 +1,11 @@
-"""Mask training targets from polygons, an image's instances at a time: detectron2's own, bit for bit.
+"""Draws mask training targets from polygons, an image's instances at a time: detectron2's own, bit for bit.
 
 detectron2 copies, shifts, scales, rasterizes and decodes the polygons of every proposal by itself, in Python, and
 copies all polygons again whenever instances are selected. Here an image's polygons are one array that selections
 share, and all proposals are drawn together in a few dozen array operations.
 
-The trap this module protects against: a rasterizer of another library fills other border pixels. This one fills those
-of pycocotools, from the same floats that detectron2 computes, down to which of its steps round to 32 bits.
+Other libraries' rasterizers fill other border pixels. This one fills those of pycocotools, from the same floats that
+detectron2 computes, down to which of its steps round to 32 bits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from detectron2.structures import Instances, PolygonMasks
 from numpy.typing import NDArray
 
-FINE = 5
-"""Steps per pixel in which pycocotools walks along an edge (maskApi.c, `rleFrPoly`)."""
-MIN_SIDE = 0.1
+STEPS_PER_PIXEL = 5
+"""Steps in which pycocotools walks along an edge (maskApi.c, `rleFrPoly`)."""
+MIN_BOX_SIDE = 0.1
 """Pixels; a box narrower than this is scaled as if it were this wide (detectron2/structures/masks.py)."""
 
 
@@ -92,8 +92,12 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
 
         Returns:
             (N, mask_size, mask_size), bool, on the device of `boxes`.
+
+        Raises:
+            ValueError: There are more or fewer boxes than instances.
         """
-        assert len(boxes) == len(self), f"{len(boxes)} boxes for {len(self)} instances"
+        if len(boxes) != len(self):
+            raise ValueError(f"{len(boxes)} boxes for {len(self)} instances")
         corners = boxes.detach().cpu().numpy()
         drawn = np.zeros((len(self), mask_size, mask_size), dtype=np.uint8)
         polygons, owners = _ranges(self._first_polygon, self._selected)
@@ -101,10 +105,10 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
             points, polygon_of_point = _ranges(self._first_point, polygons)
             owner = owners[polygon_of_point]
             sides = corners[:, 2:] - corners[:, :2]
-            # A side of the least length or more divides in the boxes' 32 bits, a shorter one in 64.
-            least = np.asarray(MIN_SIDE, dtype=sides.dtype)
-            scale = (mask_size / np.maximum(sides, least)).astype(np.float64)
-            scale[sides < least] = mask_size / MIN_SIDE
+            # detectron2 divides by a side in the boxes' 32 bits, by the least side in 64.
+            min_side = np.asarray(MIN_BOX_SIDE, dtype=sides.dtype)
+            scale = (mask_size / np.maximum(sides, min_side)).astype(np.float64)
+            scale[sides < min_side] = mask_size / MIN_BOX_SIDE
             offset = np.ascontiguousarray(corners[:, :2].T).take(owner, axis=1)
             vertices = (self._points.take(points, axis=1) - offset) * np.ascontiguousarray(scale.T).take(owner, axis=1)
             masks = rasterize(vertices, polygon_of_point, len(polygons), mask_size)
@@ -119,11 +123,11 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
 def rasterize(
     vertices: NDArray[np.float64], polygon: NDArray[np.int64], num_polygons: int, side: int
 ) -> NDArray[np.uint8]:
-    """Draws polygons, each on a square grid of its own: the pixels that pycocotools' `rleFrPoly` fills.
+    """Draws polygons, each on a separate square grid: the pixels that pycocotools' `rleFrPoly` fills.
 
     pycocotools walks along every edge in steps of a fifth of a pixel, and fills a column of pixels by parity from the
     points where the walk crosses the column's middle. Only these crossings matter, and there are at most as many on
-    an edge as columns: they are worked out directly, for all edges at once, in the roundings that the walk has.
+    an edge as columns: they are computed directly, for all edges at once, with the roundings that the walk has.
 
     Args:
         vertices: (2, V), x and y in pixels of the grid, polygon after polygon.
@@ -134,7 +138,7 @@ def rasterize(
     Returns:
         (num_polygons, side, side), 0 or 1.
     """
-    points = np.trunc(vertices * FINE + 0.5).astype(np.int64)
+    points = np.trunc(vertices * STEPS_PER_PIXEL + 0.5).astype(np.int64)
     last = np.append(np.flatnonzero(polygon[1:] != polygon[:-1]), len(polygon) - 1)
     following = np.arange(1, len(polygon) + 1)
     following[last[0]], following[last[1:]] = 0, last[:-1] + 1
@@ -145,13 +149,13 @@ def rasterize(
     turned = np.where(shallow, points[0] > ends[0], points[1] > ends[1])
     (start_x, start_y), (end_x, end_y) = np.where(turned, ends, points), np.where(turned, points, ends)
     low, high = np.minimum(start_x, end_x), np.maximum(start_x, end_x)
-    first = np.maximum(-((2 - low) // FINE), 0)
-    count = np.maximum(np.minimum((high - 3) // FINE, side - 1) - first + 1, 0)
+    first = np.maximum(-((2 - low) // STEPS_PER_PIXEL), 0)
+    count = np.maximum(np.minimum((high - 3) // STEPS_PER_PIXEL, side - 1) - first + 1, 0)
 
     # One entry for each crossing of an edge and a column's middle, between fine positions 2 and 3 of the column.
     edge = np.repeat(np.arange(len(count)), count)
     column = np.arange(len(edge)) + (first - np.cumsum(count) + count).take(edge)
-    middle = column * FINE + 2
+    middle = column * STEPS_PER_PIXEL + 2
     across, down = end_x - start_x, end_y - start_y
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = np.where(shallow, down, across) / np.where(shallow, across, down)
@@ -173,7 +177,7 @@ def rasterize(
     step -= beyond(step)
     step += ~beyond(step + 1)
     fine = np.where(is_shallow, on_shallow, y + step)
-    row = np.ceil(np.clip((fine + 0.5) / FINE - 0.5, 0, side)).astype(np.int64)
+    row = np.ceil(np.clip((fine + 0.5) / STEPS_PER_PIXEL - 0.5, 0, side)).astype(np.int64)
     columns = num_polygons * side
     crossings = np.bincount(row * columns + polygon.take(edge) * side + column, minlength=(side + 1) * columns)
     filled = crossings.astype(np.uint8).reshape(side + 1, columns)[:-1]
@@ -184,7 +188,7 @@ def rasterize(
 
 
 def pack(instances: Instances) -> Instances:
-    """Exchanges an image's polygon masks for packed ones, in place; other masks stay as they are."""
+    """Exchanges an image's polygon masks for packed ones, in place; other masks stay as they are. Returns the image."""
     if instances.has("gt_masks") and type(instances.gt_masks) is PolygonMasks:
         instances.gt_masks = PackedPolygons(instances.gt_masks.polygons)
     return instances
