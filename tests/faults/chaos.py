@@ -29,7 +29,7 @@ KINDS = {"kill": 6, "crash": 2, "raise": 2, "freeze": 1, "stall": 1}
 DAMAGE_SHARE = 0.25
 """Share of restarts before which the newest checkpoint is damaged."""
 
-TIMEOUTS = Timeouts(step=10, heartbeat=10)
+TIMEOUTS = Timeouts(step=40, heartbeat=30)
 
 
 def draw(chance: random.Random, mean_iterations: float) -> list[Fault]:
