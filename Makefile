@@ -13,7 +13,7 @@ ADDRESS ?= http://127.0.0.1:8265
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage test-cluster test-image chaos check hooks bench bench-gpu ui schema lock image \
+.PHONY: help install demo test test-cluster test-image chaos check hooks bench bench-gpu ui schema lock image \
 	mlflow-server submit
 
 help:  ## This list
@@ -25,11 +25,8 @@ install:  ## The environment in .venv; PYTHON=python3.12 picks the interpreter
 demo: install  ## The main job on generated data, on CPU, in minutes
 	$(BIN)/python -m orchestrator.run
 
-test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some
-	$(BIN)/python -m pytest $(TESTS)
-
-coverage: install  ## The tests, with coverage measured and held to its floor (pyproject.toml)
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(TESTS)
+test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COVERAGE=1 measures and gates coverage
+	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered) $(TESTS)
 
 test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
