@@ -84,7 +84,7 @@ def details(trial: TrialResult) -> list[str]:
             f"mask AP {number_text(last.mask_ap, 2)}"
         )
         lines.append(
-            f"{len(trial.evaluations)} evaluations, training stalled for {seconds_text(trial.evaluation_seconds)} s: "
+            f"evaluations: {len(trial.evaluations)}, training stalled for {seconds_text(trial.evaluation_seconds)} s: "
             + ", ".join(f"{e.iteration:,}: {seconds_text(e.seconds)} s" for e in trial.evaluations)
         )
     return [*lines, *trial.notes]

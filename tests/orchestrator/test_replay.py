@@ -350,7 +350,7 @@ def test_only_what_the_log_prints_is_sent_to_mlflow(tmp_path):
     params, tags = run.data.params, run.data.tags
     assert (params["workers"], params["plan.solver.global_batch_size"], params["plan.seed"]) == ("2", "4", "11")
     assert "None" not in params.values()
-    made_up = ("plan.recipe", "plan.cpus_per_worker", "plan.loader_workers", "plan.config_file", "plan.num_classes")
+    made_up = ("plan.recipe.", "plan.cpus_per_worker", "plan.loader_workers", "plan.config_file", "plan.num_classes")
     assert not [name for name in params if name.startswith(made_up)]
     assert tags["device_name"] == "Made GPU" and "host.0" not in tags and tags["device"] == "cuda"
 

@@ -1,0 +1,63 @@
+"""The lines of a job's log, made from events that never happened."""
+
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+
+from orchestrator.report import progress
+from orchestrator.report.progress import ProgressDisplay
+from tests.builders.trials import TrialBuilder, plan, trained
+from trainers.contract.events import LoopStarted, StepsDone
+
+
+def _shown(events: list, quiet: bool = False) -> list[str]:
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), quiet)
+    for event in events:
+        display(event)
+    return output.getvalue().splitlines()
+
+
+@pytest.fixture(autouse=True)
+def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+
+
+def test_a_window_is_a_line_with_rate_and_loss() -> None:
+    # 16 images in the 4.0 s of the slower worker; 4 more iterations in twice 4 s.
+    assert "reference-2xcpu iteration 4/8  ETA 0:00:04  4.00 images/s  loss 1.000" in _shown(trained().events)
+
+
+def test_what_was_not_measured_is_not_shown_as_zero() -> None:
+    builder = trained()
+    unknown = {"losses": {}, "num_images": None, "learning_rate": None, "peak_memory_gib": None}
+    events = [dataclasses.replace(e, **unknown) if isinstance(e, StepsDone) else e for e in builder.events]
+    counts = {"num_train_images": None, "num_val_images": None, "setup_seconds": None}
+    events = [dataclasses.replace(e, **counts) if isinstance(e, LoopStarted) else e for e in events]
+    lines = _shown(events)
+    assert "reference-2xcpu iteration 4/8  ETA 0:00:04  – images/s" in lines
+    assert "reference-2xcpu training on – images, evaluating on –; set up in – s" in lines
+    assert not [line for line in lines if "loss" in line]
+
+
+def test_an_evaluation_without_ap_says_so() -> None:
+    builder = TrialBuilder(plan())
+    builder.started()
+    builder.evaluated(20.0, 4, None, None)
+    assert _shown(builder.events)[-1] == "reference-2xcpu evaluation at 4: no AP (2.0 s)"
+
+
+def test_an_evaluation_says_how_far_its_targets_are() -> None:
+    lines = _shown(trained().events)
+    first = "box AP 51.00, target 50 met; mask AP 40.00, target 45 5.00 away (2.0 s)"
+    assert f"reference-2xcpu evaluation at 4: {first}" in lines
+    second = "box AP 55.00 (+4.00), target 50 met; mask AP 46.00 (+6.00), target 45 met (2.0 s)"
+    assert f"reference-2xcpu evaluation at 8: {second}" in lines
+
+
+def test_quiet_shows_failures_only() -> None:
+    builder = trained()
+    builder.ended(30.0, "FAILED", "no such data")
+    assert _shown(builder.events, quiet=True) == ["reference-2xcpu failed: no such data"]
