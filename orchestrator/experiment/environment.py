@@ -1,4 +1,4 @@
-"""What a result was made with: git commit, versions, host, command. Secrets are left out by an allow-list."""
+"""The environment a result was made in: git commit, versions, host, command. An allow-list keeps secrets out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.files import without_credentials
@@ -19,16 +20,16 @@ VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "G
 """Environment variables that are recorded; no other is."""
 
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-"""Variables that open the tracking server: the driver's alone."""
+"""Environment variables that give access to the tracking server, which only the driver has."""
 
 
 def describe(argv: list[str]) -> dict[str, str]:
-    """The environment of this process, fit to be published.
+    """The environment of this process, without secrets.
 
     Args:
         argv: The command line.
     """
-    found = {
+    return {
         "command": shlex.join(argv),
         "host": platform.node(),
         "os": platform.platform(),
@@ -36,28 +37,33 @@ def describe(argv: list[str]) -> dict[str, str]:
         "cpus": str(os.cpu_count()),
         **_job(),
         **_git(),
+        **package_versions(),
+        **{name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that figures depend on; those that are not installed are left out."""
+    versions = {}
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def command_line() -> list[str]:
-    """This process's command, as one would type it; a user and password in an address are left out."""
+    """This process's command, as one would type it, without the user and password in an address."""
     main = sys.modules["__main__"].__spec__
     command = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
     return [without_credentials(part) for part in command]
 
 
 def _job() -> dict[str, str]:
-    """The Ray job around this process: its id and what its sender said of it, such as the commit of the code."""
+    """The Ray job around this process: its id and its metadata, such as the commit of the code."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    told = {str(key): str(value) for key, value in job.get("metadata", {}).items()}
+    metadata = {str(key): str(value) for key, value in job.get("metadata", {}).items()}
     names = {"job_submission_id": "ray_job_id", "git_commit": "git_commit"}
-    return {names.get(key, f"ray_job.{key}"): value for key, value in told.items() if key != "job_name"}
+    return {names.get(key, f"ray_job.{key}"): value for key, value in metadata.items() if key != "job_name"}
 
 
 def _git() -> dict[str, str]:

@@ -1,8 +1,4 @@
-"""Every check of a run that can fail before a worker starts; all findings at once.
-
-`preflight` needs no cluster: data, model, weights, tracking, this machine. `preflight_cluster` asks every node of a
-started Ray cluster.
-"""
+"""The checks of a run that need no Ray cluster: data, model, weights, tracking, this machine. All findings at once."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from trainers.contract.plan import TrialPlan
 
 REMOTE_TIMEOUT_SECONDS = 20.0
-"""Time for one small file; cloud clients look for credentials for some ten seconds before they give up."""
+"""Time for one small file; cloud clients search for credentials for some ten seconds before they give up."""
 
 
 def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False) -> list[Finding]:
@@ -34,8 +30,8 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 
     Args:
         experiment: What was asked for.
-        trials: Its trials as they would be run; none checks what does not depend on them.
-        verify_images: Decode every image instead of reading heads and ends only.
+        trials: Its trials as they would be run; without any, only what does not depend on them is checked.
+        verify_images: Decode every image instead of reading only heads and ends.
 
     Returns:
         All findings, errors first.
@@ -55,7 +51,7 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 
 
 def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
-    """Checks the training and validation set, each by itself, against each other, and against the model."""
+    """Checks the training and validation set, each alone, against each other, and against the model."""
     from orchestrator.data.checks import check_split, compare_splits
     from orchestrator.data.layout import Dataset, Split, layout_finding
 
@@ -92,7 +88,7 @@ def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
 
 
 def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
-    """Checks storage, shared memory and GPUs where the driver runs, for a run that stays on this machine."""
+    """Checks storage, shared memory and GPUs of this machine, for a run that stays on it."""
     request = node_request(trials)
     report = inspect_node(request)
     findings = judge_nodes(
@@ -113,7 +109,7 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
 
 
 def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
-    """Says what every node is asked: to read the data, weights and model config, and to write where storage is."""
+    """What every node is asked: to read the data, weights and model config, and to write to storage."""
     trial = trials[0]
     paths = {
         "the training annotations": trial.train.annotations,
@@ -123,22 +119,22 @@ def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
     }
     if trial.weights and "://" not in trial.weights:
         paths["the start weights"] = trial.weights
-    if os.path.isabs(trial.config_file):  # noqa: PTH117 - a name of the model zoo is no path
+    if os.path.isabs(trial.config_file):  # noqa: PTH117 - a model zoo name is not a path
         paths["the model config"] = trial.config_file
-    # What is not on the driver either is told once, by the checks of the data themselves.
-    there = {what: path for what, path in paths.items() if Path(path).exists()}
+    # What the driver does not have either is reported once, by the checks of the data.
+    present = {what: path for what, path in paths.items() if Path(path).exists()}
     run, checkpoints = str(Path(trial.trial_dir).parent), _checkpoint_root(trial)
     folders = {run: ""} | ({checkpoints: ""} if checkpoints else {})
-    return NodeRequest(paths=there, folders=folders, checkpoints=checkpoints)
+    return NodeRequest(paths=present, folders=folders, checkpoints=checkpoints)
 
 
 def _checkpoint_root(trial: TrialPlan) -> str:
-    """Names the folder above the trials' own for checkpoints; "" where they go to an address."""
+    """The folder that holds all trials' checkpoints; "" where they go to an address."""
     return "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)
 
 
 def check_remote_storage(trial: TrialPlan) -> list[Finding]:
-    """Writes and removes a small file where checkpoints go to an address (`s3://…`): the driver speaks for all."""
+    """Writes and removes a small file where checkpoints go to an address (`s3://…`); done once, from the driver."""
     import uuid
 
     if "://" not in trial.checkpoint_dir:
@@ -157,13 +153,13 @@ def check_remote_storage(trial: TrialPlan) -> list[Finding]:
     reason = _reason_within(write_and_remove, REMOTE_TIMEOUT_SECONDS)
     if not reason:
         return []
-    hint = "Correct storage.checkpoints, or give this process the rights (the address's own environment variables)"
+    hint = "Correct storage.checkpoints, or give this process access (the storage's environment variables)"
     what = f"checkpoints cannot be written there: {reason}"
     return [Finding("error", "storage_unwritable", shown, "storage.checkpoints", what, hint)]
 
 
 def _reason_within(action: Callable[[], None], seconds: float) -> str:
-    """Runs something that may hang in a thread; gives the reason why it did not succeed in time, or ""."""
+    """Runs something that may hang, in a thread; returns the reason why it did not succeed in time, or ""."""
     import threading
 
     reasons = [f"no answer within {seconds:g} s"]
@@ -182,14 +178,14 @@ def _reason_within(action: Callable[[], None], seconds: float) -> str:
 
 
 def storage_bytes(experiment: Experiment, trials: Sequence[TrialPlan]) -> float:
-    """Estimates the room for the checkpoints of all trials: those kept, the best, and one being written."""
+    """Estimates the space for the checkpoints of all trials: those kept, the best, and one being written."""
     one = model_checks.estimate_checkpoint_bytes(experiment)
     # Without a period, the last one only.
     return one * (1 + sum(trial.keep_checkpoints + 1 if trial.solver.checkpoint_period else 1 for trial in trials))
 
 
 def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, num_nodes: int) -> float:
-    """Estimates what the loader processes of one node hold in /dev/shm at most: their prefetched batches."""
+    """Estimates the most that the loader processes of one node hold in /dev/shm: their prefetched batches, in bytes."""
     batches = (
         math.ceil(trial.world_size / (trial.num_nodes or num_nodes))
         * max(trial.loader_workers, trial.most_loader_workers)
@@ -201,5 +197,5 @@ def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, 
 
 
 def joins_cluster(experiment: Experiment) -> bool:
-    """Tells whether Ray joins a cluster (asked to, or as a job in one) instead of starting its own here."""
+    """Whether Ray joins a cluster (named, or as a job in one) instead of starting one on this machine."""
     return bool(experiment.resources.address or os.environ.get("RAY_ADDRESS"))

@@ -46,7 +46,7 @@ def _has_type_of(value: Any, default: Any) -> bool:
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
-    """Checks that a data set has the masks and the classes that the experiment's model is built for."""
+    """Checks that a data set has the masks and classes that the experiment's model is built for."""
     findings = FindingList()
     if model_value(experiment, "MODEL.MASK_ON"):
         for summary in (train, val):
@@ -70,7 +70,7 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
 
 
 def classes_key(experiment: Experiment) -> str:
-    """Names the key that holds the number of classes of the experiment's kind of model."""
+    """The key that holds the number of classes of the experiment's kind of model."""
     return (
         "MODEL.RETINANET.NUM_CLASSES"
         if model_value(experiment, "MODEL.META_ARCHITECTURE") == "RetinaNet"
@@ -79,7 +79,7 @@ def classes_key(experiment: Experiment) -> str:
 
 
 def check_weights(experiment: Experiment) -> list[Finding]:
-    """Checks start weights given by a path: there, whole, and nothing that runs code when it is read."""
+    """Checks start weights given by a path: they exist, are complete, and run no code when they are read."""
     findings, weights, wanted = FindingList(), experiment.model.weights, experiment.model.weights_sha256
     if not weights or weights.startswith("detectron2://"):
         return []
@@ -91,7 +91,7 @@ def check_weights(experiment: Experiment) -> list[Finding]:
     path = Path(weights).expanduser().absolute()
     if not path.is_file():
         findings.error(
-            "weights_missing", str(path), "model.weights", "the start weights are not there", "Correct the path"
+            "weights_missing", str(path), "model.weights", "the start weights do not exist", "Correct the path"
         )
         return findings.to_list()
     if wanted is not None:
@@ -101,17 +101,17 @@ def check_weights(experiment: Experiment) -> list[Finding]:
             hint = "Download it again, or correct model.weights_sha256 if you trust this file"
             findings.error("weights_checksum", str(path), "model.weights", what, hint)
     elif path.suffix != ".pth":
-        what = f"reading a {path.suffix or 'nameless'} file of weights would run code in it"
+        what = f"reading weights from a {path.suffix or 'nameless'} file would run code in it"
         hint = "Give model.weights_sha256 of a file you trust, or a .pth file, which is read without running anything"
         findings.error("weights_unsafe", str(path), "model.weights", what, hint)
     elif reason := _zip_problem(path):
-        hint = "Copy or download it again; torch.save writes a file that can be read"
+        hint = "Copy or download it again, or write it with torch.save"
         findings.error("weights_corrupt", str(path), "model.weights", f"the start weights are corrupt: {reason}", hint)
     return findings.to_list()
 
 
 def _zip_problem(path: Path) -> str:
-    """Checks a `.pth` as the zip archive that torch.save writes (since 1.6), by its checksums."""
+    """Checks a `.pth` as the zip archive that torch.save writes (since 1.6); returns what is wrong with it, or ""."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

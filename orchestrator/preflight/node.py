@@ -1,12 +1,11 @@
-"""What must be true on every node that workers run on: looked at from that node, judged by the driver.
+"""What must be true on every node that workers run on: gathered on that node, judged by the driver.
 
-`inspect_node` runs as a short Ray task (or in this process, where this machine is the only node) and only gathers;
-`judge_nodes` compares. What a node is asked and what it answers are values, so that both are tested without Ray.
+`inspect_node` runs as a short Ray task, or in this process where this machine is the only node; `judge_nodes` compares
+what the nodes report. Neither needs Ray, so both are tested without it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -15,79 +14,67 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.experiment.environment import CREDENTIALS
+from orchestrator.experiment.environment import CREDENTIALS, package_versions
 from orchestrator.files import existing_parent
 from orchestrator.findings import Finding, FindingList
 
-PACKAGES = ("ray", "torch", "torchvision", "numpy", "sal-detectron2", "detectron2", "pycocotools", "mlflow")
-"""Packages whose versions must be the same on all nodes."""
-
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place torch's loaders use, not a choice of ours
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where torch's loaders put their batches
 
 BUSY_SHARE = 0.9
-"""Share of a GPU's memory that must be free; drivers take a few hundred MiB for themselves."""
+"""Share of a GPU's memory that must be free; the driver itself takes a few hundred MiB."""
 
 
 @dataclass(frozen=True)
 class NodeRequest:
-    """What a node is asked.
-
-    Attributes:
-        paths: Files and folders that workers read, by what they are.
-        folders: Folders that workers write, absolute, to a file that the driver wrote there or above; "" for none.
-        checkpoints: The one of them that checkpoints go to; "" where they go elsewhere.
-        probe_text: What the driver's files hold.
-    """
+    """What a node is asked to check."""
 
     paths: dict[str, str]
+    """Files and folders that workers read, by what they are."""
     folders: dict[str, str]
+    """Absolute path of each folder that workers write to a file that the driver wrote in or above it; "" for none."""
     checkpoints: str = ""
+    """The folder that checkpoints go to; "" where they go to an address."""
     probe_text: str = ""
+    """Content of the driver's files."""
 
 
 @dataclass(frozen=True)
 class FolderState:
-    """A folder to be written, as one node sees it.
-
-    Attributes:
-        free: Free bytes; None where it could not be looked at.
-        problem: Why it cannot be written, or "".
-        probe_seen: Whether the driver's file was there with its text; None where there was none to look for.
-    """
+    """A folder that workers write, as one node sees it."""
 
     free: int | None
+    """Free bytes; None where it cannot be written."""
     problem: str = ""
+    """Why it cannot be written, or ""."""
     probe_seen: bool | None = None
+    """Whether the node reads the driver's file in it; None where the driver wrote none."""
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node answered; sizes in bytes.
-
-    Attributes:
-        host: Its host name.
-        versions: Package to version, with `python`; packages that are not installed are left out.
-        unreadable: Of the paths asked for: what they are, to the reason.
-        folders: The folders asked for, as it sees them.
-        shared_memory_free: Free bytes of /dev/shm; None without one.
-        gpus: Name, memory and free memory of each GPU.
-        credentials: Names of the variables there that open the tracking server.
-    """
+    """What a node reports."""
 
     host: str
+    """Its host name."""
     versions: dict[str, str]
+    """Package to version, with `python`; packages that are not installed are left out."""
     unreadable: dict[str, str] = field(default_factory=dict)
+    """Requested paths that cannot be read: what they are, to the reason."""
     folders: dict[str, FolderState] = field(default_factory=dict)
+    """State of the requested folders."""
     shared_memory_free: int | None = None
+    """Free bytes of /dev/shm; None where there is none."""
     gpus: list[tuple[str, int, int]] = field(default_factory=list)
+    """Name, memory and free memory (bytes) of each GPU."""
     credentials: tuple[str, ...] = ()
+    """Names of the environment variables there that give access to the tracking server."""
 
 
 def inspect_node(request: NodeRequest) -> NodeReport:
-    """Looks at the node this runs on; leaves nothing behind and raises nothing."""
+    """Inspects the node this runs on; leaves no file behind and raises nothing."""
     return NodeReport(
         host=socket.gethostname(),
-        versions=_read_versions(),
+        versions={"python": platform.python_version(), **package_versions()},
         unreadable={what: reason for what, path in request.paths.items() if (reason := _unreadable(path))},
         folders={folder: _try_folder(folder, probe, request.probe_text) for folder, probe in request.folders.items()},
         shared_memory_free=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
@@ -129,16 +116,6 @@ def _sees(probe: str, probe_text: str) -> bool:
         return False
 
 
-def _read_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
 def _list_gpus() -> list[tuple[str, int, int]]:
     import pynvml
 
@@ -165,22 +142,23 @@ def judge_nodes(
     needs_gpus: bool,
     survives_storage: bool = False,
 ) -> list[Finding]:
-    """Tells what is wrong on which node.
+    """Finds what is wrong on which node.
 
     Args:
         reports: One per node.
-        request: What they were asked.
+        request: What the nodes were asked.
         versions: The driver's packages, which all nodes must have.
-        storage_bytes: Room that the run's checkpoints take.
-        shared_memory_bytes: What the loaders of one node's workers hold in /dev/shm at most.
+        storage_bytes: Space that the run's checkpoints need.
+        shared_memory_bytes: The most that the loaders of one node's workers hold in /dev/shm.
         needs_gpus: Whether workers run on GPUs.
-        survives_storage: Whether the run goes on where a checkpoint cannot be written: little room is no error then.
+        survives_storage: Whether the run goes on where a checkpoint cannot be written: too little space is then a
+            warning.
     """
     findings = FindingList()
     for report in reports:
         node = f"host {report.host}"
         for what, reason in report.unreadable.items():
-            hint = "Put it on storage that all nodes share, at the same path, or copy it to each"
+            hint = "Put it on storage that all nodes share, at the same path, or copy it to each node"
             findings.error("node_data", request.paths[what], node, f"{what} cannot be read there: {reason}", hint)
         for folder, state in report.folders.items():
             needed = storage_bytes if folder == request.checkpoints else 0
@@ -202,12 +180,12 @@ def judge_nodes(
             if unused < BUSY_SHARE * total:
                 what = f"GPU {index} ({name}) has {_size(unused)} of {_size(total)} free: something else uses it"
                 findings.warning(
-                    "gpu_busy", f"GPU {index}", node, what, "End it (`nvidia-smi` shows it), or expect less"
+                    "gpu_busy", f"GPU {index}", node, what, "End that process (`nvidia-smi` shows it), or expect less"
                 )
     kinds = {name for report in reports for name, _, _ in report.gpus}
     if needs_gpus and len(kinds) > 1:
         what = f"GPUs of several kinds: {', '.join(sorted(kinds))}; every step waits for the slowest"
-        findings.warning("gpu_kinds", "GPUs", "", what, "Use nodes of one kind for figures that mean something")
+        findings.warning("gpu_kinds", "GPUs", "", what, "Use nodes of one kind for meaningful figures")
     return findings.to_list()
 
 
@@ -219,11 +197,11 @@ def _judge_folder(
         findings.error("storage_unwritable", folder, node, state.problem, hint)
     elif state.free is not None and state.free < needed:
         what = f"{_size(state.free)} free; the checkpoints of all trials take about {_size(needed)}"
-        hint = "Make room, set storage.checkpoints elsewhere, or storage.keep_checkpoints lower"
+        hint = "Free some, set storage.checkpoints to another place, or storage.keep_checkpoints lower"
         report = findings.warning if survives else findings.error
         report("storage_small", folder, node, what, hint)
     if state.probe_seen is False:
-        what = "not shared: a file that the driver wrote there is not seen from this host"
+        what = "not shared: this host does not see a file that the driver wrote there"
         hint = "Set storage.path and storage.checkpoints to folders that all hosts mount at the same path"
         findings.error("storage_not_shared", folder, node, what, hint)
 

@@ -283,7 +283,7 @@ CASES = {
         override(tracking__uri="http://127.0.0.1:9"), "tracking_unreachable", "http://127.0.0.1:9", "within 3 s"
     ),
     "missing start weights": Case(
-        override(model__weights="/nowhere/model.pth"), "weights_missing", "model.weights", "not there"
+        override(model__weights="/nowhere/model.pth"), "weights_missing", "model.weights", "do not exist"
     ),
     "corrupt start weights": Case(corrupt_weights, "weights_corrupt", "model.weights", "corrupt"),
     "weights that would run code": Case(pickled_weights, "weights_unsafe", "model.weights", "would run code"),

@@ -35,7 +35,7 @@ def run(project: Project, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY_"))}
     environment |= {
         "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(project.root / "cache"),
-        # Where Ray keeps what tells it of a running cluster: none here, whatever else runs on this machine.
+        # Where Ray looks for a running cluster: it finds none here, whatever else runs on this machine.
         "RAY_TMPDIR": str(project.root),
     } | project.environment  # fmt: skip
     command = [sys.executable, "-m", "orchestrator.run", str(project.write()), *options]
@@ -124,7 +124,7 @@ def test_yaml_that_would_run_code_is_refused(project: Project) -> None:
         ("mysql+nodriver://user:secret@127.0.0.1:9/mlflow", "nodriver"),
     ],
 )
-def test_a_database_that_runs_cannot_be_tracked_in_is_told(project: Project, uri: str, reason: str) -> None:
+def test_a_database_that_runs_cannot_be_tracked_in_is_reported(project: Project, uri: str, reason: str) -> None:
     from orchestrator.experiment.reading import parse_experiment
     from orchestrator.preflight.tracking import check_tracking
 
@@ -133,7 +133,7 @@ def test_a_database_that_runs_cannot_be_tracked_in_is_told(project: Project, uri
     assert "secret" not in finding.to_line()
 
 
-def test_a_server_that_never_answers_is_given_up_within_seconds(project: Project) -> None:
+def test_a_server_that_never_answers_is_given_up(project: Project) -> None:
     import socket
 
     from orchestrator.experiment.reading import parse_experiment
