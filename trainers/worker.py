@@ -8,17 +8,28 @@ absolute here, and nothing installs signal handlers.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from trainers.contract.channel import Channel, Placement
+from trainers.contract.channel import Channel, Command, Placement
+from trainers.contract.events import Heartbeat
 
 logger = logging.getLogger(__name__)
 
-
 CONFIRM_TIMEOUT_SECONDS = 30.0
 """Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint."""
+
+PERSISTED_POLL_INTERVAL_SECONDS = 0.05
+"""How often a worker asks whether they are on the driver's disk."""
+
+BEAT_TIMEOUT_SECONDS = 10.0
+"""Longest wait for the driver's command."""
+
+PREEMPTION_POLL_INTERVAL_SECONDS = 1.0
+"""How often Ray Train is asked whether a node is about to be taken away."""
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -32,48 +43,79 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    runtime = ray.get_runtime_context()
-    telemetry = config["telemetry"]
     placement = Placement(
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(),
         host=ray.util.get_node_ip_address(),
-        node_id=runtime.get_node_id(),
+        node_id=ray.get_runtime_context().get_node_id(),
     )
-
-    def arrived() -> int:
-        # Calls of one process are answered in their order: when this one is, all that was pushed before has arrived.
-        return int(ray.get(telemetry.arrived.remote(), timeout=CONFIRM_TIMEOUT_SECONDS))
-
-    def flush() -> None:
-        _answer(arrived)
-
-    def wait_until_persisted() -> bool:
-        number, deadline = arrived(), time.monotonic() + CONFIRM_TIMEOUT_SECONDS
-        while ray.get(telemetry.written.remote(), timeout=CONFIRM_TIMEOUT_SECONDS) < number:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-    channel = Channel(
-        push=lambda event: telemetry.push.remote(event),
-        beat=lambda heartbeat: ray.get(telemetry.beat.remote(heartbeat), timeout=10),
-        flush=flush,
-        wait_until_persisted=lambda: bool(_answer(wait_until_persisted)),
-    )
+    channel = _channel(config["telemetry"], _watch_for_preemption())
     from trainers import before_step
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
     Rank(config["plan"], config["attempt"], placement, channel, before_step.from_environment()).train(entered)
 
 
+def _channel(telemetry: Any, preemption: threading.Event) -> Channel:
+    """The connection to the driver via the telemetry actor."""
+    import ray
+
+    def received() -> int:
+        # Calls of one process are answered in order: when this one is, all that was pushed before was received.
+        return int(ray.get(telemetry.received.remote(), timeout=CONFIRM_TIMEOUT_SECONDS))
+
+    def persisted() -> bool:
+        number, deadline = received(), time.monotonic() + CONFIRM_TIMEOUT_SECONDS
+        while ray.get(telemetry.persisted.remote(), timeout=CONFIRM_TIMEOUT_SECONDS) < number:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(PERSISTED_POLL_INTERVAL_SECONDS)
+        return True
+
+    def beat(heartbeat: Heartbeat) -> Command:
+        command: Command = ray.get(telemetry.beat.remote(heartbeat), timeout=BEAT_TIMEOUT_SECONDS)
+        return "preempt" if command == "run" and preemption.is_set() else command
+
+    def flush() -> None:
+        _answer(received)
+
+    return Channel(
+        push=lambda event: telemetry.push.remote(event),
+        beat=beat,
+        flush=flush,
+        wait_until_persisted=lambda: bool(_answer(persisted)),
+    )
+
+
 def _answer(ask: Callable[[], int]) -> int | None:
-    """What the driver says; training does not end because it is away for a while, it ends the run if it stays away."""
+    """The driver's answer; None where there is none, because training goes on while the driver is away for a while."""
     try:
         return ask()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises for an actor that is lost or does not answer
         logger.warning("the driver does not confirm what it has: %r", error)
         return None
+
+
+def _watch_for_preemption() -> threading.Event:
+    """An event that is set once a node of this trial is about to be taken away."""
+    import ray.train
+
+    announced = threading.Event()
+
+    def watch() -> None:
+        while not announced.is_set():
+            try:
+                info = ray.train.get_preemption_info()
+            except Exception as error:  # noqa: BLE001 - whatever Ray raises while the trial's actors are being ended
+                logger.debug("no longer watching for preemption: %r", error)
+                return
+            if info is not None:
+                announced.set()
+            time.sleep(PREEMPTION_POLL_INTERVAL_SECONDS)
+
+    # In a thread on every rank: the question is a barrier, for which training must not wait.
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0":
+        threading.Thread(target=watch, name="preemption", daemon=True).start()
+    return announced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.execution.nodes import NODE_ID
 from orchestrator.runlog.outbox import Outbox
 from trainers.contract.channel import Command
 from trainers.contract.events import Event, Heartbeat
@@ -19,35 +19,38 @@ from trainers.contract.events import Event, Heartbeat
 logger = logging.getLogger(__name__)
 
 DRAIN_INTERVAL_SECONDS = 0.25
+"""How often the driver fetches events."""
+
+RETRY_INTERVAL_SECONDS = 1.0
+"""Pause after events could not be written to disk."""
 
 RPC_TIMEOUT_SECONDS = 120.0
 """Longest wait for the actor, on a machine that has far too much to do; after it, the actor counts as lost."""
 
+CLOSE_TIMEOUT_SECONDS = 60.0
+"""Longest wait for the last events."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatSample:
-    """A sign of life.
-
-    Attributes:
-        heartbeat: What the rank said.
-        received: When it arrived (Unix seconds of the driver's host).
-    """
+    """A heartbeat, and when it was received."""
 
     heartbeat: Heartbeat
+    """What the rank reported."""
     received: float
+    """When the actor received it (Unix seconds of the driver's host)."""
 
     def seconds_in_section(self, now: float) -> float:
-        """How long the rank has been where it was last heard of; only differences of one host's clock are taken."""
+        """How long the rank has been in its section; only times of one host's clock are subtracted."""
         return self.heartbeat.time - self.heartbeat.since + now - self.received
 
 
 class Telemetry:
-    """The actor between workers and driver: keeps events until the driver has written them down."""
+    """The actor between workers and driver: holds events until the driver has persisted them."""
 
     def __init__(self) -> None:
-        gc.enable()  # Ray's processes start without (`start_ray`), and this one lives as long as the run
         self._events: list[Event] = []
-        self._taken = 0
+        self._persisted = 0
         self._heartbeats: dict[int, HeartbeatSample] = {}
         self._command: Command = "run"
         self._attempt = 0
@@ -57,56 +60,55 @@ class Telemetry:
         self._events.append(event)
 
     def beat(self, heartbeat: Heartbeat) -> Command:
-        """Takes a heartbeat and tells the worker what the driver wants."""
+        """Takes a heartbeat and returns the driver's command."""
         if heartbeat.attempt < self._attempt:
             return "stop"  # it was cut off, and its trial was started again without it
         self._heartbeats[heartbeat.rank] = HeartbeatSample(heartbeat, time.time())
         return self._command
 
-    def arrived(self) -> int:
+    def received(self) -> int:
         """Number of events that workers have sent so far."""
-        return self._taken + len(self._events)
+        return self._persisted + len(self._events)
 
-    def written(self) -> int:
+    def persisted(self) -> int:
         """Number of them that the driver is known to have on disk."""
-        return self._taken
+        return self._persisted
 
-    def drain(self, taken: int) -> tuple[list[Event], int, dict[int, HeartbeatSample], float]:
-        """Events after the first `taken`, how many there are by now, each rank's last heartbeat, and the time."""
-        del self._events[: taken - self._taken]
-        self._taken = taken
-        return self._events, taken + len(self._events), self._heartbeats, time.time()
+    def drain(self, persisted: int) -> tuple[list[Event], int, dict[int, HeartbeatSample], float]:
+        """Events after the first `persisted`, their number in all, each rank's last heartbeat, and the time."""
+        del self._events[: persisted - self._persisted]
+        self._persisted = persisted
+        return self._events, persisted + len(self._events), self._heartbeats, time.time()
 
     def order(self, command: Command, attempt: int) -> None:
-        """What workers of an attempt are told with their next heartbeat; "run" forgets the heartbeats before it."""
+        """Sets what workers of an attempt are ordered with their next heartbeat; "run" drops earlier heartbeats."""
         self._command, self._attempt = command, attempt
         if command == "run":
             self._heartbeats = {}
 
 
 class EventPump:
-    """Moves events from the actor to the outbox and then to whoever shows them, in a thread of its own.
+    """Moves events from the actor to the outbox and then to the listeners, in a thread.
 
     Args:
-        outbox: Where events are kept; those that are there already are the beginning of `events`.
-        listeners: Called with every event once it is on disk; an exception of one is logged, not passed on.
-
-    Attributes:
-        events: All events of the run.
-        actor: Where the workers of the running attempt send theirs.
-        lost: Whether that died or answers no more; the next attempt gets a new one.
-        heartbeats: The last of each rank of the running attempt.
-        drained: When they were fetched (Unix seconds).
+        outbox: Where events are persisted; those that it holds already are the beginning of `events`.
+        listeners: Called with every event once it is on disk; an exception of one is logged, not raised.
     """
 
     def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
         self.outbox, self._listeners = outbox, listeners
         self.events: list[Event] = [event for event, _ in outbox.read()]
+        """All events of the run."""
         self.heartbeats: dict[int, HeartbeatSample] = {}
+        """The last heartbeat of each rank of the running attempt."""
         self.drained = 0.0
-        self.lost, self._taken = True, 0
+        """When they were fetched (Unix seconds)."""
+        self.actor = self._start_actor()
+        """Where the workers of the running attempt send their events."""
+        self.lost = False
+        """Whether the actor died or no longer answers; the next attempt gets a new one."""
+        self._persisted = 0
         self._drain_lock = threading.Lock()
-        self._renew()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
         self._thread.start()
@@ -125,46 +127,46 @@ class EventPump:
     def begin(self, attempt: int) -> None:
         """Prepares for the workers of a new attempt."""
         if self.lost:
-            self._renew()
+            self.actor, self._persisted, self.lost = self._start_actor(), 0, False
         self.heartbeats = {}
         self.order("run", attempt)
 
     def order(self, command: Command, attempt: int) -> None:
-        """Tells all workers of an attempt to go on or to end; the actor takes calls in their order."""
+        """Orders all workers of an attempt to go on or to end; the actor takes calls in their order."""
         self.actor.order.remote(command, attempt)
 
     def drain(self) -> None:
-        """Moves what is there now."""
+        """Moves the events that there are."""
         with self._drain_lock:
             if self.lost:
                 return
             try:
-                drained = ray.get(self.actor.drain.remote(self._taken), timeout=RPC_TIMEOUT_SECONDS)
+                drained = ray.get(self.actor.drain.remote(self._persisted), timeout=RPC_TIMEOUT_SECONDS)
             except ray.exceptions.RayError as error:  # GetTimeoutError among them
                 logger.warning("the actor that takes the workers' events is lost: %s", error)
                 self.lost = True
                 return
-            events, taken, self.heartbeats, self.drained = drained
+            events, total, self.heartbeats, self.drained = drained
             if events:
                 self.emit(*events)
-            self._taken = taken
+            self._persisted = total
 
     def close(self) -> None:
         """Moves the rest and ends the thread."""
         self._ended.set()
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=CLOSE_TIMEOUT_SECONDS)
 
-    def _renew(self) -> None:
+    @staticmethod
+    def _start_actor() -> Any:
         # On the driver's node: the actor lives and dies with the driver, and no spot node takes it away.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self.actor: Any = ray.remote(Telemetry).options(num_cpus=0, label_selector=here).remote()
-        self.lost, self._taken = False, 0
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
+        return ray.remote(Telemetry).options(num_cpus=0, label_selector=here).remote()
 
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
                 self.drain()
             except OSError as error:
-                logger.warning("events could not be written down: %s", error)
-                time.sleep(1)
+                logger.warning("events could not be written to disk: %s", error)
+                time.sleep(RETRY_INTERVAL_SECONDS)
             self._ended.wait(DRAIN_INTERVAL_SECONDS)

@@ -48,6 +48,6 @@ def _made_progress(events: Sequence[Event]) -> bool:
 
 
 def _same_place(last: WorkerFailed, cause: WorkerFailed) -> bool:
-    """Whether the same exception came twice; where a process was that died without a word is known to a second only."""
+    """Whether the same exception came twice; how far a process that just died had come is known to a second only."""
     places = [(failure.failure, failure.iteration, failure.section) for failure in (last, cause)]
     return cause.failure in ("out_of_memory", "unknown") and places[0] == places[1]

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from types import FrameType
 
 
 class StopRequest:
@@ -23,9 +22,9 @@ class StopRequest:
         self._signals = 0
 
     def install(self) -> None:
-        """Takes over SIGINT and SIGTERM; to be called after `ray.init`, which installs handlers of its own."""
+        """Handles SIGINT and SIGTERM; to be called after `ray.init`, which replaces the handler of SIGTERM."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: self._on_signal())
 
     @property
     def requested(self) -> bool:
@@ -34,12 +33,12 @@ class StopRequest:
 
     @property
     def overdue(self) -> bool:
-        """Whether waiting has to end: time is up, or a second signal has come."""
+        """Whether to wait no longer: time is up, or a second signal has come."""
         if self._first is None:
             return False
         return self._signals > 1 or time.monotonic() - self._first > self._grace_seconds
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self) -> None:
         self._signals += 1
         if self._first is None:
             self._first = time.monotonic()

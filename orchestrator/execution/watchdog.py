@@ -1,7 +1,7 @@
-"""Finds the rank that holds the others up, from what every rank last said of itself.
+"""Finds the rank that holds the others up, from the last heartbeat of every rank.
 
-The trap it protects against: when one rank is stuck, all others wait for it in the next collective and look just as
-stuck. The one to blame is the one that has come least far.
+When one rank is stuck, all others wait for it in the next collective and look just as stuck: the one to blame is the
+least advanced.
 """
 
 from __future__ import annotations
@@ -18,81 +18,76 @@ SECTIONS = ("setup", "report", "evaluation", "checkpoint", "step")
 PARTS = ("", "data", "forward", "backward", "optimizer")
 
 CONFIRM_TIMEOUT_SECONDS = 2.0
-"""How long a verdict must hold: after a sleep of the whole machine, everybody's last sign is old."""
+"""How long a verdict must hold: after a sleep of the whole machine, the last heartbeats of all ranks are old."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A rank that holds the others up.
-
-    Attributes:
-        rank: Which.
-        message: What it does or does not do, and for how long.
-        last: Its last heartbeat; None where it never sent one.
-        began: Since when it is so (Unix seconds of the driver's host).
-    """
+    """A rank that holds the others up."""
 
     rank: int
+    """Its number."""
     message: str
+    """What it does or does not do, and for how long."""
     last: Heartbeat | None
+    """Its last heartbeat; None where it never sent one."""
     began: float
+    """Since when it has been stuck (Unix seconds of the driver's host)."""
 
 
 class Watchdog:
-    """Looks at the ranks of one attempt.
+    """Watches the ranks of one attempt.
 
     Args:
         timeouts: Seconds by section, and `heartbeat`.
         world_size: Number of ranks.
-        started: When the attempt was begun (Unix seconds of the driver's host).
+        started: When the attempt was started (Unix seconds of the driver's host).
     """
 
     def __init__(self, timeouts: dict[str, float], world_size: int, started: float) -> None:
         self._timeouts, self.world_size, self._started = timeouts, world_size, started
         self._suspected: tuple[set[int], float] = (set(), 0.0)
 
-    def look(self, signs: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
+    def look(self, samples: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
         """The ranks that are stuck, once that is certain.
 
         Args:
-            signs: The last sign of life of each rank.
-            now: When those were looked up (Unix seconds of the driver's host).
+            samples: The last heartbeat of each rank.
+            now: When they were fetched (Unix seconds of the driver's host).
         """
-        found = self._find(signs, now)
+        found = self._find(samples, now)
         ranks, since = {stuck.rank for stuck in found}, self._suspected[1]
         if ranks != self._suspected[0]:
             self._suspected = (ranks, now)
             return []
         return found if found and now - since >= CONFIRM_TIMEOUT_SECONDS else []
 
-    def _find(self, signs: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
+    def _find(self, samples: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
+        running = {rank: sample for rank, sample in samples.items() if sample.heartbeat.part != ENDED}
         silent = [
-            Stuck(rank, f"no sign of life for {now - sign.received:.0f} s", sign.heartbeat, sign.received)
-            for rank, sign in signs.items()
-            if sign.heartbeat.part != ENDED and now - sign.received > self._timeouts["heartbeat"]
+            Stuck(rank, f"no sign of life for {now - sample.received:.0f} s", sample.heartbeat, sample.received)
+            for rank, sample in running.items()
+            if now - sample.received > self._timeouts["heartbeat"]
         ]
         if silent:
             return silent
-        if now - self._started > self._timeouts["setup"]:
-            absent = [rank for rank in range(self.world_size) if rank not in signs]
-            if absent:
-                message = f"did not start within {now - self._started:.0f} s"
-                return [Stuck(rank, message, None, self._started) for rank in absent]
-        slow = {rank: sign for rank, sign in signs.items() if self._overdue(sign, now)}
-        if not slow:
+        elapsed = now - self._started
+        absent = [rank for rank in range(self.world_size) if rank not in samples]
+        if absent and elapsed > self._timeouts["setup"]:
+            return [Stuck(rank, f"did not start within {elapsed:.0f} s", None, self._started) for rank in absent]
+        if not any(self._is_overdue(sample, now) for sample in running.values()):
             return []
-        # Whoever waits for the others is overdue as well: the least advanced rank is the one they wait for.
-        behind = min(_progress(sign.heartbeat) for sign in signs.values() if sign.heartbeat.part != ENDED)
+        # A rank that waits for the others is overdue as well: they wait for the least advanced one.
+        behind = min(_progress(sample.heartbeat) for sample in running.values())
         return [
-            Stuck(rank, _where(sign.heartbeat, seconds), sign.heartbeat, now - seconds)
-            for rank, sign in signs.items()
-            if _progress(sign.heartbeat) == behind
-            for seconds in [sign.seconds_in_section(now)]
+            Stuck(rank, _description(sample.heartbeat, seconds), sample.heartbeat, now - seconds)
+            for rank, sample in samples.items()
+            if _progress(sample.heartbeat) == behind
+            for seconds in [sample.seconds_in_section(now)]
         ]
 
-    def _overdue(self, sign: HeartbeatSample, now: float) -> bool:
-        heartbeat = sign.heartbeat
-        return heartbeat.part != ENDED and sign.seconds_in_section(now) > self._timeouts[heartbeat.section]
+    def _is_overdue(self, sample: HeartbeatSample, now: float) -> bool:
+        return sample.seconds_in_section(now) > self._timeouts[sample.heartbeat.section]
 
 
 def _progress(heartbeat: Heartbeat) -> tuple[int, int, int]:
@@ -100,6 +95,6 @@ def _progress(heartbeat: Heartbeat) -> tuple[int, int, int]:
     return heartbeat.iteration, SECTIONS.index(heartbeat.section), part
 
 
-def _where(heartbeat: Heartbeat, seconds: float) -> str:
+def _description(heartbeat: Heartbeat, seconds: float) -> str:
     part = f" ({heartbeat.part})" if heartbeat.part else ""
     return f"{heartbeat.section}{part} of iteration {heartbeat.iteration} has taken {seconds:.0f} s"

@@ -175,6 +175,8 @@ class Resources(_Model):
     address: str | None = None
     """Ray cluster to join: `host:6379`, or `auto` for the one on this machine. null: the one this job runs in, else one
     that is started here and ended with the run."""
+    dashboard: bool = False
+    """Bring up Ray's dashboard where a cluster is started for this run; a cluster that is joined has its own."""
 
 
 class Tracking(_Model):

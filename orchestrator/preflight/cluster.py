@@ -5,14 +5,15 @@ from __future__ import annotations
 import ipaddress
 import os
 import uuid
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from orchestrator.experiment.placement import capacity, equal_shares
+from orchestrator.execution.cluster import token_required
+from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
+from orchestrator.experiment.placement import equal_shares
 from orchestrator.files import existing_parent
-from orchestrator.findings import Finding, FindingList, sort_findings
+from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
 from orchestrator.preflight.node import NodeReport, inspect_node, judge_nodes
 
@@ -29,28 +30,8 @@ CANARY_TIMEOUT_SECONDS = 90.0
 """A communicator over hosts that reach each other is up in seconds, NCCL's first one in some ten more."""
 
 
-@dataclass(frozen=True)
-class Node:
-    """A living node of the cluster: Ray's id, host name, address, GPUs and CPUs."""
-
-    id: str
-    host: str
-    address: str
-    num_gpus: int
-    num_cpus: int
-
-    def capacity(self, trial: TrialPlan) -> int:
-        """Workers of a trial that fit on it."""
-        return capacity(trial, self.num_gpus, self.num_cpus)
-
-    def describe(self, trial: TrialPlan) -> str:
-        """Shows what it has and how many workers of a trial that makes."""
-        gpus = f"{self.num_gpus} GPUs, " if trial.device == "cuda" else ""
-        return f"{self.host} ({gpus}{self.num_cpus} CPUs) takes {self.capacity(trial)}"
-
-
 def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
-    """Checks a started Ray cluster (`ray.init` was called) against the trials.
+    """Checks a cluster that this process is connected to against the trials.
 
     Resources come first: where a trial does not fit, or the cluster is open to anyone, nothing is started on it.
 
@@ -68,35 +49,12 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     return sort_findings(findings)
 
 
-def list_nodes() -> list[Node]:
-    """Lists the living nodes of the cluster, by host name, and address where several have one name."""
-    import ray
-
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    names = Counter(node["NodeManagerHostname"] for node in alive)
-
-    def name(node: dict[str, Any]) -> str:
-        host = str(node["NodeManagerHostname"])
-        return host if names[host] == 1 else f"{host} at {node['NodeManagerAddress']}"
-
-    return [
-        Node(
-            id=node["NodeID"],
-            host=name(node),
-            address=node["NodeManagerAddress"],
-            num_gpus=int(node["Resources"].get("GPU", 0)),
-            num_cpus=int(node["Resources"].get("CPU", 0)),
-        )
-        for node in alive
-    ]
-
-
 def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Finding]:
     """Compares what each trial reserves with what the nodes have, and with how its workers pack onto them."""
     findings = FindingList()
     for trial in trials:
         capacities = [node.capacity(trial) for node in nodes]
-        have = "; ".join(node.describe(trial) for node in nodes) or "no node"
+        have = "; ".join(_describe(node, trial) for node in nodes) or "no node"
         thing = "GPU" if trial.device == "cuda" else "CPU"
         code = f"too_few_{thing.lower()}s"
         each = f"1 GPU and {trial.cpus_per_worker} CPUs" if thing == "GPU" else f"{trial.cpus_per_worker} CPUs"
@@ -119,61 +77,54 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Findin
     return findings.to_list()
 
 
+def _describe(node: Node, trial: TrialPlan) -> str:
+    """What a node has, and how many workers of a trial that makes."""
+    gpus = f"{node.num_gpus} GPUs, " if trial.device == "cuda" else ""
+    return f"{node.host} ({gpus}{node.num_cpus} CPUs) takes {node.capacity(trial)}"
+
+
 def check_token(nodes: Sequence[Node]) -> list[Finding]:
     """Refuses a cluster that other machines can reach but that asks nobody for a token: its job server runs code."""
     addresses = [ipaddress.ip_address(node.address) for node in nodes]
     reachable = [str(address) for address in addresses if not address.is_loopback]
-    if not reachable or len(nodes) == 1 or _token_is_on():
+    if not reachable or len(nodes) == 1 or token_required():
         return []
     what = f"nodes at {', '.join(reachable)} take work from anyone who reaches them: token authentication is off"
     hint = "Set RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate` on every node, and start it again"
-    # Who turns it off by name has decided so, for a network of his own.
-    level = "warning" if os.environ.get("RAY_AUTH_MODE") == "disabled" else "error"
-    return [Finding(level, "cluster_open", "RAY_AUTH_MODE", "", what, hint)]  # type: ignore[arg-type]
-
-
-def _token_is_on() -> bool:
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return bool(is_token_auth_enabled())
+    # Whoever turns it off explicitly has decided so, for a private network.
+    level: Level = "warning" if os.environ.get("RAY_AUTH_MODE") == "disabled" else "error"
+    return [Finding(level, "cluster_open", "RAY_AUTH_MODE", "", what, hint)]
 
 
 def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
     """Runs `inspect_node` on every node, with a file of the driver's to look for in storage."""
-    import ray
-
     request = node_request(trials)
-    findings = FindingList()
     text = f".preflight-{uuid.uuid4().hex}"
     probes: dict[str, str] = {}
     try:
         if len(nodes) > 1:
             probes = _write_probes(request.folders, text)
             request = replace(request, folders=request.folders | probes, probe_text=text)
-        task = ray.remote(num_cpus=0, max_retries=0)(inspect_node)
-        pending = {_on_node(task, node).remote(request): node for node in nodes}
-        reports: list[NodeReport] = []
-        done, late = ray.wait(list(pending), num_returns=len(pending), timeout=NODE_TIMEOUT_SECONDS)
-        for reference in late:
-            what = f"no answer within {NODE_TIMEOUT_SECONDS:g} s"
-            hint = "Look at the node's raylet log, or take it out of the cluster"
-            findings.error("node_silent", "", f"host {pending[reference].host}", what, hint)
-            ray.cancel(reference, force=True)
-        for reference in done:
-            try:
-                reports.append(replace(ray.get(reference), host=pending[reference].host))
-            except Exception as error:  # whatever a broken installation there raises
-                what = f"a check failed there: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-                hint = "Use one image, or one `make install`, on all nodes"
-                findings.error("node_broken", "", f"host {pending[reference].host}", what, hint)
+        outcomes = call_on_nodes(inspect_node, dict.fromkeys(nodes, (request,)), NODE_TIMEOUT_SECONDS)
     finally:
         for probe in probes.values():
             Path(probe).unlink(missing_ok=True)
-    for report in reports:
-        if report.credentials:
-            what = f"workers there would have {', '.join(report.credentials)}"
-            hint = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
-            findings.error("credentials_on_workers", "environment", f"host {report.host}", what, hint)
+    findings = FindingList()
+    reports: list[NodeReport] = []
+    for node, outcome in outcomes.items():
+        place = f"host {node.host}"
+        if isinstance(outcome, TimeoutError):
+            hint = "Look at the node's raylet log, or take it out of the cluster"
+            findings.error("node_silent", "", place, str(outcome), hint)
+        elif isinstance(outcome, Exception):
+            what = f"a check failed there: {type(outcome).__name__}: {_last_line(outcome)}"
+            findings.error("node_broken", "", place, what, "Use one image, or one `make install`, on all nodes")
+        else:
+            reports.append(replace(outcome, host=node.host))
+            if outcome.credentials:
+                what = f"workers there would have {', '.join(outcome.credentials)}"
+                hint = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
+                findings.error("credentials_on_workers", "environment", place, what, hint)
     judged = judge_nodes(
         reports,
         request,
@@ -187,7 +138,7 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
 
 
 def _write_probes(folders: Iterable[str], text: str) -> dict[str, str]:
-    """Writes a file into each folder, or the nearest one above it that is there; folders that refuse are left out."""
+    """Writes a file into each folder, or the nearest existing one above it; folders that refuse are left out."""
     probes: dict[str, str] = {}
     for folder in folders:
         probe = existing_parent(Path(folder)) / text
@@ -195,52 +146,31 @@ def _write_probes(folders: Iterable[str], text: str) -> dict[str, str]:
             probe.write_text(text, encoding="utf-8")
             probes[folder] = str(probe)
         except OSError:
-            continue  # each node tells that it cannot write there
+            continue  # each node reports that it cannot write there
     return probes
 
 
-def _on_node(task: Any, node: Node) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False))
+def _last_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[-1][:200] if text else type(error).__name__
 
 
 def check_communication(trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
     """Times an all-reduce between the hosts of the widest trial that needs several: what hangs is found here."""
-    import ray
-
-    from trainers.canary import find_port, time_all_reduce
-
     wide = [trial for trial in trials if needs_several_hosts(trial, nodes)]
     if not wide:
         return []
     trial = max(wide, key=lambda trial: trial.num_nodes or trial.world_size)
     hosts = [node for node in nodes if node.capacity(trial)][: trial.num_nodes or None]
-    findings = FindingList()
+    failure = all_reduce_failure(hosts, trial.device, CANARY_TIMEOUT_SECONDS)
+    if failure is None:
+        return []
     names = ", ".join(f"{node.host} ({node.address})" for node in hosts)
-    references: list[Any] = []
-    try:
-        free = ray.remote(num_cpus=0, max_retries=0)(find_port)
-        port = ray.get(_on_node(free, hosts[0]).remote(), timeout=NODE_TIMEOUT_SECONDS)
-        task = ray.remote(num_cpus=0, num_gpus=trial.device == "cuda", max_retries=0)(time_all_reduce)
-        references = [
-            _on_node(task, node).remote(
-                rank, len(hosts), hosts[0].address, port, trial.device, CANARY_TIMEOUT_SECONDS / 2
-            )
-            for rank, node in enumerate(hosts)
-        ]
-        ray.get(references, timeout=CANARY_TIMEOUT_SECONDS)
-    except Exception as error:  # time-outs and whatever gloo and NCCL raise
-        reason = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
-        what = f"an all-reduce between {names} fails: {reason}"
-        hint = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
-        findings.error("canary_failed", "network", f"trial {trial.name}", what, hint)
-        # Of those that still wait alone: in Ray 2.60, cancelling a task that ends at that moment can abort the driver.
-        for reference in ray.wait(references, num_returns=len(references), timeout=0)[1] if references else []:
-            ray.cancel(reference, force=True)
-    return findings.to_list()
+    what = f"an all-reduce between {names} fails: {_last_line(failure)}"
+    hint = "Open the ports between the hosts, and name their interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    return [Finding("error", "canary_failed", "network", f"trial {trial.name}", what, hint)]
 
 
 def needs_several_hosts(trial: TrialPlan, nodes: Sequence[Node]) -> bool:
-    """Tells whether a trial's workers cannot all be on one host."""
+    """Whether a trial's workers cannot all be on one host."""
     return (trial.num_nodes or 1) > 1 or trial.world_size > max((node.capacity(trial) for node in nodes), default=0)

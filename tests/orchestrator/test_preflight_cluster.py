@@ -1,4 +1,4 @@
-"""What is wrong with a cluster is told per node, and compared with what the trials need, before they start."""
+"""What is wrong with a cluster is reported per node, and compared with what the trials need, before they start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ import pytest
 
 from orchestrator.data.generate import generate
 from orchestrator.execution.cluster import start_ray
+from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
-from orchestrator.preflight.cluster import Node, check_fit, check_token, needs_several_hosts
+from orchestrator.preflight.cluster import check_fit, check_token, needs_several_hosts
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
 
@@ -81,17 +82,16 @@ def test_a_trial_needs_several_hosts_where_none_holds_all_its_workers() -> None:
 def test_an_open_cluster_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     reachable = [node("a", 1, 1, "10.0.0.1"), node("b", 1, 1, "10.0.0.2")]
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: False)
     (finding,) = check_token(reachable)
     assert finding.level == "error" and "10.0.0.1, 10.0.0.2" in finding.what
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert [found.level for found in check_token(reachable)] == ["warning"]
-    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: True)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert check_token(reachable) == []
 
 
 def test_a_cluster_on_loopback_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.preflight.cluster._token_is_on", lambda: False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert check_token([node("a", 1, 1, "127.0.0.2"), node("b", 1, 1, "127.0.0.3")]) == []
 
 
@@ -122,19 +122,19 @@ def test_a_good_node_has_no_finding() -> None:
         ({"unreadable": {"the training images": "No such file"}}, "node_data", "the training images cannot be read"),
         ({"folders": {CHECKPOINTS: FolderState(GIB)}}, "storage_small", "1.0 GiB free; the checkpoints of all trials"),
         ({"folders": {RUNS: FolderState(None, "Read-only")}}, "storage_unwritable", "Read-only"),
-        ({"folders": {RUNS: FolderState(GIB, "", False)}}, "storage_not_shared", "not seen from this host"),
+        ({"folders": {RUNS: FolderState(GIB, "", False)}}, "storage_not_shared", "does not see a file"),
         ({"shared_memory_free": 64 * 2**20}, "shared_memory", "64 MiB free"),
         ({"versions": {"python": "3.11.9", "ray": "2.59.0"}}, "node_versions", "ray 2.59.0 (driver: 2.60.0)"),
         ({"versions": {"python": "3.11.9"}}, "node_versions", "ray none (driver: 2.60.0)"),
         ({"gpus": [("H100", 80 * GIB, 10 * GIB)]}, "gpu_busy", "10.0 GiB of 80.0 GiB free"),
     ],
 )
-def test_what_is_wrong_on_one_node_is_told_with_its_name(change: dict[str, Any], code: str, words: str) -> None:
+def test_what_is_wrong_on_one_node_is_reported_with_its_name(change: dict[str, Any], code: str, words: str) -> None:
     ((found, place, what),) = judge(GOOD, replace(GOOD, host="b", **change))
     assert (found, place) == (code, "host b") and words in what
 
 
-def test_gpus_of_several_kinds_are_told_unless_none_is_used() -> None:
+def test_gpus_of_several_kinds_are_reported_unless_none_is_used() -> None:
     other = replace(GOOD, host="b", gpus=[("V100", 16 * GIB, 16 * GIB)])
     assert [code for code, _, _ in judge(GOOD, other)] == ["gpu_kinds"]
     assert judge(GOOD, other, needs_gpus=False) == []
@@ -172,7 +172,8 @@ import dataclasses, json, os, sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
-from orchestrator import preflight_cluster as preflight
+from orchestrator.execution.nodes import list_nodes
+from orchestrator.preflight import cluster as preflight
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 
@@ -194,7 +195,7 @@ def check(name, **changes):
 two = {"world_sizes": [2], "scaling": "strong"}
 plans = check("fits", trials=two, resources={"device": "cpu", "cpus_per_worker": 1, "num_nodes": 2})
 check("too many", trials={**two, "world_sizes": [8]})
-nodes = preflight.list_nodes()
+nodes = list_nodes()
 found["hosts"] = sorted(node.address for node in nodes)
 preflight.CANARY_TIMEOUT_SECONDS = 8.0
 cut_off = [dataclasses.replace(nodes[0], address="192.0.2.1"), nodes[1]]

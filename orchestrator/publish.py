@@ -1,0 +1,176 @@
+"""Publishes what a run measures: results.json after every trial; in the end report, MLflow and the closing table."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from orchestrator.experiment.environment import command_line, describe
+from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.trial import trial_result
+from orchestrator.files import without_credentials
+from orchestrator.report.airank import write_airank, write_airank_summary
+from orchestrator.report.mlflow_links import mlflow_base, table_address
+from orchestrator.report.mlperf import write_mllog
+from orchestrator.report.table import closing_table
+from orchestrator.report.writer import try_report
+from orchestrator.runlog.folder import (
+    WORKING_DIRECTORY,
+    EarlierRun,
+    enter_working_directory,
+    only_driver,
+    read_earlier_run,
+)
+from orchestrator.tracking.driver import Tracker, tracking_uri
+from trainers.contract.events import Event, RunEnded, RunStarted
+from trainers.contract.plan import TrialPlan
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+TRACKING_TIMEOUT_SECONDS = 30.0
+"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox."""
+
+
+class Publication:
+    """The results of one run.
+
+    Args:
+        experiment: What is run.
+        run_dir: The run's folder.
+        tracker: Follows the run in MLflow.
+        earlier: The run that is gone on with; None for a new one.
+    """
+
+    def __init__(self, experiment: Experiment, run_dir: Path, tracker: Tracker, earlier: EarlierRun | None) -> None:
+        self._experiment, self._run_dir, self._tracker, self._earlier = experiment, run_dir, tracker, earlier
+        command = command_line()
+        self._result = ExperimentResult(
+            experiment=experiment.name,
+            description=experiment.description,
+            status="RUNNING",
+            started=_utc(earlier.started.time if earlier else time.time()),
+            command=command,
+            environment=describe(command),
+            mlflow_tracking_uri=without_credentials(tracking_uri(experiment.tracking.uri)),
+            reference_rows=experiment.reference_rows,
+        )
+
+    def run_started(self) -> RunStarted:
+        """The event that begins the run, or goes on with it; a password in the tracking address stays out."""
+        values, earlier = self._experiment.model_dump(mode="json"), self._earlier
+        if values["tracking"]["uri"]:
+            values["tracking"]["uri"] = without_credentials(values["tracking"]["uri"])
+        tags = {f"run.{key}": value for key, value in self._result.environment.items()}
+        return RunStarted(
+            trial="",
+            attempt=earlier.num_starts if earlier else 0,
+            rank=-1,
+            time=time.time(),
+            experiment=earlier.started.experiment if earlier else values,
+            run_id=earlier.started.run_id if earlier else f"{self._experiment.name}/{uuid.uuid4().hex}",
+            tags=tags | {WORKING_DIRECTORY: str(Path.cwd())},
+        )
+
+    def add_trial(self, plan: TrialPlan, events: Sequence[Event]) -> None:
+        """Adds a trial that has ended, so that its figures are on disk whatever comes after it.
+
+        Args:
+            plan: The trial.
+            events: All events of the run.
+        """
+        own = [event for event in events if event.trial == plan.name]
+        trial = trial_result(plan, own, self._tracker.run_ids().get(plan.name))
+        write_airank(plan, own, trial, Path(plan.trial_dir))
+        write_mllog(plan, own, trial, Path(plan.trial_dir))
+        self._result.trials.append(trial)
+        self._result.scaling = scaling_rows(self._result.trials)
+        self._result.fits = scaling_fits(self._result.trials)
+        self._result.repeats = repeat_rows(self._result.trials)
+        self._write()
+
+    def finish(self, status: Status, emit: Callable[[Event], None], console: Console) -> None:
+        """Writes results and report, ends tracking, and shows the table and where everything is.
+
+        Args:
+            status: How the run ended.
+            emit: Takes the event that ends the run, once everything that is tracked with it has been written.
+            console: Output for people.
+        """
+        self._result.status = status
+        self._result.ended = _utc(time.time())
+        self._result.mlflow_run_id = self._tracker.run_ids().get("")
+        self._write()
+        report, report_failure = try_report(self._result, self._run_dir)
+        write_airank_summary(self._result, self._run_dir)
+        emit(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
+        tracked = self._tracker.finish(TRACKING_TIMEOUT_SECONDS)
+        # Some runs exist in MLflow only since then: their ids belong into the results as well.
+        ids = self._tracker.run_ids()
+        self._result.mlflow_run_id = ids.get("")
+        for trial in self._result.trials:
+            trial.mlflow_run_id = ids.get(trial.name)
+        self._write()
+        console.print()
+        console.print(closing_table(self._result))
+        _print_line(console, f"Report: {report}")
+        if report_failure:
+            _print_line(console, report_failure, "red")
+        self._show_tracking(console, tracked)
+        if status == "KILLED":
+            resume = f"python -m orchestrator.run --resume {shlex.quote(str(self._run_dir))}"
+            text = f"Stopped. {self._run_dir} keeps results, events and checkpoints; go on with: {resume}"
+            _print_line(console, text, "yellow")
+
+    def print_json(self) -> None:
+        """Prints the record on stdout."""
+        sys.stdout.write(self._result.model_dump_json(indent=2) + "\n")
+
+    def _show_tracking(self, console: Console, tracked: bool) -> None:
+        if tracked:
+            table = table_address(mlflow_base(self._result), str(self._tracker.experiment_id()))
+            served = (self._result.mlflow_tracking_uri or "").startswith("http")
+            _print_line(console, f"MLflow: {table}" if served else f"MLflow: `make ui`, then {table}")
+        else:
+            text = f"MLflow has not taken everything; {self._run_dir}/events.jsonl keeps it."
+            _print_line(console, text, "yellow")
+
+    def _write(self) -> None:
+        self._result.write(self._run_dir / "results.json")
+
+
+def track_folder(folder: Path) -> str:
+    """Tracks in MLflow whatever of a run is not there yet; returns what was done, for a person.
+
+    Raises:
+        SpecError: There is no run in the folder, it is still being run, or MLflow does not take it.
+    """
+    run = read_earlier_run(folder)
+    enter_working_directory(run)
+    with only_driver(run.run_dir):
+        uri = tracking_uri(run.experiment.tracking.uri)
+        tracker = Tracker(run.run_dir, uri)
+        try:
+            tracker.sync()
+        except Exception as error:
+            raise SpecError(f"MLflow at {without_credentials(uri)} does not take it: {error}") from error
+        done = f"MLflow at {without_credentials(uri)} has all of {run.run_dir} (run {tracker.run_ids()['']})."
+        return done if run.ended else f"{done} It was not ended: `--resume {run.run_dir}` goes on with it."
+
+
+def _utc(when: float) -> str:
+    """Unix seconds as UTC in ISO 8601."""
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
+
+
+def _print_line(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, soft_wrap=True, markup=False, highlight=False)
