@@ -330,7 +330,7 @@ FIGURES = {row.key: row for rows in SECTIONS.values() for row in rows}
 """The rows by their key."""
 
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
-"""Lines of docs/measurement.md between which `reference()` stands."""
+"""Lines of docs/measurement.md around the text of `reference()`."""
 
 
 def reference() -> str:

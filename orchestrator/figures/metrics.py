@@ -17,7 +17,7 @@ HEADLINE = tuple(
         "scaling.efficiency", "scaling.speed_up", "cost", "cost_to_target",
     )
 )  # fmt: skip
-"""What tells trials apart: the first five are columns of MLflow's table of runs, all are explained in its note."""
+"""What distinguishes trials: the first five are columns of MLflow's table of runs, all are explained in its note."""
 
 SHOWN_COLUMNS = ("params.`workers`", *(f"metrics.`{row.mlflow}`" for row in HEADLINE[:5]), "tags.`device_name`")
 """Columns of MLflow's table of runs, in its own notation."""

@@ -106,9 +106,9 @@ def compare(above: TrialResult, below: TrialResult, span: tuple[int, int] | None
 def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
     """Fits the step time over the world size and projects it to twice the largest size.
 
-    The model of a step on N workers is `serial + computation / N + communication x log2(N)` with the global batch kept
+    The model of a step on N workers is `serial + computation / N + communication x log2(N)` with a fixed global batch
     (Amdahl's law, 1967, with the rounds of a tree all-reduce), and `computation + communication x log2(N)` with the
-    batch per worker kept, where a serial part cannot be separated from computation. A ring's (N - 1) / N would not do:
+    batch per worker fixed, where a serial part cannot be separated from computation. A ring's (N - 1) / N would not do:
     it is 1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised.
     Two sizes separate computation and one more term: the serial part, or communication where that fits better.
     """

@@ -98,12 +98,12 @@ def sections(events: Sequence[Event]) -> Sections | None:
     steps = lost = 0.0
     for run in attempts:
         for window in run.steps:
-            kept = kept_share(window, lost_from.get(run.attempt))
-            steps += window.seconds * kept
-            lost += window.seconds * (1 - kept)
+            final = final_share(window, lost_from.get(run.attempt))
+            steps += window.seconds * final
+            lost += window.seconds * (1 - final)
             for part in parts:
                 if part in window.part_seconds:
-                    parts[part] = (parts[part] or 0.0) + window.part_seconds[part] * kept
+                    parts[part] = (parts[part] or 0.0) + window.part_seconds[part] * final
     replayed = any(isinstance(e, LogReplayed) for e in events)
     measured: dict[str, float | None] = {
         "startup": attempts[0].started - started,
@@ -120,14 +120,14 @@ def sections(events: Sequence[Event]) -> Sections | None:
     return Sections(wall=wall, **measured, other=wall - sum(seconds or 0.0 for seconds in measured.values()))
 
 
-def kept_share(window: StepsDone, lost_from: int | None) -> float:
+def final_share(window: StepsDone, lost_from: int | None) -> float:
     """Share of a window's seconds that was not trained again (0–1); `lost_from` None for nothing lost."""
     if lost_from is None or window.iteration <= lost_from:
         return 1.0
-    kept = max(lost_from - window.first_iteration, 0)
+    final = max(lost_from - window.first_iteration, 0)
     if window.step_seconds:
-        return sum(window.step_seconds[:kept]) / sum(window.step_seconds)
-    return kept / (window.iteration - window.first_iteration)
+        return sum(window.step_seconds[:final]) / sum(window.step_seconds)
+    return final / (window.iteration - window.first_iteration)
 
 
 def _progress(event: Event) -> float | None:

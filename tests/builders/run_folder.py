@@ -1,4 +1,4 @@
-"""A run's folder as a run leaves it, told by made-up events of planned trials; nothing trains."""
+"""A run's folder as a run leaves it, from made-up events of planned trials; nothing trains."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     """Writes the folder of a run of made-up trials, the last of which loses a worker once.
 
     Args:
-        folder: Where to; the data set is drawn beside it.
+        folder: Where to; the data set is drawn next to it.
         experiment: What was run; None for `made_experiment()`.
         slower: Factor on every step's seconds.
         seed: Of the noise.
@@ -55,8 +55,8 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     plans = expand(experiment, Hardware(), str(folder), root)
     epoch = 1_790_000_000.0
     values = {"experiment": experiment.model_dump(mode="json"), "run_id": f"{experiment.name}/{seed}"}
-    told = {"trial": "", "attempt": 0, "rank": -1}
-    outbox.append(RunStarted(**told, time=epoch, tags={"run.git_commit": "0" * 40}, **values))
+    driver = {"trial": "", "attempt": 0, "rank": -1}
+    outbox.append(RunStarted(**driver, time=epoch, tags={"run.git_commit": "0" * 40}, **values))
     result = ExperimentResult(
         experiment=experiment.name, description=experiment.description, status="FINISHED",
         started="2026-09-21T13:46:40+00:00", ended="2026-09-21T14:26:40+00:00",
@@ -67,12 +67,12 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     )  # fmt: skip
     for plan in plans:
         noise = random.Random(f"{seed}/{plan.name}")  # noqa: S311 - nothing secret is drawn
-        story = _emit(plan, epoch, noise, slower, restart=plan is plans[-1])
-        outbox.append(*story.events)
-        epoch = story.events[-1].time
-        result.trials.append(trial_result(plan, story.events, mlflow_run_id="1" * 32))
+        made = _emit(plan, epoch, noise, slower, restart=plan is plans[-1])
+        outbox.append(*made.events)
+        epoch = made.events[-1].time
+        result.trials.append(trial_result(plan, made.events, mlflow_run_id="1" * 32))
         _leave_samples(plan)
-    outbox.append(RunEnded(**told, time=epoch, status="FINISHED"))
+    outbox.append(RunEnded(**driver, time=epoch, status="FINISHED"))
     result.scaling, result.fits = scaling_rows(result.trials), scaling_fits(result.trials)
     result.repeats = repeat_rows(result.trials)
     result.write(folder / "results.json")
@@ -80,18 +80,18 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
 
 
 def _emit(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *, restart: bool) -> TrialBuilder:
-    story, at, iteration = TrialBuilder(plan, epoch), 0.0, 0
-    story.started()
+    made, at, iteration = TrialBuilder(plan, epoch), 0.0, 0
+    made.started()
     restart_at = 130 if restart else -1
     while iteration < plan.solver.max_iter:
         at += 9.0
         for rank in range(plan.world_size):
-            story.emit(
+            made.emit(
                 Started, at, rank, host=f"host-{rank // 2}", node_id=f"{rank // 2}", pid=rank, local_rank=rank % 2,
                 device_name="Test CPU", device_memory_gib=16.0, versions={"torch": "2.14.1"},
             )  # fmt: skip
         at += 4.0
-        story.loop(at, iteration, setup_seconds=4.0)
+        made.loop(at, iteration, setup_seconds=4.0)
         while iteration < plan.solver.max_iter:
             base = SECONDS_PER_IMAGE * slower * plan.batch_per_worker + 0.02 * (plan.world_size - 1)
             drawn = [
@@ -104,27 +104,27 @@ def _emit(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *,
             slowest = [max(steps) for steps in zip(*drawn, strict=True)]
             at += sum(slowest)
             for rank, own in enumerate(drawn):
-                _window(story, plan, at, iteration, own, slowest, rank, noise)
+                _window(made, plan, at, iteration, own, slowest, rank, noise)
             iteration += 10
             if iteration == restart_at:
                 restart_at, iteration = -1, 100
                 at += 6.0
-                story.restarted(at, 130)
+                made.restarted(at, 130)
                 break
             if iteration % plan.solver.eval_period == 0:
                 at += 3.0
                 box = 78 * (1 - 2.718 ** (-iteration / 90)) + noise.gauss(0, 0.6)
-                story.evaluated(at, iteration, box, box * 0.97, seconds=3.0)
+                made.evaluated(at, iteration, box, box * 0.97, seconds=3.0)
             if iteration % plan.solver.checkpoint_period == 0:
                 at += 0.5
-                story.checkpoint(at, iteration, 0.5)
-    story.finished(at + 0.2, iteration, "max_iter")
-    story.ended(at + 2.0)
-    return story
+                made.checkpoint(at, iteration, 0.5)
+    made.finished(at + 0.2, iteration, "max_iter")
+    made.ended(at + 2.0)
+    return made
 
 
 def _window(
-    story: TrialBuilder, plan: TrialPlan, at: float, first: int, own: list[float], slowest: list[float], rank: int,
+    made: TrialBuilder, plan: TrialPlan, at: float, first: int, own: list[float], slowest: list[float], rank: int,
     noise: random.Random,
 ) -> None:  # fmt: skip
     shares = {"data": 0.05, "forward": 0.35, "backward": 0.5, "optimizer": 0.1}
@@ -136,7 +136,7 @@ def _window(
         f"loss_{name}": size * (1.2 - progress) * noise.uniform(0.9, 1.1)
         for name, size in (("cls", 0.6), ("box_reg", 0.5), ("mask", 0.6), ("rpn_cls", 0.3), ("rpn_loc", 0.1))
     }
-    story.steps(
+    made.steps(
         at, first, *slowest, rank=rank, data_seconds=tuple(parts["data"]),
         part_seconds={name: sum(values) for name, values in parts.items()},
         step_part_seconds={name: tuple(values) for name, values in parts.items() if name != "data"},

@@ -54,7 +54,7 @@ def plan(**fields: Any) -> TrialPlan:
 
 
 class TrialBuilder:
-    """Events of one trial, told in order; times are seconds since its start."""
+    """Events of one trial, in order; times are seconds since its start."""
 
     def __init__(self, trial: TrialPlan, epoch: float = 1_700_000_000.0) -> None:
         self.trial, self.epoch, self.attempt = trial, epoch, 0
@@ -131,17 +131,17 @@ def trained(**fields: Any) -> TrialBuilder:
     0 trial starts, 10 workers start, 14 loop starts, 4 steps to 18, evaluation to 20, checkpoint to 20.5, 4 steps to
     25, evaluation to 27, end at 28, trial ended at 30.
     """
-    story = TrialBuilder(plan(**fields))
-    story.started()
-    story.workers(10.0)
-    story.loop(14.0, setup_seconds=4.0)
+    made = TrialBuilder(plan(**fields))
+    made.started()
+    made.workers(10.0)
+    made.loop(14.0, setup_seconds=4.0)
     for rank, seconds in enumerate((0.9, 1.0)):
-        story.steps(18.0, 0, *(seconds,) * 4, rank=rank)
-    story.evaluated(20.0, 4, 51.0, 40.0)
-    story.checkpoint(20.5, 4, 0.5)
+        made.steps(18.0, 0, *(seconds,) * 4, rank=rank)
+    made.evaluated(20.0, 4, 51.0, 40.0)
+    made.checkpoint(20.5, 4, 0.5)
     for rank, seconds in enumerate((0.9, 1.1)):
-        story.steps(25.0, 4, *(seconds,) * 4, rank=rank)
-    story.evaluated(27.0, 8, 55.0, 46.0)
-    story.finished(28.0, 8)
-    story.ended(30.0)
-    return story
+        made.steps(25.0, 4, *(seconds,) * 4, rank=rank)
+    made.evaluated(27.0, 8, 55.0, 46.0)
+    made.finished(28.0, 8)
+    made.ended(30.0)
+    return made

@@ -13,8 +13,8 @@ from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, referenc
 from orchestrator.figures.metrics import evaluation_metrics, scaling_metrics, trial_metrics, window_metrics
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
-from tests.builders.trials import trained
 from tests.builders.commands import ROOT
+from tests.builders.trials import trained
 from trainers.contract.events import Evaluated, StepsDone
 
 METRICS_BEFORE = {
@@ -77,10 +77,10 @@ def test_metrics_keep_their_names_in_mlflow_and_no_name_is_given_twice():
 
 
 def test_a_trial_sends_the_metrics_it_always_sent():
-    story = trained()
-    join = WindowJoin(story.trial.world_size)
-    windows = [join.add(event) for event in story.events if isinstance(event, StepsDone)]
-    evaluation = next(event for event in story.events if isinstance(event, Evaluated))
+    made = trained()
+    join = WindowJoin(made.trial.world_size)
+    windows = [join.add(event) for event in made.events if isinstance(event, StepsDone)]
+    evaluation = next(event for event in made.events if isinstance(event, Evaluated))
     row = records.ScalingRow(
         recipe="reference", kind="weak", world_size=2, base_world_size=1, speed_up=2.0, efficiency=1.0
     )
@@ -93,7 +93,7 @@ def test_a_trial_sends_the_metrics_it_always_sent():
         "time/evaluation_gather_seconds", "time/evaluation_score_seconds",
     }  # fmt: skip
     assert scaling_metrics(row) == {"scaling/efficiency": 1.0, "scaling/speed_up": 2.0}
-    assert set(trial_metrics(trial_result(story.trial, story.events))) == METRICS_BEFORE - {
+    assert set(trial_metrics(trial_result(made.trial, made.events))) == METRICS_BEFORE - {
         "learning_rate", "time/data_seconds", "time/evaluation_seconds", "coco/box_ap", "coco/mask_ap",
         "scaling/efficiency", "scaling/speed_up",
     }  # fmt: skip

@@ -20,7 +20,7 @@ def event(number: int) -> Event:
     )
 
 
-def kept(path: Path) -> list[int]:
+def written(path: Path) -> list[int]:
     return [each.attempt for each, _ in Outbox(path).read()]
 
 
@@ -46,13 +46,13 @@ def test_events_that_found_no_room_leave_nothing_behind_and_can_be_written_again
         outbox.append(event(2), event(3))  # the first of them would fit
     assert path.read_bytes() == before
     outbox.append(event(2), event(3))
-    assert kept(path) == [1, 2, 3]
+    assert written(path) == [1, 2, 3]
 
 
 def test_a_line_that_a_crash_left_half_written_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     Outbox(path).append(event(1), event(2))
     path.write_bytes(path.read_bytes()[:-5])
-    assert kept(path) == [1]
+    assert written(path) == [1]
     Outbox(path).append(event(3))
-    assert kept(path) == [1, 3]
+    assert written(path) == [1, 3]

@@ -8,8 +8,8 @@ from tests.builders.trials import TrialBuilder, plan, trained
 from trainers.contract.events import Event, WorkerFailed, event_from_json
 
 
-def _result(story: TrialBuilder) -> TrialResult:
-    return trial_result(story.trial, story.events)
+def _result(made: TrialBuilder) -> TrialResult:
+    return trial_result(made.trial, made.events)
 
 
 def _adds_up(result: TrialResult) -> None:
@@ -51,14 +51,14 @@ def test_the_sections_add_up_to_the_wall_time():
 
 
 def test_one_worker_has_no_skew_and_its_own_rate():
-    story = TrialBuilder(plan(world_size=1))
-    story.started()
-    story.workers(1.0)
-    story.loop(2.0)
-    story.steps(10.0, 0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0)
-    story.finished(10.0, 6, "max_iter")
-    story.ended(11.0)
-    result = _result(story)
+    made = TrialBuilder(plan(world_size=1))
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    made.steps(10.0, 0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0)
+    made.finished(10.0, 6, "max_iter")
+    made.ended(11.0)
+    result = _result(made)
     assert result.images_per_second == pytest.approx(4 * 4 / 8.0)
     assert result.rank_skew is None and len(result.ranks) == 1
     _adds_up(result)
@@ -73,24 +73,24 @@ def test_a_warm_up_longer_than_the_run_leaves_no_throughput_and_no_zero():
 
 
 def test_no_evaluation_leaves_the_targets_unmet_with_a_reason():
-    story = trained()
-    story.events = [e for e in story.events if e.kind != "evaluated"]
-    result = _result(story)
+    made = trained()
+    made.events = [e for e in made.events if e.kind != "evaluated"]
+    result = _result(made)
     assert result.time_to_train_seconds is None and result.mlperf_seconds is None
     assert result.box_ap is None and result.evaluations == []
     assert result.reason == "target not reached in 8 iterations"
 
 
 def test_an_ap_that_is_not_a_number_meets_no_target():
-    story = TrialBuilder(plan())
-    story.started()
-    story.workers(1.0)
-    story.loop(2.0)
-    story.steps(6.0, 0, 1.0, 1.0, 1.0, 1.0)
-    story.evaluated(8.0, 4, None, None)
-    story.finished(9.0, 4, "max_iter")
-    story.ended(10.0)
-    result = _result(story)
+    made = TrialBuilder(plan())
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    made.steps(6.0, 0, 1.0, 1.0, 1.0, 1.0)
+    made.evaluated(8.0, 4, None, None)
+    made.finished(9.0, 4, "max_iter")
+    made.ended(10.0)
+    result = _result(made)
     assert result.box_ap is None and result.best_mask_ap is None
     assert result.time_to_train_seconds is None and "not reached" in result.reason
 
@@ -107,28 +107,28 @@ def test_without_a_target_there_is_no_time_to_train_and_nothing_to_excuse():
 
 def _restarted() -> TrialBuilder:
     """A worker is lost after iteration 6; the run goes on from the checkpoint at 4."""
-    story = TrialBuilder(plan())
-    story.started()
-    story.workers(10.0)
-    story.loop(14.0, setup_seconds=4.0)
+    made = TrialBuilder(plan())
+    made.started()
+    made.workers(10.0)
+    made.loop(14.0, setup_seconds=4.0)
     for rank in (0, 1):
-        story.steps(18.0, 0, 1.0, 1.0, 1.0, 1.0, rank=rank)
-    story.evaluated(20.0, 4, 40.0, 40.0)
-    story.checkpoint(20.5, 4, 0.5)
+        made.steps(18.0, 0, 1.0, 1.0, 1.0, 1.0, rank=rank)
+    made.evaluated(20.0, 4, 40.0, 40.0)
+    made.checkpoint(20.5, 4, 0.5)
     for rank in (0, 1):
-        story.steps(22.5, 4, 0.75, 1.25, rank=rank)
+        made.steps(22.5, 4, 0.75, 1.25, rank=rank)
     lost = {"failure": "worker_lost", "iteration": 6, "section": "step", "message": "is gone"}
-    story.emit(WorkerFailed, 24.0, failure="communication", iteration=6, section="step", message="peer closed")
-    story.emit(WorkerFailed, 25.0, rank=1, **lost, began=story.epoch + 23.5)
-    story.restarted(30.0, iteration=6)
-    story.workers(35.0)
-    story.loop(37.0, iteration=4, setup_seconds=2.0)
+    made.emit(WorkerFailed, 24.0, failure="communication", iteration=6, section="step", message="peer closed")
+    made.emit(WorkerFailed, 25.0, rank=1, **lost, began=made.epoch + 23.5)
+    made.restarted(30.0, iteration=6)
+    made.workers(35.0)
+    made.loop(37.0, iteration=4, setup_seconds=2.0)
     for rank in (0, 1):
-        story.steps(41.0, 4, 1.0, 1.0, 1.0, 1.0, rank=rank)
-    story.evaluated(43.0, 8, 55.0, 46.0)
-    story.finished(43.0, 8)
-    story.ended(45.0)
-    return story
+        made.steps(41.0, 4, 1.0, 1.0, 1.0, 1.0, rank=rank)
+    made.evaluated(43.0, 8, 55.0, 46.0)
+    made.finished(43.0, 8)
+    made.ended(45.0)
+    return made
 
 
 def test_a_restart_in_the_middle_stays_on_the_seed_clock_and_is_recorded_by_itself():
@@ -152,36 +152,36 @@ def test_work_done_twice_counts_in_the_rate_and_not_in_the_images_per_wall_secon
 
 
 def test_a_restart_before_the_first_window_loses_what_was_not_reported():
-    story = TrialBuilder(plan())
-    story.started()
-    story.workers(1.0)
-    story.loop(2.0)
-    story.restarted(5.0, iteration=1)
-    story.workers(6.0)
-    story.loop(8.0)
+    made = TrialBuilder(plan())
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    made.restarted(5.0, iteration=1)
+    made.workers(6.0)
+    made.loop(8.0)
     for rank in (0, 1):
-        story.steps(12.0, 0, 1.0, 1.0, 1.0, 1.0, rank=rank)
-    story.finished(12.0, 4, "max_iter")
-    story.ended(13.0)
-    result = _result(story)
+        made.steps(12.0, 0, 1.0, 1.0, 1.0, 1.0, rank=rank)
+    made.finished(12.0, 4, "max_iter")
+    made.ended(13.0)
+    result = _result(made)
     assert result.downtime_seconds == pytest.approx(6.0)
     assert result.sections is not None and result.sections.startup == 2.0
     _adds_up(result)
 
 
 def test_a_trial_that_never_reached_its_loop_has_figures_of_none():
-    story = TrialBuilder(plan())
-    story.started()
-    story.ended(5.0, "FAILED", "no such data")
-    result = _result(story)
+    made = TrialBuilder(plan())
+    made.started()
+    made.ended(5.0, "FAILED", "no such data")
+    result = _result(made)
     assert (result.status, result.reason) == ("FAILED", "no such data")
     assert result.iterations is None and result.images_per_second is None and result.sections is None
 
 
 def test_a_trial_that_has_not_ended_has_no_result():
-    story = trained()
+    made = trained()
     with pytest.raises(ValueError, match="has not ended"):
-        trial_result(story.trial, story.events[:-1])
+        trial_result(made.trial, made.events[:-1])
 
 
 def test_every_ranks_figures_come_back():
@@ -198,15 +198,15 @@ def test_every_ranks_figures_come_back():
 
 
 def test_skew_is_of_the_workers_own_time_without_waiting_for_each_other():
-    story = TrialBuilder(plan(throughput_warmup_iters=0))
-    story.started()
-    story.workers(1.0)
-    story.loop(2.0)
+    made = TrialBuilder(plan(throughput_warmup_iters=0))
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
     for rank, waits in ((0, (0.6, 0.6)), (1, (0.0, 0.0))):
-        story.steps(4.0, 0, 1.0, 1.0, rank=rank, step_part_seconds={"communication": waits})
-    story.finished(4.0, 2, "max_iter")
-    story.ended(5.0)
-    result = _result(story)
+        made.steps(4.0, 0, 1.0, 1.0, rank=rank, step_part_seconds={"communication": waits})
+    made.finished(4.0, 2, "max_iter")
+    made.ended(5.0)
+    result = _result(made)
     assert [rank.own_seconds for rank in result.ranks] == [pytest.approx(0.8), pytest.approx(2.0)]
     assert result.rank_skew == pytest.approx(2.0 / 1.4)
 
