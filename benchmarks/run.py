@@ -54,7 +54,7 @@ def main() -> int:
         rows.append(ROWS[name]())
         print(f"{name}: {rows[-1].ratio:.2f} (target {rows[-1].target_text})", file=sys.stderr, flush=True)
         values = {"machine": machine(), "rows": [row.to_dict() for row in rows]}
-        arguments.json.write_text(json.dumps(values, indent=2), encoding="utf-8")  # kept if a later row is interrupted
+        arguments.json.write_text(json.dumps(values, indent=2), encoding="utf-8")  # whatever interrupts a later row
     print(table(rows))
     if arguments.to:
         arguments.to.parent.mkdir(parents=True, exist_ok=True)

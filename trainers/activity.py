@@ -19,7 +19,7 @@ class Activity:
     iteration: int = 0
     """Iterations done."""
     since: float = field(default_factory=time.time)
-    """When the section began (Unix seconds); a step is a section of its own."""
+    """When the section began (Unix seconds); every step begins a new section."""
     image_files: tuple[str, ...] = ()
     """Images of the current batch."""
 

@@ -1,4 +1,4 @@
-"""A store of checkpoints whose states can be told apart by their iteration."""
+"""A store of checkpoints whose states differ by their iteration."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_a_touched_file_is_known_by_its_content(
 
 
 @pytest.mark.parametrize("damage", [b"", b"records1", b"something else altogether", None], ids=str)
-def test_a_damaged_cache_is_written_anew(tmp_path: Path, dataset: DatasetPlan, damage: bytes | None) -> None:
+def test_a_damaged_cache_is_rebuilt(tmp_path: Path, dataset: DatasetPlan, damage: bytes | None) -> None:
     records = cached_records(dataset, False, tmp_path / "cache")
     assert isinstance(records, CachedRecords)
     expected, path = list(records), records.path
@@ -122,7 +122,7 @@ def test_a_damaged_cache_is_written_anew(tmp_path: Path, dataset: DatasetPlan, d
     assert list(cached_records(dataset, False, tmp_path / "cache")) == expected
 
 
-def test_filtered_and_unfiltered_records_have_caches_of_their_own(tmp_path: Path, dataset: DatasetPlan) -> None:
+def test_filtered_and_unfiltered_records_have_separate_caches(tmp_path: Path, dataset: DatasetPlan) -> None:
     assert len(cached_records(dataset, False, tmp_path / "cache")) == 4
     assert len(cached_records(dataset, True, tmp_path / "cache")) == 2
     assert len(cached_records(dataset, False, tmp_path / "cache")) == 4

@@ -1,4 +1,4 @@
-"""Evaluation beside training finds what it finds when training stands still, and outlives nothing."""
+"""A concurrent evaluation finds the same as one that training waits for, and ends with its training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from trainers.speedups.overlap import Overlap
 pytestmark = pytest.mark.train
 
 
-def plan_beside(folder: Path, name: str, overlapped: bool = True, **solver: int) -> TrialPlan:
+def evaluating_plan(folder: Path, name: str, overlapped: bool = True, **solver: int) -> TrialPlan:
     """Evaluates every 4 of 12 iterations; all detections count, so that there are some after a few steps."""
     plan = plan_of(folder, "mask_rcnn")
     return dataclasses.replace(
@@ -55,7 +55,7 @@ def figures(events: list[Event]) -> dict[int, dict[str, float | None]]:
 
 
 def evaluating(process: psutil.Process) -> list[psutil.Process]:
-    """The processes that evaluate beside a training process."""
+    """The processes that evaluate for a training process."""
     return [child for child in process.children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
 
 
@@ -70,39 +70,39 @@ def train_with(plan: TrialPlan, act: Callable[[Event], None]) -> list[Event]:
     channel = Channel(push=push, beat=lambda heartbeat: "run")
     try:
         Rank(plan, Attempt(), Placement(0, 1, 0, 1, "here"), channel).train(0.0)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever ended training was reported as an event
         assert last(events, WorkerFailed)
     return events
 
 
-def test_beside_training_the_same_is_found_at_the_same_iterations_and_nothing_else_changes(tmp_path: Path) -> None:
-    detections: dict[str, list[list[dict[str, Any]]]] = {"still": [], "beside": []}
+def test_a_concurrent_evaluation_finds_the_same_at_the_same_iterations_and_changes_nothing_else(tmp_path: Path) -> None:
+    detections: dict[str, list[list[dict[str, Any]]]] = {"waiting": [], "concurrent": []}
     processes: set[int] = set()
 
     def look(name: str) -> Callable[[Event], None]:
         def look_at(event: Event) -> None:
             if isinstance(event, Evaluated):
                 detections[name].append(json.loads((tmp_path / name / "coco_instances_results.json").read_text()))
-            if isinstance(event, StepsDone) and name == "beside":
+            if isinstance(event, StepsDone) and name == "concurrent":
                 processes.add(len(evaluating(psutil.Process())))
 
         return look_at
 
-    still = train_with(plan_beside(tmp_path, "still", overlapped=False), look("still"))
-    plan = plan_beside(tmp_path, "beside")
-    beside = train_with(plan, look("beside"))
+    waiting = train_with(evaluating_plan(tmp_path, "waiting", overlapped=False), look("waiting"))
+    plan = evaluating_plan(tmp_path, "concurrent")
+    concurrent = train_with(plan, look("concurrent"))
     assert processes == {1} and not evaluating(psutil.Process())
 
-    expected, found = figures(still), figures(beside)
+    expected, found = figures(waiting), figures(concurrent)
     assert list(found) == list(expected) == [4, 8, 12]
     for iteration in expected:
         assert found[iteration] == pytest.approx(expected[iteration], abs=1e-9)
     # After so few steps figures may all be 0; what they are made of is not, and changes with the weights.
-    assert detections["beside"] == detections["still"]
-    assert all(detections["still"]) and len({json.dumps(each) for each in detections["still"]}) == 3
-    assert last(beside, LoopFinished).state_sha256 == last(still, LoopFinished).state_sha256
+    assert detections["concurrent"] == detections["waiting"]
+    assert all(detections["waiting"]) and len({json.dumps(each) for each in detections["waiting"]}) == 3
+    assert last(concurrent, LoopFinished).state_sha256 == last(waiting, LoopFinished).state_sha256
 
-    by_iteration = {event.iteration: event for event in beside if isinstance(event, Evaluated)}
+    by_iteration = {event.iteration: event for event in concurrent if isinstance(event, Evaluated)}
     assert [event.overlapped for event in by_iteration.values()] == [True, True, False]
     assert by_iteration[12].stall_seconds == by_iteration[12].seconds
     stored = Path(plan.checkpoint_dir).glob("iter_*/manifest.json")
@@ -110,9 +110,9 @@ def test_beside_training_the_same_is_found_at_the_same_iterations_and_nothing_el
     assert scores and scores == {iteration: found[iteration]["box_ap"] for iteration in scores}
 
 
-def test_a_start_after_a_death_makes_the_evaluation_that_was_being_made(tmp_path: Path) -> None:
-    whole = figures(train(plan_beside(tmp_path, "still", overlapped=False)))
-    plan = plan_beside(tmp_path, "beside")
+def test_a_start_after_a_death_repeats_the_evaluation_in_progress(tmp_path: Path) -> None:
+    whole = figures(train(evaluating_plan(tmp_path, "waiting", overlapped=False)))
+    plan = evaluating_plan(tmp_path, "concurrent")
 
     def hold_the_evaluation_of_4(event: Event) -> None:
         if isinstance(event, StepsDone) and event.iteration in (2, 6):
@@ -130,7 +130,7 @@ def test_a_start_after_a_death_makes_the_evaluation_that_was_being_made(tmp_path
 
 
 def test_a_stop_waits_for_an_older_evaluation_before_its_checkpoint(tmp_path: Path) -> None:
-    plan = plan_beside(tmp_path, "beside")
+    plan = evaluating_plan(tmp_path, "concurrent")
     first = train(plan, stop_at=6)
     assert last(first, LoopFinished).reason == "interrupted"
     kinds = [type(event) for event in first if isinstance(event, Evaluated | CheckpointSaved)]
@@ -142,7 +142,7 @@ def test_a_stop_waits_for_an_older_evaluation_before_its_checkpoint(tmp_path: Pa
 def test_a_target_that_is_found_to_be_met_ends_training_at_the_next_window(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_beside(tmp_path, "beside", eval_period=10, max_iter=30, checkpoint_period=0)
+    plan = evaluating_plan(tmp_path, "concurrent", eval_period=10, max_iter=30, checkpoint_period=0)
     plan = dataclasses.replace(plan, target_box_ap=0.0, stop_at_target=True)
     windows: list[int] = []
 
@@ -160,7 +160,7 @@ def test_a_target_that_is_found_to_be_met_ends_training_at_the_next_window(
 
 
 def test_a_target_ends_all_ranks_together(tmp_path: Path) -> None:
-    plan = plan_beside(tmp_path, "beside", eval_period=4, max_iter=400, checkpoint_period=0)
+    plan = evaluating_plan(tmp_path, "concurrent", eval_period=4, max_iter=400, checkpoint_period=0)
     plan = dataclasses.replace(plan, world_size=2, target_box_ap=0.0, stop_at_target=True)
     write_plan(plan, tmp_path / "plan.json")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -173,7 +173,7 @@ def test_a_target_ends_all_ranks_together(tmp_path: Path) -> None:
 
 
 def test_what_ends_the_evaluation_ends_training_with_its_cause(tmp_path: Path) -> None:
-    plan = plan_beside(tmp_path, "beside")
+    plan = evaluating_plan(tmp_path, "concurrent")
     image = next(path for path in sorted(Path(plan.val.images).iterdir()) if path.is_file())
     image.write_bytes(b"no image")
     failure = last(train_with(plan, lambda event: None), WorkerFailed)
@@ -182,22 +182,22 @@ def test_what_ends_the_evaluation_ends_training_with_its_cause(tmp_path: Path) -
     assert not evaluating(psutil.Process())
 
 
-def test_the_death_of_the_process_beside_is_told(tmp_path: Path) -> None:
+def test_the_death_of_the_evaluating_process_is_reported(tmp_path: Path) -> None:
     def kill(event: Event) -> None:
         for process in evaluating(psutil.Process()):
             process.kill()
 
-    failure = last(train_with(plan_beside(tmp_path, "beside"), kill), WorkerFailed)
+    failure = last(train_with(evaluating_plan(tmp_path, "concurrent"), kill), WorkerFailed)
     assert failure.failure == "worker_lost" and failure.iteration <= 8
 
 
-def test_the_process_beside_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
-    plan = plan_beside(tmp_path, "beside", max_iter=100_000, eval_period=50_000)
+def test_the_evaluating_process_ends_with_a_training_process_that_is_killed(tmp_path: Path) -> None:
+    plan = evaluating_plan(tmp_path, "concurrent", max_iter=100_000, eval_period=50_000)
     write_plan(plan, tmp_path / "plan.json")
     ours = [sys.executable, "-m", "benchmarks.ours", str(tmp_path / "plan.json"), str(tmp_path / "events")]
     with subprocess.Popen(ours, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as training:
         family = psutil.Process(training.pid)
         wait_for(lambda: evaluating(family))
-        (beside,) = evaluating(family)
+        (evaluator,) = evaluating(family)
         os.kill(training.pid, signal.SIGKILL)
-    beside.wait(timeout=300)
+    evaluator.wait(timeout=300)
