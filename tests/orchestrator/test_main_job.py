@@ -88,7 +88,11 @@ def test_scaling_compares_with_one_worker(done: Done) -> None:
     one, two = done.result.scaling
     rates = [trial.images_per_second for trial in done.result.trials]
     assert one.speed_up == 1 and one.efficiency == 1
-    assert rates[0] and rates[1] and two.speed_up == pytest.approx(rates[1] / rates[0], rel=0.05)
+    assert rates[0] and rates[1]
+    # The slowest worker of every window, not of the whole trial: at most twice its seconds with two workers.
+    ratio = rates[1] / rates[0]
+    assert 0.499 * ratio < two.speed_up < 1.001 * ratio
+    assert two.efficiency == pytest.approx(two.speed_up / 2)
 
 
 def test_the_command_ends_with_the_table_and_says_where_everything_is(done: Done) -> None:

@@ -122,7 +122,6 @@ def test_a_run_against_its_like_is_within_noise(run, tmp_path):
     assert len(rates) == 3 and sum(verdict.startswith("within noise") for verdict in rates) >= 2
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="docs/measurement.md is not written yet")
 def test_every_definition_has_its_heading_in_the_docs(html):
     headings = re.findall(r"^#+ (.+)$", DOCS.read_text(), re.M)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
