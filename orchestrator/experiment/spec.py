@@ -35,7 +35,7 @@ def _known_recipe(name: str) -> str:
 
 
 class GeneratedData(_Model):
-    """Drawn shapes, made on first use: learnable in minutes by a small model."""
+    """Drawn shapes, generated on first use, which a small model learns in minutes."""
 
     num_train: int = Field(256, ge=1)
     """Training images."""
@@ -74,7 +74,7 @@ class Data(_Model):
     coco: CocoPair | None = None
     """Any COCO JSON pair."""
     generated: GeneratedData | None = None
-    """Drawn shapes, made on first use."""
+    """Drawn shapes, generated on first use."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -85,7 +85,7 @@ class Data(_Model):
 
 
 class Model(_Model):
-    """The detector: a model zoo config and what is changed in it."""
+    """The detector: a model zoo config and changes to it."""
 
     config: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
     """Config of detectron2's model zoo (COCO-Detection/… or COCO-InstanceSegmentation/…), or a YAML file's path."""
@@ -94,7 +94,7 @@ class Model(_Model):
     weights: str | None = None
     """Start weights: `detectron2://…`, a path, or "" for random ones; null keeps the config's."""
     weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 a weight file must have. Needed for a `.pkl` of your own: unpickling runs code."""
+    """SHA-256 that the weight file must have. Required for a `.pkl` file: unpickling runs code."""
 
 
 class Trials(_Model):
@@ -106,14 +106,14 @@ class Trials(_Model):
     """`weak` keeps the batch per worker (learning rate up, iterations down with the world size, as detectron2's
     `SOLVER.REFERENCE_WORLD_SIZE` does); `strong` keeps the global batch; `both` runs every world size both ways."""
     reference_world_size: int | None = Field(None, ge=1)
-    """World size that batch, learning rate and iterations of the model config are written for; null takes the
-    config's `SOLVER.REFERENCE_WORLD_SIZE`, and where that is 0, 8, which the model zoo was made with."""
+    """World size that batch, learning rate and iterations of the model config are written for; null: the config's
+    `SOLVER.REFERENCE_WORLD_SIZE`, or 8, as in the model zoo, where that is 0."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     """One repeat per seed."""
     recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
     """Named speed recipes (trainers/recipes.py)."""
     switches: dict[str, Any] = {}
-    """Single switches set over every recipe, for example `channels_last: true`."""
+    """Switches that override those of every recipe, for example `channels_last: true`."""
 
     @model_validator(mode="after")
     def _no_twins(self) -> Trials:
@@ -128,15 +128,15 @@ class Protocol(_Model):
     """What is measured."""
 
     kind: Literal["throughput", "time_to_train"] = "time_to_train"
-    """`throughput` runs a number of iterations for the rate; `time_to_train` trains to the target."""
+    """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target."""
     iterations: int | None = Field(None, ge=1)
     """Iterations of every trial. null: the model config's schedule, scaled to the world size."""
     warmup_iterations: int = Field(20, ge=0)
-    """Iterations at the start that the throughput leaves out."""
+    """Iterations at the start that are not counted in the throughput."""
     eval_period_iterations: int | None = Field(None, ge=1)
-    """Evaluate every so many iterations, at the reference world size."""
+    """Iterations between evaluations, at the reference world size."""
     eval_period_epochs: float | None = Field(None, gt=0)
-    """Evaluate every so many passes over the training data; not together with eval_period_iterations."""
+    """Epochs between evaluations; not together with eval_period_iterations."""
     evaluate_at_end: bool | None = None
     """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
     target_box_ap: float | None = Field(None, ge=0, le=100)
@@ -144,7 +144,7 @@ class Protocol(_Model):
     target_mask_ap: float | None = Field(None, ge=0, le=100)
     """Mask AP (0–100) that counts as trained."""
     on_target: Literal["stop", "continue"] = "stop"
-    """End the trial when the targets are met, or go on to the end of the schedule."""
+    """End the trial when the targets are met, or continue to the end of the schedule."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:
@@ -157,24 +157,25 @@ class Resources(_Model):
     """What the workers run on."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """`auto` takes GPUs where the cluster has any."""
+    """`auto` uses GPUs where the cluster has any."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs each worker reserves and computes with; null: 1 without GPUs, else a GPU's share of the CPUs, 10 at most."""
     loader_workers: int | None = Field(None, ge=0)
-    """Loader processes per worker; null: 0 on CPUs; on GPUs the model config's (4) to begin with, then as many as
-    the measured speed of mapper and step asks for and the worker's CPUs allow."""
+    """Loader processes per worker; null: 0 on CPUs; on GPUs first the model config's (4), then as many as the measured
+    speed of mapper and step requires and the worker's CPUs allow."""
     num_nodes: int | None = Field(None, ge=1)
-    """Hosts the workers of a trial are spread over equally; null: the fewest hosts that take them equally."""
+    """Hosts over which the workers of a trial are spread equally; null: the fewest hosts that allow it."""
     min_workers: int | None = Field(None, ge=1)
-    """Fewest workers a trial may go on with after a failure, where a minute later there is no room for all of them: the
-    most that take the batch and the hosts equally. Batch and learning rate stay. null: it waits for the room."""
+    """Fewest workers with which a trial may continue after a failure if, a minute later, there is no room for all of
+    them; it takes the most that divide the batch and the hosts equally. Batch and learning rate stay the same.
+    null: it waits for room."""
     network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
-    """Interface between hosts (`ens5`), for NCCL and gloo on every host alike; null: what their environment says."""
+    """Network interface between hosts (`ens5`), for NCCL and gloo on every host; null: as set in their environment."""
     price_per_accelerator_hour: float | None = Field(None, ge=0)
-    """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs in it."""
+    """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs."""
     address: str | None = None
-    """Ray cluster to join: `host:6379`, or `auto` for the one on this machine. null: the one this job runs in, else one
-    that is started here and ended with the run."""
+    """Ray cluster to join: `host:6379`, or `auto` for the one on this machine. null: the one this job runs in, else a
+    local one that is started and ended with the run."""
     dashboard: bool = False
     """Bring up Ray's dashboard where a cluster is started for this run; a cluster that is joined has its own."""
 
@@ -185,26 +186,26 @@ class Tracking(_Model):
     uri: str | None = None
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` here."""
     offline: bool = False
-    """Go on without a tracking server that cannot be reached, and keep everything for a replay."""
+    """Continue without a tracking server that cannot be reached, and record everything for a replay."""
     log_model: bool = False
     """Log the last checkpoint as an artifact."""
 
 
 class Storage(_Model):
-    """Where results and checkpoints go, and how many."""
+    """Where results and checkpoints are written, and how many are kept."""
 
     path: str = "runs"
-    """Folder for run folders; on several nodes, one that all of them share."""
+    """Folder for run folders; with several nodes, one that all of them share."""
     checkpoints: str | None = None
     """Folder or URI (`s3://bucket/prefix`) for checkpoints; null: in the run's folder."""
     checkpoint_period_iterations: int | None = Field(None, ge=0)
-    """Iterations between checkpoints, at the reference world size; 0 for none but the last; null: the config's."""
+    """Iterations between checkpoints, at the reference world size; 0: only the last one; null: the config's."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept, besides the best."""
 
 
 class Timeouts(_Model):
-    """Seconds without progress after which a worker counts as stuck, by section of the loop."""
+    """Seconds without progress after which a worker counts as stuck, by section of the training loop."""
 
     setup: float = Field(1800, gt=0)
     """From the start of the training function to the first batch."""
@@ -217,25 +218,25 @@ class Timeouts(_Model):
     report: float = Field(300, gt=0)
     """Anything else."""
     heartbeat: float = Field(60, gt=0)
-    """A worker's process without any sign of life (they send one every second)."""
+    """Time without a heartbeat of a worker's process; one is sent every second."""
 
 
 class Faults(_Model):
-    """What is done about failures."""
+    """How failures are handled."""
 
     max_failures: int = Field(3, ge=0)
-    """Restarts in a row without one new checkpoint before a trial is given up."""
+    """Consecutive restarts without a new checkpoint after which a trial is given up."""
     restart_on: list[FailureKind] = ["worker_lost", "communication", "stuck", "out_of_memory", "unknown"]
-    """Failures after which the workers are started again, from the newest checkpoint; any other ends the trial at once.
-    `out_of_memory` and `unknown` end it too when they come twice at the same iteration."""
+    """Failures after which the workers are restarted from the newest checkpoint; any other ends the trial at once.
+    `out_of_memory` and `unknown` also end it when they occur twice at the same iteration."""
     on_storage_failure: Literal["stop", "continue"] = "stop"
-    """When a checkpoint cannot be written: end the trial, or go on with the older ones and try again at the next."""
+    """When a checkpoint cannot be written: end the trial, or keep the older ones and try again at the next."""
     timeouts: Timeouts = Timeouts()
     """When a worker counts as stuck."""
 
 
 class ReferenceRow(_Model):
-    """A published figure shown beside the measured ones."""
+    """A published figure shown next to the measured ones."""
 
     name: str
     """What it is, with its hardware."""
@@ -254,12 +255,12 @@ class ReferenceRow(_Model):
 
 
 class Experiment(_Model):
-    """One experiment: what is trained on what, at which scales, and what is measured."""
+    """One experiment: the model, its data, the scales it is trained at, and what is measured."""
 
     name: Name
     """Name of the experiment: folder under `storage.path` and experiment in MLflow."""
     description: str = ""
-    """One line for people."""
+    """One line for readers."""
     data: Data
     """What is trained and evaluated on."""
     model: Model = Model()
@@ -279,7 +280,7 @@ class Experiment(_Model):
     log_period_iterations: int = Field(20, ge=1)
     """Iterations between progress events, as in detectron2."""
     reference_rows: list[ReferenceRow] = []
-    """Published figures to show beside ours."""
+    """Published figures to show next to the measured ones."""
 
 
 def experiment_schema() -> dict[str, Any]:
