@@ -29,8 +29,8 @@ from PIL import ExifTags, Image
 
 from trainers.speedups.mask_targets import PackedPolygons, pack
 
-Pixels = NDArray[np.uint8]
-"""An image, (height, width, 3)."""
+Pixels = NDArray[Any]
+"""An image, (height, width, 3), in bytes."""
 
 ELEMENTWISE = (augment.ResizeTransform, HFlipTransform, VFlipTransform, NoOpTransform)
 """Transforms that move each point by itself, whatever else is in the array."""
@@ -86,9 +86,7 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
         objects = [annotation for annotation in annotations if annotation.get("iscrowd", 0) == 0]
         with_masks = self.use_instance_mask and bool(objects) and "segmentation" in objects[0]
         if not self._is_plain(objects, transforms, with_masks):
-            record = {"annotations": copy.deepcopy(annotations)}  # detectron2 changes what it is given
-            self._transform_annotations(record, transforms, shape)
-            found: Instances = record["instances"]
+            found = self._instances_one_by_one(objects, transforms, shape)
             return pack(found) if self.packed_masks else found
         boxes = _move_boxes([annotation["bbox"] for annotation in objects], transforms, shape)
         sides = boxes[:, 2:] - boxes[:, :2]
@@ -102,6 +100,25 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
             masks = PackedPolygons(polygons) if self.packed_masks else detection.PolygonMasks(polygons)
             instances.gt_masks = masks
         return instances
+
+    def _instances_one_by_one(
+        self, objects: list[dict[str, Any]], transforms: TransformList, shape: tuple[int, int]
+    ) -> Instances:
+        """By the functions of detectron2 of which its mapper consists."""
+        unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
+        transformed = [
+            detection.transform_instance_annotations(
+                copy.deepcopy({key: value for key, value in annotation.items() if not unused.get(key)}),
+                transforms,
+                shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            for annotation in objects
+        ]
+        instances = detection.annotations_to_instances(transformed, shape, mask_format=self.instance_mask_format)
+        if self.recompute_boxes:  # a box may no longer fit what cropping has left of its object
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        return detection.filter_empty_instances(instances)
 
     def _is_plain(self, objects: list[dict[str, Any]], transforms: TransformList, with_masks: bool) -> bool:
         """Whether the vectorised code gives what detectron2's gives: boxes and polygons as JSON has them."""
