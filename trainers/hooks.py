@@ -23,7 +23,7 @@ from trainers.contract.targets import all_met
 from trainers.evaluation import Evaluator, Scores
 from trainers.loop import TrainingLoop
 from trainers.machine import peak_memory_gib
-from trainers.speedups.overlap import Overlap
+from trainers.overlap import Overlap
 
 logger = logging.getLogger(__name__)
 

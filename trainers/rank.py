@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -16,9 +17,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from trainers import faults, hooks, loading, machine, mask_rcnn
+from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
 from trainers.activity import Activity
-from trainers.checkpoints import CheckpointStore, Saved, state_sha256
+from trainers.checkpoints import CheckpointStore, state_sha256
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointFailed,
@@ -29,14 +30,13 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator
 from trainers.failures import classify, in_short
+from trainers.loader_sizing import LoaderSizing
 from trainers.loop import Request, TrainingLoop
 from trainers.pulse import Pulse
-from trainers.speedups import overlap
 from trainers.speedups.apply import process_settings
-from trainers.speedups.loader_sizing import LoaderSizing
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Rank:
 
     Args:
         plan: The trial.
-        attempt: Which start of it this is.
+        attempt: Number of this start of it, from 0.
         placement: Which rank this is.
         channel: The connection to the driver.
         before_step: Called before every step.
@@ -57,21 +57,21 @@ class Rank:
     def __init__(
         self,
         plan: TrialPlan,
-        attempt: Attempt,
+        attempt: int,
         placement: Placement,
         channel: Channel,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.attempt, self.placement, self.channel = plan, attempt, placement, channel
         self.before_step = before_step
-        self.injector = faults.from_environment(placement.rank, attempt.number)
+        self.injector = faults.from_environment(placement.rank, attempt)
         self.activity: Activity = self.injector or Activity()
         self.pulse = Pulse(self.event, placement, channel, self.activity)
 
     def event(self, kind: type[E], **fields: Any) -> E:
         """An event of this rank, happening now unless `time` is given."""
         fields.setdefault("time", time.time())
-        return kind(trial=self.plan.name, attempt=self.attempt.number, rank=self.placement.rank, **fields)
+        return kind(trial=self.plan.name, attempt=self.attempt, rank=self.placement.rank, **fields)
 
     def send(self, kind: type[Event], **fields: Any) -> None:
         """Sends an event of this rank, without waiting."""
@@ -118,9 +118,9 @@ class Rank:
         store = CheckpointStore(
             plan.checkpoint_dir,
             plan.keep_checkpoints,
-            self.attempt.number,
-            on_saved=self._saved,
-            on_failed=self._not_saved if plan.survive_storage else None,
+            self.attempt,
+            on_saved=lambda saved: self.send(CheckpointSaved, **dataclasses.asdict(saved)),
+            on_failed=self._checkpoint_failed if plan.survive_storage else None,
             before_valid=self.channel.wait_until_persisted,
         )
         state, restored_from = self._newest(store) or (None, "")
@@ -202,18 +202,8 @@ class Rank:
         iteration = comm.all_gather(None)[0]
         return store.load(iteration) if iteration is not None else None
 
-    def _not_saved(self, iteration: int, message: str) -> None:
+    def _checkpoint_failed(self, iteration: int, message: str) -> None:
         self.send(CheckpointFailed, iteration=iteration, message=message)
-
-    def _saved(self, checkpoint: Saved) -> None:
-        self.send(
-            CheckpointSaved,
-            iteration=checkpoint.iteration,
-            path=checkpoint.path,
-            size_bytes=checkpoint.size_bytes,
-            stall_seconds=checkpoint.stall_seconds,
-            write_seconds=checkpoint.write_seconds,
-        )
 
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.plan.device == "cuda" else torch.device("cpu")

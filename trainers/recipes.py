@@ -62,7 +62,7 @@ class Recipe:
     evaluation_batch: int = 1
     """Images of one size that are detected on together; detectron2 takes them one by one. Rounding."""
     overlapped_evaluation: bool = False
-    """Evaluate in a separate process while rank 0 trains on (trainers/speedups/overlap.py). Takes a second model's
+    """Evaluate in a separate process while rank 0 trains on (trainers/overlap.py). Takes a second model's
     memory. The same figures; a target that is met ends training some iterations later."""
     scorer: Scorer = "pycocotools"
     """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""

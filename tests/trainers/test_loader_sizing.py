@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.builders.recipes import plan_of, train
+from trainers.loader_sizing import processes
 from trainers.recipes import PLAIN
-from trainers.speedups.loader_sizing import processes
 
 
 @pytest.mark.parametrize(

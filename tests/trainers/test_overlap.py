@@ -29,10 +29,10 @@ from trainers.contract.events import (
     WorkerFailed,
     event_from_json,
 )
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.loading import BadInputError
+from trainers.overlap import Overlap
 from trainers.rank import Rank
-from trainers.speedups.overlap import Overlap
 
 pytestmark = pytest.mark.train
 
@@ -69,7 +69,7 @@ def train_with(plan: TrialPlan, act: Callable[[Event], None]) -> list[Event]:
 
     channel = Channel(push=push, beat=lambda heartbeat: "run")
     try:
-        Rank(plan, Attempt(), Placement(0, 1, 0, 1, "here"), channel).train(0.0)
+        Rank(plan, 0, Placement(0, 1, 0, 1, "here"), channel).train(0.0)
     except Exception:  # noqa: BLE001 - whatever ended training was reported as an event
         assert last(events, WorkerFailed)
     return events
