@@ -37,8 +37,12 @@ from trainers.contract.plan import TrialPlan
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-TRACKING_TIMEOUT_SECONDS = 30.0
-"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox."""
+TRACKING_TIMEOUT_SECONDS = 90.0
+"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox.
+
+Shorter than a job's time to stop (cluster/job.yaml). After half a minute of failures, the process that tracks gives up
+by itself; on a busy machine, it may need longer than that.
+"""
 
 
 class Publication:

@@ -69,7 +69,7 @@ def objects(counts: list[int], seed: int, whole: bool) -> list[Instances]:
     return found
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(0, 7), min_size=1, max_size=5), seed=st.integers(0, 2**20), whole=st.booleans())
 def test_labels_boxes_and_random_choices_are_detectron2s(
     rpns: tuple[RPN, BatchedRPN], counts: list[int], seed: int, whole: bool
@@ -104,7 +104,7 @@ def test_losses_and_their_gradients_are_detectron2s(rpns: tuple[RPN, BatchedRPN]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     seed=st.integers(0, 2**20),
