@@ -1,0 +1,92 @@
+"""The cluster that a run starts or joins: its settings, its dashboard, and calls on its nodes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import requests
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from orchestrator.execution import cluster
+from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, list_nodes
+from orchestrator.experiment.environment import CREDENTIALS
+from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.reading import parse_experiment
+from tests.builders.experiments import tiny_experiment
+
+SECRET = CREDENTIALS[0]
+
+
+def divide(a: float, b: float) -> float:
+    return a / b
+
+
+def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.fixture(scope="module")
+def local_cluster() -> Iterator[cluster.Cluster]:
+    """A local cluster with a dashboard, started by a driver that holds credentials."""
+    before = dict(os.environ)
+    os.environ[SECRET] = "secret"
+    os.environ["RAY_API_SERVER_ADDRESS"] = "http://another-cluster.invalid:8265"
+    try:
+        yield cluster.start_ray(None, dashboard=True)
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster) -> None:
+    assert local_cluster.dashboard is not None
+    status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=60).status_code
+    assert status in (200, 401), "401 where it asks for the token"
+    assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+
+
+def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(local_cluster: cluster.Cluster) -> None:
+    (node,) = list_nodes()
+    names = call_on_nodes(lambda: list(os.environ), {node: ()}, timeout=60)[node]
+    assert isinstance(names, list) and "PATH" in names
+    assert SECRET not in names and "RAY_API_SERVER_ADDRESS" not in names
+    assert os.environ[SECRET] == "secret"
+
+
+def test_a_call_on_a_node_returns_or_raises_or_is_late(local_cluster: cluster.Cluster) -> None:
+    (node,) = list_nodes()
+    assert call_on_nodes(divide, {node: (7, 2)}, timeout=60) == {node: 3.5}
+    assert isinstance(call_on_nodes(divide, {node: (7, 0)}, timeout=60)[node], ZeroDivisionError)
+    assert isinstance(call_on_nodes(sleep, {node: (3600,)}, timeout=0.1)[node], TimeoutError)
+
+
+def test_a_worker_gets_a_node_as_long_as_there_is_room_on_it(local_cluster: cluster.Cluster, tmp_path: Path) -> None:
+    experiment = parse_experiment(tiny_experiment(), "test")
+    (plan,) = expand(experiment, Hardware(num_cpus=1), str(tmp_path / "run"), tmp_path)
+    (node,) = list_nodes()
+    assert choose_nodes(plan) == [{NODE_ID: node.id}]
+    taken = placement_group([{"CPU": node.num_cpus}])
+    assert taken.wait(60)
+    assert choose_nodes(plan) is None
+    remove_placement_group(taken)
+
+
+def test_a_cluster_that_is_joined_shows_runs_and_is_watched_for_preemption(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: dict[str, str] = {}
+
+    def join(address: str, settings: Mapping[str, str]) -> None:
+        joined.update(settings)
+
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "auto", "RAY_CHDIR_TO_TRIAL_DIR": "1"})
+    monkeypatch.setattr(cluster, "_join", join)
+    monkeypatch.setattr(cluster.ray, "nodes", list)
+    assert cluster.start_ray(None, "ens5").dashboard is None
+    assert joined["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+    assert joined["NCCL_SOCKET_IFNAME"] == joined["GLOO_SOCKET_IFNAME"] == "ens5"
+    assert "RAY_CHDIR_TO_TRIAL_DIR" not in joined, "what the job sets stays"
+    assert not {"RAY_TRAIN_METRICS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"} & joined.keys()

@@ -1,0 +1,57 @@
+"""What is used of Ray beyond its documented API: an upgrade that changes it fails here, and not in a run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.train import ScalingConfig, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from orchestrator.execution import cluster, ray_internals
+from tests.builders.commands import ROOT
+
+
+@pytest.fixture
+def bare_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_the_id_of_a_placement_group_ends_with_the_id_of_its_job(bare_ray: None) -> None:
+    assert ray_internals.placement_groups_of_this_job() == []
+    group = placement_group([{"CPU": 1}])
+    assert [each.id for each in ray_internals.placement_groups_of_this_job()] == [group.id]
+    remove_placement_group(group)
+    assert ray_internals.placement_groups_of_this_job() == []
+
+
+def test_a_worker_that_died_is_reported_with_the_reason_inside() -> None:
+    reason = RuntimeError("the node was lost")
+    error = WorkerGroupError("text", {3: WorkerHealthCheckFailedError("a dump of the worker's handle", reason)})
+    assert ray_internals.cause_of_death(error.worker_failures[3]) is reason
+    assert ray_internals.cause_of_death(reason) is reason, "what is not wrapped is the cause itself"
+
+
+def test_each_worker_can_be_given_its_own_node() -> None:
+    assert "label_selector" in inspect.signature(ScalingConfig).parameters
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in cluster.SETTINGS | cluster.LOCAL_SETTINGS | cluster.VISIBLE if "TRAIN" in name)
+)
+def test_ray_train_still_reads_a_setting(name: str) -> None:
+    package = Path(inspect.getfile(ray)).parent / "train"
+    assert any(f'"{name}"' in path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+
+
+def test_private_names_of_ray_are_used_in_one_module_only() -> None:
+    files = [path for package in ("orchestrator", "trainers") for path in (ROOT / package).rglob("*.py")]
+    private = [path.name for path in files if "_internal." in (text := path.read_text()) or "ray._" in text]
+    assert private == [] or private == ["ray_internals.py"]
