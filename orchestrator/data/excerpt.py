@@ -1,4 +1,4 @@
-"""Takes a small, consistent part of a COCO data set: some images of each split with all their annotations."""
+"""Copies a small, consistent part of a COCO data set: some images of each split with all their annotations."""
 
 from __future__ import annotations
 

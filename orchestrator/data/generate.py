@@ -47,7 +47,7 @@ def generate(
     num_processes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Dataset:
-    """Draws a data set of shapes into `to`, in COCO's layout; does nothing where the same one is there already.
+    """Draws a data set of shapes into `to`, in COCO's layout; does nothing where `to` already holds the same one.
 
     Args:
         to: The new folder; its parents are made too.

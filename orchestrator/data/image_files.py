@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK_FILES = 250
 PARALLEL_FROM = 1500
-"""Files from which starting further processes (half a second) pays; a sixth of that where all are decoded."""
+"""Files from which starting more processes (half a second) pays; a sixth of that where all are decoded."""
 
 EXIF_ORIENTATION = 0x0112
 TURNED = {5: "mirrored and turned by 90°", 6: "turned by 90°", 7: "mirrored and turned by 90°", 8: "turned by 90°"}
@@ -129,8 +129,8 @@ def _report_missing(
 ) -> None:
     if len(missing) == num_images > 1:
         example = missing[0].file_name
-        there = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
-        what = f"none of the {num_images:,} images is in this folder, {example!r} for one; {there}"
+        content = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
+        what = f"none of the {num_images:,} images is in this folder, {example!r} for one; {content}"
         hint = "Name the folder that the file_name entries are relative to"
         findings.error("image_missing", str(root), "all images", what, hint)
         return
@@ -139,7 +139,7 @@ def _report_missing(
         path = f"{root}/{image.file_name}"
         near = folded.get(image.file_name.casefold())
         hint = f"Rename {near!r}, which differs in case only" if near else FETCH_AGAIN
-        findings.error("image_missing", path, f"image {image.id}", "the file is not there", hint)
+        findings.error("image_missing", path, f"image {image.id}", "the file does not exist", hint)
 
 
 def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress | None) -> Iterator[tuple[int, Problem]]:
@@ -157,10 +157,8 @@ def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress | None
             except BrokenProcessPool:
                 first, last = chunk[0][0], chunk[0][-1]
                 what = f"the process that checked this and the files up to {last[1]!r} died"
-                yield (
-                    first[0],
-                    Problem("image_check_died", what, "Open these files by hand, or look at the machine's memory"),
-                )
+                hint = "Open these files by hand, or look at the machine's memory"
+                yield first[0], Problem("image_check_died", what, hint)
                 return
             if on_progress is not None:
                 on_progress(min((index + 1) * CHUNK_FILES, len(tasks)), len(tasks))
@@ -195,7 +193,7 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
                 kind, size = image.format, image.size
                 orientation = _read_orientation(image)
                 if verify or (kind == "JPEG" and not ends_well):
-                    _decode(image)
+                    image.convert("RGB")  # decodes it, as detectron2 does
     except MemoryError:
         return Problem("image_corrupt", "the image does not fit into memory", FETCH_AGAIN)
     except PermissionError as error:
@@ -221,11 +219,6 @@ def _read_orientation(image: Image) -> int:
         return 1
 
 
-def _decode(image: Image) -> None:
-    """Decodes as detectron2 does, to RGB; raises what Pillow does."""
-    image.convert("RGB")
-
-
 def _reason(error: Exception, path: str) -> str:
     text = str(error).replace(path, "the file").strip() or type(error).__name__
     return "no image format is recognised" if text.startswith("cannot identify") else text[:120]
@@ -243,5 +236,6 @@ def _check_size(size: tuple[int, int], orientation: int, width: int, height: int
     if orientation in FLIPPED or (orientation in TURNED and width == height):
         turn = FLIPPED.get(orientation) or TURNED[orientation]
         what = f"detectron2 shows it {turn}, as its EXIF orientation {orientation} says"
-        return Problem("exif_ambiguous", what, "See that the annotations fit; re-save it without EXIF orientation")
+        hint = "Make sure that the annotations match, or save the image without EXIF orientation"
+        return Problem("exif_ambiguous", what, hint)
     return None

@@ -77,7 +77,7 @@ def draw_image(rng: np.random.Generator, parameters: ShapesParameters) -> tuple[
     height, width = parameters.height, parameters.width
     image, ground = _draw_ground(rng, height, width)
     wanted = int(rng.integers(parameters.min_shapes, parameters.max_shapes + 1))
-    # The more shapes, the smaller each: three quarters of the picture would be covered were all of them the largest.
+    # The more shapes, the smaller each: three quarters of the image would be covered if all had the largest size.
     largest = min(0.28, 0.55 / math.sqrt(wanted)) * min(height, width)
     masks: list[Mask] = []
     polygons: list[list[float]] = []
@@ -122,7 +122,7 @@ def _draw_ground(rng: np.random.Generator, height: int, width: int) -> tuple[Mas
 
 
 def _paint(rng: np.random.Generator, ground: npt.NDArray[np.float64], num_pixels: int) -> Mask:
-    """Draws a colour well apart from the ground's, with a little noise, for so many pixels."""
+    """Draws a colour that differs clearly from the ground's, with a little noise, for a number of pixels."""
     import numpy as np
 
     colour = rng.uniform(0, 255, 3)
@@ -138,7 +138,7 @@ def _draw_crowd(
     ground: npt.NDArray[np.float64],
     taken: list[Mask],
 ) -> list[dict[str, Any]]:
-    """Strews small shapes of one class where no other shape is; one annotation of uncompressed RLE covers them all."""
+    """Draws small shapes of one class where no other shape is, with one annotation of uncompressed RLE for all."""
     import numpy as np
 
     height, width = parameters.height, parameters.width
@@ -167,7 +167,7 @@ def _annotation(parameters: ShapesParameters, kind: int, polygons: list[list[flo
         encoded = coco_mask.encode(np.asfortranarray(mask))
         segmentation: Any = {"counts": encoded["counts"].decode("ascii"), "size": [parameters.height, parameters.width]}
         return {**_measure(mask, kind), "iscrowd": 0, "segmentation": segmentation}
-    # Of the mask that readers will decode from the polygons, which may differ by an edge pixel from what was drawn.
+    # Measured on the mask that readers decode from the polygons, which may differ by an edge pixel from the drawn one.
     seen = _rasterize(polygons, parameters.height, parameters.width)
     return {**_measure(seen, kind), "iscrowd": 0, "segmentation": polygons}
 
@@ -188,7 +188,7 @@ def _rasterize(polygons: list[list[float]], height: int, width: int) -> Mask:
 
 
 def _trace(mask: Mask) -> list[list[float]]:
-    """Outlines a mask; traced at four times its size, so that the outline runs along pixel edges, not centres."""
+    """Outlines a mask, at four times its size so that the outline runs along pixel edges, not centres."""
     import cv2
     import numpy as np
 
@@ -202,7 +202,7 @@ def _trace(mask: Mask) -> list[list[float]]:
 
 
 def _outline(rng: np.random.Generator, kind: int, radius: float, height: int, width: int) -> list[float]:
-    """Places a shape wholly inside the image, turned by up to 12 degrees: [x0, y0, x1, y1, …], pixels."""
+    """Places a shape inside the image, turned by up to 12 degrees: [x0, y0, x1, y1, …] in pixels."""
     x = float(rng.uniform(radius, max(radius, width - radius)))
     y = float(rng.uniform(radius, max(radius, height - radius)))
     turn = math.radians(float(rng.uniform(-12, 12)))
@@ -214,7 +214,7 @@ def _outline(rng: np.random.Generator, kind: int, radius: float, height: int, wi
 
 
 def _corners(kind: int) -> list[tuple[float, float]]:
-    """Gives the corners of a shape as (angle from upwards, distance from the centre; 1 is the radius)."""
+    """The corners of a shape as (angle from upwards, distance from the centre; 1 is the radius)."""
     full = 2 * math.pi
     name = SHAPE_NAMES[kind] if kind < len(SHAPE_NAMES) else ""
     if name == "square":
@@ -233,5 +233,5 @@ def _corners(kind: int) -> list[tuple[float, float]]:
 
 
 def name_shape(kind: int) -> str:
-    """Names the class of that number, 0 and more."""
+    """The name of a class, by its number from 0."""
     return SHAPE_NAMES[kind] if kind < len(SHAPE_NAMES) else f"polygon of {kind - len(SHAPE_NAMES) + 7} sides"

@@ -1,7 +1,7 @@
-"""How many of a trial's workers each host takes: equally many on each, or none.
+"""How many of a trial's workers each host takes: the same number on each, or none.
 
-detectron2's local process groups assert it, and the fullest host would decide the step of all. Ray Train fills hosts as
-they come, which is equal only by luck; so the hosts are chosen here and named to it.
+detectron2's local process groups require it, and otherwise the fullest host would slow down every step. Ray Train fills
+hosts in any order, so the hosts are chosen here.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def equal_shares(capacities: Mapping[str, int], world_size: int, num_nodes: int 
     Args:
         capacities: Host to the number of workers that fit on it.
         world_size: Number of workers.
-        num_nodes: Number of hosts; None for the fewest that do.
+        num_nodes: Number of hosts; None for as few as possible.
 
     Returns:
-        Host to its number of workers, the roomiest first; None where they do not fit equally.
+        Host to its number of workers, the largest capacity first; None where they do not fit equally.
     """
-    roomiest = sorted(capacities, key=lambda host: (-capacities[host], host))
-    for number in [num_nodes] if num_nodes else range(1, min(world_size, len(roomiest)) + 1):
+    largest = sorted(capacities, key=lambda host: (-capacities[host], host))
+    for number in [num_nodes] if num_nodes else range(1, min(world_size, len(largest)) + 1):
         each, rest = divmod(world_size, number)
-        if not rest and number <= len(roomiest) and capacities[roomiest[number - 1]] >= each:
-            return dict.fromkeys(roomiest[:number], each)
+        if not rest and number <= len(largest) and capacities[largest[number - 1]] >= each:
+            return dict.fromkeys(largest[:number], each)
     return None
 
 
 def smaller(plan: TrialPlan) -> list[TrialPlan]:
-    """The trial with fewer workers, the most first: as few as it allows, over any hosts, with the same batch."""
+    """The trial with fewer workers and the same batch, over any hosts, down to the fewest it allows; the most first."""
     sizes = range(plan.world_size - 1, (plan.min_workers or plan.world_size) - 1, -1)
     fit = [size for size in sizes if plan.solver.global_batch_size % size == 0]
     return [dataclasses.replace(plan, world_size=size, num_nodes=None) for size in fit]

@@ -168,14 +168,14 @@ def judge_nodes(
             what = f"{SHARED_MEMORY} has {_size(free)} free; the loaders hold up to {_size(shared_memory_bytes)} in it"
             hint = "Start the container with --shm-size (or --ipc=host), or set resources.loader_workers lower"
             findings.error("shared_memory", str(SHARED_MEMORY), node, what, hint)
-        other = {
-            package: (report.versions.get(package, "none"), version)
+        other = [
+            f"{package} {report.versions.get(package, 'none')} (driver: {version})"
             for package, version in versions.items()
             if report.versions.get(package) != version
-        }
+        ]
         if other:
-            shown = ", ".join(f"{package} {there} (driver: {here})" for package, (there, here) in other.items())
-            findings.error("node_versions", "packages", node, f"other versions there: {shown}", "Use one image on all")
+            what = f"other versions there: {', '.join(other)}"
+            findings.error("node_versions", "packages", node, what, "Use one image on all nodes")
         for index, (name, total, unused) in enumerate(report.gpus if needs_gpus else []):
             if unused < BUSY_SHARE * total:
                 what = f"GPU {index} ({name}) has {_size(unused)} of {_size(total)} free: something else uses it"

@@ -211,7 +211,7 @@ class Case:
 
 
 CASES = {
-    "a missing image": Case(lambda p: p.image().unlink(), "image_missing", "image 1", "not there"),
+    "a missing image": Case(lambda p: p.image().unlink(), "image_missing", "image 1", "does not exist"),
     "a truncated JPEG": Case(truncate_image, "image_truncated", "image 1", "truncated"),
     "a corrupt image": Case(corrupt_image, "image_corrupt", "image 1", "no image format"),
     "an empty image file": Case(lambda p: p.image().write_bytes(b""), "image_corrupt", "image 1", "empty"),
