@@ -18,7 +18,7 @@ import torch
 from benchmarks import turns
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import Event
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 
 
 def train_in_process(plan: TrialPlan) -> list[Event]:
@@ -39,7 +39,7 @@ def train_in_process(plan: TrialPlan) -> list[Event]:
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
     events: list[Event] = []
     channel = Channel(push=events.append, beat=lambda _: "run")
-    Rank(plan, Attempt(), placement, channel, turns.waiting()).train(entered)
+    Rank(plan, 0, placement, channel, turns.waiting()).train(entered)
     if world_size > 1:
         torch.distributed.destroy_process_group()
     return events

@@ -17,7 +17,6 @@ class CheckpointFiles:
 
     def __init__(self, uri: str) -> None:
         self._files, self.root = pyarrow.fs.FileSystem.from_uri(uri)
-        self._local = isinstance(self._files, pyarrow.fs.LocalFileSystem)
 
     def read(self, path: str) -> bytes:
         """A file's content; raises OSError."""
@@ -27,7 +26,7 @@ class CheckpointFiles:
 
     def write(self, path: str, content: bytes) -> None:
         """Makes a file appear whole or not at all, and makes it last through a power failure; raises OSError."""
-        if not self._local:
+        if not isinstance(self._files, pyarrow.fs.LocalFileSystem):
             with self._files.open_output_stream(path) as stream:  # an object appears when its upload is complete
                 stream.write(content)
             return
@@ -55,13 +54,11 @@ class CheckpointFiles:
         selector = pyarrow.fs.FileSelector(self.root, allow_not_found=True, recursive=True)
         return [info.path for info in self._files.get_file_info(selector) if info.base_name == name]
 
-    def delete_file(self, path: str) -> None:
-        """Deletes a file; raises OSError."""
-        self._files.delete_file(path)
-
-    def delete_folder(self, path: str) -> None:
-        """Deletes a folder with all that is in it; raises OSError."""
-        self._files.delete_dir(path)
+    def delete(self, folder: str, first: str) -> None:
+        """Deletes a folder, of its files one first, which may be missing; raises OSError."""
+        if self._files.get_file_info(f"{folder}/{first}").type == pyarrow.fs.FileType.File:
+            self._files.delete_file(f"{folder}/{first}")
+        self._files.delete_dir(folder)
 
 
 def _sync_folder(folder: Path) -> None:

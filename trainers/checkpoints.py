@@ -234,9 +234,7 @@ class CheckpointStore:
             if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
                 continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
-            if int(match[1]) in valid:
-                self._files.delete_file(f"{self._root}/{name}/{MANIFEST}")
-            self._files.delete_folder(f"{self._root}/{name}")
+            self._files.delete(f"{self._root}/{name}", first=MANIFEST)
 
 
 def _to_cpu(value: Any) -> Any:

@@ -36,7 +36,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry: trains one rank of a trial.
 
     Args:
-        config: `plan` (TrialPlan), `attempt` (Attempt) and `telemetry` (handle of the telemetry actor).
+        config: `plan` (TrialPlan), `attempt` (its number, from 0) and `telemetry` (handle of the telemetry actor).
     """
     entered = time.time()
     import ray

@@ -22,7 +22,6 @@ from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import root_cause
-from orchestrator.figures.sections import began
 from trainers.contract.events import (
     Event,
     Heartbeat,
@@ -35,7 +34,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 
 POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks at the workers."""
@@ -99,8 +98,7 @@ class _Trial:
             What ended it, None when training is done; and why there must be no other start, "" when there may be.
         """
         self.pump.begin(self.number)
-        attempt = Attempt(self.number, began(self._events()) if self.number else None)
-        group = WorkerGroup(self.plan, attempt, self.pump.actor, self.ray_dir)
+        group = WorkerGroup(self.plan, self.number, self.pump.actor, self.ray_dir)
         self._watch(group)
         self.pump.drain()
         finished = next(reversed(self._own(LoopFinished)), None)

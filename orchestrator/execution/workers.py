@@ -23,7 +23,7 @@ from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes
 from orchestrator.execution.ray_internals import placement_groups_of_this_job
 from orchestrator.experiment.placement import smaller
 from trainers.contract.events import WorkerStarted
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.worker import train_loop_per_worker
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ class WorkerGroup:
 
     Args:
         plan: The trial.
-        attempt: Which start of it this is.
+        attempt: Number of this start of it, from 0.
         telemetry: The actor that workers send their events to.
         ray_dir: Folder for Ray Train's own files.
     """
 
-    def __init__(self, plan: TrialPlan, attempt: Attempt, telemetry: Any, ray_dir: str) -> None:
+    def __init__(self, plan: TrialPlan, attempt: int, telemetry: Any, ray_dir: str) -> None:
         self.plan = plan
         """The trial, with as many workers as there was room for."""
         self.error: Exception | None = None
@@ -115,7 +115,7 @@ class WorkerGroup:
                 timeout_s=int(max(plan.timeouts.values())) + 60,
             ),
             run_config=RunConfig(
-                name=f"{plan.name}-attempt{attempt.number}",
+                name=f"{plan.name}-attempt{attempt}",
                 storage_path=self._ray_dir,
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
@@ -126,7 +126,7 @@ class WorkerGroup:
         plan, began = self.plan, time.monotonic()
         while not self._ended.is_set():
             waited = time.monotonic() - began
-            late = self._attempt.number > 0 and waited > SMALLER_AFTER_SECONDS
+            late = self._attempt > 0 and waited > SMALLER_AFTER_SECONDS
             for candidate in [plan, *(smaller(plan) if late else [])]:
                 if nodes := choose_nodes(candidate):
                     self.plan = candidate

@@ -12,7 +12,7 @@ from orchestrator.experiment.spec import Experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.channel import Channel, Command, Placement
 from trainers.contract.events import Event, StepsDone
-from trainers.contract.plan import Attempt, TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.rank import Rank
 
 RETINANET = {key: value for key, value in TINY_OVERRIDES.items() if not key.startswith(("MODEL.ROI", "MODEL.RPN"))} | {
@@ -71,7 +71,7 @@ def train(
             raise Died
 
     channel = Channel(push=push, beat=lambda heartbeat: command[0])
-    rank = Rank(plan, Attempt(attempt), Placement(0, 1, 0, 1, "here"), channel)
+    rank = Rank(plan, attempt, Placement(0, 1, 0, 1, "here"), channel)
     try:
         rank.train(0.0)
     except Died:

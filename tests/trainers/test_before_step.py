@@ -12,7 +12,6 @@ from tests.builders.training import plan_of
 from trainers import before_step
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import Event, StepsDone
-from trainers.contract.plan import Attempt
 from trainers.rank import Rank
 
 calls: list[str] = []
@@ -52,7 +51,7 @@ def test_it_is_called_once_before_every_step(tmp_path: Path) -> None:
         steps.append(rank.activity.iteration)
 
     channel = Channel(push=events.append, beat=lambda _: "run")
-    rank = Rank(plan, Attempt(), Placement(0, 1, 0, 1, "here"), channel, note)
+    rank = Rank(plan, 0, Placement(0, 1, 0, 1, "here"), channel, note)
     rank.train(0.0)
     assert steps == [0, 1, 2]
     assert [event for event in events if isinstance(event, StepsDone)][-1].iteration == 3

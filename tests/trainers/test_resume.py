@@ -19,7 +19,6 @@ from trainers.contract.events import (
     StepsDone,
     WorkerFailed,
 )
-from trainers.contract.plan import Attempt
 from trainers.faults import VARIABLE, Fault, fired
 from trainers.rank import Rank
 
@@ -61,7 +60,7 @@ def test_what_detectron2_refuses_as_nan_is_told_as_such_with_the_images(
     events: list[Event] = []
     rank = Rank(
         plan_of(tmp_path, "mask_rcnn"),
-        Attempt(),
+        0,
         Placement(0, 1, 0, 1, "here"),
         Channel(push=events.append, beat=lambda heartbeat: "run"),
     )

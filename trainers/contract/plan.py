@@ -1,4 +1,4 @@
-"""What the driver hands to a trial's workers: the plan of the trial, and which start of it this is."""
+"""The plan of a trial, which the driver passes to its workers. Standard library only."""
 
 from __future__ import annotations
 
@@ -142,14 +142,3 @@ class TrialPlan:
     def batch_per_worker(self) -> int:
         """Images per iteration on one worker."""
         return self.solver.global_batch_size // self.world_size
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One start of a trial's workers: the first, or one after a failure or `--resume`."""
-
-    number: int = 0
-    """0 for the first."""
-    train_started: float | None = None
-    """When the training function of attempt 0 first ran (Unix seconds); None in attempt 0. The seed clock counts from
-    here."""
