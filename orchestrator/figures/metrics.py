@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.catalog import FIGURES
-from orchestrator.figures.records import ScalingRow, TrialResult
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.scaling_records import ScalingRow
 from orchestrator.figures.steps import JointWindow
 from trainers.contract.events import Evaluated
 

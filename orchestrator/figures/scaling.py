@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Literal
 
-from orchestrator.figures.records import RepeatRow, ScalingFit, ScalingRow, TrialResult
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
 from orchestrator.figures.spread import Interval, ratio_between_repeats, ratio_within_runs, spread
 from orchestrator.figures.throughput import matched, rate
 

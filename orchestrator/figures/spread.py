@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.figures.records import CurvePoint, Spread
+from orchestrator.figures.records import CurvePoint
+from orchestrator.figures.scaling_records import Spread
 from orchestrator.figures.throughput import join_points, rate
 
 MAX_BATCHES = 10

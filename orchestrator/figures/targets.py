@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.figures.logged_plan import Plan
-from trainers.contract.events import Evaluated
+from trainers.contract.events import Evaluated, Event
 from trainers.contract.targets import all_met, is_met
 
 
 def has_target(plan: Plan) -> bool:
     """Whether the trial is meant to reach an AP."""
     return plan.target_box_ap is not None or plan.target_mask_ap is not None
+
+
+def first_evaluations(events: Sequence[Event]) -> list[Evaluated]:
+    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
+    attempts: dict[int, int] = {}
+    evaluations = (e for e in events if isinstance(e, Evaluated))
+    first = [e for e in evaluations if attempts.setdefault(e.iteration, e.attempt) == e.attempt]
+    return sorted(first, key=lambda event: event.iteration)
 
 
 def first_to_meet(plan: Plan, evaluations: Sequence[Evaluated]) -> tuple[Evaluated, float] | None:

@@ -14,7 +14,7 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
 from orchestrator.figures.sections import LoopRun, began, loop_runs, sections
 from orchestrator.figures.steps import PARTS, data_wait_share, peak_memory, quantiles, rank_figures, step_parts
-from orchestrator.figures.targets import box_target_met, first_to_meet, has_target
+from orchestrator.figures.targets import box_target_met, first_evaluations, first_to_meet, has_target
 from orchestrator.figures.throughput import MAX_POINTS, drift_ratio, rate_curve, skew, throughput
 from trainers.contract.events import (
     CheckpointSaved,
@@ -102,7 +102,7 @@ def _facts(plan: Plan, events: Sequence[Event]) -> _Facts:
         attempts=attempts,
         finished=finished,
         iterations=max(done, default=0 if attempts else None),
-        evaluations=_first_evaluations(events),
+        evaluations=first_evaluations(events),
         driver_start=next((e.time for e in _all(events, TrialStarted)), None),
         worker_start=began(events) if start_known else None,
         loop_start=attempts[0].started if attempts and start_known else None,
@@ -278,13 +278,6 @@ def _printed(trial: _Facts, log: LogReplayed, wall_rate: float | None) -> dict[s
 def _has_times(trial: _Facts) -> bool:
     """Whether moments are known; older versions named them after the evaluations."""
     return not trial.unknown & {"times", "evaluations_clock"}
-
-
-def _first_evaluations(events: Sequence[Event]) -> list[Evaluated]:
-    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
-    attempts: dict[int, int] = {}
-    first = [e for e in _all(events, Evaluated) if attempts.setdefault(e.iteration, e.attempt) == e.attempt]
-    return sorted(first, key=lambda event: event.iteration)
 
 
 def _cost(plan: Plan, seconds: float | None) -> float | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from operator import attrgetter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,16 +18,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.experiment.reading import to_yaml
-from orchestrator.figures.catalog import FIGURES, SECTIONS
-from orchestrator.figures.notation import NOT_MEASURED
+from orchestrator.figures.catalog import SECTIONS
 from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
+from orchestrator.report.details import detail_tables
 from orchestrator.report.drawing import ReportInput
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS, anchor_of, section_of
 from orchestrator.report.samples import MIN_SCORE, Sample, sample_pictures
 from orchestrator.report.table import table_cells, table_rows
-from orchestrator.report.timings import SECTION_NAMES
-from orchestrator.runlog.folder import RunFolder, TrialEvents
+from orchestrator.runlog.folder import RunFolder
 from trainers.contract.events import LoopStarted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,20 +39,6 @@ NOISE = (
     "cannot see what differs from run to run."
 )
 """When a difference counts as more than noise (docs/measurement.md, "Noise")."""
-
-
-@dataclass(frozen=True, slots=True)
-class DetailTable:
-    """A table of figures that the results have no room for."""
-
-    title: str
-    """Its heading."""
-    headings: list[str]
-    """Headings of its columns."""
-    rows: list[list[str]]
-    """Its cells."""
-    text: bool = False
-    """Whether it holds text more than numbers."""
 
 
 def html_page(runs: Sequence[RunFolder], place: Path) -> str:
@@ -86,7 +70,7 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
         names=names,
         runs=[_run_values(name, run) for name, run in zip(names, runs, strict=True)],
         figures=drawn,
-        details=_details(trials),
+        details=detail_tables(trials),
         definitions=_definitions(),
         noise=NOISE,
         docs=quote(os.path.relpath(ROOT / "docs" / "measurement.md", place)),
@@ -99,13 +83,13 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
 
 def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
     result = run.result
-    headings, cells = table_cells(result)
+    headings, lines = table_cells(result)
     samples, trial, missing = _samples(run)
     return {
         "label": name,
         "result": result,
         "headings": headings,
-        "rows": list(zip(table_rows(result), cells, strict=True)),
+        "rows": list(zip(table_rows(result), lines, strict=True)),
         "samples": samples,
         "samples_trial": trial,
         "samples_missing": missing,
@@ -131,59 +115,7 @@ def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
 def _definitions() -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Anchor and heading of every section that is linked to, with its figures' headings and definitions."""
     sections = dict.fromkeys(section_of(key) for key in (*(plot.key for plot in PLOTS), *DEFINED))
-    return [(anchor_of(s), s, [(row.heading, row.definition) for row in SECTIONS[s]]) for s in sections]
-
-
-WALL_KEYS = ("sections.wall", *(f"sections.{name}" for name in SECTION_NAMES))
-EVALUATION_KEYS = (
-    "evaluations.epoch", "evaluations.box_ap", "evaluations.mask_ap", "evaluations.elapsed_seconds",
-    "evaluations.seconds",
-)  # fmt: skip
-STEP_KEYS = (
-    "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
-    "rank_skew", "peak_memory_gib", "num_restarts",
-)  # fmt: skip
-RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
-
-
-def _details(trials: Sequence[TrialEvents]) -> list[DetailTable]:
-    restarts = [
-        [t.label, str(r.attempt), r.cause, r.message, *_cells(r, RESTART_KEYS)]
-        for t in trials
-        for r in t.trial.restarts
+    return [
+        (anchor_of(section), section, [(row.heading, row.definition.replace("`", "")) for row in SECTIONS[section]])
+        for section in sections
     ]
-    tables = [
-        DetailTable(
-            "Wall clock by section, seconds",
-            ["Trial", *_headings(WALL_KEYS)],
-            [[t.label, *_cells(t.trial, WALL_KEYS)] for t in trials if t.trial.sections],
-        ),
-        DetailTable(
-            "Evaluations",
-            ["Trial", "Iteration", *_headings(EVALUATION_KEYS)],
-            [[t.label, str(e.iteration), *_cells(e, EVALUATION_KEYS)] for t in trials for e in t.trial.evaluations],
-        ),
-        DetailTable(
-            "Steps and memory",
-            ["Trial", *_headings(STEP_KEYS), "Device"],
-            [
-                [t.label, *_cells(t.trial, STEP_KEYS), t.trial.device_name or t.trial.device or NOT_MEASURED]
-                for t in trials
-            ],
-        ),
-        DetailTable(
-            "Restarts", ["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts, text=True
-        ),
-    ]
-    return [table for table in tables if table.rows]
-
-
-def _headings(keys: Sequence[str]) -> list[str]:
-    return [FIGURES[key].heading for key in keys]
-
-
-def _cells(record: Any, keys: Sequence[str]) -> list[str]:
-    """Figures of a record as text; `record` is a trial's, or one of the list that the keys begin with."""
-    listed = keys[0].startswith(("evaluations.", "restarts."))
-    values = ((FIGURES[key], attrgetter(key.partition(".")[2] if listed else key)(record)) for key in keys)
-    return [figure.text(value).replace("-0.0", "0.0") for figure, value in values]

@@ -82,8 +82,8 @@ class Row:
     note: str = ""
     """Why a figure is missing, for a person; or the reference's source."""
 
-    def cells(self, *, with_costs: bool = False) -> tuple[str, ...]:
-        """Its cells as text: name, workers, and `COLUMNS`; those of the costs on request."""
+    def texts(self, *, with_costs: bool = False) -> tuple[str, ...]:
+        """What its columns show: name, workers, and `COLUMNS`; those of the costs on request."""
         runs = f" (median of {self.num_trials})" if self.num_trials > 1 else ""
         failed = f" [{self.status}]" if self.status not in ("", "FINISHED") else ""
         reference = " (reference)" if self.kind == "reference" else ""
@@ -93,7 +93,7 @@ class Row:
 
 
 def table_cells(result: ExperimentResult, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the table as people see it.
+    """Headings and lines of the table as people see it.
 
     Args:
         result: The run.
@@ -105,7 +105,7 @@ def table_cells(result: ExperimentResult, *, narrow: bool = False) -> tuple[list
     columns = [column for column in COLUMNS if priced or column.key not in COSTS]
     workers = FIGURES["world_size"]
     headings = ["Run", *((c.short if narrow else c.heading) for c in (workers, *columns))]
-    lines = [list(row.cells(with_costs=priced)) for row in rows]
+    lines = [list(row.texts(with_costs=priced)) for row in rows]
     if not narrow:
         return headings, lines
     left_out = {

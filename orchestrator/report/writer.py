@@ -90,9 +90,9 @@ def markdown_comparison(runs: Sequence[RunFolder]) -> str:
         lines += [f"## {escape_markdown(name)}", "", markdown_table(run.result)]
     lines += [f"## What differs from {escape_markdown(names[0])}", ""]
     differences = result_differences(runs[0], list(zip(names[1:], runs[1:], strict=True)))
-    cells = [(d.other_label, d.what, d.figure, d.base, d.other, d.ratio, d.verdict) for d in differences]
+    compared = [(d.other_label, d.what, d.figure, d.base, d.other, d.ratio, d.verdict) for d in differences]
     headings = ["Run", "Trial", "Figure", names[0], "Other", "Ratio (95 % interval)", "More than noise?"]
-    lines += _markdown_rows(headings, cells)
+    lines += _markdown_rows(headings, compared)
     for title, table in (("Config", config_table), ("Environment", environment_table)):
         rows = [(key, *values) for key, values in differing([table(run) for run in runs])]
         lines += ["", f"### {title}", "", *(_markdown_rows(["Key", *names], rows) if rows else ["Nothing."])]
@@ -112,5 +112,5 @@ def csv_comparison(runs: Sequence[RunFolder]) -> str:
 
 
 def _markdown_rows(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(map(escape_markdown, cells))} |" for cells in (headings, *rows)]
+    lines = [f"| {' | '.join(map(escape_markdown, row))} |" for row in (headings, *rows)]
     return [lines[0], "|" + ":---|" * len(headings), *lines[1:]]

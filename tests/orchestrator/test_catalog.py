@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from orchestrator.figures import records
+from orchestrator.figures import records, scaling_records
 from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
 from orchestrator.figures.metrics import evaluation_metrics, scaling_metrics, trial_metrics, window_metrics
 from orchestrator.figures.steps import WindowJoin
@@ -41,8 +41,8 @@ def _types(annotation: object) -> tuple[object, ...]:
         (records.Evaluation, "evaluations."),
         (records.Sections, "sections."),
         (records.Restart, "restarts."),
-        (records.ScalingRow, "scaling."),
-        (records.ScalingFit, "fits."),
+        (scaling_records.ScalingRow, "scaling."),
+        (scaling_records.ScalingFit, "fits."),
     ],
 )
 def test_every_field_of_a_record_is_described_once(record, prefix):
@@ -81,7 +81,7 @@ def test_a_trial_sends_the_metrics_it_always_sent():
     join = WindowJoin(made.trial.world_size)
     windows = [join.add(event) for event in made.events if isinstance(event, StepsDone)]
     evaluation = next(event for event in made.events if isinstance(event, Evaluated))
-    row = records.ScalingRow(
+    row = scaling_records.ScalingRow(
         recipe="reference", kind="weak", world_size=2, base_world_size=1, speed_up=2.0, efficiency=1.0
     )
     assert set(window_metrics(windows[1])) == {

@@ -1,3 +1,5 @@
+"""A trial's record from its events, by figures worked out by hand."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""Repeats, speed-up with its interval, and the projection."""
+
 import random
 
 import pytest

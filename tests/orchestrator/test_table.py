@@ -1,3 +1,5 @@
+"""The closing table for terminal, Markdown and CSV."""
+
 import csv
 import io
 
@@ -5,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.records import ExperimentResult, ScalingRow, TrialResult
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.scaling_records import ScalingRow
 from orchestrator.report.table import (
     closing_table,
     csv_table,
@@ -46,14 +49,14 @@ def test_a_row_shows_the_seeds_columns_with_units_and_efficiency():
         mask_ap=34.4821,
     )
     (row,) = table_rows(_result(trial, scaling=[scaling]))
-    assert row.cells() == (
+    assert row.texts() == (
         "reference-8xcuda", "8", "22,898", "22,922", "55.27", "37.83", "34.48", "5.72", "71.5 %",
     )  # fmt: skip
 
 
 def test_what_was_not_measured_is_a_dash_and_its_reason_stands_below():
     result = _result(_trial(reason="target not reached in 600 iterations"))
-    assert table_rows(result)[0].cells()[2:] == ("–",) * 7
+    assert table_rows(result)[0].texts()[2:] == ("–",) * 7
     assert "target not reached in 600 iterations" in _text(result)
     assert "target not reached in 600 iterations" in markdown_table(result)
 

@@ -1,3 +1,5 @@
+"""Throughput, the drift curve and quantiles of steps."""
+
 import math
 
 import pytest
