@@ -20,10 +20,10 @@ def placement_groups_of_this_job() -> list[PlacementGroup]:
     ]
 
 
-def cause_of_death(failure: Exception) -> Exception:
-    """Why a worker died, from what `WorkerGroupError.worker_failures` has for its rank.
+def cause_of_death(failure: Exception) -> Exception | None:
+    """Why a worker died, from what `WorkerGroupError.worker_failures` has for its rank; None where it just raised that.
 
     Ray Train wraps it in an exception that is not public, whose own text is a dump of the worker's handle.
     """
-    cause: Exception = getattr(failure, "health_check_failure", failure)
+    cause: Exception | None = getattr(failure, "health_check_failure", None)
     return cause

@@ -159,6 +159,9 @@ class _Trial:
             self._emit_dead("worker_lost", rank, f"its node {host} was lost")
         for rank in dead.keys() - lost.keys():
             reason = cause_of_death(dead[rank])
+            if reason is None:  # the training function raised before it could report that, as an import may do
+                self._emit_dead("unknown", rank, f"{type(dead[rank]).__name__}: {dead[rank]}")
+                continue
             text = str(reason)
             kind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
             self._emit_dead(kind, rank, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}")

@@ -2,7 +2,7 @@
 
 A host is a process that sleeps in new network, mount, process and name namespaces; what runs "on" it is started through
 `nsenter`, and ends with it. Several hosts hang on one bridge, in a namespace of its own: the machine's network is left
-alone. The trap it protects against: nodes that share a /tmp or a loopback pass tests that two machines would fail.
+alone: nodes that share a /tmp or a loopback pass tests that two machines would fail.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def test_nobody_gets_in_without_the_token(cluster: ClusterOfHosts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "home", "told"),
+    ("address", "home", "message"),
     [
         ("http://10.77.0.5:5000", "/tmp/nobody", "asks for user and password"),  # noqa: S108
         ("http://admin:wrong@10.77.0.5:5000", "/tmp/home", "refuses the user admin"),  # noqa: S108
@@ -157,12 +157,12 @@ def test_nobody_gets_in_without_the_token(cluster: ClusterOfHosts) -> None:
     ],
 )
 def test_a_tracking_server_that_cannot_be_used_is_said_to_be_so(
-    cluster: ClusterOfHosts, address: str, home: str, told: str
+    cluster: ClusterOfHosts, address: str, home: str, message: str
 ) -> None:
     run = f"cd {ROOT} && python -m orchestrator.run --preflight --set tracking.uri={address} --set storage.path=/tmp/r"
     done = cluster.head.run(run, HOME=home)
     assert done.returncode == 2, done.stdout
-    assert told in " ".join(done.stdout.split()), done.stdout
+    assert message in " ".join(done.stdout.split()), done.stdout
     assert "wrong" not in done.stdout
 
 

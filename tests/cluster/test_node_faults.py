@@ -56,19 +56,18 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def bench_and_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Bench, Nodes]]:
-    import ray
-
-    from orchestrator.execution.cluster import RAY_TRAIN_SETTINGS
+    from orchestrator.execution.cluster import SETTINGS, VISIBLE, shutdown, start_ray
 
     folder = tmp_path_factory.mktemp("nodes")
     faults_file = folder / "faults.json"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**RAY_TRAIN_SETTINGS, VARIABLE: str(faults_file), "RAY_AUTH_MODE": "disabled"}.items():
+        settings = SETTINGS | VISIBLE | {VARIABLE: str(faults_file), "RAY_AUTH_MODE": "disabled"}
+        for name, value in settings.items():
             patch.setenv(name, value)
         nodes = Nodes()
-        ray.init(address=nodes.cluster.address, log_to_driver=False)
+        start_ray(nodes.cluster.address)
         yield Bench(folder, faults_file), nodes
-        ray.shutdown()
+        shutdown()
         nodes.cluster.shutdown()
 
 
@@ -125,7 +124,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     nodes.add("127.0.0.5")  # the next test loses one too, also where this one fails
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert {event.attempt: event.world_size for event in outcome.of(WorkerStarted)} == {0: 2, 1: 1}
-    # The other node's rank told of a broken connection, or its own did not answer: the node's loss is the cause.
+    # The other node's rank reported a broken connection, or its own did not answer: the node's loss is the cause.
     (restart,) = outcome.of(TrialRestarted)
     assert restart.failure == "worker_lost" and restart.message.endswith("was lost")
     assert outcome.rows == control.rows, "every point of every curve, once"

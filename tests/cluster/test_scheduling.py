@@ -60,8 +60,8 @@ def test_the_scheduler_puts_workers_where_the_plan_does(
     """By Ray's own placement of the same bundles: what Ray Train asks for its workers."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-    from orchestrator.execution.cluster import choose_nodes
-    from orchestrator.preflight.cluster import check_fit, list_nodes
+    from orchestrator.execution.nodes import choose_nodes, list_nodes
+    from orchestrator.preflight.cluster import check_fit
 
     ray = four_hosts_of_eight
     (plan,) = plans(tmp_path, world_size, num_nodes=num_nodes)
@@ -81,8 +81,8 @@ def test_the_scheduler_puts_workers_where_the_plan_does(
 
 
 def test_what_does_not_spread_equally_is_refused(four_hosts_of_eight: Any, tmp_path: Any) -> None:
-    from orchestrator.execution.cluster import choose_nodes
-    from orchestrator.preflight.cluster import check_fit, list_nodes
+    from orchestrator.execution.nodes import choose_nodes, list_nodes
+    from orchestrator.preflight.cluster import check_fit
 
     for world_size, code in ((9, None), (20, None), (28, None), (31, "uneven_nodes"), (33, "too_few_gpus")):
         (plan,) = plans(tmp_path, world_size)
@@ -94,7 +94,7 @@ def test_what_does_not_spread_equally_is_refused(four_hosts_of_eight: Any, tmp_p
 def test_hosts_that_another_job_has_taken_are_not_chosen(four_hosts_of_eight: Any, tmp_path: Any) -> None:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from orchestrator.execution.cluster import choose_nodes
+    from orchestrator.execution.nodes import choose_nodes
 
     ray = four_hosts_of_eight
     (plan,) = plans(tmp_path, 16)

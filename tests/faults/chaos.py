@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         faults_file = Path(folder) / "faults.json"
         os.environ[VARIABLE] = str(faults_file)
-        from orchestrator.execution.cluster import start_ray
+        from orchestrator.execution.cluster import shutdown, start_ray
 
         start_ray(None)
         bench = Bench(Path(folder), faults_file)
@@ -126,9 +126,7 @@ def main() -> int:
         if recoveries:
             worst, middle = max(recoveries), statistics.median(recoveries)
             print(f"recovery, from the failure to the end of the next step: median {middle:.1f} s, worst {worst:.1f} s")
-        import ray
-
-        ray.shutdown()
+        shutdown()
     return 1 if failed else 0
 
 

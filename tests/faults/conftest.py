@@ -14,16 +14,14 @@ from trainers.faults import VARIABLE
 @pytest.fixture(scope="package")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A Ray with two CPUs whose workers look for faults."""
-    import ray
-
-    from orchestrator.execution.cluster import start_ray
+    from orchestrator.execution.cluster import shutdown, start_ray
 
     folder = tmp_path_factory.mktemp("faults")
     faults_file = folder / "faults.json"
     os.environ[VARIABLE] = str(faults_file)
     start_ray(None)
     yield Bench(folder, faults_file)
-    ray.shutdown()
+    shutdown()
     del os.environ[VARIABLE]
 
 
