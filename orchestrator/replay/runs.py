@@ -1,7 +1,7 @@
 """Finds the training runs in a detectron2 log: starts, progress, evaluations, closing figures.
 
 A file may hold several runs, or one run that was started again; two runs that wrote into one file at once are an error,
-for their figures cannot be told apart.
+for their figures cannot be separated.
 """
 
 from __future__ import annotations

@@ -8,15 +8,15 @@ from orchestrator.report.airank import airank_log, airank_table, system_informat
 from tests.builders.trials import TrialBuilder, plan, trained
 
 
-def _log(story: TrialBuilder) -> list[str]:
-    return airank_log(story.trial, story.events, trial_result(story.trial, story.events)).splitlines()
+def _log(made: TrialBuilder) -> list[str]:
+    return airank_log(made.trial, made.events, trial_result(made.trial, made.events)).splitlines()
 
 
 def _keys(lines: list[str]) -> list[str]:
     return [re.split(r"[:,]", line.split(" ", 2)[2])[0] for line in lines]
 
 
-def test_the_lines_stand_in_the_order_of_the_rules():
+def test_the_lines_come_in_the_order_of_the_rules():
     assert _keys(_log(trained())) == [
         "load_data", "test_begin", "eval_accuracy", "eval_accuracy", "target_quality_time", "test_finish",
         "total_use_time", "avg_ips",
@@ -44,43 +44,43 @@ def test_a_target_that_was_not_met_has_no_line():
 
 
 def test_a_trial_that_broke_off_has_no_finish():
-    story = trained()
-    story.events = [e for e in story.events if e.kind != "loop_finished"]
-    assert _keys(_log(story))[-1] == "target_quality_time"
+    made = trained()
+    made.events = [e for e in made.events if e.kind != "loop_finished"]
+    assert _keys(_log(made))[-1] == "target_quality_time"
 
 
 def test_a_trial_that_never_began_has_no_lines():
-    story = TrialBuilder(plan())
-    story.started()
-    story.ended(5.0, "FAILED", "no such data")
-    assert _log(story) == []
+    made = TrialBuilder(plan())
+    made.started()
+    made.ended(5.0, "FAILED", "no such data")
+    assert _log(made) == []
 
 
 def test_the_checksum_is_of_the_training_annotations(tmp_path):
     (tmp_path / "train.json").write_bytes(b"{}")
-    story = trained()
-    trial = plan(train=story.trial.train.__class__("t", str(tmp_path / "train.json"), ""))
-    text = airank_log(trial, story.events, trial_result(trial, story.events))
+    made = trained()
+    trial = plan(train=made.trial.train.__class__("t", str(tmp_path / "train.json"), ""))
+    text = airank_log(trial, made.events, trial_result(trial, made.events))
     assert "checksum:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a" in text
-    assert "checksum:unknown" in _log(story)[0]
+    assert "checksum:unknown" in _log(made)[0]
 
 
 def test_what_is_not_known_of_a_machine_is_null():
-    story = trained()
-    system = system_information(story.trial, story.events, trial_result(story.trial, story.events))
+    made = trained()
+    system = system_information(made.trial, made.events, trial_result(made.trial, made.events))
     assert system["accelerator_name"] == "Test CPU" and system["accelerator_memory_capacity"] is None
     assert system["accelerators_per_node"] == 2 and system["number_of_nodes"] == 1
     assert system["host_memory_capacity"] is None
 
 
-def test_both_files_lie_in_the_trials_folder(tmp_path):
-    story = trained()
-    log, system = write_airank(story.trial, story.events, trial_result(story.trial, story.events), tmp_path / "t")
+def test_both_files_are_in_the_trials_folder(tmp_path):
+    made = trained()
+    log, system = write_airank(made.trial, made.events, trial_result(made.trial, made.events), tmp_path / "t")
     assert log.read_text().startswith("AI-Rank-log") and json.loads(system.read_text())["framework"] == "detectron2"
 
 
 def test_the_summary_table_has_the_rules_columns(tmp_path):
-    trials = [trial_result(story.trial, story.events) for story in (trained(),)]
+    trials = [trial_result(made.trial, made.events) for made in (trained(),)]
     result = ExperimentResult(
         experiment="x", status="FINISHED", started="now", trials=trials, scaling=scaling_rows(trials)
     )

@@ -18,8 +18,8 @@ from trainers.contract.events import LoopStarted
 from trainers.contract.plan import DatasetPlan
 
 
-def _text(story: TrialBuilder, **options: Any) -> str:
-    return mllog_text(story.trial, story.events, trial_result(story.trial, story.events), **options)
+def _text(made: TrialBuilder, **options: Any) -> str:
+    return mllog_text(made.trial, made.events, trial_result(made.trial, made.events), **options)
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
@@ -60,11 +60,11 @@ def test_what_a_run_does_after_its_target_is_not_on_the_clock():
 
 
 def test_a_run_that_missed_its_target_is_aborted_and_only_that_rule_fails():
-    story = trained(val=DatasetPlan("coco_2017_val", "", ""), target_box_ap=90.0, target_mask_ap=90.0)
-    story.events = [e for e in story.events if e.kind != "evaluated"]
-    story.evaluated(27.0, 8, 20.0, 18.0)
-    story.events.sort(key=lambda e: e.time)
-    text = _text(story)
+    made = trained(val=DatasetPlan("coco_2017_val", "", ""), target_box_ap=90.0, target_mask_ap=90.0)
+    made.events = [e for e in made.events if e.kind != "evaluated"]
+    made.evaluated(27.0, 8, 20.0, 18.0)
+    made.events.sort(key=lambda e: e.time)
+    text = _text(made)
     (stop,) = [line for line in _lines(text) if line["key"] == "run_stop"]
     assert stop["metadata"]["status"] == "aborted"
     (rule,) = failed_rules(text)
@@ -72,34 +72,34 @@ def test_a_run_that_missed_its_target_is_aborted_and_only_that_rule_fails():
 
 
 def test_a_run_without_evaluation_names_the_missing_keys():
-    story = trained()
-    story.events = [e for e in story.events if e.kind != "evaluated"]
-    rules = failed_rules(_text(story, division="closed"))
+    made = trained()
+    made.events = [e for e in made.events if e.kind != "evaluated"]
+    rules = failed_rules(_text(made, division="closed"))
     assert rules == ["Required AT_LEAST_ONE occurrence of 'eval_accuracy' but found 0"]
 
 
 def test_a_restart_in_the_middle_leaves_one_run_and_one_stop():
-    story = trained(val=DatasetPlan("coco_2017_val", "", ""), target_box_ap=52.0, target_mask_ap=33.9)
-    story.events = [e for e in story.events if e.time < story.epoch + 21]
-    story.restarted(22.0, iteration=4)
-    story.workers(30.0)
-    story.loop(31.0, iteration=4)
+    made = trained(val=DatasetPlan("coco_2017_val", "", ""), target_box_ap=52.0, target_mask_ap=33.9)
+    made.events = [e for e in made.events if e.time < made.epoch + 21]
+    made.restarted(22.0, iteration=4)
+    made.workers(30.0)
+    made.loop(31.0, iteration=4)
     for rank in (0, 1):
-        story.steps(35.0, 4, 1.0, 1.0, 1.0, 1.0, rank=rank)
-    story.evaluated(37.0, 8, 55.0, 46.0)
-    story.finished(37.0, 8)
-    story.ended(38.0)
-    text = _text(story)
+        made.steps(35.0, 4, 1.0, 1.0, 1.0, 1.0, rank=rank)
+    made.evaluated(37.0, 8, 55.0, 46.0)
+    made.finished(37.0, 8)
+    made.ended(38.0)
+    text = _text(made)
     assert _times(text, "run_start") == [14] and _times(text, "run_stop") == [37]
     assert failed_rules(text) == []
 
 
 def test_a_trial_that_never_trained_has_no_log(tmp_path):
-    story = TrialBuilder(plan())
-    story.started()
-    story.ended(5.0, "FAILED", "no such data")
-    result = trial_result(story.trial, story.events)
-    assert write_mllog(story.trial, story.events, result, tmp_path) is None
+    made = TrialBuilder(plan())
+    made.started()
+    made.ended(5.0, "FAILED", "no such data")
+    result = trial_result(made.trial, made.events)
+    assert write_mllog(made.trial, made.events, result, tmp_path) is None
 
 
 def test_the_line_says_that_it_is_no_submission():
@@ -119,13 +119,13 @@ def demo() -> TrialBuilder:
     experiment = load_experiment(DEFAULT_CONFIG)
     trial = expand(experiment, Hardware(), "/runs/demo", DEFAULT_CONFIG)[0]
     candidates = model_value(experiment, "MODEL.RPN.POST_NMS_TOPK_TRAIN")
-    story = trained(
+    made = trained(
         val=trial.val, world_size=trial.world_size, target_box_ap=trial.target_box_ap, seed=trial.seed,
         target_mask_ap=45.0, **{f: getattr(trial.solver, f) for f in ("global_batch_size", "base_lr", "steps")},
     )  # fmt: skip
     config = CONFIG_YAML.replace("POST_NMS_TOPK_TRAIN: 1000", f"POST_NMS_TOPK_TRAIN: {candidates}")
-    story.events = [replace(e, config_yaml=config) if isinstance(e, LoopStarted) else e for e in story.events]
-    return story
+    made.events = [replace(e, config_yaml=config) if isinstance(e, LoopStarted) else e for e in made.events]
+    return made
 
 
 def test_the_demo_passes_the_open_divisions_rules_whole(demo):

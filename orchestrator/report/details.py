@@ -1,0 +1,85 @@
+"""Tables of the report with the figures that the results have no room for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from orchestrator.figures.catalog import FIGURES
+from orchestrator.figures.notation import NOT_MEASURED
+from orchestrator.report.timings import SECTION_NAMES
+from orchestrator.runlog.folder import TrialEvents
+
+WALL_KEYS = ("sections.wall", *(f"sections.{name}" for name in SECTION_NAMES))
+EVALUATION_KEYS = (
+    "evaluations.iteration", "evaluations.epoch", "evaluations.box_ap", "evaluations.mask_ap",
+    "evaluations.elapsed_seconds", "evaluations.seconds",
+)  # fmt: skip
+COCO_COLUMNS = {"box_ap50": "Box AP50", "mask_ap50": "Mask AP50"}
+STEP_KEYS = (
+    "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
+    "rank_skew", "peak_memory_gib", "num_restarts",
+)  # fmt: skip
+RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
+"""Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
+
+
+@dataclass(frozen=True, slots=True)
+class DetailTable:
+    """A table of the report."""
+
+    title: str
+    """Its heading."""
+    headings: list[str]
+    """Headings of its columns."""
+    rows: list[list[str]]
+    """Its rows."""
+    text: bool = False
+    """Whether it holds text more than numbers."""
+
+
+def detail_tables(trials: Sequence[TrialEvents]) -> list[DetailTable]:
+    """The tables that have a row.
+
+    Args:
+        trials: The trials, whose labels begin their rows.
+    """
+    wall, evaluations, steps, restarts = [], [], [], []
+    coco = FIGURES["evaluations.figures.*"]
+    for trial in trials:
+        record = trial.trial
+        if record.sections:
+            wall.append([trial.label, *_cells(record, WALL_KEYS)])
+        for evaluation in record.evaluations:
+            more = [coco.text(evaluation.figures.get(name)) for name in COCO_COLUMNS]
+            evaluations.append([trial.label, *_cells(evaluation, EVALUATION_KEYS), *more])
+        device = f"{record.world_size} × {record.device_name or record.device or NOT_MEASURED}"
+        steps.append([trial.label, *_cells(record, STEP_KEYS), device])
+        for restart in record.restarts:
+            what = [str(restart.attempt), restart.cause, restart.message]
+            restarts.append([trial.label, *what, *_cells(restart, RESTART_KEYS)])
+    tables = [
+        DetailTable("Wall clock by section, seconds", ["Trial", *_headings(WALL_KEYS)], wall),
+        DetailTable("Evaluations", ["Trial", *_headings(EVALUATION_KEYS), *COCO_COLUMNS.values()], evaluations),
+        DetailTable("Steps and memory", ["Trial", *_headings(STEP_KEYS), "Device"], steps),
+        DetailTable(
+            "Restarts", ["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts, text=True
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    return [FIGURES[key].heading for key in keys]
+
+
+def _cells(record: Any, keys: Sequence[str]) -> list[str]:
+    """Figures of a record as text; `record` is a trial's, or one of the list that the keys begin with."""
+    texts = []
+    for key in keys:
+        within = key.removeprefix("evaluations.").removeprefix("restarts.")
+        text = FIGURES[key].text(attrgetter(within)(record))
+        texts.append(text if text.strip("-0.") else text.removeprefix("-"))  # a difference may round to -0.0
+    return texts
