@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from orchestrator.runlog.folder import RunFolder, read_run_folder
 from orchestrator.tracking.driver import Tracker
 from tests.builders.browser import as_device, browser, keep_screenshot, needs_chromium
 from tests.builders.run_folder import made_experiment, make_run
+from tests.builders.waiting import DEADLINE_SECONDS, wait_for, wait_until_served
 
 pytestmark = needs_chromium
 
@@ -145,18 +146,11 @@ def mlflow_ui(run) -> Iterator[str]:
     server = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 240
-        while True:
-            try:
-                urllib.request.urlopen(address, timeout=5)
-                break
-            except OSError:
-                assert time.monotonic() < deadline and server.poll() is None, "MLflow's server does not come up"
-                time.sleep(0.5)
+        wait_until_served(address, server)
         yield address
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(300)
 
 
 ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
@@ -175,8 +169,10 @@ SCROLL_ON = """const [box, done] = arguments, at = box.scrollTop;
 """Scrolls on, waits until what came into sight is drawn, and says whether the end had been reached before."""
 
 
-def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callable[[str], bool]) -> str:
-    """Opens a page of MLflow by the report's link, waits until its text is there, and returns it."""
+def _visit(
+    driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callable[[str], bool], wanted: Iterable[str]
+) -> None:
+    """Opens a page of MLflow by the report's link, waits until its text is there, and looks for some words in it."""
     _, address = mlflow_links(run)[page]
     driver.get("about:blank")
     driver.get(address.replace("http://localhost:5000", ui))
@@ -187,14 +183,23 @@ def _visit(driver: WebDriver, run: RunFolder, ui: str, page: int, until: Callabl
         text = driver.find_element(By.TAG_NAME, "body").text
         return text if until(text) else None
 
-    text = WebDriverWait(driver, 180, poll_frequency=2, ignored_exceptions=REDRAWN).until(shown)
-    # Long tables hold only the rows in sight: scroll every one of them through.
-    for box in driver.execute_script(SCROLLABLE):
-        for _ in range(30):
-            if driver.execute_async_script(SCROLL_ON, box):
-                break
-            text += driver.find_element(By.TAG_NAME, "body").text
-    return text
+    seen = [WebDriverWait(driver, DEADLINE_SECONDS, poll_frequency=2, ignored_exceptions=REDRAWN).until(shown)]
+
+    def missing() -> list[str]:
+        return [words for words in wanted if not any(words in text for text in seen)]
+
+    def found() -> bool:
+        # Long tables hold only the rows in sight: scroll every one of them through, until they have been drawn.
+        with suppress(*REDRAWN):
+            for box in driver.execute_script(SCROLLABLE) if missing() else []:
+                driver.execute_script("arguments[0].scrollTop = 0", box)
+                for _ in range(30):
+                    seen.append(driver.find_element(By.TAG_NAME, "body").text)
+                    if driver.execute_async_script(SCROLL_ON, box):
+                        break
+        return not missing()
+
+    wait_for(found, lambda: f"not on the page: {missing()}", seconds=120)
 
 
 COLUMNS = (
@@ -205,22 +210,19 @@ COLUMNS = (
 
 def test_mlflow_s_table_shows_the_columns_that_matter_without_choosing_them(driver, run, mlflow_ui):
     as_device(driver, 1500, 560)
-    text = _visit(driver, run, mlflow_ui, 0, lambda text: all(name in text for name in names(run)))
-    for column in COLUMNS:
-        assert column in text
+    _visit(driver, run, mlflow_ui, 0, lambda text: all(name in text for name in names(run)), COLUMNS)
     keep_screenshot(driver, "mlflow-table", 560)
 
 
 def test_mlflow_s_compare_page_sets_trials_next_to_the_seed_s_figures(driver, run, mlflow_ui):
     as_device(driver, 1500, 1000)
     found = f"Comparing {len(names(run))} Runs"
-    text = _visit(driver, run, mlflow_ui, 1, lambda text: found in text and "coco/box_ap" in text)
     rates = [str(row.images_per_second) for row in run.result.reference_rows]
     assert rates
-    for name in (*names(run), *COLUMNS, *rates):
-        assert name in text, name
+    wanted = [*names(run), *COLUMNS, *rates]
+    _visit(driver, run, mlflow_ui, 1, lambda text: found in text and "coco/box_ap" in text, wanted)
     driver.refresh()  # nothing is scrolled any more
-    drawn = WebDriverWait(driver, 60, ignored_exceptions=REDRAWN)
+    drawn = WebDriverWait(driver, DEADLINE_SECONDS, ignored_exceptions=REDRAWN)
     drawn.until(lambda driver: "coco/box_ap" in driver.find_element(By.TAG_NAME, "body").text)
     for above in ("Visualizations", "Parameters"):  # folded away, so that names and metrics are in one picture
         heading = driver.find_element(By.XPATH, f"//*[text()='{above}']")
@@ -231,9 +233,7 @@ def test_mlflow_s_compare_page_sets_trials_next_to_the_seed_s_figures(driver, ru
 
 def test_the_parent_s_page_holds_the_table(driver, run, mlflow_ui):
     as_device(driver, 1500, 1000)
-    text = _visit(driver, run, mlflow_ui, 2, lambda text: "Time to train" in text)
-    for name in (*names(run), "Efficiency"):
-        assert name in text
+    _visit(driver, run, mlflow_ui, 2, lambda text: "Time to train" in text, [*names(run), "Efficiency"])
 
 
 def _luminance(driver: WebDriver, script: str) -> float:
