@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
+from trainers.seeds import augmentation_seed
 from trainers.speedups.fast_mapper import FastMapper
 from trainers.speedups.mask_targets import pack
 
@@ -106,7 +107,7 @@ class TrainingImages(Dataset[Record]):
         position, index = place
         record = self.records[index]
         # detectron2's augmentations draw from NumPy's global generator.
-        np.random.seed(np.random.SeedSequence((self.seed, position)).generate_state(4))
+        np.random.seed(augmentation_seed(self.seed, position))
         return _mapped(self.mapper, record)
 
     def __len__(self) -> int:

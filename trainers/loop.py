@@ -29,6 +29,7 @@ from trainers.activity import Activity
 from trainers.contract.channel import Command
 from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
+from trainers.seeds import step_seed
 from trainers.speedups.apply import resolve_precision
 from trainers.step_clock import StepClock
 
@@ -174,7 +175,7 @@ class TrainingLoop:
         # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
         # iteration, so that a resumed run repeats them without a saved generator state.
         # `torch.manual_seed` would look for every kind of accelerator in each step.
-        seed = hash((self.plan.seed, self.rank, self.iteration)) & 0x7FFF_FFFF_FFFF_FFFF
+        seed = step_seed(self.plan.seed, self.rank, self.iteration)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
