@@ -28,8 +28,8 @@ def run(*words: str, **more: object) -> str:
 
 def mirrors() -> str:
     """Mounts of what this host's pip reads: a build behind a mirror needs the same."""
-    told = run(sys.executable, "-m", "pip", "config", "list") + " /etc/pip.conf /etc/xdg/pip"
-    found = {Path(path) for path in re.findall(r"(?:file://)?(/[\w./-]+)", told)}
+    configured = run(sys.executable, "-m", "pip", "config", "list") + " /etc/pip.conf /etc/xdg/pip"
+    found = {Path(path) for path in re.findall(r"(?:file://)?(/[\w./-]+)", configured)}
     return " ".join(f"--volume {path}:{path}:ro" for path in sorted(found) if path.exists())
 
 

@@ -1,3 +1,5 @@
+"""A trial's lines in the form of AI-Rank, and what its summary holds."""
+
 import json
 import re
 

@@ -15,9 +15,9 @@ from orchestrator.preflight.tracking import check_tracking
 from tests.builders.experiments import tiny_experiment
 
 
-def test_a_job_tells_its_id_and_what_its_sender_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"job_submission_id": "job-1", "job_name": "job-1", "submitted_by": "ada", "git_commit": "c0ffee"}
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": told}))
+def test_a_job_reports_its_id_and_what_its_sender_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = {"job_submission_id": "job-1", "job_name": "job-1", "submitted_by": "ada", "git_commit": "c0ffee"}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {}, "metadata": metadata}))
     monkeypatch.setattr("orchestrator.experiment.environment._git", dict)  # a job's copy has no history
     found = describe(["python"])
     assert (found["ray_job_id"], found["ray_job.submitted_by"], found["git_commit"]) == ("job-1", "ada", "c0ffee")
@@ -84,7 +84,7 @@ def test_the_tracking_server_is_asked_as_a_run_will_ask_it(
     assert problems(f"http://{server}") == []
 
 
-def test_a_name_that_the_server_does_not_answer_to_is_told_from_a_password(server: str) -> None:
+def test_a_name_that_the_server_does_not_answer_to_is_distinguished_from_a_password(server: str) -> None:
     assert problems(f"http://{server.replace('127.0.0.1', 'localhost')}") == ["tracking_host"]
 
 

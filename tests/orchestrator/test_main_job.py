@@ -20,6 +20,7 @@ from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
 from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
+from trainers.hooks import EVALUATION_PENDING_KEY
 
 pytestmark = pytest.mark.train
 
@@ -148,7 +149,7 @@ def test_a_logged_model_loads_as_its_readme_says_and_is_the_one_that_was_scored(
     loaded = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     state = torch.load(Path(folder, "state.pt"), weights_only=True)
-    only_in_checkpoints = ("ranks", "evaluation_owed")
+    only_in_checkpoints = ("ranks", EVALUATION_PENDING_KEY)
     assert state_sha256({k: v for k, v in state.items() if k not in only_in_checkpoints}) == trial.state_sha256
     (scored,) = (metric for metric in model.metrics if metric.key == "coco/box_ap")
     assert (scored.value, scored.step) == (pytest.approx(trial.box_ap), 8)

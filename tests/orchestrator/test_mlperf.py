@@ -1,3 +1,5 @@
+"""A trial's lines in the form of MLPerf, against MLPerf's own checker."""
+
 import json
 from dataclasses import replace
 from typing import Any

@@ -1,3 +1,5 @@
+"""How many workers go to which host."""
+
 from pathlib import Path
 
 from orchestrator.experiment.placement import equal_shares, smaller

@@ -101,7 +101,7 @@ def test_failures_in_a_row_without_a_new_checkpoint_are_limited() -> None:
     assert "3 failures in a row" in policy.give_up(failed("worker_lost", iteration=3), [])
 
 
-def test_a_new_checkpoint_starts_the_count_anew() -> None:
+def test_a_new_checkpoint_restarts_the_count() -> None:
     policy = Policy(Faults(max_failures=1))
     for iteration in range(10):
         events: list[Event] = [loop_started(100 * iteration), saved(100 * iteration + 100)]

@@ -1,3 +1,5 @@
+"""Logs of detectron2 give the figures of a run of ours, and no number that they do not hold."""
+
 import datetime
 import json
 from pathlib import Path
@@ -261,7 +263,7 @@ def test_targets_can_be_named(tmp_path):
     assert result.time_to_train_seconds == 41 and result.scored_iteration == 40
 
 
-def test_weak_and_strong_scaling_are_told_apart_by_the_batches(tmp_path):
+def test_weak_and_strong_scaling_are_distinguished_by_the_batches(tmp_path):
     logs = [
         MadeLog().head(world=world, batch=batch).start().progress().close().write(tmp_path / f"{world}-{batch}.log")
         for world, batch in ((1, 4), (2, 4), (4, 16))

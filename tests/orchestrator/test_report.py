@@ -1,3 +1,5 @@
+"""The report's page: what it shows, and that it loads and runs nothing."""
+
 import csv
 import io
 import re

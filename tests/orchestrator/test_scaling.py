@@ -75,7 +75,7 @@ def test_two_identical_trials_give_a_ratio_whose_interval_covers_1():
     assert covered >= 180  # 95 % of 200, less three standard deviations
 
 
-def test_trials_that_differ_are_told_apart():
+def test_trials_that_differ_are_distinguished():
     chance = random.Random(0)  # noqa: S311 - repeatable noise, no secret
     slow, fast = ([base + chance.gauss(0, 0.02) for _ in range(100)] for base in (1.1, 1.0))
     ratio = compare(_trial(1, fast), _trial(1, slow))

@@ -85,7 +85,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
         load_experiment(path)
 
 
-def test_all_errors_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         parse_experiment(tiny_experiment(name="a b", nonsense=1), "x")
     assert "name:" in str(caught.value) and "nonsense: unknown key" in str(caught.value)

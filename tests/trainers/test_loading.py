@@ -80,8 +80,8 @@ def test_augmentation_depends_on_the_place_alone() -> None:
         return {**record, "drawn": np.random.rand()}
 
     data = TrainingImages([{"file_name": "a"}, {"file_name": "b"}], draw, seed=5)
-    there, other = data[7, 1]["drawn"], data[8, 1]["drawn"]
-    assert data[7, 1]["drawn"] == there != other
+    one, other = data[7, 1]["drawn"], data[8, 1]["drawn"]
+    assert data[7, 1]["drawn"] == one != other
 
 
 def test_an_image_that_cannot_be_read_is_named() -> None:

@@ -51,7 +51,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_at_the_next_start(tmp_path: 
     assert [event.iteration for event in second if isinstance(event, Evaluated)] == [6, 12]
 
 
-def test_what_detectron2_refuses_as_nan_is_told_as_such_with_the_images(
+def test_what_detectron2_refuses_as_nan_is_reported_as_nan_with_the_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults_file = tmp_path / "faults.json"

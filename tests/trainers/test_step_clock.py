@@ -1,3 +1,5 @@
+"""The parts of a step, by a clock that the tests move, by the real one, and by the GPU's."""
+
 import time
 from collections.abc import Callable
 from pathlib import Path
