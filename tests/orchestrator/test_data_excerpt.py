@@ -75,7 +75,7 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "exists: name a new folder" in done.stderr
 
 
-def test_a_folder_without_a_data_set_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set_is_reported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = CliRunner().invoke(app, ["excerpt", "2", "--from", str(tmp_path / "empty"), "--to", str(tmp_path / "part")])
     assert done.exit_code == 2 and "instances_train2017.json  missing" in done.stderr
