@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Project:
-    """A folder with a small good data set and the experiment that trains on it; `cases` spoil it.
-
-    Attributes:
-        root: The folder.
-        experiment: What is written to `experiment.yaml`.
-        environment: Variables for the command.
-    """
+    """A folder with a small good data set and the experiment that trains on it."""
 
     root: Path
     experiment: dict[str, Any]
+    """What is written to `experiment.yaml`."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Variables for the command."""
 
     def json_file(self, part: str = "train") -> Path:
         return self.root / "data" / "annotations" / f"instances_{part}2017.json"
@@ -201,7 +197,7 @@ def storage_in_a_file(project: Project) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A way to spoil the project, and the finding that must come of it: its code, place, and part of its words."""
+    """A way to spoil the project, and the expected finding: its code, place, and a part of its text."""
 
     spoil: Callable[[Project], None]
     code: str

@@ -139,7 +139,7 @@ def test_a_stalled_connection_is_given_up_and_taken_up(server: Server, tmp_path:
 
 def test_a_server_that_sends_nothing_is_given_up(server: Server, tmp_path: Path) -> None:
     server.content = b""
-    with pytest.raises(FetchError, match="without progress, at byte 0 .*: the server ended the file early"):
+    with pytest.raises(FetchError, match=r"without progress, at byte 0 .*: the server ended the file early"):
         get(server, tmp_path)
     assert len(server.ranges) == 5
 
