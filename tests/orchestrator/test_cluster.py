@@ -45,14 +45,14 @@ def local_cluster() -> Iterator[cluster.Cluster]:
 
 def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster) -> None:
     assert local_cluster.dashboard is not None
-    status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=60).status_code
+    status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=600).status_code
     assert status in (200, 401), "401 where it asks for the token"
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
 
 
 def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(local_cluster: cluster.Cluster) -> None:
     (node,) = list_nodes()
-    names = call_on_nodes(lambda: list(os.environ), {node: ()}, timeout=60)[node]
+    names = call_on_nodes(lambda: list(os.environ), {node: ()}, timeout=600)[node]
     assert isinstance(names, list) and "PATH" in names
     assert SECRET not in names and "RAY_API_SERVER_ADDRESS" not in names
     assert os.environ[SECRET] == "secret"
@@ -60,8 +60,8 @@ def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(loca
 
 def test_a_call_on_a_node_returns_or_raises_or_is_late(local_cluster: cluster.Cluster) -> None:
     (node,) = list_nodes()
-    assert call_on_nodes(divide, {node: (7, 2)}, timeout=60) == {node: 3.5}
-    assert isinstance(call_on_nodes(divide, {node: (7, 0)}, timeout=60)[node], ZeroDivisionError)
+    assert call_on_nodes(divide, {node: (7, 2)}, timeout=600) == {node: 3.5}
+    assert isinstance(call_on_nodes(divide, {node: (7, 0)}, timeout=600)[node], ZeroDivisionError)
     assert isinstance(call_on_nodes(sleep, {node: (3600,)}, timeout=0.1)[node], TimeoutError)
 
 
