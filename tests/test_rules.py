@@ -26,8 +26,11 @@ TEXTS = sorted(
     )
 ]
 
-MAX_LINES = 300
-LONGER: dict[str, str] = {}
+MAX_LINES = 310
+LONGER = {
+    "trainers/contract/events.py": "the format of events.jsonl is read in one piece",
+    "tests/orchestrator/test_replay.py": "one kind of log after another",
+}
 """Files that may be longer, each with the reason."""
 
 PHRASES = (
@@ -42,8 +45,7 @@ PHRASES = (
 """Phrases of a translated text, whole words in any case; CONTRIBUTING.md, "Style"."""
 
 EXEMPT = {
-    ("evaluation_owed", "trainers/checkpoints.py"): "a key in checkpoints on disk",
-    ("evaluation_owed", "trainers/loop.py"): "the same",
+    ("evaluation_owed", "trainers/hooks.py"): "a key in checkpoints on disk",
     ("mend", "CHANGELOG.md"): "the name that a key had in 0.1.0",
 }
 """Where a phrase is meant: (phrase, file) and the reason."""
@@ -179,6 +181,18 @@ def test_links_of_the_docs_lead_somewhere() -> None:
     ]
     assert len(links) > 20
     assert [f"{name_of(path)}: {target}" for path, target in links if not (path.parent / target).exists()] == []
+
+
+def test_the_files_that_the_docs_name_exist() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in [*FILES, *TESTS, *ROOT.glob("*.sh")]}
+    for path in TEXTS:
+        # The log and the changelog are about the past.
+        if path.suffix == ".md" and path.name not in {"log.md", "CHANGELOG.md"} and "results" not in path.parts:
+            named = set(re.findall(r"`([\w./]+\.(?:py|sh))\b", path.read_text(encoding="utf-8"))) - {
+                "tools/train_net.py"
+            }
+            missing = {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
+            assert missing == set(), name_of(path)
 
 
 def test_the_tests_that_show_a_fault_exist() -> None:
