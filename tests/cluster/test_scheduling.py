@@ -38,6 +38,7 @@ def cluster_of_eights() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setattr("orchestrator.execution.nodes.RESERVE_TIMEOUT_SECONDS", 600.0)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             for number in range(2, 6):

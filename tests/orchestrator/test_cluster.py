@@ -65,13 +65,17 @@ def test_a_call_on_a_node_returns_or_raises_or_is_late(local_cluster: cluster.Cl
     assert isinstance(call_on_nodes(sleep, {node: (3600,)}, timeout=0.1)[node], TimeoutError)
 
 
-def test_a_worker_gets_a_node_as_long_as_there_is_room_on_it(local_cluster: cluster.Cluster, tmp_path: Path) -> None:
+def test_a_worker_gets_a_node_as_long_as_there_is_room_on_it(
+    local_cluster: cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experiment = parse_experiment(tiny_experiment(), "test")
     (plan,) = expand(experiment, Hardware(num_cpus=1), str(tmp_path / "run"), tmp_path)
     (node,) = list_nodes()
-    assert choose_nodes(plan) == [{NODE_ID: node.id}]
+    with monkeypatch.context() as patch:
+        patch.setattr("orchestrator.execution.nodes.RESERVE_TIMEOUT_SECONDS", 600.0)
+        assert choose_nodes(plan) == [{NODE_ID: node.id}]
     taken = placement_group([{"CPU": node.num_cpus}])
-    assert taken.wait(60)
+    assert taken.wait(600)
     assert choose_nodes(plan) is None
     remove_placement_group(taken)
 
