@@ -12,6 +12,8 @@ from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orchestrator.data.entries import SplitSummary
     from orchestrator.experiment.spec import Experiment
 
@@ -31,18 +33,21 @@ def check_overrides(experiment: Experiment) -> list[Finding]:
             hint = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
             findings.error("config_key", "model.overrides", key, "detectron2 has no such key", hint.rstrip("?."))
         elif not _has_type_of(value, known[key]):
-            what = f"its value {value!r} is a {type(value).__name__}, detectron2's default {known[key]!r} is not"
-            hint = f"Write it as a {type(known[key]).__name__}"
-            findings.error("config_value", "model.overrides", key, what, hint)
+            what = f"its value {value!r} is not of the type of detectron2's default, {known[key]!r}"
+            findings.error("config_value", "model.overrides", key, what, f"Write a value like {known[key]!r}")
     return findings.to_list()
 
 
 def _has_type_of(value: Any, default: Any) -> bool:
-    """Whether yacs, detectron2's config library, would take a value in place of a default."""
+    """Whether detectron2 can use a value in place of a default: by yacs's rule, and numbers in place of numbers."""
     value = evaluate(value)
-    if default is None or value is None or type(value) is type(default):
-        return True
-    return isinstance(value, list | tuple) and isinstance(default, list | tuple)
+    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
+        return not default or not _are_numbers(default) or _are_numbers(value)
+    return default is None or value is None or type(value) is type(default)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:

@@ -149,13 +149,6 @@ def without_masks(project: Project) -> None:
     project.edit(lambda document: [entry.pop("segmentation") for entry in document["annotations"]])
 
 
-def with_rle(project: Project) -> None:
-    def change(entry: dict[str, Any]) -> None:
-        entry["segmentation"] = {"size": [64, 64], "counts": [0, 100, 64 * 64 - 100]}
-
-    annotation(change)(project)
-
-
 def empty_validation(project: Project) -> None:
     project.edit(lambda document: document.update(images=[], annotations=[]), "val")
 
@@ -237,7 +230,10 @@ CASES = {
     "a polygon of seven numbers": Case(
         put(segmentation=[[1, 1, 5, 5, 1, 5, 2]]), "polygon_odd", "annotation 3", "odd number"
     ),
-    "RLE with polygon format": Case(with_rle, "rle_with_polygon_format", "annotation 3", "INPUT.MASK_FORMAT"),
+    "RLE with polygon format": Case(
+        put(segmentation={"size": [64, 64], "counts": [0, 100, 64 * 64 - 100]}),
+        "rle_with_polygon_format", "annotation 3", "INPUT.MASK_FORMAT",
+    ),
     "an RLE of another size": Case(
         put(segmentation={"size": [10, 10], "counts": [0, 100]}), "rle_invalid", "annotation 3", "10 x 10"
     ),
@@ -250,7 +246,11 @@ CASES = {
     ),
     "a value of another type": Case(
         lambda p: p.experiment["model"]["overrides"].update({"SOLVER.BASE_LR": 1}),
-        "config_value", "SOLVER.BASE_LR", "is a int",
+        "config_value", "SOLVER.BASE_LR", "1 is not of the type of detectron2's default, 0.001",
+    ),
+    "text among numbers": Case(
+        lambda p: p.experiment["model"]["overrides"].update({"INPUT.MIN_SIZE_TRAIN": ["small"]}),
+        "config_value", "INPUT.MIN_SIZE_TRAIN", "['small'] is not of the type",
     ),
     "fewer GPUs than asked": Case(
         override(resources__device="cuda", trials__world_sizes=[2], resources__loader_workers=0),
