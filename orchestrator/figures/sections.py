@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from orchestrator.figures.records import Sections
 from orchestrator.figures.steps import PARTS
@@ -64,11 +65,19 @@ def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
 
 
 def began(events: Sequence[Event]) -> float | None:
-    """When the training function began: the start of the seed clock (Unix seconds)."""
+    """When the training function began: the start of the seed clock (Unix seconds); None where a log lacks it."""
+    if lacks(events, "start"):
+        return None
     starts = [e.time for e in events if isinstance(e, WorkerStarted)]
     # A worker reports its start after it has loaded its libraries; the loop's event knows when it really began.
     starts += [e.time - e.setup_seconds for e in events if isinstance(e, LoopStarted) and e.setup_seconds is not None]
     return min(starts, default=None)
+
+
+def lacks(events: Sequence[Event], what: Literal["start", "times"]) -> bool:
+    """Whether events are of a log without the start of training, or without any time (see `LogReplayed.unknown`)."""
+    names = {what, {"start": "startup_seconds", "times": "evaluations_clock"}[what]}  # older versions name the figure
+    return any(isinstance(event, LogReplayed) and names & set(event.unknown) for event in events)
 
 
 def lost_steps(attempts: Sequence[LoopRun]) -> dict[int, int]:
@@ -109,7 +118,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
         "startup": attempts[0].started - started,
         **parts,
         "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
-        "evaluation": sum(e.stall_seconds for e in events if isinstance(e, Evaluated)),
+        "evaluation": sum(e.stall_seconds or 0.0 for e in events if isinstance(e, Evaluated)),
         # A log says when a checkpoint was begun, not how long training was stalled for it.
         "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,

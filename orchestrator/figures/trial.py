@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from orchestrator.figures.causes import root_cause
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
-from orchestrator.figures.sections import LoopRun, began, loop_runs, sections
+from orchestrator.figures.sections import LoopRun, began, lacks, loop_runs, sections
 from orchestrator.figures.steps import PARTS, data_wait_share, peak_memory, quantiles, rank_figures, step_parts
 from orchestrator.figures.targets import box_target_met, first_evaluations, first_to_meet, has_target
 from orchestrator.figures.throughput import MAX_POINTS, drift_ratio, rate_curve, skew, throughput
@@ -91,7 +91,6 @@ def _facts(plan: Plan, events: Sequence[Event]) -> _Facts:
     sizes = {e.attempt: e.world_size or plan.world_size for e in workers}
     done = [e.iteration for e in steps if e.rank == 0] + ([finished.iteration] if finished else [])
     unknown = frozenset(log.unknown if log else ())
-    start_known = not unknown & {"start", "startup_seconds"}  # older versions name the figure
     return _Facts(
         plan=plan,
         events=events,
@@ -104,8 +103,8 @@ def _facts(plan: Plan, events: Sequence[Event]) -> _Facts:
         iterations=max(done, default=0 if attempts else None),
         evaluations=first_evaluations(events),
         driver_start=next((e.time for e in _all(events, TrialStarted)), None),
-        worker_start=began(events) if start_known else None,
-        loop_start=attempts[0].started if attempts and start_known else None,
+        worker_start=began(events),
+        loop_start=attempts[0].started if attempts and not lacks(events, "start") else None,
         log=log,
         unknown=unknown,
     )
@@ -162,7 +161,7 @@ def _accuracy(trial: _Facts) -> dict[str, Any]:
             epoch=event.epoch,
             box_ap=event.figures.get("box_ap"),
             mask_ap=event.figures.get("mask_ap"),
-            seconds=event.seconds if _has_times(trial) else None,
+            seconds=None if lacks(trial.events, "times") else event.seconds,
             elapsed_seconds=_between(trial.worker_start, event.box_scored),
             mask_elapsed_seconds=_between(trial.worker_start, event.mask_scored),
             figures=event.figures,
@@ -177,7 +176,7 @@ def _clocks(trial: _Facts) -> dict[str, Any]:
     """Times by the seed clock, by MLPerf's and by the wall clock, and what they cost."""
     met = first_to_meet(trial.plan, trial.evaluations)
     time_to_train = _between(trial.worker_start, met[1] if met else None)
-    stalls = sum(e.stall_seconds for e in _all(trial.events, Evaluated))
+    stalls = sum(e.stall_seconds or 0.0 for e in _all(trial.events, Evaluated))
     where = sections(trial.events) if trial.loop_start is not None else None
     return {
         "time_to_train_seconds": time_to_train,
@@ -185,7 +184,7 @@ def _clocks(trial: _Facts) -> dict[str, Any]:
         "mlperf_seconds": _between(trial.loop_start, met[1] if met else None),
         "schedule_seconds": _between(trial.worker_start, trial.finished.time if trial.finished else None),
         "startup_seconds": _between(trial.driver_start, trial.loop_start),
-        "evaluation_seconds": stalls if _has_times(trial) else None,
+        "evaluation_seconds": None if lacks(trial.events, "times") else stalls,
         "checkpoint_seconds": sum(e.stall_seconds for e in _all(trial.events, CheckpointSaved)),
         "sections": where,
         "lost_work_seconds": where.lost_work if where else None,
@@ -273,11 +272,6 @@ def _printed(trial: _Facts, log: LogReplayed, wall_rate: float | None) -> dict[s
         # Older versions name figures.
         **dict.fromkeys(name for name in trial.unknown if name in TrialResult.model_fields),
     }
-
-
-def _has_times(trial: _Facts) -> bool:
-    """Whether moments are known; older versions named them after the evaluations."""
-    return not trial.unknown & {"times", "evaluations_clock"}
 
 
 def _cost(plan: Plan, seconds: float | None) -> float | None:

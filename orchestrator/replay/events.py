@@ -143,7 +143,7 @@ class _EventWriter:
                 Evaluated, evaluation.ended, iteration=iteration, figures=evaluation.figures,
                 epoch=iteration * batch / launch.num_train_images if batch and launch.num_train_images else None,
                 box_scored=evaluation.box_scored, mask_scored=evaluation.mask_scored,
-                seconds=evaluation.ended - evaluation.started,
+                seconds=evaluation.ended - evaluation.started if self._run.dated else None,
                 part_seconds={"inference": inference} if inference is not None else {},
             )  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.figures.logged_plan import Plan
-from orchestrator.figures.notation import number_text
+from orchestrator.figures.catalog import number_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began
 from orchestrator.files import file_sha256
@@ -42,7 +42,7 @@ def write_airank_summary(result: ExperimentResult, run_dir: Path) -> Path:
 
 
 def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
-    """AI-Rank's lines of a trial, ending in a newline; "" where its training function never began."""
+    """AI-Rank's lines of a trial, ending in a newline; "" where the start of training is not known."""
     start = began(events)
     if start is None:
         return ""

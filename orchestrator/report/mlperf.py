@@ -54,7 +54,7 @@ def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, divisio
             division's, else open.
 
     Returns:
-        The lines, or "" where the trial never reached its training loop.
+        The lines, or "" where the trial never reached its training loop or its log lacks the start of training.
     """
     start, attempts = began(events), loop_runs(events)
     if start is None or not attempts:
@@ -184,13 +184,14 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
     since, epoch = run_start, 0.0
     for event in evaluations:
         at = {"epoch_num": event.epoch} if event.epoch is not None else None
+        eval_start = event.time - (event.seconds or 0.0)
         scored = max(event.box_scored, event.mask_scored or event.box_scored)
         if event.epoch is not None and event.epoch > epoch:  # one that a restart or the end repeats trains no block
             block = {"first_epoch_num": epoch, "epoch_count": event.epoch - epoch}
             lines.start("block_start", since, metadata=block)
-            lines.stop("block_stop", event.time - event.seconds, metadata=block)
+            lines.stop("block_stop", eval_start, metadata=block)
             epoch = event.epoch
-        lines.start("eval_start", event.time - event.seconds, metadata=at)
+        lines.start("eval_start", eval_start, metadata=at)
         names = {"BBOX": "box_ap", "SEGM": "mask_ap"}
         values = {key: round(ap / 100, 8) for key, name in names.items() if (ap := event.figures.get(name)) is not None}
         lines.point("eval_accuracy", scored, values, metadata=at)

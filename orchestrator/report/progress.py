@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.figures.notation import NOT_MEASURED, number_text, rate_text
+from orchestrator.figures.catalog import NOT_MEASURED, number_text, rate_text
 from orchestrator.figures.steps import JointWindow, WindowJoin
 from trainers.contract.events import (
     CheckpointFailed,
@@ -204,8 +204,10 @@ class ProgressDisplay:
                 text += f", target {target:g} " + ("met" if is_met(ap, target) else f"{target - ap:.2f} away")
             parts.append(text)
         self._last_ap = event.figures
-        stall = f", concurrently; training stalled for {event.stall_seconds:.1f} s" if event.overlapped else ""
-        self._print(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({event.seconds:.1f} s{stall})")
+        took = f"{number_text(event.seconds, 1)} s"
+        if event.overlapped:
+            took += f", concurrently; training stalled for {number_text(event.stall_seconds, 1)} s"
+        self._print(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({took})")
         self._update(ap=f"AP {number_text(event.figures.get('box_ap'), 1)}")
 
     def _checkpoint_saved(self, event: CheckpointSaved) -> None:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from orchestrator.figures.records import Sections
-from orchestrator.figures.sections import loop_runs
+from orchestrator.figures.sections import lacks, loop_runs
 from orchestrator.report.drawing import (
     INK,
     MUTED,
@@ -60,9 +60,9 @@ def wall_clock(data: ReportInput) -> Drawing:
 
 def timeline(data: ReportInput) -> Drawing:
     """Training, stalls and restarts of every trial along its wall time."""
-    trials = [trial for trial in data.trials if loop_runs(trial.events)]
+    trials = [trial for trial in data.trials if loop_runs(trial.events) and not lacks(trial.events, "times")]
     if not trials:
-        return "no trial's events are known"
+        return "no trial's events and their times are known"
     figure, axes = new_axes(1.5 + 0.3 * len(trials))
     spans = [_span(trial) for trial in trials]
     unit, divisor = time_unit(max(end - start for start, end in spans))
@@ -99,7 +99,7 @@ def _bars(trial: TrialEvents, start: float, end: float) -> Iterator[tuple[str, l
     yield "backward", [(run.started, run.last_progress) for run in runs]
     yield "downtime", [(before.last_progress, after.started) for before, after in pairwise(runs)]
     yield "shutdown", [(runs[-1].last_progress, end)]
-    yield "evaluation", [(e.time - e.seconds, e.time) for e in trial.events if isinstance(e, Evaluated)]
+    yield "evaluation", [(e.time - (e.seconds or 0), e.time) for e in trial.events if isinstance(e, Evaluated)]
     saved = [(e.time - e.write_seconds, e.stall_seconds) for e in trial.events if isinstance(e, CheckpointSaved)]
     yield "checkpoint", [(began, began + stall) for began, stall in saved]
 

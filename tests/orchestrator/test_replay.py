@@ -324,9 +324,13 @@ def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):
 
 
 def _tracked(made: MadeLog, folder: Path) -> tuple[MlflowClient, Run]:
+    return _tracked_file(made.write(folder / "log.txt"), folder)
+
+
+def _tracked_file(log: Path, folder: Path) -> tuple[MlflowClient, Run]:
     """A log replayed into a store; the run of its only trial there."""
     store = f"sqlite:///{folder / 'mlflow.db'}"
-    replayed = replay([made.write(folder / "log.txt")])
+    replayed = replay([log])
     result = experiment_result("seen", replayed, [])
     write(result, replayed, folder / "out")
     track(result, replayed, folder / "out", store)
@@ -364,6 +368,18 @@ def test_a_log_without_its_head_gives_mlflow_no_throughput_of_zero(tmp_path):
     zeros = {name for name, value in run.data.metrics.items() if value == 0}
     assert zeros == {"time/downtime_seconds", "restarts"}
     assert "throughput/images_per_second" not in run.data.metrics and "device" not in run.data.tags
+
+
+def test_metrics_json_gives_mlflow_ap_and_no_time(tmp_path):
+    rows = [{"iteration": 19, "total_loss": 1.0}, {"iteration": 39, "total_loss": 0.9, "bbox/AP": 12.5}]
+    log = tmp_path / "metrics.json"
+    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    _, run = _tracked_file(log, tmp_path)
+    assert run.data.metrics["coco/box_ap"] == 12.5
+    assert {name for name in run.data.metrics if name.startswith("time/")} == {"time/downtime_seconds"}
+    (trial,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert (trial / "ai_rank.log").read_text() == "" and not (trial / "mllog.txt").exists()
+    assert "times are known" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_replayed_run_cannot_be_resumed(tmp_path):

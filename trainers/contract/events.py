@@ -149,8 +149,9 @@ class Evaluated(Event):
     """When the box figures were known (Unix seconds)."""
     mask_scored: float | None
     """When the mask figures were known; None without masks."""
-    seconds: float
-    """How long it took; training was stalled as long, unless it ran concurrently."""
+    seconds: float | None
+    """How long it took; training was stalled as long, unless it ran concurrently. None where a replayed log has no
+    times."""
     part_seconds: dict[str, float]
     """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
     was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
@@ -161,8 +162,8 @@ class Evaluated(Event):
         return "stall" in self.part_seconds
 
     @property
-    def stall_seconds(self) -> float:
-        """How long training was stalled for it."""
+    def stall_seconds(self) -> float | None:
+        """How long training was stalled for it; None where not known."""
         return self.part_seconds.get("stall", self.seconds)
 
 
