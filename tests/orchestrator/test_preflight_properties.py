@@ -25,10 +25,9 @@ from tests.builders.bad_input import base_experiment
 if TYPE_CHECKING:
     from orchestrator.findings import Finding
 
-# Files are written and images read in every example: fewer of them, without a deadline on a busy machine.
+# Files are written and images read in every example: fewer of them than usual.
 checking = settings(
     max_examples=120,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 

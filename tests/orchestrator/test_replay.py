@@ -94,7 +94,7 @@ def test_an_evaluation_cut_off_before_its_boxes_is_left_out(tmp_path):
     assert any("breaks off in an evaluation" in note for note in one.result.notes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, len(whole_run().text())))
 def test_a_log_cut_anywhere_never_gives_another_number(tmp_path_factory, cut):
     whole = whole_run()

@@ -80,7 +80,7 @@ def test_what_an_interrupted_write_left_is_cleared_away(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("iter_*")] == ["iter_0000002"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(position=st.floats(0, 0.999), torn=st.booleans(), manifest=st.booleans())
 def test_a_torn_or_flipped_checkpoint_is_never_read(
     tmp_path_factory: pytest.TempPathFactory, position: float, torn: bool, manifest: bool

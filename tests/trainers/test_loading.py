@@ -36,7 +36,7 @@ def test_the_order_is_detectron2s_own(rank: int, world_size: int) -> None:
     assert [[index for _, index in batch] for batch in first(ours, 50)] == theirs
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     wide=st.lists(st.booleans(), min_size=1, max_size=30),
     batch_size=st.integers(1, 4),

@@ -42,7 +42,7 @@ def boxes_around(polygons: Polygons, rng: np.random.Generator) -> torch.Tensor:
     return torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.float32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), num_instances=st.integers(0, 20), mask_size=st.sampled_from([7, 14, 28, 56]))
 def test_targets_are_detectron2s_bit_for_bit(seed: int, num_instances: int, mask_size: int) -> None:
     rng = np.random.default_rng(seed)
@@ -118,7 +118,7 @@ def test_packing_leaves_other_masks_alone() -> None:
     assert pack(Instances((4, 4))).get_fields() == {}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), side=st.sampled_from([7, 14, 28, 56]))
 def test_polygons_are_drawn_as_pycocotools_draws_them(seed: int, side: int) -> None:
     rng = np.random.default_rng(seed)
