@@ -101,7 +101,7 @@ def main(
 
 
 def _show_plan(request: Request) -> int:
-    from orchestrator.report.progress import plan_table
+    from orchestrator.report.plan_table import plan_table
 
     plans = _plans(request, Hardware.local())
     if request.as_json:
@@ -130,7 +130,7 @@ def _check(request: Request) -> int:
 def _run(request: Request) -> int:
     """Preflight, then every trial, then results and report."""
     from orchestrator.findings import has_errors, to_json
-    from orchestrator.report.progress import plan_table
+    from orchestrator.report.plan_table import plan_table
     from orchestrator.runlog.folder import only_driver
 
     if request.earlier:

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from orchestrator.runlog.outbox import Outbox
-from orchestrator.report.progress import ProgressDisplay, plan_table
+from orchestrator.report.plan_table import plan_table
+from orchestrator.report.progress import ProgressDisplay
 from orchestrator.runlog.folder import read_run_folder
 from orchestrator.report.table import closing_table
 folder = Path(sys.argv[1])

@@ -1,0 +1,37 @@
+"""The table of a run's plan; separate from progress, so that `--dry-run` imports no figures."""
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from trainers.contract.plan import TrialPlan
+
+
+def plan_table(plans: list[TrialPlan]) -> Table:
+    """The plan of every trial, as `--dry-run` and the start of a run show it; fits 80 columns."""
+    devices = " and ".join(dict.fromkeys(plan.device for plan in plans))
+    table = Table(
+        title=f"Plan, on {devices}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    table.add_column("Trial", no_wrap=True)
+    for heading in ("Work\ners", "CPUs\neach", "Batch", "Base\nLR", "Itera-\ntions", "Warm-\nup"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("LR\nsteps", justify="right")
+    table.add_column("Eval.\nevery", justify="right", no_wrap=True)
+    for plan in plans:
+        solver = plan.solver
+        evaluation = str(solver.eval_period) if solver.eval_period else "end" if solver.evaluate_at_end else "none"
+        steps = [step for step in solver.steps if step < solver.max_iter]
+        table.add_row(
+            escape(plan.name),
+            str(plan.world_size),
+            str(plan.cpus_per_worker),
+            str(solver.global_batch_size),
+            f"{solver.base_lr:g}",
+            str(solver.max_iter),
+            str(solver.warmup_iters),
+            " ".join(map(str, steps)) or "none",
+            evaluation,
+        )
+    return table
