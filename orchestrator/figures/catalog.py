@@ -6,6 +6,7 @@ docs/measurement.md (`python -m orchestrator.figures.catalog` prints it) all com
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +14,32 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
-from orchestrator.figures.notation import (
-    count_text,
-    millisecond_text,
-    number_text,
-    percent_text,
-    rate_text,
-    seconds_text,
-    setting_text,
-)
+NOT_MEASURED = "–"
+
+
+def number_text(value: float | None, decimals: int = 0) -> str:
+    """A number with thousands separators."""
+    return NOT_MEASURED if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Seconds: whole from 1,000 up, else to a tenth."""
+    return number_text(seconds, 0 if seconds is not None and abs(seconds) >= 1000 else 1)
+
+
+def rate_text(rate: float | None) -> str:
+    """Images per second: two decimals, or three significant digits where that would show fewer."""
+    return f"{rate:.3g}" if rate is not None and 0 < rate < 1 else number_text(rate, 2)
+
+
+def percent_text(share: float | None) -> str:
+    """A share (0–1) as a percentage to one decimal."""
+    return NOT_MEASURED if share is None else f"{number_text(100 * share, 1)} %"
+
+
+def setting_text(value: float | None) -> str:
+    """A setting, such as a learning rate, with the digits it has."""
+    return NOT_MEASURED if value is None else f"{value:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +57,7 @@ class Figure:
     """Its name over a column of a narrow terminal, with line breaks; empty where the closing table does not show it."""
     unit: str = ""
     """Empty for counts and ratios."""
-    text: Callable[[float | None], str] = count_text
+    text: Callable[[float | None], str] = number_text
     """How it is written."""
     better: Literal["higher", "lower"] | None = None
     """None where neither direction is better."""
@@ -52,37 +70,34 @@ class Figure:
         return value
 
 
-_two_decimals = partial(number_text, decimals=2)
+_two_decimals, _three_decimals = (partial(number_text, decimals=decimals) for decimals in (2, 3))
 _seconds = partial(Figure, unit="s", text=seconds_text, better="lower")
-_step_seconds = partial(Figure, unit="s", text=millisecond_text, better="lower")
+_step_seconds = partial(Figure, unit="s", text=_three_decimals, better="lower")
 _ap = partial(Figure, unit="AP", text=_two_decimals, better="higher")
 _rate = partial(Figure, unit="images/s", text=rate_text, better="higher")
 _cost = partial(Figure, unit="currency of the price", text=_two_decimals, better="lower")
 
 SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Throughput": (
-        _rate("images_per_second", "Images/s",
-            "Images that all workers trained on over the wall time of those steps on the slowest worker, without "
-            "warm-up, evaluations and checkpoints.", short="Images\n/s", mlflow="throughput/images_per_second"),
-        _rate("wall_images_per_second", "Images/s with hooks",
-            "Images of the final state over the seconds from the first batch request to the end of training, with "
-            "evaluations, checkpoints and restarts.", mlflow="throughput/wall_images_per_second"),
+        _rate("images_per_second", "Images/s", "Images that all workers trained on over the wall time of those steps "
+            "on the slowest worker, without warm-up, evaluations and checkpoints.", short="Images\n/s",
+            mlflow="throughput/images_per_second"),
+        _rate("wall_images_per_second", "Images/s with hooks", "Images of the final state over the seconds from the "
+            "first batch request to the end of training, with evaluations, checkpoints and restarts.",
+            mlflow="throughput/wall_images_per_second"),
         Figure("throughput_warmup_iters", "Warm-up", "Iterations left out of the throughput."),
     ),
     "Time to train": (
-        _seconds("time_to_box_target_seconds", "Time to train, box (s)",
-            "Seed clock at the box figures of the evaluation that first met the box target.", short="Box\ntarget",
-            mlflow="time/to_box_target_seconds"),
-        _seconds("time_to_train_seconds", "Time to train (s)",
-            "Seed clock at the figures of the evaluation that first met all targets; this clock never pauses.",
-            short="Target\n(s)", mlflow="time/to_train_seconds"),
-        _seconds("mlperf_seconds", "MLPerf's time to train (s)",
-            "MLPerf's clock, which starts at the first batch request, at the same moment.",
-            mlflow="time/mlperf_seconds"),
+        _seconds("time_to_box_target_seconds", "Time to train, box (s)", "Seed clock at the box figures of the "
+            "evaluation that first met the box target.", short="Box\ntarget", mlflow="time/to_box_target_seconds"),
+        _seconds("time_to_train_seconds", "Time to train (s)", "Seed clock at the figures of the evaluation that first "
+            "met all targets; this clock never pauses.", short="Target\n(s)", mlflow="time/to_train_seconds"),
+        _seconds("mlperf_seconds", "MLPerf's time to train (s)", "MLPerf's clock, which starts at the first batch "
+            "request, at the same moment.", mlflow="time/mlperf_seconds"),
         _seconds("schedule_seconds", "Whole schedule (s)", "Seed clock at the end of training, targets met or not.",
             mlflow="time/schedule_seconds"),
-        Figure("scored_iteration", "Iteration of the targets",
-            "Iterations trained at the evaluation that first met all targets.", better="lower"),
+        Figure("scored_iteration", "Iteration of the targets", "Iterations trained at the evaluation that first met "
+            "all targets.", better="lower"),
         _ap("scored_box_ap", "Box AP at the targets", "Box AP of the evaluation that first met all targets, 0–100."),
         _ap("scored_mask_ap", "Mask AP at the targets", "Mask AP of the evaluation that first met all targets, 0–100."),
     ),
@@ -96,98 +111,88 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             mlflow="coco/box_ap"),
         _ap("evaluations.mask_ap", "Mask AP", "Mask AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
             mlflow="coco/mask_ap"),
-        _ap("evaluations.figures.*", "COCO figures",
-            "COCO's figures of an evaluation for boxes and masks (`box_ap50`, `mask_arl`, …), 0–100.", mlflow="coco/*"),
+        _ap("evaluations.figures.*", "COCO figures", "COCO's figures of an evaluation for boxes and masks (`box_ap50`, "
+            "`mask_arl`, …), 0–100.", mlflow="coco/*"),
         Figure("evaluations.iteration", "Iteration", "Iterations trained at an evaluation."),
         Figure("evaluations.epoch", "Epoch", "Passes over the training data at an evaluation.", text=_two_decimals),
-        _seconds("evaluations.seconds", "Evaluation (s)",
-            "How long an evaluation took; training was stalled as long, or for the part `stall` where it ran "
-            "concurrently.", mlflow="time/evaluation_seconds"),
-        _seconds("evaluations.part_seconds.*", "Evaluation by part (s)",
-            "Seconds of an evaluation by part: inference, gather, score, and stall of a concurrent one.",
-            mlflow="time/evaluation_*_seconds"),
-        _seconds("evaluations.elapsed_seconds", "Boxes scored at (s)",
-            "Seed clock when the box figures of an evaluation were known."),
-        _seconds("evaluations.mask_elapsed_seconds", "Masks scored at (s)",
-            "Seed clock when the mask figures of an evaluation were known."),
+        _seconds("evaluations.seconds", "Evaluation (s)", "How long an evaluation took; training was stalled as long, "
+            "or for the part `stall` where it ran concurrently.", mlflow="time/evaluation_seconds"),
+        _seconds("evaluations.part_seconds.*", "Evaluation by part (s)", "Seconds of an evaluation by part: inference, "
+            "gather, score, and stall of a concurrent one.", mlflow="time/evaluation_*_seconds"),
+        _seconds("evaluations.elapsed_seconds", "Boxes scored at (s)", "Seed clock when the box figures of an "
+            "evaluation were known."),
+        _seconds("evaluations.mask_elapsed_seconds", "Masks scored at (s)", "Seed clock when the mask figures of an "
+            "evaluation were known."),
     ),
     "Wall clock": (
-        _seconds("startup_seconds", "Start-up (s)",
-            "From the driver's start of the trial to the first batch request of the first attempt.",
-            mlflow="time/startup_seconds"),
+        _seconds("startup_seconds", "Start-up (s)", "From the driver's start of the trial to the first batch request "
+            "of the first attempt.", mlflow="time/startup_seconds"),
         _seconds("evaluation_seconds", "Evaluations (s)", "How long training was stalled for evaluations in all."),
-        _seconds("checkpoint_seconds", "Checkpoints (s)",
-            "How long training was stalled for checkpoints in all; writing that overlaps training is not in it."),
-        _seconds("lost_work_seconds", "Lost work (s)",
-            "Steps that had to be trained again after a restart: the first time they were trained."),
-        _seconds("sections.wall", "wall",
-            "From the driver's start of the trial to its end; the other sections add up to it.", better=None),
+        _seconds("checkpoint_seconds", "Checkpoints (s)", "How long training was stalled for checkpoints in all; "
+            "writing that overlaps training is not in it."),
+        _seconds("lost_work_seconds", "Lost work (s)", "Steps that had to be trained again after a restart: the first "
+            "time they were trained."),
+        _seconds("sections.wall", "wall", "From the driver's start of the trial to its end; the other sections add up "
+            "to it.", better=None),
         _seconds("sections.startup", "startup", "From the driver's start of the trial to the first batch request."),
         _seconds("sections.data", "data", "Steps: waiting for the loader."),
         _seconds("sections.forward", "forward", "Steps: forward pass."),
-        _seconds("sections.backward", "backward",
-            "Steps: backward pass, without waiting for other workers' gradients where that was measured."),
-        _seconds("sections.communication", "communication",
-            "Steps: waiting for other workers' gradients after the local ones are ready."),
+        _seconds("sections.backward", "backward", "Steps: backward pass, without waiting for other workers' gradients "
+            "where that was measured."),
+        _seconds("sections.communication", "communication", "Steps: waiting for other workers' gradients after the "
+            "local ones are ready."),
         _seconds("sections.optimizer", "optimizer", "Steps: optimizer and learning rate schedule."),
         _seconds("sections.step_other", "step other", "Steps: the rest of them."),
         _seconds("sections.evaluation", "evaluation", "Training stalled for evaluations."),
         _seconds("sections.checkpoint", "checkpoint", "Training stalled for checkpoints."),
-        _seconds("sections.lost_work", "lost work",
-            "Steps that had to be trained again after a restart: the first time they were trained."),
-        _seconds("sections.downtime", "downtime",
-            "From the last progress before each failure to the next batch request."),
+        _seconds("sections.lost_work", "lost work", "Steps that had to be trained again after a restart: the first "
+            "time they were trained."),
+        _seconds("sections.downtime", "downtime", "From the last progress before each failure to the next batch "
+            "request."),
         _seconds("sections.shutdown", "shutdown", "From the last progress to the end of the trial."),
-        _seconds("sections.other", "other",
-            "The rest: agreement at the ends of windows, progress lines, hooks without a section."),
+        _seconds("sections.other", "other", "The rest: agreement at the ends of windows, progress lines, hooks without "
+            "a section."),
     ),
     "Downtime": (
-        _seconds("downtime_seconds", "Downtime (s)",
-            "From the last progress before each failure to the next batch request, added up.",
-            mlflow="time/downtime_seconds"),
+        _seconds("downtime_seconds", "Downtime (s)", "From the last progress before each failure to the next batch "
+            "request, added up.", mlflow="time/downtime_seconds"),
         Figure("num_restarts", "Restarts", "Starts of the workers after the first.", better="lower", mlflow="restarts"),
-        Figure("restarts.lost_iterations", "Iterations lost",
-            "Iterations that had to be trained again after a restart.", better="lower"),
-        _seconds("restarts.downtime_seconds", "Downtime (s)",
-            "From the last progress before a failure to the next batch request."),
-        _seconds("restarts.recovery_seconds", "Recovery (s)",
-            "From a failure to the end of the first step trained after it; null for a resumed run, where nothing "
-            "failed."),
+        Figure("restarts.lost_iterations", "Iterations lost", "Iterations that had to be trained again after a "
+            "restart.", better="lower"),
+        _seconds("restarts.downtime_seconds", "Downtime (s)", "From the last progress before a failure to the next "
+            "batch request."),
+        _seconds("restarts.recovery_seconds", "Recovery (s)", "From a failure to the end of the first step trained "
+            "after it; null for a resumed run, where nothing failed."),
     ),
     "Step times": (
-        _step_seconds("step_seconds.p50", "Step, median (s)",
-            "Median wall time of a step after the warm-up, all ranks together.", mlflow="time/step_seconds_p50"),
-        _step_seconds("step_seconds.p95", "Step, 95th percentile (s)",
-            "95th percentile of the wall time of a step after the warm-up, all ranks together.",
-            mlflow="time/step_seconds_p95"),
-        _step_seconds("step_seconds.p99", "Step, 99th percentile (s)",
-            "99th percentile of the wall time of a step after the warm-up, all ranks together."),
+        _step_seconds("step_seconds.p50", "Step, median (s)", "Median wall time of a step after the warm-up, all ranks "
+            "together.", mlflow="time/step_seconds_p50"),
+        _step_seconds("step_seconds.p95", "Step, 95th percentile (s)", "95th percentile of the wall time of a step "
+            "after the warm-up, all ranks together.", mlflow="time/step_seconds_p95"),
+        _step_seconds("step_seconds.p99", "Step, 99th percentile (s)", "99th percentile of the wall time of a step "
+            "after the warm-up, all ranks together."),
         _step_seconds("data_seconds.*", "Wait for data (s)", "Quantiles of a step's wait for the loader."),
-        _step_seconds("part_seconds.*", "Step by part (s)",
-            "Quantiles of the other parts of a step: forward, backward, communication, optimizer."),
-        _step_seconds("windows.data_seconds", "Wait for data (s)",
-            "Mean wait of a step for the loader, by window of steps.", mlflow="time/data_seconds"),
-        Figure("data_wait_share", "Waiting for data",
-            "Waiting for the loader over the wall time of the steps after the warm-up, 0–1.", text=percent_text,
-            better="lower"),
-        Figure("peak_memory_gib", "Memory (GiB)",
-            "Most memory any worker used: allocated on its GPU, or resident in its process on CPU.", unit="GiB",
-            text=_two_decimals, better="lower", mlflow="memory/peak_gib"),
+        _step_seconds("part_seconds.*", "Step by part (s)", "Quantiles of the other parts of a step: forward, "
+            "backward, communication, optimizer."),
+        _step_seconds("windows.data_seconds", "Wait for data (s)", "Mean wait of a step for the loader, by window of "
+            "steps.", mlflow="time/data_seconds"),
+        Figure("data_wait_share", "Waiting for data", "Waiting for the loader over the wall time of the steps after "
+            "the warm-up, 0–1.", text=percent_text, better="lower"),
+        Figure("peak_memory_gib", "Memory (GiB)", "Most memory any worker used: allocated on its GPU, or resident in "
+            "its process on CPU.", unit="GiB", text=_two_decimals, better="lower", mlflow="memory/peak_gib"),
     ),
     "Rank skew": (
-        Figure("rank_skew", "Slowest rank",
-            "Step time of the slowest worker over the median worker's, both without waiting for others' gradients: 1 "
-            "is even; null for one worker or where that wait was not measured.", text=partial(number_text, decimals=3),
-            better="lower"),
+        Figure("rank_skew", "Slowest rank", "Step time of the slowest worker over the median worker's, both without "
+            "waiting for others' gradients: 1 is even; null for one worker or where that wait was not measured.",
+            text=_three_decimals, better="lower"),
     ),
     "Drift": (
         Figure("drift_ratio", "Drift", "Throughput of the last quarter of the run over that of the first; 1 is steady.",
             text=_two_decimals, better="higher"),
     ),
     "Losses": (
-        Figure("windows.losses.*", "Loss",
-            "detectron2's losses and their sum, `total_loss`: mean over the workers, by window of steps.",
-            text=partial(number_text, decimals=3), better="lower", mlflow="loss/*"),
+        Figure("windows.losses.*", "Loss", "detectron2's losses and their sum, `total_loss`: mean over the workers, by "
+            "window of steps.", text=_three_decimals, better="lower", mlflow="loss/*"),
     ),
     "Learning rate": (
         Figure("windows.learning_rate", "Learning rate", "Learning rate of the last step of a window of steps.",
@@ -197,23 +202,20 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("iterations", "Iterations", "Iterations trained."),
     ),
     "Efficiency": (
-        Figure("scaling.speed_up", "Speed-up",
-            "Throughput over that of the smallest world size of the same recipe and kind of scaling.",
-            short="Speed\nup", text=_two_decimals, better="higher", mlflow="scaling/speed_up"),
+        Figure("scaling.speed_up", "Speed-up", "Throughput over that of the smallest world size of the same recipe and "
+            "kind of scaling.", short="Speed\nup", text=_two_decimals, better="higher", mlflow="scaling/speed_up"),
         Figure("scaling.efficiency", "Efficiency", "Speed-up over the ratio of the world sizes; 1 is ideal.",
             short="Effi-\nciency", text=percent_text, better="higher", mlflow="scaling/efficiency"),
     ),
     "Projection": (
-        _rate("fits.projected_images_per_second", "Projected images/s",
-            "PROJECTION, not a measurement: throughput at twice the largest world size."),
-        Figure("fits.projected_efficiency", "Projected efficiency",
-            "PROJECTION, not a measurement: efficiency there, against the smallest world size.", text=percent_text,
-            better="higher"),
+        _rate("fits.projected_images_per_second", "Projected images/s", "PROJECTION, not a measurement: throughput at "
+            "twice the largest world size."),
+        Figure("fits.projected_efficiency", "Projected efficiency", "PROJECTION, not a measurement: efficiency there, "
+            "against the smallest world size.", text=percent_text, better="higher"),
     ),
     "Cost": (
-        _cost("cost", "Cost",
-            "Price of the accelerators from the driver's start of the trial to its end; null without a price.",
-            short="Cost", mlflow="cost/total"),
+        _cost("cost", "Cost", "Price of the accelerators from the driver's start of the trial to its end; null without "
+            "a price.", short="Cost", mlflow="cost/total"),
         _cost("cost_to_target", "Cost to target", "Price of the accelerators for the time to train.",
             short="to\ntarget", mlflow="cost/to_target"),
     ),
@@ -232,6 +234,37 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
 
 FIGURES = {row.key: row for rows in SECTIONS.values() for row in rows}
 """The rows by their key."""
+
+IN_LISTS = ("evaluations.", "scaling.", "windows.")
+"""Beginnings of the keys of figures in MLflow that a trial has many of."""
+
+SHARED = {
+    "windows.": ("images_per_second", "step_seconds.p50", "step_seconds.p95", "peak_memory_gib"),
+    "references.": ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap"),
+}
+"""Figures of other groups that a window of steps and a published row have under the same names."""
+
+
+def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
+    """The figures of a record under their names in MLflow.
+
+    Args:
+        record: A trial's record, an `Evaluated` event, a `JointWindow`, a `ScalingRow` or a `ReferenceRow`.
+        prefix: What it is: "" for a trial, one of `IN_LISTS`, or `references.`.
+    """
+    values: dict[str, float | None] = {}
+    for key, row in FIGURES.items():
+        group = next((start for start in IN_LISTS if key.startswith(start)), "")
+        if row.mlflow is None or (group != prefix and key not in SHARED.get(prefix, ())):
+            continue
+        name = key.removeprefix(group)
+        if name.endswith(".*"):
+            parts = getattr(record, name.removesuffix(".*"))
+            values |= {row.mlflow.replace("*", part): value for part, value in parts.items()}
+        elif hasattr(record, name.partition(".")[0]):  # an event has its APs among its figures only
+            values[row.mlflow] = attrgetter(name)(record)
+    return values
+
 
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 """Lines of docs/measurement.md around the text of `reference()`."""

@@ -7,31 +7,16 @@ from collections.abc import Sequence
 from trainers.contract.events import Event, FailureKind, WorkerFailed
 
 CAUSES: tuple[FailureKind, ...] = (
-    "bad_input",
-    "not_finite",
-    "configuration",
-    "storage",
-    "out_of_memory",
-    "stuck",
-    "worker_lost",
-    "unknown",
+    "bad_input", "not_finite", "configuration", "storage", "out_of_memory", "stuck", "worker_lost", "unknown",
     "communication",
-)
+)  # fmt: skip
 """Failures by how likely they are the cause of the others seen with them, the likeliest first."""
 
 
 def root_cause(events: Sequence[Event]) -> WorkerFailed | None:
-    """The failure that caused the others; None where none was reported.
-
-    Args:
-        events: Events of one attempt.
-    """
-    failures = [event for event in events if isinstance(event, WorkerFailed)]
-    return min(
-        failures,
-        key=lambda failure: (CAUSES.index(failure.failure), not failure.image_files, failure.time),
-        default=None,
-    )
+    """The failure among the events of one attempt that caused the others; None where none was reported."""
+    failures = (event for event in events if isinstance(event, WorkerFailed))
+    return min(failures, key=lambda e: (CAUSES.index(e.failure), not e.image_files, e.time), default=None)
 
 
 def described(cause: WorkerFailed) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from trainers.contract.plan import Scaling, TrialPlan
 
@@ -63,12 +64,4 @@ Plan = TrialPlan | LoggedPlan
 
 def plan_from_dict(values: dict[str, Any]) -> Plan:
     """The plan in a `TrialStarted` event, also after a round trip through JSON."""
-    if "source" not in values:
-        return TrialPlan.from_dict(values)
-    solver, steps = values["solver"], values["solver"]["steps"]
-    nested = {
-        "train": LoggedDataset(**values["train"]),
-        "val": LoggedDataset(**values["val"]),
-        "solver": LoggedSolver(**{**solver, "steps": None if steps is None else tuple(steps)}),
-    }
-    return LoggedPlan(**{**values, **nested})
+    return LoggedPlan(**values) if "source" in values else TrialPlan.from_dict(values)

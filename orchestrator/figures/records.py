@@ -1,6 +1,6 @@
 """The result record, results.json: what a run leaves, read by the table, the report, MLflow and comparisons.
 
-A figure that was not measured is null, never 0. The fields without a description here are the rows of
+A figure that was not measured is null, never 0. Fields without a description are explained by their name or are rows of
 `orchestrator.figures.catalog`, which defines each figure once.
 """
 
@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
 from orchestrator.files import write_atomically
+from trainers.contract.plan import Scaling
 
 
 class _Record(BaseModel):
@@ -24,11 +24,8 @@ class Quantiles(_Record):
     """Quantiles of a duration over the steps of the throughput window, all ranks together, in seconds."""
 
     p50: float | None = None
-    """Median."""
     p95: float | None = None
-    """95th percentile."""
     p99: float | None = None
-    """99th percentile."""
 
 
 class Evaluation(_Record):
@@ -71,19 +68,15 @@ class RankFigures(_Record):
     """One worker's figures over the throughput window."""
 
     rank: int
-    """Its rank."""
     host: str | None = None
-    """Its host."""
     images_per_second: float | None = None
     """Images it trained on over the wall time of its steps."""
     step_seconds: Quantiles = Quantiles()
-    """Wall time of its steps."""
     part_seconds: dict[str, Quantiles] = {}
     """Its steps by part: data, forward, backward, communication, optimizer."""
     own_seconds: float | None = None
     """Its steps without waiting for the other workers, summed; null where that wait was not measured."""
     peak_memory_gib: float | None = None
-    """Most memory it used."""
 
 
 class CurvePoint(_Record):
@@ -92,9 +85,7 @@ class CurvePoint(_Record):
     model_config = ConfigDict(extra="ignore", frozen=True)  # `images_per_second` is written, and not read
 
     first_iteration: int
-    """First iteration, from 0."""
     iteration: int
-    """Iterations done at its end."""
     num_images: float
     """Images all workers trained on; a fraction where a window was cut."""
     seconds: float
@@ -111,7 +102,6 @@ class Restart(_Record):
     """One start of the workers after the first (`restarts.` in the catalogue)."""
 
     attempt: int
-    """Number of the new attempt."""
     cause: str
     """Kind of the failure that ended the one before."""
     message: str
@@ -127,7 +117,6 @@ class TrialResult(_Record):
     """What one trial measured."""
 
     name: str
-    """Name of the trial."""
     world_size: int
     num_nodes: int | None = None
     device: str | None = None
@@ -135,11 +124,9 @@ class TrialResult(_Record):
     device_name: str | None = None
     """Model name of the accelerator or processor."""
     recipe: str | None = None
-    """Speed recipe."""
-    scaling: Literal["weak", "strong"] | None = None
-    """What stays the same while scaling: the batch per worker (weak) or the global batch (strong)."""
+    scaling: Scaling | None = None
+    """What stays the same: the batch per worker (weak) or the global batch (strong)."""
     protocol: Literal["throughput", "time_to_train"] | None = None
-    """What was measured."""
     seed: int | None = None
     status: Literal["FINISHED", "FAILED", "KILLED"]
     """MLflow's run status."""
@@ -156,7 +143,6 @@ class TrialResult(_Record):
     part_seconds: dict[str, Quantiles] = {}
     data_wait_share: float | None = None
     ranks: list[RankFigures] = []
-    """Every worker by itself."""
     rank_skew: float | None = None
     rate_curve: list[CurvePoint] = []
     """Throughput along the run."""
@@ -177,10 +163,8 @@ class TrialResult(_Record):
     downtime_seconds: float = 0.0
     lost_work_seconds: float | None = None
     sections: Sections | None = None
-    """Where the whole wall time went."""
     num_restarts: int = 0
     restarts: list[Restart] = []
-    """Each of them."""
     box_ap: float | None = None
     mask_ap: float | None = None
     best_box_ap: float | None = None
@@ -188,20 +172,93 @@ class TrialResult(_Record):
     target_box_ap: float | None = None
     target_mask_ap: float | None = None
     evaluations: list[Evaluation] = []
-    """All evaluations, in order."""
     cost: float | None = None
     cost_to_target: float | None = None
     peak_memory_gib: float | None = None
     state_sha256: str | None = None
     """Hash of the final model and optimizer state."""
     hosts: list[str] = []
-    """Host names."""
     num_train_images: int | None = None
     num_val_images: int | None = None
     notes: list[str] = []
     """What is missing or must be known to read the figures, for a person."""
     mlflow_run_id: str | None = None
-    """MLflow run of this trial."""
+
+
+class ScalingRow(_Record):
+    """One world size against the smallest one of the same recipe and kind of scaling (`scaling.` in the catalogue)."""
+
+    recipe: str
+    kind: Scaling
+    world_size: int
+    base_world_size: int
+    """Workers of the row compared with."""
+    speed_up: float | None
+    efficiency: float | None
+    efficiency_low: float | None = None
+    """Lower end of its 95 % interval."""
+    efficiency_high: float | None = None
+    """Upper end of its 95 % interval."""
+    interval_source: Literal["repeats", "within runs"] | None = None
+    """Spread behind the interval: between repeats, or within one run of each size (which cannot see what differs from
+    run to run)."""
+    matched_first_iteration: int | None = None
+    """First iteration compared; null where whole runs are compared."""
+    matched_iteration: int | None = None
+    """Iterations done at the end of what is compared."""
+
+
+class ScalingFit(_Record):
+    """A model of the step time over the world size, and its projection to a size that was not run (`fits.`)."""
+
+    recipe: str
+    kind: Scaling
+    world_sizes: list[int]
+    """Sizes it was fitted to."""
+    computation_seconds: float
+    """Step time that divides among the workers: a whole batch's on one worker (strong), one worker's own (weak,
+    together with the serial part, which weak scaling cannot separate)."""
+    communication_seconds: float | None = None
+    """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
+    serial_seconds: float | None = None
+    """Step time that no worker saves; null where it cannot be separated."""
+    worst_relative_error: float
+    """Largest deviation of the fit from a measured step time."""
+    projected_world_size: int
+    """The next size."""
+    projected_images_per_second: float
+    projected_efficiency: float
+
+
+class Spread(_Record):
+    """One figure over the repeats that have it."""
+
+    num_values: int
+    """Repeats that have it."""
+    median: float
+    minimum: float
+    maximum: float
+    mean: float
+    low: float | None = None
+    """Lower end of the mean's 95 % interval (Student's t); null for one value."""
+    high: float | None = None
+    """Upper end of it."""
+    trimmed_mean: float | None = None
+    """Mean without the smallest and the largest, from five values up (as MLPerf scores)."""
+
+
+class RepeatRow(_Record):
+    """The repeats of one recipe, kind of scaling and world size."""
+
+    recipe: str
+    kind: Scaling
+    world_size: int
+    num_trials: int
+    """Repeats, failed ones too."""
+    num_target_met: int
+    """Repeats that met all targets."""
+    figures: dict[str, Spread]
+    """By the figure's key."""
 
 
 class ExperimentResult(_Record):
@@ -210,9 +267,7 @@ class ExperimentResult(_Record):
     schema_version: Literal[1] = 1
     """Version of this format; a reader refuses one it does not know."""
     experiment: str
-    """Name of the experiment."""
     description: str = ""
-    """Its one line for people."""
     status: Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
     """MLflow's run status."""
     started: str
@@ -220,7 +275,6 @@ class ExperimentResult(_Record):
     ended: str | None = None
     """UTC, ISO 8601."""
     command: list[str] = []
-    """The command that made it."""
     environment: dict[str, str] = {}
     """Versions, host, git commit."""
     mlflow_tracking_uri: str | None = None
@@ -228,9 +282,7 @@ class ExperimentResult(_Record):
     mlflow_run_id: str | None = None
     """MLflow's parent run."""
     trials: list[TrialResult] = []
-    """Every trial that was started."""
     scaling: list[ScalingRow] = []
-    """Speed-up and efficiency."""
     fits: list[ScalingFit] = []
     """Projections to the next world size."""
     repeats: list[RepeatRow] = []

@@ -1,7 +1,9 @@
-"""Compares trials with one another: repeats, speed-up and efficiency over matched iterations, and a projection.
+"""Compares trials with one another: repeats, speed-up and efficiency with 95 % intervals, and a projection.
 
 Where both trials have a drift curve of measured steps, the same iterations are compared: a run that stopped early is
-not compared with the slower second half of a longer one.
+not compared with the slower second half of a longer one. The steps of one run resemble their neighbours, so counting
+each as a measurement by itself would make intervals far too narrow: they are gathered into a few long batches first.
+Only repeats see what differs from run to run.
 """
 
 from __future__ import annotations
@@ -10,15 +12,20 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from orchestrator.figures.records import TrialResult
-from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
-from orchestrator.figures.spread import Interval, ratio_between_repeats, ratio_within_runs, spread
-from orchestrator.figures.throughput import matched, rate
+from orchestrator.figures.records import CurvePoint, RepeatRow, ScalingFit, ScalingRow, Spread, TrialResult
+from orchestrator.figures.steps import join_points, matched, rate
+from trainers.contract.plan import Scaling
 
-Kind = Literal["weak", "strong"]
+MAX_BATCHES = 10
+"""Batches a run's steps are gathered into; Schmeiser, "Batch size effects in the analysis of simulation output",
+Operations Research 30 (1982), finds nothing gained by more than 10 to 30."""
+
+MIN_BATCHES = 4
+"""Fewer say nothing of a spread."""
 
 REPEATED_FIGURES = (
     "images_per_second", "wall_images_per_second", "time_to_train_seconds", "time_to_box_target_seconds",
@@ -28,6 +35,15 @@ REPEATED_FIGURES = (
 """Figures of a trial that are summed up over repeats."""
 
 
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with the two ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 def repeat_rows(trials: Sequence[TrialResult]) -> list[RepeatRow]:
     """Every figure over the repeats of each recipe, kind of scaling and world size that was run more than once."""
     rows = []
@@ -35,11 +51,8 @@ def repeat_rows(trials: Sequence[TrialResult]) -> list[RepeatRow]:
         for world_size, repeats in sizes.items():
             if len(repeats) < 2:
                 continue
-            figures = {}
-            for name in REPEATED_FIGURES:
-                summed = spread([value for trial in repeats if (value := getattr(trial, name)) is not None])
-                if summed:
-                    figures[name] = summed
+            values = {name: [getattr(trial, name) for trial in repeats] for name in REPEATED_FIGURES}
+            spreads = {name: spread([v for v in found if v is not None]) for name, found in values.items()}
             rows.append(
                 RepeatRow(
                     recipe=recipe,
@@ -47,7 +60,7 @@ def repeat_rows(trials: Sequence[TrialResult]) -> list[RepeatRow]:
                     world_size=world_size,
                     num_trials=len(repeats),
                     num_target_met=sum(trial.time_to_train_seconds is not None for trial in repeats),
-                    figures=figures,
+                    figures={name: found for name, found in spreads.items() if found},
                 )
             )
     return rows
@@ -66,7 +79,7 @@ def scaling_rows(trials: Sequence[TrialResult]) -> list[ScalingRow]:
 
 
 def _scaling_row(
-    recipe: str, kind: Kind, world_size: int, base: int, measured: Mapping[int, Sequence[TrialResult]]
+    recipe: str, kind: Scaling, world_size: int, base: int, measured: Mapping[int, Sequence[TrialResult]]
 ) -> ScalingRow:
     repeats, others = measured[world_size], measured[base]
     span = _matched_span([*repeats, *others]) if world_size != base else None
@@ -113,14 +126,11 @@ def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
     it is 1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised.
     Two sizes separate computation and one more term: the serial part, or communication where that fits better.
     """
-    return [
-        fit
-        for (recipe, kind), sizes in _groups(trials).items()
-        if (fit := _scaling_fit(recipe, kind, sizes)) is not None
-    ]
+    fits = (_scaling_fit(recipe, kind, sizes) for (recipe, kind), sizes in _groups(trials).items())
+    return [fit for fit in fits if fit]
 
 
-def _scaling_fit(recipe: str, kind: Kind, sizes: Mapping[int, Sequence[TrialResult]]) -> ScalingFit | None:
+def _scaling_fit(recipe: str, kind: Scaling, sizes: Mapping[int, Sequence[TrialResult]]) -> ScalingFit | None:
     step_seconds, batches = {}, {}
     for world_size, repeats in sizes.items():
         rates, batch = [t.images_per_second for t in repeats if t.images_per_second], repeats[0].global_batch_size
@@ -150,7 +160,7 @@ def _scaling_fit(recipe: str, kind: Kind, sizes: Mapping[int, Sequence[TrialResu
     )
 
 
-_SHAPES: dict[Kind, dict[str, Callable[[int], float]]] = {
+_SHAPES: dict[Scaling, dict[str, Callable[[int], float]]] = {
     "strong": {"computation": lambda n: 1 / n, "serial": lambda _: 1.0, "communication": math.log2},
     "weak": {"computation": lambda _: 1.0, "communication": math.log2},
 }
@@ -183,8 +193,7 @@ def _matched_span(trials: Sequence[TrialResult]) -> tuple[int, int] | None:
     if any(not trial.rate_curve or trial.rate_curve_source != "steps" for trial in trials):
         return None
     first = max(trial.rate_curve[0].first_iteration for trial in trials)
-    last = min(max(point.iteration for point in trial.rate_curve) for trial in trials)
-    span = first, last
+    span = first, min(max(point.iteration for point in trial.rate_curve) for trial in trials)
     return span if all(matched(trial.rate_curve, *span) for trial in trials) else None
 
 
@@ -208,9 +217,94 @@ def _interval(
     return interval, "within runs" if interval else None
 
 
-def _groups(trials: Sequence[TrialResult]) -> dict[tuple[str, Kind], dict[int, list[TrialResult]]]:
-    groups: dict[tuple[str, Kind], dict[int, list[TrialResult]]] = defaultdict(lambda: defaultdict(list))
+def _groups(trials: Sequence[TrialResult]) -> dict[tuple[str, Scaling], dict[int, list[TrialResult]]]:
+    groups: dict[tuple[str, Scaling], dict[int, list[TrialResult]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
         if trial.recipe and trial.scaling:
             groups[trial.recipe, trial.scaling][trial.world_size].append(trial)
     return groups
+
+
+def t_975(degrees: float) -> float:
+    """97.5 % point of Student's t, for intervals of 95 %.
+
+    Args:
+        degrees: Degrees of freedom; a fraction is allowed, as Welch's are.
+    """
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, degrees))
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Sums up a figure's values over repeats; None of none. The interval is of the mean, by Student's t."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    mean = statistics.fmean(ordered)
+    count = len(ordered)
+    half = t_975(count - 1) * statistics.stdev(ordered) / math.sqrt(count) if count > 1 else None
+    return Spread(
+        num_values=count,
+        median=statistics.median(ordered),
+        minimum=ordered[0],
+        maximum=ordered[-1],
+        mean=mean,
+        low=None if half is None else mean - half,
+        high=None if half is None else mean + half,
+        trimmed_mean=statistics.fmean(ordered[1:-1]) if count >= 5 else None,
+    )
+
+
+def ratio_within_runs(above: Sequence[CurvePoint], below: Sequence[CurvePoint]) -> Interval | None:
+    """Ratio of two runs' throughputs with an interval from the spread within each run.
+
+    Each throughput is a ratio estimator over batches (Cochran, "Sampling Techniques", 1977, section 6.3); the variances
+    of the two logarithms add up, and the degrees of freedom are Welch's.
+
+    Args:
+        above: Drift curve of the run that is compared, cut to what is compared.
+        below: Drift curve of the run it is compared with.
+
+    Returns:
+        None where a run has too few points to have a spread, or no throughput.
+    """
+    rates = rate(above), rate(below)
+    variances = _relative_variance(above), _relative_variance(below)
+    if not rates[0] or not rates[1] or variances[0] is None or variances[1] is None:
+        return None
+    return _ratio(rates[0] / rates[1], [variances[0], variances[1]])
+
+
+def ratio_between_repeats(above: Sequence[float], below: Sequence[float]) -> Interval | None:
+    """Ratio of the medians of two sets of repeats, with Welch's interval on the logarithm.
+
+    Returns:
+        None with fewer than two values on a side, or where one is not positive.
+    """
+    if min(len(above), len(below)) < 2 or min(*above, *below) <= 0:
+        return None
+    logs = [[math.log(value) for value in values] for values in (above, below)]
+    variances = [(statistics.variance(values) / len(values), len(values) - 1) for values in logs]
+    return _ratio(statistics.median(above) / statistics.median(below), variances)
+
+
+def _relative_variance(points: Sequence[CurvePoint]) -> tuple[float, int] | None:
+    """Variance of the logarithm of a run's throughput, and its degrees of freedom, by batches of points."""
+    batches = join_points(points, max(1, math.ceil(len(points) / MAX_BATCHES)))
+    count, mean_rate = len(batches), rate(batches)
+    if count < MIN_BATCHES or not mean_rate:
+        return None
+    residuals = [batch.seconds - batch.num_images / mean_rate for batch in batches]
+    seconds = sum(batch.seconds for batch in batches)
+    return count / (count - 1) * sum(r * r for r in residuals) / seconds**2, count - 1
+
+
+def _ratio(ratio: float, variances: Sequence[tuple[float, int]]) -> Interval:
+    total = sum(variance for variance, _ in variances)
+    if total == 0:
+        return Interval(ratio, ratio, ratio)
+    # Welch–Satterthwaite.
+    degrees = total**2 / sum(variance**2 / freedom for variance, freedom in variances)
+    half = t_975(degrees) * math.sqrt(total)
+    return Interval(ratio, ratio * math.exp(-half), ratio * math.exp(half))

@@ -1,20 +1,139 @@
-"""Figures of steps: quantiles of their parts, every worker by itself, and the windows of all ranks joined into one.
+"""Figures of steps: throughput along a run, quantiles of their parts, every worker by itself, and joint windows.
 
-A replayed log has windows and no single steps; nothing here makes steps of them.
+A mean of rates is not a rate, and rank 0's rate times the number of workers is not the cluster's: a throughput is the
+images of all workers over the seconds of the slowest. A replayed log has windows and no single steps; nothing here
+makes steps of them.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.figures.records import Quantiles, RankFigures
-from orchestrator.figures.throughput import throughput
+from orchestrator.figures.records import CurvePoint, Quantiles, RankFigures
 from trainers.contract.events import StepsDone, WorkerStarted
+
+MAX_POINTS = 50
+"""Points of a drift curve; one more is made per restart."""
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
 """Parts of a step."""
+
+
+def throughput(steps: Iterable[StepsDone], warmup_iters: int) -> float | None:
+    """Images per second over all workers, by the slowest worker's wall time, warm-up left out.
+
+    Args:
+        steps: The windows of all ranks. An iteration that was trained again after a restart counts once per time it was
+            trained, images and seconds alike.
+        warmup_iters: Iterations from 0 that are left out; a window is cut there.
+
+    Returns:
+        None when no iteration is left.
+    """
+    images = 0.0
+    seconds: dict[int, float] = defaultdict(float)
+    for step in steps:
+        rest = after_warmup(step, warmup_iters)
+        if rest:
+            images += rest.num_images
+            seconds[step.rank] += rest.seconds
+    slowest = max(seconds.values(), default=0.0)
+    return images / slowest if slowest > 0 else None
+
+
+def rate_curve(steps: Iterable[StepsDone], warmup_iters: int, max_points: int = MAX_POINTS) -> list[CurvePoint]:
+    """The drift curve: consecutive windows of all ranks, joined evenly.
+
+    Ranks close their windows together, so the n-th window of every rank covers the same iterations; where a rank's
+    last windows are missing (it died), the others' are left out too. A point never spans a restart.
+
+    Args:
+        steps: The windows of all ranks.
+        warmup_iters: Iterations from 0 that are left out.
+        max_points: Most points wanted; one more is made per restart.
+    """
+    by_rank: dict[int, list[CurvePoint | None]] = defaultdict(list)
+    for step in sorted(steps, key=lambda e: (e.attempt, e.first_iteration)):
+        by_rank[step.rank].append(after_warmup(step, warmup_iters))
+    points: list[CurvePoint] = []
+    for column in zip(*by_rank.values(), strict=False):
+        windows = [window for window in column if window]
+        if len(windows) == len(column):
+            slowest = max(windows, key=lambda window: window.seconds)
+            points.append(slowest.model_copy(update={"num_images": sum(window.num_images for window in windows)}))
+    return [point for point in join_points(points, math.ceil(len(points) / max_points)) if point.seconds > 0]
+
+
+def after_warmup(window: StepsDone, warmup_iters: int) -> CurvePoint | None:
+    """A rank's window without its iterations before `warmup_iters`; None where nothing is left, or images are unknown.
+
+    Its images are taken in proportion to its steps: every step of a rank has the same number of images.
+    """
+    num_steps = window.iteration - window.first_iteration
+    skipped = min(max(warmup_iters - window.first_iteration, 0), num_steps)
+    if skipped == num_steps or window.num_images is None:
+        return None
+    share = (num_steps - skipped) / num_steps
+    return CurvePoint(
+        first_iteration=window.first_iteration + skipped,
+        iteration=window.iteration,
+        num_images=window.num_images * share,
+        seconds=sum(window.step_seconds[skipped:]) if window.step_seconds else window.seconds * share,
+    )
+
+
+def join_points(points: Sequence[CurvePoint], size: int) -> list[CurvePoint]:
+    """Joins `size` consecutive points into one; a gap or a step back in the iterations begins a new one."""
+    groups: list[list[CurvePoint]] = []
+    for point in points:
+        if groups and len(groups[-1]) < size and point.first_iteration == groups[-1][-1].iteration:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [
+        CurvePoint(
+            first_iteration=group[0].first_iteration,
+            iteration=group[-1].iteration,
+            num_images=sum(point.num_images for point in group),
+            seconds=sum(point.seconds for point in group),
+        )
+        for group in groups
+    ]
+
+
+def matched(points: Sequence[CurvePoint], first_iteration: int, iteration: int) -> list[CurvePoint]:
+    """The points that lie wholly between two iterations."""
+    return [p for p in points if p.first_iteration >= first_iteration and p.iteration <= iteration]
+
+
+def rate(points: Sequence[CurvePoint]) -> float | None:
+    """Images over seconds of several points together; None of none. Never the mean of their rates."""
+    seconds = sum(point.seconds for point in points)
+    return sum(point.num_images for point in points) / seconds if seconds > 0 else None
+
+
+def drift_ratio(points: Sequence[CurvePoint]) -> float | None:
+    """Throughput of the last quarter of a drift curve over that of the first; None below four points."""
+    quarter = len(points) // 4
+    if quarter == 0:
+        return None
+    last, first = rate(points[-quarter:]), rate(points[:quarter])
+    return last / first if last and first else None
+
+
+def skew(own_seconds: Sequence[float]) -> float | None:
+    """How much slower the slowest worker is by itself: its time over the median worker's; None for one worker.
+
+    Args:
+        own_seconds: Every worker's step time less its waiting for other workers: with it in, every worker looks as slow
+            as the slowest.
+    """
+    middle = statistics.median(own_seconds) if len(own_seconds) > 1 else 0.0
+    return max(own_seconds) / middle if middle else None
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
@@ -42,9 +161,7 @@ def data_wait_share(steps: Sequence[StepsDone], warmup_iters: int) -> float | No
     waited = sum(step_parts(steps, "data", warmup_iters))
     whole = sum(step_parts(steps, "step", warmup_iters))
     if not whole:  # a log has windows only
-        windows = [
-            e for e in steps if not e.step_seconds and e.first_iteration >= warmup_iters and "data" in e.part_seconds
-        ]
+        windows = [e for e in steps if e.first_iteration >= warmup_iters and "data" in e.part_seconds]
         waited, whole = sum(e.part_seconds["data"] for e in windows), sum(e.seconds for e in windows)
     return waited / whole if whole > 0 else None
 
@@ -57,15 +174,7 @@ def peak_memory(steps: Sequence[StepsDone]) -> float | None:
 def rank_figures(
     rank: int, steps: Sequence[StepsDone], workers: Sequence[WorkerStarted], warmup_iters: int, world_size: int
 ) -> RankFigures:
-    """One rank's figures over the steps after warm-up.
-
-    Args:
-        rank: The rank.
-        steps: Windows of all ranks.
-        workers: Starts of all ranks.
-        warmup_iters: Iterations left out.
-        world_size: Number of workers: one has nobody to wait for.
-    """
+    """One rank's figures over the steps after warm-up, from the windows and starts of all ranks."""
     own = [e for e in steps if e.rank == rank]
     parts = {name: step_parts(own, name, warmup_iters) for name in PARTS}
     whole = step_parts(own, "step", warmup_iters)
@@ -92,7 +201,7 @@ class JointWindow:
     images_per_second: float | None
     """Images of all ranks over the seconds of the slowest; None where a log does not say the batch."""
     losses: dict[str, float]
-    """Mean over the window and the ranks, by detectron2's name; those that are known."""
+    """Mean over the window and the ranks, by detectron2's name without `loss_`; those that are known."""
     learning_rate: float | None
     """At its last step."""
     step_seconds: Quantiles
@@ -104,7 +213,7 @@ class JointWindow:
 
 
 class WindowJoin:
-    """Collects the windows of one trial until every rank's is there.
+    """Collects the windows of one trial until those of all ranks are known.
 
     Args:
         world_size: Number of ranks, where an attempt's workers do not say otherwise.
@@ -129,14 +238,13 @@ class WindowJoin:
         windows = list(ranks.values())
         images = [w.num_images for w in windows if w.num_images is not None]
         slowest = max(w.seconds for w in windows)
-        waits = [
-            w.part_seconds["data"] / (w.iteration - w.first_iteration) for w in windows if "data" in w.part_seconds
-        ]
+        timed = [w for w in windows if "data" in w.part_seconds]
+        waits = [w.part_seconds["data"] / (w.iteration - w.first_iteration) for w in timed]
         return JointWindow(
             iteration=event.iteration,
             time=max(w.time for w in windows),
             images_per_second=sum(images) / slowest if len(images) == len(windows) and slowest > 0 else None,
-            losses=ranks[0].losses,
+            losses={name.removeprefix("loss_"): value for name, value in ranks[0].losses.items()},
             learning_rate=ranks[0].learning_rate,
             step_seconds=quantiles([seconds for w in windows for seconds in w.step_seconds]),
             data_seconds=statistics.fmean(waits) if waits else None,

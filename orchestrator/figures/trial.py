@@ -6,16 +6,25 @@ Ray Train's own result is bound to the last checkpoint, so figures come from the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator.figures.causes import root_cause
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
-from orchestrator.figures.sections import LoopRun, began, lacks, loop_runs, sections
-from orchestrator.figures.steps import PARTS, data_wait_share, peak_memory, quantiles, rank_figures, step_parts
-from orchestrator.figures.targets import box_target_met, first_evaluations, first_to_meet, has_target
-from orchestrator.figures.throughput import MAX_POINTS, drift_ratio, rate_curve, skew, throughput
+from orchestrator.figures.sections import began, lacks, loop_runs, sections
+from orchestrator.figures.steps import (
+    MAX_POINTS,
+    PARTS,
+    data_wait_share,
+    drift_ratio,
+    peak_memory,
+    quantiles,
+    rank_figures,
+    rate_curve,
+    skew,
+    step_parts,
+    throughput,
+)
 from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
@@ -29,6 +38,7 @@ from trainers.contract.events import (
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.targets import all_met, is_met
 
 E = TypeVar("E", bound=Event)
 
@@ -44,117 +54,96 @@ def trial_result(plan: Plan, events: Sequence[Event], mlflow_run_id: str | None 
     Raises:
         ValueError: The trial has not ended.
     """
-    trial = _facts(plan, events)
+    trial = _Trial(plan, events)
     values = {**_setup(trial), **_accuracy(trial), **_clocks(trial), **_steps(trial), **_restarts(trial)}
     if trial.log:
         values |= _printed(trial, trial.log, values["wall_images_per_second"])
-    reason = trial.ended.reason
-    if not reason and values["time_to_train_seconds"] is None and has_target(plan):
+    reason, has_target = trial.ended.reason, plan.target_box_ap is not None or plan.target_mask_ap is not None
+    if has_target and not reason and values["time_to_train_seconds"] is None:
         reason = f"target not reached in {trial.iterations} iterations"
     return TrialResult(**values, status=trial.ended.status, reason=reason, mlflow_run_id=mlflow_run_id)
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the groups of figures below are made of."""
+class _Trial:
+    """A trial's events, as the groups of figures below take them."""
 
-    plan: Plan
-    events: Sequence[Event]
-    ended: TrialEnded
-    workers: Sequence[WorkerStarted]
-    sizes: dict[int, int]
-    """Number of workers by attempt."""
-    steps: Sequence[StepsDone]
-    """Windows of the attempts with all workers: a rate belongs to one world size."""
-    attempts: Sequence[LoopRun]
-    finished: LoopFinished | None
-    iterations: int | None
-    evaluations: Sequence[Evaluated]
-    """By iteration, each at its first time."""
-    driver_start: float | None
-    """When the driver started the trial (Unix seconds)."""
-    worker_start: float | None
-    """Start of the seed clock; None where a log does not have it."""
-    loop_start: float | None
-    """Start of MLPerf's clock, the first batch request; likewise."""
-    log: LogReplayed | None
-    """Of a replayed trial."""
-    unknown: frozenset[str]
-    """What that log does not have, see `LogReplayed.unknown`."""
-
-
-def _facts(plan: Plan, events: Sequence[Event]) -> _Facts:
-    ended, finished, log = _last(events, TrialEnded), _last(events, LoopFinished), _last(events, LogReplayed)
-    if ended is None:
-        raise ValueError(f"trial {plan.name} has not ended")
-    workers, steps, attempts = _all(events, WorkerStarted), _all(events, StepsDone), loop_runs(events)
-    sizes = {e.attempt: e.world_size or plan.world_size for e in workers}
-    done = [e.iteration for e in steps if e.rank == 0] + ([finished.iteration] if finished else [])
-    unknown = frozenset(log.unknown if log else ())
-    return _Facts(
-        plan=plan,
-        events=events,
-        ended=ended,
-        workers=workers,
-        sizes=sizes,
-        steps=[e for e in steps if sizes.get(e.attempt, plan.world_size) == plan.world_size],
-        attempts=attempts,
-        finished=finished,
-        iterations=max(done, default=0 if attempts else None),
-        evaluations=first_evaluations(events),
-        driver_start=next((e.time for e in _all(events, TrialStarted)), None),
-        worker_start=began(events),
-        loop_start=attempts[0].started if attempts and not lacks(events, "start") else None,
-        log=log,
-        unknown=unknown,
-    )
+    def __init__(self, plan: Plan, events: Sequence[Event]) -> None:
+        ended, steps = _last(events, TrialEnded), _all(events, StepsDone)
+        if ended is None:
+            raise ValueError(f"trial {plan.name} has not ended")
+        self.plan, self.events, self.ended = plan, events, ended
+        self.finished, self.log = _last(events, LoopFinished), _last(events, LogReplayed)
+        self.attempts = loop_runs(events)
+        self.workers = _all(events, WorkerStarted)
+        self.sizes = {e.attempt: e.world_size or plan.world_size for e in self.workers}
+        """Number of workers by attempt."""
+        self.steps = [e for e in steps if self.sizes.get(e.attempt, plan.world_size) == plan.world_size]
+        """Windows of the attempts with all workers: a rate belongs to one world size."""
+        done = [e.iteration for e in steps if e.rank == 0] + ([self.finished.iteration] if self.finished else [])
+        self.iterations = max(done, default=0 if self.attempts else None)
+        self.evaluations = _first_evaluations(events)
+        met = _first_to_meet(plan, self.evaluations)
+        self.scored, self.met_at = met[0] if met else None, met[1] if met else None
+        """The first evaluation that met all targets, and when its figures were known (Unix seconds)."""
+        self.driver_start = next((e.time for e in _all(events, TrialStarted)), None)
+        self.worker_start = began(events)
+        """Start of the seed clock (Unix seconds); None where a log does not have it."""
+        self.loop_start = self.attempts[0].started if self.attempts and not lacks(events, "start") else None
+        """Start of MLPerf's clock, the first batch request; likewise."""
 
 
-def _setup(trial: _Facts) -> dict[str, Any]:
+def _first_evaluations(events: Sequence[Event]) -> list[Evaluated]:
+    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
+    attempts: dict[int, int] = {}
+    first = [e for e in _all(events, Evaluated) if attempts.setdefault(e.iteration, e.attempt) == e.attempt]
+    return sorted(first, key=lambda event: event.iteration)
+
+
+def _first_to_meet(plan: Plan, evaluations: Sequence[Evaluated]) -> tuple[Evaluated, float] | None:
+    """The first of the evaluations that met all targets, and when those of its figures were known (Unix seconds)."""
+    for event in evaluations:
+        if all_met(event.figures, plan.target_box_ap, plan.target_mask_ap):
+            known = [] if plan.target_box_ap is None else [event.box_scored]
+            if plan.target_mask_ap is not None and event.mask_scored is not None:
+                known.append(event.mask_scored)
+            return event, max(known, default=event.time)
+    return None
+
+
+def _setup(trial: _Trial) -> dict[str, Any]:
     """What was run on what, and how far it came."""
     plan, workers = trial.plan, trial.workers
     loop = next((e for e in _all(trial.events, LoopStarted) if e.rank == 0), None)
-    fewer = [
-        f"attempt {attempt} with {size}" for attempt, size in sorted(trial.sizes.items()) if size != plan.world_size
-    ]
+    fewer = [f"attempt {number} with {size}" for number, size in sorted(trial.sizes.items()) if size != plan.world_size]
     note = (
         f"{', '.join(fewer)} of {plan.world_size} workers: rates and step times are of the attempts with all workers, "
         "clocks and costs of all attempts"
     )
+    same = ("name", "world_size", "device", "scaling", "protocol", "seed", "target_box_ap", "target_mask_ap")
     return {
-        "name": plan.name,
-        "world_size": plan.world_size,
+        **{name: getattr(plan, name) for name in same},
+        **{name: getattr(plan.solver, name) for name in ("global_batch_size", "base_lr", "max_iter")},
         "num_nodes": len({e.host + e.node_id for e in workers if e.attempt == workers[-1].attempt}) or None,
         "hosts": sorted({e.host for e in workers}),
-        "device": plan.device,
         "device_name": workers[0].device_name or None if workers else None,
         "recipe": plan.recipe_name,
-        "scaling": plan.scaling,
-        "protocol": plan.protocol,
-        "seed": plan.seed,
-        "global_batch_size": plan.solver.global_batch_size,
-        "base_lr": plan.solver.base_lr,
-        "max_iter": plan.solver.max_iter,
         "iterations": trial.iterations,
         "num_train_images": loop.num_train_images if loop else None,
         "num_val_images": loop.num_val_images if loop else None,
-        "target_box_ap": plan.target_box_ap,
-        "target_mask_ap": plan.target_mask_ap,
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
         "notes": [note] if fewer else [],
     }
 
 
-def _accuracy(trial: _Facts) -> dict[str, Any]:
+def _accuracy(trial: _Trial) -> dict[str, Any]:
     """AP of the last, the best and the scored evaluation, and every evaluation."""
-    met = first_to_meet(trial.plan, trial.evaluations)
     last = trial.evaluations[-1].figures if trial.evaluations else {}
-    values: dict[str, Any] = {"scored_iteration": met[0].iteration if met else None}
+    values: dict[str, Any] = {"scored_iteration": trial.scored.iteration if trial.scored else None}
     for name in ("box_ap", "mask_ap"):
         measured = [ap for e in trial.evaluations if (ap := e.figures.get(name)) is not None]
         values[name] = last.get(name)
         values[f"best_{name}"] = max(measured, default=None)
-        values[f"scored_{name}"] = met[0].figures.get(name) if met else None
+        values[f"scored_{name}"] = trial.scored.figures.get(name) if trial.scored else None
     values["evaluations"] = [
         Evaluation(
             iteration=event.iteration,
@@ -172,16 +161,17 @@ def _accuracy(trial: _Facts) -> dict[str, Any]:
     return values
 
 
-def _clocks(trial: _Facts) -> dict[str, Any]:
+def _clocks(trial: _Trial) -> dict[str, Any]:
     """Times by the seed clock, by MLPerf's and by the wall clock, and what they cost."""
-    met = first_to_meet(trial.plan, trial.evaluations)
-    time_to_train = _between(trial.worker_start, met[1] if met else None)
+    time_to_train = _between(trial.worker_start, trial.met_at)
+    target = trial.plan.target_box_ap
+    box_met = (e.box_scored for e in trial.evaluations if is_met(e.figures.get("box_ap"), target))
     stalls = sum(e.stall_seconds or 0.0 for e in _all(trial.events, Evaluated))
     where = sections(trial.events) if trial.loop_start is not None else None
     return {
         "time_to_train_seconds": time_to_train,
-        "time_to_box_target_seconds": _between(trial.worker_start, box_target_met(trial.plan, trial.evaluations)),
-        "mlperf_seconds": _between(trial.loop_start, met[1] if met else None),
+        "time_to_box_target_seconds": _between(trial.worker_start, next(box_met, None)),
+        "mlperf_seconds": _between(trial.loop_start, trial.met_at),
         "schedule_seconds": _between(trial.worker_start, trial.finished.time if trial.finished else None),
         "startup_seconds": _between(trial.driver_start, trial.loop_start),
         "evaluation_seconds": None if lacks(trial.events, "times") else stalls,
@@ -194,15 +184,13 @@ def _clocks(trial: _Facts) -> dict[str, Any]:
     }
 
 
-def _wall_rate(trial: _Facts) -> float | None:
-    batch, end = trial.plan.solver.global_batch_size, trial.finished.time if trial.finished else None
-    if end is None and trial.attempts:
-        end = trial.attempts[-1].last_progress
-    seconds = _between(trial.loop_start, end)
+def _wall_rate(trial: _Trial) -> float | None:
+    end = trial.finished.time if trial.finished else trial.attempts[-1].last_progress if trial.attempts else None
+    batch, seconds = trial.plan.solver.global_batch_size, _between(trial.loop_start, end)
     return trial.iterations * batch / seconds if trial.iterations and batch and seconds and seconds > 0 else None
 
 
-def _steps(trial: _Facts) -> dict[str, Any]:
+def _steps(trial: _Trial) -> dict[str, Any]:
     """Throughput, step times, and every worker by itself."""
     plan, steps, warmup = trial.plan, trial.steps, trial.plan.throughput_warmup_iters
     max_points = MAX_POINTS
@@ -229,14 +217,14 @@ def _steps(trial: _Facts) -> dict[str, Any]:
     }
 
 
-def _restarts(trial: _Facts) -> dict[str, Any]:
+def _restarts(trial: _Trial) -> dict[str, Any]:
     """Every restart with its cause and what it cost."""
     restarts = [_restart(trial, event) for event in _all(trial.events, TrialRestarted)]
     down = sum(restart.downtime_seconds or 0.0 for restart in restarts)
     return {"num_restarts": len(restarts), "restarts": restarts, "downtime_seconds": down}
 
 
-def _restart(trial: _Facts, event: TrialRestarted) -> Restart:
+def _restart(trial: _Trial, event: TrialRestarted) -> Restart:
     before = [run for run in trial.attempts if run.attempt < event.attempt]
     after = next((run for run in trial.attempts if run.attempt == event.attempt), None)
     cause = root_cause([e for e in trial.events if e.attempt == event.attempt - 1])
@@ -253,7 +241,7 @@ def _restart(trial: _Facts, event: TrialRestarted) -> Restart:
     )
 
 
-def _printed(trial: _Facts, log: LogReplayed, wall_rate: float | None) -> dict[str, Any]:
+def _printed(trial: _Trial, log: LogReplayed, wall_rate: float | None) -> dict[str, Any]:
     """What a replayed log prints itself, and null for what it does not have."""
     batch, iterations = trial.plan.solver.global_batch_size, trial.iterations
     warmup = None
@@ -270,7 +258,7 @@ def _printed(trial: _Facts, log: LogReplayed, wall_rate: float | None) -> dict[s
         "throughput_warmup_iters": warmup,
         "checkpoint_seconds": None,
         # Older versions name figures.
-        **dict.fromkeys(name for name in trial.unknown if name in TrialResult.model_fields),
+        **dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields),
     }
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.catalog import number_text
+from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began
 from orchestrator.files import file_sha256

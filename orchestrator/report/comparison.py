@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.experiment.reading import flatten
-from orchestrator.figures.catalog import FIGURES, Figure
-from orchestrator.figures.notation import NOT_MEASURED
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure
 from orchestrator.figures.records import TrialResult
-from orchestrator.figures.scaling import compare
-from orchestrator.figures.spread import Interval, ratio_between_repeats
+from orchestrator.figures.scaling import Interval, compare, ratio_between_repeats
 from orchestrator.runlog.folder import RunFolder
 
 COMPARED = tuple(FIGURES[key] for key in ("images_per_second", "time_to_train_seconds", "box_ap", "mask_ap"))

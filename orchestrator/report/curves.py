@@ -29,7 +29,7 @@ from trainers.contract.events import StepsDone
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from orchestrator.figures.scaling_records import ScalingRow
+    from orchestrator.figures.records import ScalingRow
     from orchestrator.runlog.folder import TrialEvents
 
 Points = Sequence[tuple[float, float]]

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from orchestrator.figures.catalog import FIGURES
-from orchestrator.figures.notation import NOT_MEASURED
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
 

@@ -22,8 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.catalog import FIGURES
-from orchestrator.figures.notation import NOT_MEASURED, number_text
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 
 DEFINITIONS = "docs/measurement.md"

@@ -17,14 +17,8 @@ from mlflow.tracking import MlflowClient
 
 from orchestrator.experiment.reading import flatten, parse_yaml, to_yaml
 from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.catalog import metrics
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
-from orchestrator.figures.metrics import (
-    evaluation_metrics,
-    reference_metrics,
-    scaling_metrics,
-    trial_metrics,
-    window_metrics,
-)
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
@@ -119,9 +113,9 @@ class MlflowRuns:
         by_run: dict[str, list[Metric]] = {}
         for run_id, metric in self._metrics:
             by_run.setdefault(run_id, []).append(metric)
-        for run_id, metrics in by_run.items():
-            for start in range(0, len(metrics), MAX_METRICS):
-                self._client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+        for run_id, points in by_run.items():
+            for start in range(0, len(points), MAX_METRICS):
+                self._client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
         self._metrics.clear()
 
     def _take_in(self, event: Event) -> None:
@@ -135,9 +129,9 @@ class MlflowRuns:
         elif isinstance(event, StepsDone):
             window = self._joins[event.trial].add(event)
             if window:
-                self._add_points(event.trial, window_metrics(window), window.iteration, window.time)
+                self._add_points(event.trial, metrics(window, "windows."), window.iteration, window.time)
         elif isinstance(event, Evaluated):
-            self._add_points(event.trial, evaluation_metrics(event), event.iteration, event.time)
+            self._add_points(event.trial, metrics(event, "evaluations."), event.iteration, event.time)
         elif isinstance(event, SystemSampled):
             started = self._events[event.trial][0].time
             values = {f"system/{event.host}/{name}": value for name, value in event.values.items()}
@@ -174,7 +168,7 @@ class MlflowRuns:
         self._runs[f"reference/{row.name}"] = run_id
         if self._client.get_run(run_id).info.status == "FINISHED":
             return
-        self._figures(run_id, reference_metrics(row))
+        self._figures(run_id, metrics(row, "references."))
         self._params(run_id, {"workers": str(row.world_size)})
         self._client.set_terminated(run_id, "FINISHED")
 
@@ -196,7 +190,7 @@ class MlflowRuns:
         run_id, plan, events = self._runs[event.trial], self._plans[event.trial], self._events[event.trial]
         self.flush()
         result = trial_result(plan, events, run_id)
-        self._figures(run_id, trial_metrics(result), event.time, result.iterations or 0)
+        self._figures(run_id, metrics(result), event.time, result.iterations or 0)
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         logs = [Path(plan.source)] if isinstance(plan, LoggedPlan) else sorted(Path(plan.trial_dir).glob("log.txt*"))
         for log in logs:
@@ -217,7 +211,7 @@ class MlflowRuns:
             for row in result.scaling:
                 for trial in result.trials:
                     if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
-                        self._figures(self._runs[trial.name], scaling_metrics(row), event.time)
+                        self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time)
             self._client.set_tag(run_id, "mlflow.note.content", markdown_table(result)[:MAX_NOTE_LENGTH])
         for name in ("results.json", "report.md", "report.html", "table.csv"):
             if (self._run_dir / name).exists():
@@ -240,8 +234,8 @@ class MlflowRuns:
 
     def _figures(self, run_id: str, values: dict[str, float | None], when: float = 0.0, step: int = 0) -> None:
         """Logs the known ones of some figures at once."""
-        metrics = [Metric(name, value, int(when * 1000), step) for name, value in values.items() if value is not None]
-        self._client.log_batch(run_id, metrics=metrics)
+        points = [Metric(name, value, int(when * 1000), step) for name, value in values.items() if value is not None]
+        self._client.log_batch(run_id, metrics=points)
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
         params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]

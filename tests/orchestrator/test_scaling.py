@@ -3,12 +3,19 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.figures.records import CurvePoint, TrialResult
-from orchestrator.figures.scaling import compare, repeat_rows, scaling_fits, scaling_rows
-from orchestrator.figures.spread import ratio_between_repeats, spread, t_975
+from orchestrator.figures.scaling import (
+    compare,
+    ratio_between_repeats,
+    repeat_rows,
+    scaling_fits,
+    scaling_rows,
+    spread,
+    t_975,
+)
 
 
 def _trial(world_size: int, seconds: list[float], batch: int = 8, start: int = 0, **fields: object) -> TrialResult:
@@ -101,7 +108,6 @@ def test_four_repeats_have_no_trimmed_mean_and_one_has_no_interval():
     assert spread([]) is None
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(0.1, 1e6), min_size=2, max_size=40))
 def test_a_spread_is_in_order(values):
     summed = spread(values)
@@ -110,7 +116,6 @@ def test_a_spread_is_in_order(values):
     assert summed.low <= summed.mean <= summed.high
 
 
-@settings(deadline=None)
 @given(st.floats(1, 500), st.floats(1, 500))
 def test_the_t_distribution_narrows_with_more_values(a, b):
     assert t_975(min(a, b)) >= t_975(max(a, b)) > 1.9599

@@ -3,12 +3,11 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.figures.records import CurvePoint
-from orchestrator.figures.steps import quantiles
-from orchestrator.figures.throughput import drift_ratio, join_points, matched, rate, rate_curve, skew, throughput
+from orchestrator.figures.steps import drift_ratio, join_points, matched, quantiles, rate, rate_curve, skew, throughput
 from trainers.contract.events import StepsDone
 
 
@@ -92,7 +91,6 @@ def test_skew_needs_company():
 _step_lists = st.lists(st.lists(st.floats(0.01, 100), min_size=1, max_size=5), min_size=1, max_size=8)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(_step_lists, st.integers(0, 50), st.integers(1, 6))
 def test_joining_points_loses_no_image_and_no_second(step_lists, warmup, size):
     first, windows = 0, []
@@ -107,7 +105,6 @@ def test_joining_points_loses_no_image_and_no_second(step_lists, warmup, size):
     assert whole is None or joined_rate == pytest.approx(whole)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.integers(1, 8))
 def test_identical_workers_rate_as_often_as_they_are(steps, workers):
     alone = throughput([_window(0, 2 * len(steps), *steps)], 0)
