@@ -11,10 +11,9 @@ from trainers.contract.plan import Scaling, TrialPlan
 
 @dataclass(frozen=True, slots=True)
 class LoggedDataset:
-    """A data set as far as a log names it."""
+    """A data set as far as a log names it; the field as in `DatasetPlan`."""
 
     name: str | None
-    """Name under which detectron2 knows it."""
 
 
 @dataclass(frozen=True, slots=True)

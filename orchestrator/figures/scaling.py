@@ -83,9 +83,19 @@ def _scaling_row(
 ) -> ScalingRow:
     repeats, others = measured[world_size], measured[base]
     span = _matched_span([*repeats, *others]) if world_size != base else None
-    above, below = ([value for t in group if (value := _rate(t, span))] for group in (repeats, others))
+
+    def rate_of(trial: TrialResult) -> float | None:
+        return rate(matched(trial.rate_curve, *span)) if span else trial.images_per_second
+
+    above, below = ([value for trial in group if (value := rate_of(trial))] for group in (repeats, others))
     speed_up = statistics.median(above) / statistics.median(below)
-    interval, source = (None, None) if world_size == base else _interval(repeats, others, above, below, span)
+    interval: Interval | None = None
+    source: Literal["repeats", "within runs"] = "repeats"
+    if world_size != base:
+        interval = ratio_between_repeats(above, below)
+        # The curve of a log is made of whole seconds: its spread is rounding, and says nothing of the run.
+        if interval is None and span:
+            interval, source = compare(repeats[0], others[0], span), "within runs"
     share = base / world_size
     return ScalingRow(
         recipe=recipe,
@@ -96,14 +106,17 @@ def _scaling_row(
         efficiency=speed_up * share,
         efficiency_low=interval.low * share if interval else None,
         efficiency_high=interval.high * share if interval else None,
-        interval_source=source,
+        interval_source=source if interval else None,
         matched_first_iteration=span[0] if span else None,
         matched_iteration=span[1] if span else None,
     )
 
 
 def compare(above: TrialResult, below: TrialResult, span: tuple[int, int] | None = None) -> Interval | None:
-    """Ratio of two trials' throughputs over matched iterations, with the interval within the runs.
+    """Ratio of two trials' throughputs over matched iterations, with an interval from the spread within each run.
+
+    Each throughput is a ratio estimator over batches (Cochran, "Sampling Techniques", 1977, section 6.3); the variances
+    of the two logarithms add up, and the degrees of freedom are Welch's.
 
     Args:
         above: The trial that is compared.
@@ -114,7 +127,10 @@ def compare(above: TrialResult, below: TrialResult, span: tuple[int, int] | None
         None where they have no matched iterations, or too few to have a spread.
     """
     span = span or _matched_span([above, below])
-    return ratio_within_runs(matched(above.rate_curve, *span), matched(below.rate_curve, *span)) if span else None
+    if span is None:
+        return None
+    upper, lower = (_within_run(matched(trial.rate_curve, *span)) for trial in (above, below))
+    return _ratio(upper[0] / lower[0], [upper[1], lower[1]]) if upper and lower else None
 
 
 def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
@@ -197,26 +213,6 @@ def _matched_span(trials: Sequence[TrialResult]) -> tuple[int, int] | None:
     return span if all(matched(trial.rate_curve, *span) for trial in trials) else None
 
 
-def _rate(trial: TrialResult, span: tuple[int, int] | None) -> float | None:
-    return rate(matched(trial.rate_curve, *span)) if span else trial.images_per_second
-
-
-def _interval(
-    above: Sequence[TrialResult],
-    below: Sequence[TrialResult],
-    above_rates: Sequence[float],
-    below_rates: Sequence[float],
-    span: tuple[int, int] | None,
-) -> tuple[Interval | None, Literal["repeats", "within runs"] | None]:
-    """The speed-up's interval, by repeats where both sizes have them."""
-    interval = ratio_between_repeats(above_rates, below_rates)
-    if interval:
-        return interval, "repeats"
-    # The curve of a log is made of whole seconds: its spread is rounding, and says nothing of the run.
-    interval = compare(above[0], below[0], span) if span else None
-    return interval, "within runs" if interval else None
-
-
 def _groups(trials: Sequence[TrialResult]) -> dict[tuple[str, Scaling], dict[int, list[TrialResult]]]:
     groups: dict[tuple[str, Scaling], dict[int, list[TrialResult]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
@@ -256,26 +252,6 @@ def spread(values: Sequence[float]) -> Spread | None:
     )
 
 
-def ratio_within_runs(above: Sequence[CurvePoint], below: Sequence[CurvePoint]) -> Interval | None:
-    """Ratio of two runs' throughputs with an interval from the spread within each run.
-
-    Each throughput is a ratio estimator over batches (Cochran, "Sampling Techniques", 1977, section 6.3); the variances
-    of the two logarithms add up, and the degrees of freedom are Welch's.
-
-    Args:
-        above: Drift curve of the run that is compared, cut to what is compared.
-        below: Drift curve of the run it is compared with.
-
-    Returns:
-        None where a run has too few points to have a spread, or no throughput.
-    """
-    rates = rate(above), rate(below)
-    variances = _relative_variance(above), _relative_variance(below)
-    if not rates[0] or not rates[1] or variances[0] is None or variances[1] is None:
-        return None
-    return _ratio(rates[0] / rates[1], [variances[0], variances[1]])
-
-
 def ratio_between_repeats(above: Sequence[float], below: Sequence[float]) -> Interval | None:
     """Ratio of the medians of two sets of repeats, with Welch's interval on the logarithm.
 
@@ -289,15 +265,15 @@ def ratio_between_repeats(above: Sequence[float], below: Sequence[float]) -> Int
     return _ratio(statistics.median(above) / statistics.median(below), variances)
 
 
-def _relative_variance(points: Sequence[CurvePoint]) -> tuple[float, int] | None:
-    """Variance of the logarithm of a run's throughput, and its degrees of freedom, by batches of points."""
+def _within_run(points: Sequence[CurvePoint]) -> tuple[float, tuple[float, int]] | None:
+    """A run's throughput, and the variance of its logarithm with its degrees of freedom, by batches of points."""
     batches = join_points(points, max(1, math.ceil(len(points) / MAX_BATCHES)))
-    count, mean_rate = len(batches), rate(batches)
+    count, mean_rate = len(batches), rate(points)
     if count < MIN_BATCHES or not mean_rate:
         return None
     residuals = [batch.seconds - batch.num_images / mean_rate for batch in batches]
     seconds = sum(batch.seconds for batch in batches)
-    return count / (count - 1) * sum(r * r for r in residuals) / seconds**2, count - 1
+    return mean_rate, (count / (count - 1) * sum(r * r for r in residuals) / seconds**2, count - 1)
 
 
 def _ratio(ratio: float, variances: Sequence[tuple[float, int]]) -> Interval:

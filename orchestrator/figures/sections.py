@@ -32,15 +32,12 @@ class LoopRun:
     """One attempt's time in the training loop, on rank 0."""
 
     attempt: int
-    """Number of the attempt."""
     first_iteration: int
-    """Iteration it began with."""
     started: float
     """When the first batch was requested (Unix seconds)."""
     last_progress: float
     """When the last window of steps, evaluation or checkpoint was done, or training ended (Unix seconds)."""
     steps: tuple[StepsDone, ...]
-    """Its windows of steps, in order."""
 
 
 def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
@@ -52,15 +49,9 @@ def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
     found = []
     for attempt, loop in sorted(loops.items()):
         own = [e for e in events if e.attempt == attempt and e.rank == 0]
-        found.append(
-            LoopRun(
-                attempt=attempt,
-                first_iteration=loop.iteration,
-                started=loop.time,
-                last_progress=max([loop.time, *(end for e in own if (end := _progress(e)) is not None)]),
-                steps=tuple(e for e in own if isinstance(e, StepsDone)),
-            )
-        )
+        last = max([loop.time, *(end for e in own if (end := _progress(e)) is not None)])
+        steps = tuple(e for e in own if isinstance(e, StepsDone))
+        found.append(LoopRun(attempt, loop.iteration, loop.time, last, steps))
     return found
 
 
@@ -80,14 +71,6 @@ def lacks(events: Sequence[Event], what: Literal["start", "times"]) -> bool:
     return any(isinstance(event, LogReplayed) and names & set(event.unknown) for event in events)
 
 
-def lost_steps(attempts: Sequence[LoopRun]) -> dict[int, int]:
-    """For each attempt that was followed by another, the iteration from which its steps were trained again."""
-    return {
-        run.attempt: min(later.first_iteration for later in attempts[position + 1 :])
-        for position, run in enumerate(attempts[:-1])
-    }
-
-
 def sections(events: Sequence[Event]) -> Sections | None:
     """Cuts a trial's wall time into sections.
 
@@ -102,12 +85,12 @@ def sections(events: Sequence[Event]) -> Sections | None:
     ended = next((e.time for e in reversed(events) if isinstance(e, TrialEnded)), None)
     if not attempts or started is None or ended is None:
         return None
-    lost_from = lost_steps(attempts)
     parts: dict[str, float | None] = dict.fromkeys(PARTS)
     steps = lost = 0.0
-    for run in attempts:
+    for position, run in enumerate(attempts, start=1):
+        lost_from = min((later.first_iteration for later in attempts[position:]), default=None)
         for window in run.steps:
-            final = final_share(window, lost_from.get(run.attempt))
+            final = _final_share(window, lost_from)
             steps += window.seconds * final
             lost += window.seconds * (1 - final)
             for part in parts:
@@ -129,8 +112,8 @@ def sections(events: Sequence[Event]) -> Sections | None:
     return Sections(wall=wall, **measured, other=wall - sum(seconds or 0.0 for seconds in measured.values()))
 
 
-def final_share(window: StepsDone, lost_from: int | None) -> float:
-    """Share of a window's seconds that was not trained again (0–1); `lost_from` None for nothing lost."""
+def _final_share(window: StepsDone, lost_from: int | None) -> float:
+    """Share of a window's seconds before the iteration from which its steps were trained again (0–1)."""
     if lost_from is None or window.iteration <= lost_from:
         return 1.0
     final = max(lost_from - window.first_iteration, 0)

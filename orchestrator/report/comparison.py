@@ -26,31 +26,26 @@ IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One figure of one world size in two experiments."""
+    """One figure of one world size in two experiments, as text."""
 
     what: str
     """Recipe, kind of scaling and workers."""
     figure: str
-    """Heading of the figure."""
     base: str
-    """Its value in the experiment compared with, as text."""
     other: str
-    """In the other one."""
     ratio: str
     """The other over the base, with its 95 % interval where there is one."""
     verdict: str
     """Whether that is more than noise."""
     other_label: str
-    """Which experiment the other is."""
 
 
 def labels(runs: Sequence[RunFolder]) -> list[str]:
     """A short name for each run: its experiment, and its folder where two are of the same."""
     names = [run.result.experiment for run in runs]
-    if len(set(names)) == len(names):
-        return names
-    labels = [f"{run.result.experiment} {run.path.name}" for run in runs]
-    return labels if len(set(labels)) == len(labels) else [f"{n} ({i})" for i, n in enumerate(labels, 1)]
+    if len(set(names)) < len(names):
+        names = [f"{run.result.experiment} {run.path.name}" for run in runs]
+    return names if len(set(names)) == len(names) else [f"{name} ({n})" for n, name in enumerate(names, 1)]
 
 
 def differing(tables: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure, number_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 
 DEFINITIONS = "docs/measurement.md"
@@ -57,38 +57,34 @@ class Row:
     name: str
     """Trial, without its seed where there are several; or the reference's name."""
     kind: Literal["measured", "reference"]
-    """`measured` by this program, `reference` for a published figure."""
     workers: int
-    """World size."""
-    num_trials: int
+    num_trials: int = 1
     """Repeats behind the figures."""
-    time_to_box_target_seconds: float | None
-    """A repeat that missed the target counts as infinite."""
-    time_to_train_seconds: float | None
-    """Likewise."""
-    images_per_second: float | None
-    box_ap: float | None
-    """Of the evaluation that met the targets, else of the last one (0–100)."""
-    mask_ap: float | None
-    """The same for masks."""
+    time_to_box_target_seconds: float | None = None
+    """A repeat that missed the target counts as infinite, here and in the two figures to all targets."""
+    time_to_train_seconds: float | None = None
+    images_per_second: float | None = None
+    box_ap: float | None = None
+    """Of the evaluation that met the targets, else of the last one (0–100); so is the mask AP."""
+    mask_ap: float | None = None
     speed_up: float | None = None
     efficiency: float | None = None
     cost: float | None = None
     cost_to_target: float | None = None
-    """A repeat that missed the targets counts as infinite."""
     status: str = ""
     """Worst status of the trials; empty for references."""
     note: str = ""
     """Why a figure is missing, for a person; or the reference's source."""
 
-    def texts(self, *, with_costs: bool = False) -> tuple[str, ...]:
-        """What its columns show: name, workers, and `COLUMNS`; those of the costs on request."""
+    def title(self) -> str:
+        """The name with what must be known at once: repeats, a failure, a published figure."""
         runs = f" (median of {self.num_trials})" if self.num_trials > 1 else ""
         failed = f" [{self.status}]" if self.status not in ("", "FINISHED") else ""
-        reference = " (reference)" if self.kind == "reference" else ""
-        shown = (column for column in COLUMNS if with_costs or column.key not in COSTS)
-        figures = (column.text(getattr(self, column.key.rpartition(".")[2])) for column in shown)
-        return (self.name + runs + failed + reference, str(self.workers), *figures)
+        return self.name + runs + failed + (" (reference)" if self.kind == "reference" else "")
+
+    def text(self, column: Figure) -> str:
+        """What it shows in a column."""
+        return column.text(getattr(self, column.key.rpartition(".")[2]))
 
 
 def table_cells(result: ExperimentResult, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -102,19 +98,13 @@ def table_cells(result: ExperimentResult, *, narrow: bool = False) -> tuple[list
     rows = table_rows(result)
     priced = any(row.cost is not None for row in rows)
     columns = [column for column in COLUMNS if priced or column.key not in COSTS]
-    workers = FIGURES["world_size"]
-    headings = ["Run", *((c.short if narrow else c.heading) for c in (workers, *columns))]
-    lines = [list(row.texts(with_costs=priced)) for row in rows]
-    if not narrow:
-        return headings, lines
-    left_out = {
-        position
-        for position, column in enumerate(columns, start=2)
-        if column.key in NARROW_OPTIONAL
-        and ((priced and column.key != "scaling.efficiency") or {line[position] for line in lines} <= {NOT_MEASURED})
-    }
-    shown = [position for position in range(len(headings)) if position not in left_out]
-    return [headings[n] for n in shown], [[line[n] for n in shown] for line in lines]
+    if narrow:
+        empty = {column.key for column in columns if all(row.text(column) == NOT_MEASURED for row in rows)}
+        displaced = {"time_to_box_target_seconds", "scaling.speed_up"} if priced else set()
+        left_out = (empty | displaced).intersection(NARROW_OPTIONAL)
+        columns = [column for column in columns if column.key not in left_out]
+    headings = ["Run", *((c.short if narrow else c.heading) for c in (FIGURES["world_size"], *columns))]
+    return headings, [[row.title(), str(row.workers), *map(row.text, columns)] for row in rows]
 
 
 def table_rows(result: ExperimentResult) -> list[Row]:
@@ -145,15 +135,14 @@ def markdown_table(result: ExperimentResult) -> str:
     """The table as Markdown, with its notes and the place of the definitions, ending in a newline."""
     rows = table_rows(result)
     headings, body = table_cells(result)
+    notes = [f"- {escape_markdown(row.name)}: {escape_markdown(row.note)}" for row in rows if row.note]
     lines = [
         "| " + " | ".join(headings) + " |",
-        "|" + "|".join(":---" if position == 0 else "---:" for position in range(len(headings))) + "|",
-        *("| " + " | ".join(escape_markdown(cell) for cell in line) + " |" for line in body),
+        "|:---|" + "---:|" * (len(headings) - 1),
+        *("| " + " | ".join(map(escape_markdown, line)) + " |" for line in body),
         "",
-        *(f"- {escape_markdown(row.name)}: {escape_markdown(row.note)}" for row in rows if row.note),
+        *([*notes, ""] if notes else []),
     ]
-    if any(row.note for row in rows):
-        lines.append("")
     return "\n".join([*lines, f"{NOT_MEASURED} is not measured. Every figure is defined in {DEFINITIONS}.", ""])
 
 
@@ -163,8 +152,7 @@ def csv_table(result: ExperimentResult) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(names)
-    for row in table_rows(result):
-        writer.writerow([neutral_cell(getattr(row, name)) for name in names])
+    writer.writerows([neutral_cell(getattr(row, name)) for name in names] for row in table_rows(result))
     return text.getvalue()
 
 
@@ -194,8 +182,6 @@ def _reference(reference: ReferenceRow) -> Row:
         name=reference.name,
         kind="reference",
         workers=reference.world_size,
-        num_trials=1,
-        time_to_box_target_seconds=None,
         time_to_train_seconds=reference.time_to_train_seconds,
         images_per_second=reference.images_per_second,
         box_ap=reference.box_ap,

@@ -39,7 +39,6 @@ class TrialEvents:
     label: str
     """Its name in figures; unique among those drawn together."""
     trial: TrialResult
-    """Its record."""
     events: Sequence[Event]
     """Its events; empty where the outbox is gone."""
     plan: Plan | None
@@ -53,11 +52,8 @@ class RunFolder:
     """One run of an experiment."""
 
     path: Path
-    """Its folder."""
     result: ExperimentResult
-    """Its results."""
     trials: list[TrialEvents]
-    """Its trials."""
     experiment: dict[str, Any] = field(default_factory=dict)
     """The experiment's values as they were resolved; empty where the outbox is gone."""
     tracking: dict[str, Any] = field(default_factory=dict)
@@ -69,13 +65,10 @@ class EarlierRun:
     """A run that was started before, as its events show it."""
 
     run_dir: Path
-    """Its folder."""
     experiment: Experiment
-    """What is run."""
     started: RunStarted
     """Its first start."""
     num_starts: int
-    """How often it was started."""
     plans: dict[str, TrialPlan]
     """Plans of the trials that were begun, by name."""
     finished: frozenset[str]

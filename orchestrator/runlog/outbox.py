@@ -30,26 +30,27 @@ class Outbox:
         self._checked = False
 
     def append(self, *events: Event) -> None:
-        """Writes events to disk before it returns."""
+        """Writes events to disk before it returns, all of them or none.
+
+        Raises:
+            OSError: They could not be written.
+        """
+        content = "".join(f"{event.to_json()}\n" for event in events).encode()
         with self._lock:
             if not self._checked:
                 self._cut_torn_line()
                 self._checked = True
-            self._write(events)
-
-    def _write(self, events: tuple[Event, ...]) -> None:
-        content = "".join(f"{event.to_json()}\n" for event in events).encode()
-        with self.path.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                written = file.write(content)
-                os.fsync(file.fileno())
-            except OSError:  # all or nothing: they will be written again
-                file.truncate(end)
-                raise
-            if written < len(content):
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    written = file.write(content)
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+                if written < len(content):
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from a byte offset on, each with the offset after it; a line still being written is left."""
@@ -64,9 +65,6 @@ class Outbox:
                 yield event_from_json(line.decode()), offset
 
     def _cut_torn_line(self) -> None:
-        """Cuts a last line that a crash left half-written."""
         if self.path.exists():
             content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                with self.path.open("r+b") as file:
-                    file.truncate(content.rfind(b"\n") + 1)
+            os.truncate(self.path, content.rfind(b"\n") + 1)

@@ -14,6 +14,7 @@ from orchestrator.report.table import (
     escape_markdown,
     markdown_table,
     neutral_cell,
+    table_cells,
     table_rows,
 )
 
@@ -47,15 +48,13 @@ def test_a_row_shows_the_seeds_columns_with_units_and_efficiency():
         box_ap=37.8303,
         mask_ap=34.4821,
     )
-    (row,) = table_rows(_result(trial, scaling=[scaling]))
-    assert row.texts() == (
-        "reference-8xcuda", "8", "22,898", "22,922", "55.27", "37.83", "34.48", "5.72", "71.5 %",
-    )  # fmt: skip
+    _, lines = table_cells(_result(trial, scaling=[scaling]))
+    assert lines == [["reference-8xcuda", "8", "22,898", "22,922", "55.27", "37.83", "34.48", "5.72", "71.5 %"]]
 
 
 def test_what_was_not_measured_is_a_dash_and_its_reason_stands_below():
     result = _result(_trial(reason="target not reached in 600 iterations"))
-    assert table_rows(result)[0].texts()[2:] == ("–",) * 7
+    assert table_cells(result)[1][0][2:] == ["–"] * 7
     assert "target not reached in 600 iterations" in _text(result)
     assert "target not reached in 600 iterations" in markdown_table(result)
 
