@@ -6,38 +6,23 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from orchestrator.report.drawing import (
-    INK,
-    MAX_NAMED,
-    MUTED,
-    PAPER,
-    Drawing,
-    ReportInput,
-    color_of,
-    legend,
-    new_axes,
-    thinned,
-    time_unit,
-)
+from orchestrator.figures.records import ScalingRow
+from orchestrator.report import drawing
+from orchestrator.report.drawing import Drawing, ReportInput
+from orchestrator.runlog.folder import TrialEvents
 from trainers.contract.events import StepsDone
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from orchestrator.figures.records import ScalingRow
-    from orchestrator.runlog.folder import TrialEvents
 
 Points = Sequence[tuple[float, float]]
 
 
 def throughput(data: ReportInput) -> Drawing:
     """Images per second against workers, with the ideal line and the interval of each size."""
-    figure, axes = new_axes()
+    figure, axes = drawing.new_axes()
     position, sizes = 0, set()
     for label, result in data.results.items():
         rates: dict[tuple[str | None, str | None], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -56,21 +41,21 @@ def throughput(data: ReportInput) -> Drawing:
     for reference in references.values():
         if reference.images_per_second:
             x, y = reference.world_size, reference.images_per_second
-            axes.plot(x, y, "D", color=INK, fillstyle="none", label=reference.name[:40])
+            axes.plot(x, y, "D", color=drawing.INK, fillstyle="none", label=reference.name[:40])
             sizes.add(x)
     _scale_by_powers_of_two(axes, sorted(sizes))
     axes.set_title("images/s")
     axes.set_xlabel("workers")
-    legend(axes)
+    drawing.legend(axes)
     return figure
 
 
 def _rates(axes: Axes, medians: dict[int, float], rows: Iterable[ScalingRow], position: int, name: str) -> None:
     """One recipe's rates by world size, its ideal line, and the intervals of its efficiency as bars."""
-    color, smallest = color_of(position), min(medians)
+    color, smallest = drawing.color_of(position), min(medians)
     ideal = medians[smallest] / smallest
     axes.plot(
-        list(medians), [ideal * size for size in medians], ":", color=MUTED, linewidth=1,
+        list(medians), [ideal * size for size in medians], ":", color=drawing.MUTED, linewidth=1,
         label="ideal" if position == 0 else None,
     )  # fmt: skip
     axes.plot(list(medians), list(medians.values()), "o-", color=color, label=name)
@@ -95,7 +80,7 @@ def _scale_by_powers_of_two(axes: Axes, sizes: Sequence[int]) -> None:
 def accuracy_over_time(data: ReportInput) -> Drawing:
     """Box and mask AP over the seed clock."""
     longest = max((e.elapsed_seconds or 0 for t in data.trials for e in t.trial.evaluations), default=0)
-    unit, divisor = time_unit(longest)
+    unit, divisor = drawing.time_unit(longest)
     curves = {}
     for position, trial in enumerate(data.trials):
         evaluations = trial.trial.evaluations
@@ -121,26 +106,26 @@ def _known(points: Iterable[tuple[float | None, float | None]]) -> list[tuple[fl
 
 def _accuracy(data: ReportInput, curves: Mapping[tuple[int, str], Points], xlabel: str) -> Drawing:
     """AP curves by trial's position and part, with their targets; "" where there is none."""
-    figure, axes = new_axes()
+    figure, axes = drawing.new_axes()
     drawn = {key: points for key, points in curves.items() if points}
     if not drawn:
         return ""
     for (position, part), points in drawn.items():
         line = "o-" if part == "box" else "s--"
-        axes.plot(*thinned(points), line, color=color_of(position), markersize=3.5)
+        axes.plot(*drawing.thinned(points), line, color=drawing.color_of(position), markersize=3.5)
     _target_lines(axes, {(part, getattr(data.trials[at].trial, f"target_{part}_ap")) for at, part in drawn})
     positions = dict.fromkeys(position for position, _ in drawn)
-    handles = [Line2D([], [], color=color_of(at), label=data.trials[at].label) for at in positions]
-    if len(handles) <= MAX_NAMED - 2:
+    handles = [Line2D([], [], color=drawing.color_of(at), label=data.trials[at].label) for at in positions]
+    if len(handles) <= drawing.MAX_NAMED - 2:
         handles += [
-            Line2D([], [], color=MUTED, linestyle="-", marker="o", markersize=3.5, label="box AP"),
-            Line2D([], [], color=MUTED, linestyle="--", marker="s", markersize=3.5, label="mask AP"),
+            Line2D([], [], color=drawing.MUTED, linestyle="-", marker="o", markersize=3.5, label="box AP"),
+            Line2D([], [], color=drawing.MUTED, linestyle="--", marker="s", markersize=3.5, label="mask AP"),
         ]
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_title("AP, 0–100")
     axes.set_xlabel(xlabel)
-    legend(axes, handles)
+    drawing.legend(axes, handles)
     return figure
 
 
@@ -150,11 +135,11 @@ def _target_lines(axes: Axes, targets: Iterable[tuple[str, float | None]]) -> No
         if target is not None:
             parts[target].append(part)
     for target, names in parts.items():
-        axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (1, 2)))
+        axes.axhline(target, color=drawing.INK, linewidth=1, linestyle=(0, (1, 2)))
         axes.annotate(
             f"target, {' and '.join(names)}: {target:g}", (0, target), (4, 2), xycoords=("axes fraction", "data"),
             textcoords="offset points", size=8,
-            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            bbox={"facecolor": drawing.PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
         )  # fmt: skip
 
 
@@ -193,19 +178,19 @@ def _steps(trial: TrialEvents) -> list[StepsDone]:
 
 def _over_iterations(curves: Mapping[str, Points], title: str) -> Drawing:
     """Curves by their label; "" where there is none."""
-    figure, axes = new_axes()
+    figure, axes = drawing.new_axes()
     for position, (label, points) in enumerate(curves.items()):
         for number, piece in enumerate(_pieces(points)):
             axes.plot(
-                *thinned(piece), color=color_of(position), linewidth=1.2, marker="o" if len(piece) < 3 else "",
-                label=label if number == 0 else None,
+                *drawing.thinned(piece), color=drawing.color_of(position), linewidth=1.2,
+                marker="o" if len(piece) < 3 else "", label=label if number == 0 else None,
             )  # fmt: skip
     if not any(curves.values()):
         return ""
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.set_xlabel("iterations")
-    legend(axes)
+    drawing.legend(axes)
     return figure
 
 

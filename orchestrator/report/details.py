@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -25,22 +24,8 @@ RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restar
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 
 
-@dataclass(frozen=True, slots=True)
-class DetailTable:
-    """A table of the report."""
-
-    title: str
-    """Its heading."""
-    headings: list[str]
-    """Headings of its columns."""
-    rows: list[list[str]]
-    """Its rows."""
-    text: bool = False
-    """Whether it holds text more than numbers."""
-
-
-def detail_tables(trials: Sequence[TrialEvents]) -> list[DetailTable]:
-    """The tables that have a row.
+def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Headings and rows of every table that has rows, by its title.
 
     Args:
         trials: The trials, whose labels begin their rows.
@@ -50,31 +35,29 @@ def detail_tables(trials: Sequence[TrialEvents]) -> list[DetailTable]:
     for trial in trials:
         record = trial.trial
         if record.sections:
-            wall.append([trial.label, *_cells(record, WALL_KEYS)])
+            wall.append([trial.label, *_texts(record, WALL_KEYS)])
         for evaluation in record.evaluations:
             more = [coco.text(evaluation.figures.get(name)) for name in COCO_COLUMNS]
-            evaluations.append([trial.label, *_cells(evaluation, EVALUATION_KEYS), *more])
+            evaluations.append([trial.label, *_texts(evaluation, EVALUATION_KEYS), *more])
         device = f"{record.world_size} × {record.device_name or record.device or NOT_MEASURED}"
-        steps.append([trial.label, *_cells(record, STEP_KEYS), device])
+        steps.append([trial.label, *_texts(record, STEP_KEYS), device])
         for restart in record.restarts:
             what = [str(restart.attempt), restart.cause, restart.message]
-            restarts.append([trial.label, *what, *_cells(restart, RESTART_KEYS)])
-    tables = [
-        DetailTable("Wall clock by section, seconds", ["Trial", *_headings(WALL_KEYS)], wall),
-        DetailTable("Evaluations", ["Trial", *_headings(EVALUATION_KEYS), *COCO_COLUMNS.values()], evaluations),
-        DetailTable("Steps and memory", ["Trial", *_headings(STEP_KEYS), "Device"], steps),
-        DetailTable(
-            "Restarts", ["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts, text=True
-        ),
-    ]
-    return [table for table in tables if table.rows]
+            restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS)])
+    tables = {
+        "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
+        "Evaluations": (["Trial", *_headings(EVALUATION_KEYS), *COCO_COLUMNS.values()], evaluations),
+        "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
+        "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts),
+    }
+    return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
 
 
 def _headings(keys: Sequence[str]) -> list[str]:
     return [FIGURES[key].heading for key in keys]
 
 
-def _cells(record: Any, keys: Sequence[str]) -> list[str]:
+def _texts(record: Any, keys: Sequence[str]) -> list[str]:
     """Figures of a record as text; `record` is a trial's, or one of the list that the keys begin with."""
     texts = []
     for key in keys:

@@ -10,17 +10,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
-
-    from orchestrator.figures.records import ExperimentResult
-    from orchestrator.runlog.folder import TrialEvents
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.runlog.folder import TrialEvents
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
 """Small enough that 9 point text is legible when a phone shows the figure 350 pixels wide."""
@@ -122,8 +120,6 @@ def legend(axes: Axes, handles: list[Line2D] | None = None) -> None:
 
 def swatch(color: str, name: str) -> Line2D:
     """A legend's square."""
-    from matplotlib.lines import Line2D
-
     return Line2D([], [], color=color, linestyle="", marker="s", markersize=7, label=name)
 
 

@@ -23,17 +23,8 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.table import markdown_table
+from orchestrator.tracking import notes
 from orchestrator.tracking.models import dataset_inputs, log_model
-from orchestrator.tracking.notes import (
-    MAX_NOTE_LENGTH,
-    about,
-    experiment_tags,
-    outcome,
-    outcome_tags,
-    run_tags,
-    trial_tags,
-    worker_tags,
-)
 from trainers.contract.events import (
     Evaluated,
     Event,
@@ -97,7 +88,7 @@ class MlflowRuns:
         if isinstance(event, TrialRestarted):
             self._client.update_run(self._runs[event.trial], status="RUNNING")
         elif isinstance(event, WorkerStarted):
-            self._tag(self._runs[event.trial], worker_tags(event))
+            self._tag(self._runs[event.trial], notes.worker_tags(event))
         elif isinstance(event, LoopStarted) and event.config_yaml:
             self._params(self._runs[event.trial], dict(flatten(parse_yaml(event.config_yaml), "d2.")))
             self._client.log_text(self._runs[event.trial], event.config_yaml, "config.yaml")
@@ -150,9 +141,9 @@ class MlflowRuns:
         experiment = self._client.get_experiment_by_name(name)
         self._experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
-        run_id = self._run(event.run_id, f"{name} {stamp}", event.time, run_tags(event))
+        run_id = self._run(event.run_id, f"{name} {stamp}", event.time, notes.run_tags(event))
         self._runs[""] = run_id
-        for key, value in experiment_tags(description).items():
+        for key, value in notes.experiment_tags(description).items():
             self._client.set_experiment_tag(self._experiment_id, key, value)
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
@@ -176,7 +167,7 @@ class MlflowRuns:
         plan = plan_from_dict(event.plan)
         parent = self._client.get_run(self._runs[""])
         inherited = {k: v for k, v in parent.data.tags.items() if k.startswith(("mlflow.source", "run."))}
-        tags = {**inherited, "mlflow.parentRunId": self._runs[""], **trial_tags(plan)}
+        tags = {**inherited, "mlflow.parentRunId": self._runs[""], **notes.trial_tags(plan)}
         run_id = self._run(f"{parent.data.tags[RUN_KEY]}/{plan.name}", plan.name, event.time, tags)
         self._runs[event.trial] = run_id
         values = dict(flatten(event.plan, "plan."))
@@ -198,8 +189,8 @@ class MlflowRuns:
         started = next(e for e in self._events[""] if isinstance(e, RunStarted))
         if started.experiment["tracking"]["log_model"]:
             log_model(self._client, self._experiment(), run_id, plan, events)
-        self._client.set_tag(run_id, "mlflow.note.content", f"{about(plan)}; {outcome(result)}")
-        self._tag(run_id, outcome_tags(result, events))
+        self._client.set_tag(run_id, "mlflow.note.content", f"{notes.about(plan)}; {notes.outcome(result)}")
+        self._tag(run_id, notes.outcome_tags(result, events))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
 
     def _end_run(self, event: RunEnded) -> None:
@@ -212,7 +203,7 @@ class MlflowRuns:
                 for trial in result.trials:
                     if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
                         self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time)
-            self._client.set_tag(run_id, "mlflow.note.content", markdown_table(result)[:MAX_NOTE_LENGTH])
+            self._client.set_tag(run_id, "mlflow.note.content", markdown_table(result)[: notes.MAX_NOTE_LENGTH])
         for name in ("results.json", "report.md", "report.html", "table.csv"):
             if (self._run_dir / name).exists():
                 self._client.log_artifact(run_id, str(self._run_dir / name))
