@@ -39,10 +39,9 @@ def build_config(plan: TrialPlan) -> CfgNode:
         ConfigurationError: A key or a value is not one of detectron2's.
     """
     cfg = get_cfg()
-    config_file = Path(plan.config_file)
     try:
-        if config_file.is_absolute():
-            cfg.merge_from_file(str(config_file), allow_unsafe=False)
+        if Path(plan.config_file).is_absolute():
+            cfg.merge_from_file(plan.config_file, allow_unsafe=False)
         else:
             # Files of the installed package are code like the rest of it, and some compute their values.
             cfg.merge_from_file(model_zoo.get_config_file(plan.config_file), allow_unsafe=True)
@@ -99,11 +98,7 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
 
 
 def check_weights(weights: str, sha256: str | None) -> None:
-    """Refuses start weights that would run code when read: a `.pkl` is unpickled.
-
-    Args:
-        weights: `detectron2://…` (detectron2's own catalogue, trusted) or a path.
-        sha256: Hash that the file must have, where one was given.
+    """Refuses start weights that would run code when read: a `.pkl` is unpickled. detectron2's catalogue is trusted.
 
     Raises:
         ConfigurationError: The file is missing, has another hash, or is a `.pkl` without one.

@@ -51,8 +51,8 @@ class Recipe:
     """Leave out the heads' training statistics, which fetch figures from the device in every step and which nobody
     reads here (trainers/speedups/quiet_heads.py). The same losses."""
     batched_proposals: bool = False
-    """Label and choose anchors and proposals for all images of a batch at once (trainers/speedups/rpn.py and
-    roi_heads.py). The same, bit for bit."""
+    """Label and choose anchors and proposals for all images of a batch at once (trainers/speedups/proposals.py). The
+    same, bit for bit."""
     gradient_views: bool = False
     """With several workers, gradients live in the buckets they are exchanged in. The same."""
     pinned_loader: bool = False
@@ -88,18 +88,10 @@ REFERENCE = Recipe(
 """detectron2's numerics: on CPU its weights bit for bit; on GPUs the fused update may round otherwise."""
 
 POOLING = replace(REFERENCE, sparse_pooling=True)
-"""A rung of the ablation ladder: the reference with the poolers exchanged."""
-
 LAYOUT = replace(POOLING, channels_last=True)
-"""The next rung: memory order as well."""
 
 FAST = replace(LAYOUT, precision="auto", tf32=True, winograd=True, mapper="fast", evaluation_batch=8)
 """Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
 
-RECIPES: dict[str, Recipe] = {
-    "plain": PLAIN,
-    "reference": REFERENCE,
-    "pooling": POOLING,
-    "layout": LAYOUT,
-    "fast": FAST,
-}
+RECIPES = {"plain": PLAIN, "reference": REFERENCE, "pooling": POOLING, "layout": LAYOUT, "fast": FAST}
+"""By name; `pooling` and `layout` are rungs of the ablation ladder between the reference and the fast recipe."""

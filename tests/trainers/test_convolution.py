@@ -13,9 +13,8 @@ from torch.nn.functional import conv2d
 from benchmarks.training import demo
 from trainers import mask_rcnn
 from trainers.speedups import convolution
-from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.apply import REPLACEMENTS, exchange
 from trainers.speedups.convolution import SparseGradientConv2d, WinogradConv2d, three_by_three
-from trainers.speedups.surgery import exchange
 
 WINOGRAD = {"winograd": REPLACEMENTS["winograd"]}
 
@@ -126,4 +125,4 @@ def test_other_convolutions_stay_torchs() -> None:
         Conv2d(4, 4, 3),
         nn.Conv2d(4, 4, 3, padding=1),
     ]
-    assert exchange(nn.Sequential(*kept), WINOGRAD).exchanged == []
+    assert exchange(nn.Sequential(*kept), WINOGRAD) == []

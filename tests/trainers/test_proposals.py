@@ -17,11 +17,9 @@ from hypothesis import strategies as st
 
 from benchmarks.training import demo
 from trainers import mask_rcnn
-from trainers.speedups import rpn as batched_rpn
-from trainers.speedups.apply import REPLACEMENTS
-from trainers.speedups.roi_heads import BatchedStandardROIHeads
-from trainers.speedups.rpn import BatchedRPN, top_proposals
-from trainers.speedups.surgery import exchange
+from trainers.speedups import proposals
+from trainers.speedups.apply import REPLACEMENTS, exchange
+from trainers.speedups.proposals import BatchedRPN, BatchedStandardROIHeads, top_proposals
 
 SIZES = [(96, 96), (80, 96), (96, 61)]
 
@@ -153,8 +151,8 @@ def test_proposals_and_their_objects_are_detectron2s(
 def test_too_many_pairs_are_matched_image_by_image(
     rpns: tuple[RPN, BatchedRPN], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batched_rpn, "MAX_PAIRS", 10)
-    monkeypatch.setattr(batched_rpn, "match", None)
+    monkeypatch.setattr(proposals, "MAX_PAIRS", 10)
+    monkeypatch.setattr(proposals, "match", None)
     torch.manual_seed(0)
     labels, _ = rpns[1].label_and_sample_anchors(anchors_of(rpns), objects([2, 3], 0, whole=False))
     assert [int((each >= 0).sum()) for each in labels] == [64, 64]

@@ -14,9 +14,8 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsa
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
-from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.apply import REPLACEMENTS, exchange
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
-from trainers.speedups.surgery import exchange
 
 
 def quiet(head: torch.nn.Module) -> Any:

@@ -8,9 +8,8 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import nn
 
-from trainers.speedups.apply import REPLACEMENTS
+from trainers.speedups.apply import REPLACEMENTS, exchange
 from trainers.speedups.roi_pooling import SparsePooler
-from trainers.speedups.surgery import exchange
 
 
 def boxes(num: int, height: int, width: int, generator: torch.Generator) -> Boxes:

@@ -14,9 +14,8 @@ from torch import nn
 from benchmarks.training import demo
 from trainers import mask_rcnn
 from trainers.recipes import FAST
-from trainers.speedups.apply import REPLACEMENTS, tune_model
+from trainers.speedups.apply import REPLACEMENTS, exchange, restore, tune_model
 from trainers.speedups.convolution import WinogradConv2d
-from trainers.speedups.surgery import exchange
 
 
 class Doubled(nn.Linear):
@@ -31,10 +30,10 @@ def test_a_restored_model_is_the_original_one() -> None:
     model = mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan)
     modules, kinds = list(model.modules()), [type(module) for module in model.modules()]
     state = copy.deepcopy(model.state_dict())
-    surgery = exchange(model, REPLACEMENTS)
-    assert len(surgery.exchanged) == sum(type(m) is not k for m, k in zip(modules, kinds, strict=True)) > 10
+    exchanged = exchange(model, REPLACEMENTS)
+    assert len(exchanged) == sum(type(m) is not k for m, k in zip(modules, kinds, strict=True)) > 10
     assert list(model.state_dict()) == list(state)
-    surgery.restore()
+    restore(exchanged)
     assert all(module is before for module, before in zip(model.modules(), modules, strict=True))
     assert [type(module) for module in model.modules()] == kinds
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
@@ -55,7 +54,7 @@ def test_an_exchanged_module_keeps_its_weights_hooks_and_places() -> None:
 
 def test_a_subclass_that_the_table_does_not_name_is_left_alone_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert exchange(nn.Sequential(Doubled(2, 2)), {"doubling": {nn.Linear: Doubled}}).exchanged == []
+    assert exchange(nn.Sequential(Doubled(2, 2)), {"doubling": {nn.Linear: Doubled}}) == []
     assert "doubling: has no effect" in caplog.text
     exchange(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), {"doubling": {nn.Linear: Doubled}})
     assert "doubling: the model now has 2 Doubled." in caplog.text
@@ -76,8 +75,6 @@ def test_a_replacement_must_be_a_subclass() -> None:
 def test_switches_for_cpus_have_no_effect_on_gpus() -> None:
     for device, exchanged in (("cpu", 1), ("cuda", 0)):
         model = nn.Sequential(Conv2d(4, 4, 3, padding=1))
-        assert (
-            len(tune_model(model, dataclasses.replace(FAST, precision="fp32"), torch.device(device)).exchanged)
-            == exchanged
-        )
+        recipe = dataclasses.replace(FAST, precision="fp32")
+        assert len(tune_model(model, recipe, torch.device(device))) == exchanged
         assert (type(model[0]) is WinogradConv2d) == (device == "cpu")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import cv2
 import torch
@@ -24,13 +25,18 @@ from torch import nn
 
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
+from trainers.speedups.proposals import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedRPN, BatchedStandardROIHeads
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
-from trainers.speedups.roi_heads import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedStandardROIHeads
 from trainers.speedups.roi_pooling import sparse_pooler
-from trainers.speedups.rpn import BatchedRPN
-from trainers.speedups.surgery import Surgery, Table, exchange
 
 logger = logging.getLogger(__name__)
+
+Table = Mapping[type[nn.Module], type[nn.Module] | Callable[[str, Any], type[nn.Module] | None]]
+"""What modules of exactly these classes become: a class, or what a function of a module's name and the module returns;
+None leaves the module as it is."""
+
+Exchanged = list[tuple[nn.Module, type[nn.Module]]]
+"""The modules whose class was exchanged, each with its original class."""
 
 REPLACEMENTS: dict[str, Table] = {
     "sparse_pooling": {ROIPooler: sparse_pooler},
@@ -40,16 +46,12 @@ REPLACEMENTS: dict[str, Table] = {
         Res5ROIHeads: BatchedRes5ROIHeads,
         CascadeROIHeads: BatchedCascadeROIHeads,
     },
-    "quiet_heads": {
-        FastRCNNOutputLayers: QuietFastRCNNOutputLayers,
-        MaskRCNNConvUpsampleHead: QuietMaskRCNNHead,
-    },
+    "quiet_heads": {FastRCNNOutputLayers: QuietFastRCNNOutputLayers, MaskRCNNConvUpsampleHead: QuietMaskRCNNHead},
     "winograd": {Conv2d: winograd_conv},
 }
-"""For each switch of a recipe the classes of detectron2 that it exchanges, and for what."""
+"""For each switch of a recipe the classes of detectron2 that it exchanges."""
 
-MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD = -3, -4, -1
-"""Options of mallopt(3)."""
+MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD = -3, -4, -1  # options of mallopt(3)
 GLIBC_MEMORY = ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20))
 """What glibc itself comes to in a program that frees large blocks (mallopt(3), M_MMAP_THRESHOLD)."""
 
@@ -64,13 +66,54 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "fp32"
 
 
-def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Surgery:
-    """Applies a recipe to a model with its weights loaded, in place.
+def exchange(model: nn.Module, tables: Mapping[str, Table]) -> Exchanged:
+    """Exchanges the classes of a model's modules, in place, by one table for each switch.
+
+    A module keeps its identity, and with it its parameters, buffers, settings, hooks, and every list in which a model
+    of detectron2 holds it a second time (`FPN.lateral_convs`); names in checkpoints stay. torch's own
+    `register_parametrization` and `fully_shard` exchange classes in the same way. Modules of a subclass that the table
+    does not name are left alone: they may override what a replacement relies on.
+
+    Raises:
+        ValueError: Two switches exchange the same class.
+        TypeError: A replacement is not a subclass of what it replaces.
+    """
+    owners: dict[type[nn.Module], str] = {}
+    for switch, table in tables.items():
+        for original in table:
+            if owners.setdefault(original, switch) != switch:
+                raise ValueError(f"both {owners[original]} and {switch} exchange {original.__name__}")
+    exchanged: Exchanged = []
+    for switch, table in tables.items():
+        counts: Counter[str] = Counter()
+        for name, module in model.named_modules():
+            original, choice = type(module), table.get(type(module))
+            replacement = choice if choice is None or isinstance(choice, type) else choice(name, module)
+            if replacement is None:
+                continue
+            if not issubclass(replacement, original):
+                raise TypeError(f"{replacement.__name__} is not a subclass of {original.__name__}")
+            module.__class__ = replacement
+            exchanged.append((module, original))
+            counts[replacement.__name__] += 1
+        if counts:
+            parts = ", ".join(f"{count} {name}" for name, count in counts.items())
+            logger.info("%s: the model now has %s.", switch, parts)
+        else:
+            logger.warning("%s: has no effect, this model has no part that it exchanges.", switch)
+    return exchanged
+
+
+def restore(exchanged: Exchanged) -> None:
+    """Gives every module its original class back."""
+    for module, original in exchanged:
+        module.__class__ = original
+
+
+def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchanged:
+    """Applies a recipe to a model with its weights loaded, in place; returns what `restore` puts back.
 
     Checkpoints stay as they are, so that a trial can go on under another recipe.
-
-    Returns:
-        What was exchanged, and can be restored.
     """
     on_cpu = device.type == "cpu"
     switches = {
@@ -79,7 +122,7 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Surger
         "quiet_heads": recipe.quiet_heads,
         "winograd": recipe.winograd and on_cpu and resolve_precision(recipe.precision, device) == "fp32",
     }
-    surgery = exchange(model, {switch: REPLACEMENTS[switch] for switch, on in switches.items() if on})
+    exchanged = exchange(model, {switch: REPLACEMENTS[switch] for switch, on in switches.items() if on})
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
     if recipe.compile:
@@ -89,22 +132,19 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Surger
             logger.info("The backbone is compiled at its first step.")
         else:
             logger.warning("compile: has no effect, this model has no backbone.")
-    return surgery
+    return exchanged
 
 
 @contextmanager
 def process_settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
     """Sets what a recipe needs for the whole process, and puts it back at the end, so that another can follow."""
     num_threads = cv2.getNumThreads()  # the fast mapper sets it
-    with ExitStack() as stack:
-        if device.type == "cuda":
-            stack.enter_context(_tf32(recipe.tf32))
-        elif recipe.kept_memory:
-            stack.enter_context(_kept_memory())
-        try:
+    on_cpu = _kept_memory() if recipe.kept_memory else nullcontext()
+    try:
+        with _tf32(recipe.tf32) if device.type == "cuda" else on_cpu:
             yield
-        finally:
-            cv2.setNumThreads(num_threads)
+    finally:
+        cv2.setNumThreads(num_threads)
 
 
 @contextmanager

@@ -60,14 +60,15 @@ class WinogradConv2d(Conv2d):  # type: ignore[misc]
     """detectron2's `Conv2d` with weights of 3 x 3 or 1 x 1, on channels-last maps of a CPU in 32 bits."""
 
     sparse_gradient = False
-    """Whether to look for results without a gradient in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) convolved, normalized and activated."""
+        stride = self.stride[0]
         if self.kernel_size == (1, 1):
-            x = _one_by_one(x, self.weight, self.bias, self.stride[0])
+            pixels = x.permute(0, 2, 3, 1)[:, ::stride, ::stride]
+            x = linear(pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         else:
-            x = three_by_three(x, self.weight, self.bias, self.stride[0], self.sparse_gradient)
+            x = three_by_three(x, self.weight, self.bias, stride, self.sparse_gradient)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.activation is None else self.activation(x)
@@ -92,20 +93,11 @@ def winograd_conv(name: str, conv: Conv2d) -> type[Conv2d] | None:
     return SparseGradientConv2d if name.startswith("proposal_generator.rpn_head.") else WinogradConv2d
 
 
-def _one_by_one(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    pixels = x.permute(0, 2, 3, 1)[:, ::stride, ::stride]
-    return linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
-
-
 def three_by_three(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, sparse_gradient: bool) -> Tensor:
     """A convolution with 3 x 3 weights and a border of one zero, by the fastest of three methods.
 
-    Args:
-        x: (N, C, H, W) in 32 bits.
-        weight: (O, C, 3, 3).
-        bias: (O,) or none.
-        stride: 1 or 2.
-        sparse_gradient: Whether to look for results without a gradient in the backward pass.
+    `x` is (N, C, H, W) in 32 bits, `weight` (O, C, 3, 3), `stride` 1 or 2; `sparse_gradient` says whether to look for
+    results without a gradient in the backward pass.
 
     Returns:
         (N, O, H / stride, W / stride), rounded up, in channels-last memory order.
@@ -141,7 +133,8 @@ class _ThreeByThree(torch.autograd.Function):
             result = _by_rows(pixels, weight, stride)
         else:
             side = _side(*x.shape[2:])
-            transformed, tiles = _to_weight_tiles(weight, side), _to_tiles(pixels, side)
+            transformed = _transformed(_WEIGHT_TRANSFORM[side], _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
+            tiles = _to_tiles(pixels, side)
             result = _by_tiles(tiles, transformed, pixels.shape, side)
         # Tiles are two to three times the pixels, and of no use where few rows have a gradient.
         ctx.save_for_backward(x, weight, transformed, None if sparse_gradient else tiles)
@@ -175,10 +168,6 @@ def _flat(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def _unflat(flat: Tensor, weight: Tensor) -> Tensor:
-    return flat.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-
-
 def _rows(pixels: Tensor) -> Tensor:
     """The pixels and a border of one zero as rows of channels."""
     return pad(pixels, (0, 0, 1, 1, 1, 1)).flatten(0, 2)
@@ -208,7 +197,7 @@ def _rows_backward(
     neighbours, rows = _neighbours(images, height, width, stride), _rows(pixels)
     if nonzero is not None:
         neighbours, gradient = neighbours[nonzero], gradient[nonzero]
-    grad_weight = _unflat(gradient.t() @ rows[neighbours].flatten(1), weight)
+    grad_weight = (gradient.t() @ rows[neighbours].flatten(1)).view(-1, 3, 3, channels).permute(0, 3, 1, 2)
     if not needs_x:
         return None, grad_weight
     spread = (gradient @ _flat(weight)).view(-1, channels)
@@ -223,10 +212,7 @@ def _side(height: int, width: int) -> int:
 
 
 def _transformed(matrix: Tensor, tiles: Tensor) -> Tensor:
-    """A matrix (I, J) times each of (T, J, C): a product for each tile, which MKL deals out to all threads.
-
-    As one product with a row for each j it would stay on one thread.
-    """
+    """A matrix (I, J) times each of (T, J, C): MKL deals these out to all threads; one large product stays on one."""
     return torch.bmm(matrix.expand(len(tiles), -1, -1), tiles)
 
 
@@ -240,11 +226,6 @@ def _to_tiles(pixels: Tensor, side: int) -> Tensor:
         (images, down, across, window, window, channels), (image, side * row, side * column, row, column, channel)
     )
     return _transformed(_INPUT_TRANSFORM[side], tiles.reshape(-1, window**2, channels)).transpose(0, 1)
-
-
-def _to_weight_tiles(weight: Tensor, side: int) -> Tensor:
-    """Transformed weights, ((side + 2)^2, O, C)."""
-    return _transformed(_WEIGHT_TRANSFORM[side], _flat(weight).view(len(weight), 9, -1)).transpose(0, 1)
 
 
 def _by_tiles(tiles: Tensor, weight: Tensor, shape: torch.Size, side: int) -> Tensor:
@@ -265,9 +246,8 @@ def _tiles_backward(
     down, across, window, channels = -(-height // side), -(-width // side), side + 2, weight.shape[2]
     padded = pad(gradient, (0, 0, 0, side * across - width, 0, side * down - height))
     grad_results = padded.reshape(images, down, side, across, side, outputs).transpose(2, 3)
-    grad_products = _transformed(_OUTPUT_TRANSFORM[side].t(), grad_results.reshape(-1, side**2, outputs)).transpose(
-        0, 1
-    )
+    grad_results = grad_results.reshape(-1, side**2, outputs)
+    grad_products = _transformed(_OUTPUT_TRANSFORM[side].t(), grad_results).transpose(0, 1)
     grad_transformed = torch.bmm(grad_products.transpose(1, 2), tiles)
     grad_weight = _transformed(_WEIGHT_TRANSFORM[side].t(), grad_transformed.transpose(0, 1))
     grad_weight = grad_weight.view(outputs, 3, 3, channels).permute(0, 3, 1, 2)

@@ -43,12 +43,6 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
 
     OpenCV computes on the calling thread alone from then on, in the whole process: its threads and a forked loader
     process could wait for each other forever. `process_settings` puts that back.
-
-    Args:
-        cfg: detectron2's config.
-        is_train: Whether annotations and the training augmentations are wanted.
-        packed_masks: Give polygon masks as `PackedPolygons`, else as detectron2's own class.
-        exact_pixels: Read and augment the image with detectron2's own functions, so that it does not differ at all.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool, packed_masks: bool = True, exact_pixels: bool = False) -> None:
@@ -89,16 +83,14 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
             found = self._instances_one_by_one(objects, transforms, shape)
             return pack(found) if self.packed_masks else found
         boxes = _move_boxes([annotation["bbox"] for annotation in objects], transforms, shape)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        nonempty = np.flatnonzero((sides > MIN_BOX_SIDE).all(axis=1))
+        nonempty = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] > MIN_BOX_SIDE).all(axis=1))
         instances = Instances(shape)
         instances.gt_boxes = Boxes(torch.from_numpy(boxes[nonempty]))
         instances.gt_classes = torch.tensor([int(objects[i]["category_id"]) for i in nonempty], dtype=torch.int64)
         if with_masks:
             segmentations = [objects[i]["segmentation"] for i in nonempty]
-            polygons = _move_polygons(segmentations, transforms)
-            masks = PackedPolygons(polygons) if self.packed_masks else detection.PolygonMasks(polygons)
-            instances.gt_masks = masks
+            mask_class = PackedPolygons if self.packed_masks else detection.PolygonMasks
+            instances.gt_masks = mask_class(_move_polygons(segmentations, transforms))
         return instances
 
     def _instances_one_by_one(
@@ -106,14 +98,12 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
     ) -> Instances:
         """By the functions of detectron2 of which its mapper consists."""
         unused = {"segmentation": not self.use_instance_mask, "keypoints": not self.use_keypoint}
+        used = [{key: value for key, value in annotation.items() if not unused.get(key)} for annotation in objects]
         transformed = [
             detection.transform_instance_annotations(
-                copy.deepcopy({key: value for key, value in annotation.items() if not unused.get(key)}),
-                transforms,
-                shape,
-                keypoint_hflip_indices=self.keypoint_hflip_indices,
+                annotation, transforms, shape, keypoint_hflip_indices=self.keypoint_hflip_indices
             )
-            for annotation in objects
+            for annotation in copy.deepcopy(used)  # detectron2 changes what it is given
         ]
         instances = detection.annotations_to_instances(transformed, shape, mask_format=self.instance_mask_format)
         if self.recompute_boxes:  # a box may no longer fit what cropping has left of its object
@@ -157,8 +147,8 @@ class _Augmented(augment.AugInput):  # type: ignore[misc]
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Pillow's bilinear resize to within one grey level.
 
-    Enlarging is plain interpolation, which OpenCV is fastest at. Shrinking averages over the pixels that fall together,
-    which torch's antialiased kernel for bytes does as Pillow does, and OpenCV does not.
+    Enlarging is plain interpolation, which OpenCV is fastest at. Shrinking averages, which torch's antialiased kernel
+    for bytes does as Pillow does, and OpenCV does not.
     """
     if (height, width) == image.shape[:2]:
         return image
@@ -174,10 +164,6 @@ def read_image(file: str, image_format: str) -> Pixels:
     """Reads an image as detectron2 does, turned as its EXIF orientation says; greyscale becomes three channels.
 
     OpenCV reads a JPEG that was cut off as a half-grey image; such files are left to Pillow, which raises.
-
-    Args:
-        file: Path, or anything detectron2's PathManager opens.
-        image_format: detectron2's `INPUT.FORMAT`.
 
     Raises:
         OSError: The file cannot be read or is cut off.

@@ -10,6 +10,7 @@ detectron2 computes, down to which of its steps round to 32 bits.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -72,10 +73,7 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
             index = [item]
         else:
             index = item if isinstance(item, slice) else np.asarray(item, dtype=np.int64)
-        chosen = object.__new__(PackedPolygons)
-        chosen._points, chosen._first_point, chosen._first_polygon = (
-            self._points, self._first_point, self._first_polygon,
-        )  # fmt: skip
+        chosen = copy.copy(self)
         chosen._selected = self._selected[index]
         return chosen
 
@@ -84,11 +82,7 @@ class PackedPolygons(PolygonMasks):  # type: ignore[misc]
         return torch.from_numpy(np.diff(self._first_polygon)[self._selected] > 0)
 
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
-        """The part of each instance within its box, drawn on a square grid.
-
-        Args:
-            boxes: (N, 4), x0, y0, x1, y1 in pixels of the image, one for each instance.
-            mask_size: Side of the grid.
+        """The part of each instance within its box, (x0, y0, x1, y1) in pixels of the image, drawn on a square grid.
 
         Returns:
             (N, mask_size, mask_size), bool, on the device of `boxes`.
@@ -196,7 +190,7 @@ def pack(instances: Instances) -> Instances:
 
 def _starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each of several consecutive runs begins, and where the last one ends."""
-    return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
 def _ranges(starts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -15,15 +15,7 @@ class QuietFastRCNNOutputLayers(FastRCNNOutputLayers):  # type: ignore[misc]
     """detectron2's box predictor, which logs no accuracies."""
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
-        """The losses of classes and boxes, as detectron2 computes them.
-
-        Args:
-            predictions: (R, classes + 1) scores and (R, 4 * classes or 4) box deltas of all images' proposals.
-            proposals: For each image its proposals with `gt_classes` and, where it has objects, `gt_boxes`.
-
-        Returns:
-            `loss_cls` and `loss_box_reg`.
-        """
+        """`loss_cls` and `loss_box_reg` from (R, classes + 1) scores and (R, 4 * classes or 4) box deltas."""
         scores, deltas = predictions
         classes = cat([image.gt_classes for image in proposals], dim=0)
         boxes = cat([image.proposal_boxes.tensor for image in proposals], dim=0)
@@ -48,14 +40,9 @@ class QuietMaskRCNNHead(MaskRCNNConvUpsampleHead):  # type: ignore[misc]
 
 
 def mask_loss(pred_mask_logits: Tensor, instances: list[Instances]) -> Tensor:
-    """detectron2's `mask_rcnn_loss`.
+    """detectron2's `mask_rcnn_loss`: the mean binary cross entropy over all proposals' masks of their own class.
 
-    Args:
-        pred_mask_logits: (N, classes or 1, M, M), the logits of all proposals.
-        instances: For each image its proposals with `gt_classes`, `gt_masks` and `proposal_boxes`.
-
-    Returns:
-        The mean binary cross entropy over all proposals' masks of their own class.
+    `pred_mask_logits` is (N, classes or 1, M, M), for the proposals of all images.
     """
     nonempty = [image for image in instances if len(image)]
     if not nonempty:

@@ -11,8 +11,7 @@ Against torchvision they are equal but for the rounding of a sum in another orde
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.layers import ROIAlign
@@ -26,11 +25,7 @@ class SparsePooler(ROIPooler):  # type: ignore[misc]
     """A `ROIPooler` of ROIAlign on a CPU."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        """Pools each box from the feature map of its size.
-
-        Args:
-            x: For each level the features of all images, (B, C, H, W), finest first.
-            box_lists: For each image its boxes, in pixels of the image.
+        """Pools each box, in pixels of its image, from the feature map of its size, (B, C, H, W), finest first.
 
         Returns:
             (N, C, rows, columns) for the N boxes of all images; in channels-last memory order.
@@ -39,8 +34,7 @@ class SparsePooler(ROIPooler):  # type: ignore[misc]
         boxes = torch.cat([boxes.tensor for boxes in box_lists]).float()
         if not len(boxes):
             return x[0].new_zeros((0, x[0].shape[1], rows, columns))
-        weights = self._weights(x, box_lists, boxes)
-        pooled: Tensor = _SparsePool.apply(weights, *x)
+        pooled: Tensor = _SparsePool.apply(self._weights(x, box_lists, boxes), *x)
         return pooled.view(len(boxes), rows, columns, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
@@ -60,28 +54,28 @@ class SparsePooler(ROIPooler):  # type: ignore[misc]
         scales = torch.tensor([pooler.spatial_scale for pooler in self.level_poolers])
         corners = boxes * scales[level][:, None] - (0.5 if align.aligned else 0.0)
         rows, columns = self.output_size
-        vertical = _axis(corners[:, 1], corners[:, 3], rows, height, align)
-        horizontal = _axis(corners[:, 0], corners[:, 2], columns, width, align)
+        first_y, count_y, weight_y = _axis(corners[:, 1], corners[:, 3], rows, height, align)
+        first_x, count_x, weight_x = _axis(corners[:, 0], corners[:, 2], columns, width, align)
 
         # One entry for each pixel that contributes to a pooled value, in the order of the pooled values.
-        pixels_down = vertical.count[:, :, None].expand(-1, -1, columns).reshape(-1)
-        pixels_across = horizontal.count[:, None, :].expand(-1, rows, -1).reshape(-1)
+        pixels_down = count_y[:, :, None].expand(-1, -1, columns).reshape(-1)
+        pixels_across = count_x[:, None, :].expand(-1, rows, -1).reshape(-1)
         num_pixels = pixels_down * pixels_across
         starts = num_pixels.cumsum(0) - num_pixels
         value = torch.repeat_interleave(torch.arange(len(num_pixels)), num_pixels)
         number = torch.arange(len(value)) - starts[value]
-        step_down = torch.div(number, pixels_across[value], rounding_mode="floor")
+        step_down = number // pixels_across[value]
         step_across = number - step_down * pixels_across[value]
-        box = torch.div(value, rows * columns, rounding_mode="floor")
-        row = torch.div(value, columns, rounding_mode="floor")  # counted over all boxes
+        box = value // (rows * columns)
+        row = value // columns  # counted over all boxes
         column = box * columns + value % columns
-        pixel_y = vertical.first.view(-1)[row] + step_down
-        pixel_x = horizontal.first.view(-1)[column] + step_across
+        pixel_y = first_y.view(-1)[row] + step_down
+        pixel_x = first_x.view(-1)[column] + step_across
         origin = first_pixel[level] + image * height * width
         return _Weights(
             pixel=(origin[box] + pixel_y * width[box] + pixel_x).int(),
             value=value.int(),
-            weight=vertical.weight.flatten(0, 1)[row, step_down] * horizontal.weight.flatten(0, 1)[column, step_across],
+            weight=weight_y.flatten(0, 1)[row, step_down] * weight_x.flatten(0, 1)[column, step_across],
             value_starts=starts.int(),
             num_pixels=int(first_pixel[-1]),
         )
@@ -92,29 +86,16 @@ def sparse_pooler(_name: str, pooler: ROIPooler) -> type[ROIPooler] | None:
     return SparsePooler if all(type(level) is ROIAlign for level in pooler.level_poolers) else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """The weights of pixels along one axis."""
-
-    first: Tensor
-    """(N, bins), the first pixel that each bin of each box sees."""
-    count: Tensor
-    """(N, bins), how many it sees."""
-    weight: Tensor
-    """(N, bins, greatest count), their weights."""
-
-
-def _axis(start: Tensor, end: Tensor, bins: int, extent: Tensor, align: ROIAlign) -> _Axis:
+def _axis(start: Tensor, end: Tensor, bins: int, extent: Tensor, align: ROIAlign) -> tuple[Tensor, Tensor, Tensor]:
     """Weights along one axis: ROIAlign's bilinear samples are a grid, so their weights are products of two axes.
 
     Follows torchvision's `roi_align` (csrc/ops/cpu/roi_align_common.h), step by step in 32 bits.
 
-    Args:
-        start: (N,) where each box begins, in pixels of its feature map.
-        end: (N,) where it ends.
-        bins: Pooled values along the axis.
-        extent: (N,) pixels of the feature map along the axis.
-        align: Says how boxes are sampled.
+    Boxes reach from `start` to `end`, (N,), in pixels of a feature map that has `extent`, (N,), along the axis, and are
+    pooled to so many `bins`.
+
+    Returns:
+        The first pixel that each bin sees, (N, bins); how many it sees, (N, bins); their weights, (N, bins, most seen).
     """
     size = end - start if align.aligned else (end - start).clamp(min=1.0)
     bin_size = size / bins
@@ -141,11 +122,10 @@ def _axis(start: Tensor, end: Tensor, bins: int, extent: Tensor, align: ROIAlign
     weight = torch.zeros(*first.shape, max(int(count.max()), 1) + 1)
     weight.scatter_add_(2, offset, torch.where(inside, lower, 0.0))
     weight.scatter_add_(2, offset + 1, torch.where(inside, upper, 0.0))
-    return _Axis(first, count, weight)
+    return first, count, weight
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
+class _Weights(NamedTuple):
     """A sparse matrix from the pixels of all levels and images to the pooled values, ordered by pooled value."""
 
     pixel: Tensor
@@ -153,11 +133,9 @@ class _Weights:
     value: Tensor
     """Row of each entry."""
     weight: Tensor
-    """The entry."""
     value_starts: Tensor
     """Where each row's entries begin."""
     num_pixels: int
-    """Number of columns."""
 
 
 class _SparsePool(torch.autograd.Function):
@@ -186,10 +164,8 @@ class _SparsePool(torch.autograd.Function):
             mode="sum",
             per_sample_weights=weights.weight[order],
         ).to(ctx.dtype)
-        gradients: list[Tensor | None] = [None]
-        first = 0
-        for batch, channels, height, width in ctx.shapes:
-            rows = pixels[first : first + batch * height * width]
-            gradients.append(rows.view(batch, height, width, channels).permute(0, 3, 1, 2))
-            first += batch * height * width
-        return tuple(gradients)
+        levels = torch.split(pixels, [batch * height * width for batch, _, height, width in ctx.shapes])
+        return None, *(
+            rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+            for rows, (batch, channels, height, width) in zip(levels, ctx.shapes, strict=True)
+        )

@@ -47,10 +47,7 @@ def build_tuned_optimizer(cfg: CfgNode, model: nn.Module, recipe: Recipe) -> tor
 def clip_each(gradients: list[Tensor], max_norm: float, norm_type: float) -> None:
     """Scales each gradient, in place, to a norm of `max_norm` at most: `torch.nn.utils.clip_grad_norm_` one by one.
 
-    Args:
-        gradients: Tensors of one dtype and device.
-        max_norm: Greatest norm.
-        norm_type: Order of the norm.
+    The gradients have one dtype and device.
     """
     if not gradients:
         return
@@ -78,51 +75,50 @@ class FusedSGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Updates all weights that have a gradient; momenta are stored as torch's SGD stores them."""
-        loss = closure() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
-            whole = [weight.device.type != "cpu" or weight.numel() % VECTOR_LENGTH == 0 for weight in weights]
-            self._update(group, [weight for weight, fits in zip(weights, whole, strict=True) if fits], fused=True)
-            self._update(group, [weight for weight, fits in zip(weights, whole, strict=True) if not fits], fused=False)
+            weights: dict[bool, list[Tensor]] = {True: [], False: []}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weights[weight.device.type != "cpu" or weight.numel() % VECTOR_LENGTH == 0].append(weight)
+            for fused in (True, False):
+                self._update(group, weights[fused], fused)
         return loss
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], fused: bool) -> None:
+        momenta: list[Tensor | None] = [None] * len(weights)
         if group["momentum"]:
-            for weight in weights:
+            for number, weight in enumerate(weights):
                 earlier = self.state[weight].get("momentum_buffer")
                 # Adding to -0.0 changes no bit, so this is torch's first step; detectron2 never dampens it.
-                momentum = torch.full_like(weight, -0.0) if earlier is None else as_laid_out(earlier, weight)
+                momentum = torch.full_like(weight, -0.0) if earlier is None else _as_laid_out(earlier, weight)
                 self.state[weight]["momentum_buffer"] = momentum
-        momenta = [self.state[weight].get("momentum_buffer") for weight in weights]
+                momenta[number] = _in_memory_order(momentum, weight)
+        settings = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")
         sgd(
-            [in_memory_order(weight, weight) for weight in weights],
-            [in_memory_order(weight.grad, weight) for weight in weights if weight.grad is not None],
-            [
-                None if momentum is None else in_memory_order(momentum, w)
-                for momentum, w in zip(momenta, weights, strict=True)
-            ],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
+            [_in_memory_order(weight, weight) for weight in weights],
+            [_in_memory_order(weight.grad, weight) for weight in weights if weight.grad is not None],
+            momenta,
             fused=fused,
             foreach=not fused,
+            **{name: group[name] for name in settings},
         )
 
 
-def as_laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
+def _as_laid_out(tensor: Tensor, weight: Tensor) -> Tensor:
     """A tensor of a weight's shape in the weight's memory order; the same tensor where it is in that order."""
-    return tensor.contiguous(memory_format=_memory_format(weight))
+    memory_format = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
+    return tensor.contiguous(memory_format=memory_format)
 
 
-def in_memory_order(tensor: Tensor, weight: Tensor) -> Tensor:
-    """A view of `as_laid_out` whose elements follow each other in memory."""
-    laid_out = as_laid_out(tensor, weight)
-    return laid_out.permute(0, 2, 3, 1) if _memory_format(weight) is torch.channels_last else laid_out
+def _in_memory_order(tensor: Tensor, weight: Tensor) -> Tensor:
+    """A view of `_as_laid_out` whose elements follow each other in memory."""
+    laid_out = _as_laid_out(tensor, weight)
+    return laid_out.permute(0, 2, 3, 1) if _is_channels_last(weight) else laid_out
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    channels_last = weight.dim() == 4 and not weight.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.dim() == 4 and not weight.is_contiguous()
