@@ -50,7 +50,7 @@ def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
     model = mask_rcnn.build_detector(cfg, plan)
 
     def step() -> None:
-        torch.stack(list(model(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(list(model(batch).values())).sum().backward()
 
     with EventStorage(0), process_settings(plan.recipe, torch.device(plan.device)):
         step()

@@ -28,7 +28,7 @@ class TargetReached(Exception):  # noqa: N818 - not an error
     """Both targets are met."""
 
 
-class PlainTrainer(DefaultTrainer):  # type: ignore[misc]
+class PlainTrainer(DefaultTrainer):
     """DefaultTrainer as tools/train_net.py has it, with a clock around each step."""
 
     last_results: dict[str, dict[str, float]] = {}  # noqa: RUF012 - set by `test`, which is a class method
@@ -69,7 +69,7 @@ class PlainTrainer(DefaultTrainer):  # type: ignore[misc]
         self.first_step = self.first_step or time.time()
 
 
-class StopAtTarget(HookBase):  # type: ignore[misc]
+class StopAtTarget(HookBase):
     """Ends training once the last evaluation has met the plan's targets."""
 
     def __init__(self, plan: TrialPlan) -> None:

@@ -29,7 +29,6 @@ TEXTS = sorted(
 MAX_LINES = 310
 LONGER = {
     "trainers/contract/events.py": "the format of events.jsonl is read in one piece",
-    "tests/orchestrator/test_replay.py": "one kind of log after another",
 }
 """Files that may be longer, each with the reason."""
 

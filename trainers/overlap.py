@@ -44,7 +44,7 @@ class Overlap:
     def __init__(self, plan: TrialPlan, model: nn.Module) -> None:
         # One block of memory: a file descriptor for each tensor could be more than a process may have.
         size = sum(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in model.state_dict().values())
-        shared = torch.zeros(size, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        shared = torch.zeros(size, dtype=torch.uint8).share_memory_()
         self._weights = _views(shared, model)
         context = multiprocessing.get_context("spawn")
         training_ended, self._end_process = context.Pipe(duplex=False)

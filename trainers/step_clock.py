@@ -77,7 +77,7 @@ class StepClock:
     def _now(self) -> Any:
         if self._device.type != "cuda":
             return self._host_clock()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -20,7 +20,7 @@ from tests.builders.commands import ROOT
 
 SHARED = "/mnt/shared"
 ENVIRONMENT = {
-    "HOME": "/tmp/home",  # noqa: S108 - of the host alone
+    "HOME": "/tmp/home",
     "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
     "RAY_AUTH_MODE": "token",
     "GLOO_SOCKET_IFNAME": "eth0",
@@ -128,7 +128,7 @@ class Host:
             known[address] += " mlflow.internal other.internal"
         names = "".join(f"{number} {names}\\n" for number, names in known.items())
         # The program and its environment stay where they are, also below a /tmp that this host does not see.
-        places = dict.fromkeys(path for path in (str(ROOT), sys.prefix) if path.startswith("/tmp/"))  # noqa: S108
+        places = dict.fromkeys(path for path in (str(ROOT), sys.prefix) if path.startswith("/tmp/"))
         keep = "".join(f"mkdir -p /mnt{path} && mount --bind {path} /mnt{path} && " for path in places)
         bring_back = "".join(f"mkdir -p {path} && mount --bind /mnt{path} {path} && " for path in places)
         script = f"""
@@ -144,7 +144,7 @@ class Host:
 
     def _words(self, command: str, env: dict[str, str]) -> list[str]:
         given = [f"{name}={value}" for name, value in (ENVIRONMENT | env).items()]
-        return [*self.namespace.enter(), "env", "-i", "-C", "/tmp/home", *given, "bash", "-c", command]  # noqa: S108
+        return [*self.namespace.enter(), "env", "-i", "-C", "/tmp/home", *given, "bash", "-c", command]
 
     def run(self, command: str, timeout: float = 600, **env: str) -> subprocess.CompletedProcess[str]:
         """Runs a shell command to its end; output and errors come back together."""

@@ -167,7 +167,7 @@ def test_the_kuberay_job_is_what_the_launcher_would_start() -> None:
         assert container["image"] == cloud()["docker"]["image"]
         assert {"name": "shared", "mountPath": "/mnt/shared"} in container["volumeMounts"]
         # Loaders share batches through /dev/shm, of which a pod has 64 MiB unless it says otherwise.
-        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]  # noqa: S108 - the place meant
+        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == 8
     # MLflow's password is the driver's alone, and the driver runs in the head's pod.

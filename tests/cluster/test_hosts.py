@@ -150,10 +150,10 @@ def test_nobody_gets_in_without_the_token(cluster: ClusterOfHosts) -> None:
 @pytest.mark.parametrize(
     ("address", "home", "message"),
     [
-        ("http://10.77.0.5:5000", "/tmp/nobody", "asks for user and password"),  # noqa: S108
-        ("http://admin:wrong@10.77.0.5:5000", "/tmp/home", "refuses the user admin"),  # noqa: S108
-        ("http://other.internal:5000", "/tmp/home", "does not answer to the name other.internal"),  # noqa: S108
-        ("http://10.77.0.5:5999", "/tmp/home", "no MLflow server answers"),  # noqa: S108
+        ("http://10.77.0.5:5000", "/tmp/nobody", "asks for user and password"),
+        ("http://admin:wrong@10.77.0.5:5000", "/tmp/home", "refuses the user admin"),
+        ("http://other.internal:5000", "/tmp/home", "does not answer to the name other.internal"),
+        ("http://10.77.0.5:5999", "/tmp/home", "no MLflow server answers"),
     ],
 )
 def test_a_tracking_server_that_cannot_be_used_is_said_to_be_so(

@@ -79,7 +79,7 @@ def test_two_workers_train_in_it(container: list[str], tmp_path: Path) -> None:
     path = write_experiment(folder, tiny_experiment(trials={"world_sizes": [2], "scaling": "strong"}))
     path.chmod(0o644)
     folder.chmod(0o755)
-    home = "/tmp/smoke"  # noqa: S108 - in the container
+    home = "/tmp/smoke"
     train = (
         f"mkdir {home} && cd {home} && python -m orchestrator.run {path} --output {home}/run && cat run/results.json"
     )

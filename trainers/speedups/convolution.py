@@ -56,7 +56,7 @@ def _transform_2d(part: int) -> dict[int, Tensor]:
 _INPUT_TRANSFORM, _WEIGHT_TRANSFORM, _OUTPUT_TRANSFORM = (_transform_2d(part) for part in range(3))
 
 
-class WinogradConv2d(Conv2d):  # type: ignore[misc]
+class WinogradConv2d(Conv2d):
     """detectron2's `Conv2d` with weights of 3 x 3 or 1 x 1, on channels-last maps of a CPU in 32 bits."""
 
     sparse_gradient = False

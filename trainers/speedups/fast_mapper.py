@@ -38,7 +38,7 @@ MIN_BOX_SIDE = 1e-5
 """Sides above this count as a box (detectron2's `filter_empty_instances`)."""
 
 
-class FastMapper(DatasetMapper):  # type: ignore[misc]
+class FastMapper(DatasetMapper):
     """Reads and augments one image; the same arguments and the same result as detectron2's DatasetMapper.
 
     OpenCV computes on the calling thread alone from then on, in the whole process: its threads and a forked loader
@@ -127,7 +127,7 @@ class FastMapper(DatasetMapper):  # type: ignore[misc]
         )
 
 
-class _Augmented(augment.AugInput):  # type: ignore[misc]
+class _Augmented(augment.AugInput):
     """An image that detectron2's augmentations transform, by OpenCV where that comes out alike."""
 
     image: NDArray[Any]

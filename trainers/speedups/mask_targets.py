@@ -25,7 +25,7 @@ MIN_BOX_SIDE = 0.1
 """Pixels; a box narrower than this is scaled as if it were this wide (detectron2/structures/masks.py)."""
 
 
-class PackedPolygons(PolygonMasks):  # type: ignore[misc]
+class PackedPolygons(PolygonMasks):
     """An image's polygon masks in one array; takes detectron2's `PolygonMasks`' place.
 
     Args:

@@ -21,7 +21,7 @@ MAX_PAIRS = 2**24
 """Objects times anchors or proposals up to which all images are matched at once: 64 MiB for each array of them."""
 
 
-class BatchedRPN(RPN):  # type: ignore[misc]
+class BatchedRPN(RPN):
     """detectron2's RPN, its images labelled and searched together."""
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ def top_proposals(
     return results
 
 
-class _Batched(ROIHeads):  # type: ignore[misc]
+class _Batched(ROIHeads):
     """What detectron2's ROI heads have in common, for all images at once."""
 
     @torch.no_grad()
@@ -216,15 +216,15 @@ class _Batched(ROIHeads):  # type: ignore[misc]
         return result
 
 
-class BatchedStandardROIHeads(_Batched, StandardROIHeads):  # type: ignore[misc]
+class BatchedStandardROIHeads(_Batched, StandardROIHeads):
     """`StandardROIHeads` (FPN) with its images' proposals sampled together."""
 
 
-class BatchedRes5ROIHeads(_Batched, Res5ROIHeads):  # type: ignore[misc]
+class BatchedRes5ROIHeads(_Batched, Res5ROIHeads):
     """`Res5ROIHeads` (C4) with its images' proposals sampled together."""
 
 
-class BatchedCascadeROIHeads(_Batched, CascadeROIHeads):  # type: ignore[misc]
+class BatchedCascadeROIHeads(_Batched, CascadeROIHeads):
     """`CascadeROIHeads` with its images' proposals sampled together."""
 
 

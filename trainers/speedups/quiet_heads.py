@@ -11,7 +11,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 
-class QuietFastRCNNOutputLayers(FastRCNNOutputLayers):  # type: ignore[misc]
+class QuietFastRCNNOutputLayers(FastRCNNOutputLayers):
     """detectron2's box predictor, which logs no accuracies."""
 
     def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ class QuietFastRCNNOutputLayers(FastRCNNOutputLayers):  # type: ignore[misc]
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
 
 
-class QuietMaskRCNNHead(MaskRCNNConvUpsampleHead):  # type: ignore[misc]
+class QuietMaskRCNNHead(MaskRCNNConvUpsampleHead):
     """detectron2's mask head, which logs no accuracies and draws nothing."""
 
     def forward(self, x: Tensor, instances: list[Instances]) -> Any:

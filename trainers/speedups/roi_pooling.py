@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-class SparsePooler(ROIPooler):  # type: ignore[misc]
+class SparsePooler(ROIPooler):
     """A `ROIPooler` of ROIAlign on a CPU."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
