@@ -12,11 +12,7 @@ APPLICATION = "ray-detectron2-benchmark"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part; makes its folder.
-
-    Args:
-        path: The file.
-        content: Bytes, or text to be written as UTF-8.
+    """Writes a file (text as UTF-8) so that a reader sees the old content or the new, never a part; makes its folder.
 
     Raises:
         OSError: It cannot be written; the old content is still there.

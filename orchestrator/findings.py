@@ -1,7 +1,6 @@
 """What a check found wrong, and how it is shown: as a table on a terminal, as plain lines in a log, or as JSON.
 
-Names inside a finding come from untrusted files. They are made printable here, so that no control character of a file
-name reaches a terminal and no lone surrogate breaks the output.
+Names inside a finding come from untrusted files: they are made printable, for terminals as well as for encoders.
 """
 
 from __future__ import annotations
@@ -95,15 +94,10 @@ def to_json(findings: Sequence[Finding], **more: Any) -> str:
     """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, file, id, what, hint}], **more}`."""
     import orjson
 
-    levels = Counter(finding.level for finding in findings)
-    document = {
-        "ok": not levels["error"],
-        "errors": levels["error"],
-        "warnings": levels["warning"],
-        "findings": [asdict(finding) for finding in findings],
-        **more,
-    }
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2).decode()
+    errors = sum(finding.level == "error" for finding in findings)
+    counts = {"ok": not errors, "errors": errors, "warnings": len(findings) - errors}
+    document = {**counts, "findings": [asdict(finding) for finding in findings], **more}
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode()
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
@@ -113,9 +107,9 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     from rich.table import Table
     from rich.text import Text
 
-    console = console or Console(stderr=True)
     if not findings:
         return
+    console = console or Console(stderr=True)
     if not console.is_terminal:
         for finding in findings:
             console.print(finding.to_line(), markup=False, highlight=False, soft_wrap=True, emoji=False)
@@ -129,11 +123,8 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
             table.add_row(Text(finding.level, style), Text(where), Text(finding.what), Text(finding.hint))
         console.print(table)
     levels = Counter(finding.level for finding in findings)
-    console.print(
-        f"{levels['error']} error{'s' * (levels['error'] != 1)}, "
-        f"{levels['warning']} warning{'s' * (levels['warning'] != 1)}.",
-        highlight=False,
-    )
+    counts = ", ".join(f"{levels[name]} {name}{'s' * (levels[name] != 1)}" for name in ("error", "warning"))
+    console.print(f"{counts}.", highlight=False)
 
 
 def root_cause(error: BaseException) -> str:
@@ -145,6 +136,4 @@ def root_cause(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """Escapes what a terminal would obey or an encoder refuse: control characters and lone surrogates."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

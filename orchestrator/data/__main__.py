@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -48,18 +48,16 @@ def check(
         splits, findings = {"": Split(path, images or path.parent, for_scoring=True)}, []
     else:
         splits, findings = find_splits(path)
-    reports = []
-    for split in splits.values():
-        with show_bar(f"checking {split.images.name}") as advance:
-            report = check_split(split, verify_images=verify_images, use_cache=cache, on_progress=advance)
-        findings.extend(report.findings)
-        reports.append(report)
+    reports = [check_split(split, verify_images=verify_images, use_cache=cache) for split in splits.values()]
+    for report in reports:
+        findings += report.findings
     summaries = [report.summary for report in reports if report.summary is not None]
     if len(summaries) == 2:
         findings.extend(compare_splits(*summaries))
     findings = sort_findings(findings)
     if as_json:
-        typer.echo(to_json(findings, splits=[_summarize(report) for report in reports]))
+        shown = [{**asdict(each.summary), "from_cache": each.from_cache} if each.summary else None for each in reports]
+        typer.echo(to_json(findings, splits=shown))
     else:
         _print_summaries(reports)
         print_findings(findings)
@@ -141,25 +139,14 @@ def excerpt(
         typer.echo(f"{part}: {num_taken:,} images, {num_annotations:,} annotations in {to}")
 
 
-def _summarize(report: SplitReport) -> dict[str, Any] | None:
-    if report.summary is None:
-        return None
-    values = asdict(report.summary)
-    values["categories"] = {str(key): name for key, name in report.summary.categories.items()}
-    return {**values, "from_cache": report.from_cache}
-
-
 def _print_summaries(reports: list[SplitReport]) -> None:
     for report in reports:
         if (summary := report.summary) is not None:
+            read = f"{summary.num_images_checked:,} files read"
+            effort = "unchanged since the last check" if report.from_cache else read
             typer.echo(
                 f"{summary.annotations}: {summary.num_images:,} images, {summary.num_annotations:,} annotations "
-                f"({summary.num_crowd:,} crowds), {len(summary.categories)} categories; "
-                + (
-                    "unchanged since the last check"
-                    if report.from_cache
-                    else f"{summary.num_images_checked:,} files read"
-                )
+                f"({summary.num_crowd:,} crowds), {len(summary.categories)} categories; {effort}"
             )
 
 

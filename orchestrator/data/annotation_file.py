@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from orchestrator.data.entries import (
-    REGENERATE,
-    Annotation,
-    ImageEntry,
-    Problem,
-    SplitSummary,
-    find_duplicates,
-    is_id,
-    shorten,
-)
+from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, Problem, is_id, shorten
 from orchestrator.data.objects import check_objects
 
 if TYPE_CHECKING:
+    from orchestrator.data.entries import SplitSummary
     from orchestrator.findings import FindingList
-
-
-class UnreadableError(Exception):
-    """The annotation file cannot be parsed."""
-
-    def __init__(self, code: str, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.problem = Problem(code, what, hint)
 
 
 class _Document(msgspec.Struct):
@@ -37,17 +22,15 @@ class _Document(msgspec.Struct):
     categories: Any = None
 
 
-def parse_annotations(content: bytes) -> tuple[Any, bool]:
-    """Parses an annotation file.
+def parse_annotations(content: bytes) -> tuple[Any, bool] | Problem:
+    """Parses an annotation file; a Problem where it is not JSON, with the byte.
 
     Returns:
         What it holds, and whether that may include NaN or Infinity, which JSON does not have but Python reads.
-
-    Raises:
-        UnreadableError: It is not JSON; names the byte.
     """
+    again = "Copy or download it again"
     if not content.strip():
-        raise UnreadableError("json_invalid", "the file is empty", "Copy or download it again")
+        return Problem("json_invalid", "the file is empty", again)
     try:
         document = msgspec.json.decode(content, type=_Document)
         return {key: getattr(document, key) for key in document.__struct_fields__}, False
@@ -56,50 +39,36 @@ def parse_annotations(content: bytes) -> tuple[Any, bool]:
     try:
         return json.loads(content), True
     except UnicodeDecodeError as error:
-        raise UnreadableError(
-            "json_invalid", f"not UTF-8 text: byte {error.start:,} of {len(content):,}", "Copy or download it again"
-        ) from None
+        return Problem("json_invalid", f"not UTF-8 text: byte {error.start:,} of {len(content):,}", again)
     except RecursionError:
-        raise UnreadableError("json_invalid", "nested too deeply to be annotations", "Name another file") from None
+        return Problem("json_invalid", "nested too deeply to be annotations", "Name another file")
     except ValueError as error:
-        position = getattr(error, "pos", 0)
+        position, reason = getattr(error, "pos", 0), getattr(error, "msg", str(error))
         text = content.decode("utf-8", errors="replace")
-        offset = len(text[:position].encode())
-        reason = getattr(error, "msg", str(error))
+        place = f"{reason} at byte {len(text[:position].encode()):,} of {len(content):,}"
         # Cut in the middle of a text, or with no more than the beginning of a number or a word left.
         rest = text[position:].strip()
         if reason.startswith("Unterminated string") or (len(rest) <= 8 and not rest.endswith(("}", "]"))):
-            raise UnreadableError(
-                "json_truncated",
-                f"the file ends in the middle: {reason} at byte {offset:,} of {len(content):,}",
-                "Copy or download it again: the end is missing",
-            ) from None
-        raise UnreadableError(
-            "json_invalid", f"not JSON: {reason} at byte {offset:,} of {len(content):,}", "Correct that place"
-        ) from None
+            return Problem("json_truncated", f"the file ends in the middle: {place}", f"{again}: the end is missing")
+        return Problem("json_invalid", f"not JSON: {place}", "Correct that place")
 
 
 def check_annotations(
     document: Any, summary: SplitSummary, findings: FindingList, *, may_hold_nan: bool, for_scoring: bool
 ) -> list[ImageEntry]:
-    """Checks a parsed annotation file and fills in `summary`.
+    """Checks a parsed annotation file, fills in the counts of `summary`, and returns the well-formed image entries.
 
     Args:
         document: What `parse_annotations` returned.
-        summary: Its paths are set; the counts are filled in.
+        summary: Its paths are set.
         findings: Added to.
         may_hold_nan: Whether numbers have to be checked for NaN and infinity.
         for_scoring: Whether it is a validation set, for which COCO's scorer needs more.
-
-    Returns:
-        The well-formed image entries.
     """
     file = summary.annotations
     if not isinstance(document, dict):
-        findings.error(
-            "json_structure", file, "", f"holds a {type(document).__name__}, not an object",
-            'COCO\'s format is {"images": […], "annotations": […], "categories": […]}',
-        )  # fmt: skip
+        hint = 'COCO\'s format is {"images": […], "annotations": […], "categories": […]}'
+        findings.error("json_structure", file, "", f"holds a {type(document).__name__}, not an object", hint)
         return []
     parts = {key: _entries(document, key, file, findings) for key in ("images", "annotations", "categories")}
     images = _check_images(parts["images"], file, findings)
@@ -110,7 +79,11 @@ def check_annotations(
     elif not parts["annotations"]:
         purpose = "nothing can be scored" if for_scoring else "nothing can be learned"
         findings.error("split_empty", file, "", f"lists no annotation: {purpose}", "Name a file that does")
-    annotations = [_annotation(entry) for entry in parts["annotations"]]
+    fields = Annotation.__struct_fields__
+    annotations = [
+        entry if isinstance(entry, Annotation) else Annotation(**{key: entry.get(key) for key in fields})
+        for entry in parts["annotations"]
+    ]
     summary.num_annotations = len(annotations)
     if annotations:
         check_objects(annotations, images, summary, findings, may_hold_nan=may_hold_nan, for_scoring=for_scoring)
@@ -123,20 +96,11 @@ def _entries(document: dict[str, Any], key: str, file: str, findings: FindingLis
         found = "is missing" if entries is None else f"is a {type(entries).__name__}"
         findings.error("json_structure", file, key, f"the list {key!r} {found}", f'Write "{key}": [{{…}}, …]')
         return []
-    kept = [entry for entry in entries if isinstance(entry, dict | Annotation)]
-    if len(kept) < len(entries):
-        for index, entry in enumerate(entries):
-            if not isinstance(entry, dict | Annotation):
-                what = f"entry {index} of {key!r} is a {type(entry).__name__}, not an object"
-                findings.error("json_structure", file, f"{key}[{index}]", what, REGENERATE)
-    return kept
-
-
-def _annotation(entry: dict[str, Any] | Annotation) -> Annotation:
-    if isinstance(entry, Annotation):
-        return entry
-    values: dict[str, Any] = {key: entry.get(key) for key in Annotation.__struct_fields__}
-    return Annotation(**values)
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict | Annotation):
+            what = f"entry {index} of {key!r} is a {type(entry).__name__}, not an object"
+            findings.error("json_structure", file, f"{key}[{index}]", what, REGENERATE)
+    return [entry for entry in entries if isinstance(entry, dict | Annotation)]
 
 
 def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingList) -> list[ImageEntry]:
@@ -156,10 +120,13 @@ def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingLis
             findings.error("image_entry", file, f"image {image_id}", what, REGENERATE)
         else:
             images.append(ImageEntry(image_id, name, width, height))
-    for image_id in find_duplicates([image.id for image in images]):
-        names = [image.file_name for image in images if image.id == image_id]
-        what = f"{len(names)} images have this id: {shorten(names)}"
-        findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image a different id")
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for image in images:
+        names[image.id].append(image.file_name)
+    for image_id, same in names.items():
+        if len(same) > 1:
+            what = f"{len(same)} images have this id: {shorten(same)}"
+            findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image a different id")
     if len({image.file_name for image in images}) < len(images):
         seen: dict[str, int] = {}
         for image in images:
@@ -180,9 +147,8 @@ def _check_categories(entries: list[dict[str, Any]], file: str, findings: Findin
             findings.error("category_entry", file, f"categories[{index}]", what, REGENERATE)
         elif category_id in categories:
             what = f"two categories have this id: {shorten(categories[category_id])} and {shorten(name)}"
-            findings.error(
-                "duplicate_category_id", file, f"category {category_id}", what, "Give each category a different id"
-            )
+            hint = "Give each category a different id"
+            findings.error("duplicate_category_id", file, f"category {category_id}", what, hint)
         else:
             categories[category_id] = name
     if not entries:

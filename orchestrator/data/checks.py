@@ -7,23 +7,24 @@ that a second check of COCO reads no image and parses nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.data.annotation_file import UnreadableError, check_annotations, parse_annotations
-from orchestrator.data.entries import SplitSummary
+import msgspec
+
+from orchestrator.data.annotation_file import check_annotations, parse_annotations
+from orchestrator.data.entries import Problem, SplitSummary
 from orchestrator.data.image_files import FoundFile, check_images, list_files
+from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList, sort_findings
 
 if TYPE_CHECKING:
     from orchestrator.data.layout import Split
-    from orchestrator.data.progress_bar import OnProgress
 
 CHECKS_VERSION = 2
 """Raised with every change of the checks or their messages, so that no older result is taken from the cache."""
@@ -31,12 +32,7 @@ CHECKS_VERSION = 2
 CACHED_FROM = 2000
 """Images from which a result is cached; fewer are checked faster than anyone notices."""
 
-SURROGATES = ("utf-8", "surrogateescape")
-
-OFFICIAL_COUNTS = {
-    "instances_train2017.json": (118_287, 860_001),
-    "instances_val2017.json": (5_000, 36_781),
-}
+OFFICIAL_COUNTS = {"instances_train2017.json": (118_287, 860_001), "instances_val2017.json": (5_000, 36_781)}
 """Images and annotations of COCO 2017 (cocodataset.org)."""
 
 OFFICIAL_CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -57,32 +53,26 @@ class SplitReport:
     """Whether it is the result of an earlier check."""
 
 
-def check_split(
-    split: Split,
-    *,
-    verify_images: bool = False,
-    use_cache: bool = True,
-    on_progress: OnProgress | None = None,
-) -> SplitReport:
-    """Checks an annotation file and the files of its images.
+class _Cached(msgspec.Struct):
+    verified: bool
+    report: SplitReport
 
-    Args:
-        split: Where they are.
-        verify_images: Decode every image instead of reading only its head and end.
-        use_cache: Take the result of an earlier check where nothing changed, and cache this one.
-        on_progress: Called with the number of image files done, and of all.
+
+def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = True) -> SplitReport:
+    """Checks an annotation file and the files of its images, with a progress bar.
+
+    With `verify_images`, every image is decoded; otherwise only its head and end are read. With `use_cache`, the result
+    of an earlier check is taken where nothing changed.
     """
-    file, findings = str(split.annotations), FindingList()
-    listing = None
+    file, findings, listing = str(split.annotations), FindingList(), None
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(file_sha256, split.annotations)
         try:
             listing = list_files(split.images)
         except OSError as error:
             what = f"the image folder cannot be read: {error.strerror}"
-            findings.error(
-                "images_missing", str(split.images), "", what, "Correct the folder's name, or give yourself read access"
-            )
+            hint = "Correct the folder's name, or give yourself read access"
+            findings.error("images_missing", str(split.images), "", what, hint)
     try:
         digest = hashing.result()
         entry = _cache_entry(split, digest, listing) if use_cache and listing else None
@@ -90,27 +80,23 @@ def check_split(
             return cached
         content = split.annotations.read_bytes()
     except OSError as error:
-        findings.error(
-            "annotations_missing",
-            file,
-            "",
-            f"cannot be read: {error.strerror}",
-            "Correct the file's name, or give yourself read access",
-        )
+        hint = "Correct the file's name, or give yourself read access"
+        findings.error("annotations_missing", file, "", f"cannot be read: {error.strerror}", hint)
         return SplitReport(findings.to_list(), None)
     summary = SplitSummary(file, str(split.images), digest)
-    try:
-        document, may_hold_nan = parse_annotations(content)
-    except UnreadableError as error:
-        findings.error(error.problem.code, file, "", error.problem.what, error.problem.hint)
+    parsed = parse_annotations(content)
+    if isinstance(parsed, Problem):
+        findings.error(parsed.code, file, "", parsed.what, parsed.hint)
         return SplitReport(findings.to_list(), None)
-    del content
+    document, may_hold_nan = parsed
+    del content, parsed
     images = check_annotations(document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
     del document
     if listing is not None:
-        summary.num_images_checked = check_images(
-            images, file, split.images, listing, findings, verify=verify_images, on_progress=on_progress
-        )
+        with show_bar(f"checking {split.images.name}") as advance:
+            summary.num_images_checked = check_images(
+                images, file, split.images, listing, findings, verify=verify_images, on_progress=advance
+            )
     _compare_with_official(split, summary, findings)
     report = SplitReport(_soften_official(summary, findings.to_list()), summary)
     if entry is not None and summary.num_images >= CACHED_FROM:
@@ -135,11 +121,10 @@ def _compare_with_official(split: Split, summary: SplitSummary, findings: Findin
     ids = summary.categories.keys()
     if ids == OFFICIAL_CATEGORIES:
         official = OFFICIAL_COUNTS.get(split.annotations.name)
-        counts = (summary.num_images, summary.num_annotations)
-        if official and counts != official:
-            what = (
-                f"{counts[0]:,} images and {counts[1]:,} annotations; COCO 2017 has {official[0]:,} and {official[1]:,}"
-            )
+        images, annotations = summary.num_images, summary.num_annotations
+        if official and (images, annotations) != official:
+            published = f"COCO 2017 has {official[0]:,} and {official[1]:,}"
+            what = f"{images:,} images and {annotations:,} annotations; {published}"
             hint = "Nothing, if a part of COCO is intended; its figures are not comparable with COCO's"
             findings.warning("counts_differ", summary.annotations, "", what, hint)
     elif ids and sorted(ids) != list(range(min(ids), min(ids) + len(ids))):
@@ -170,33 +155,23 @@ def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Pa
     """The file that a result is cached in; None where a link could change what is checked without a trace."""
     if len(listing) < CACHED_FROM or any(is_link for _, _, is_link in listing.values()):
         return None
-    key = hashlib.sha256()
-    key.update(f"{CHECKS_VERSION}\n{split.annotations.absolute()}\n{split.images.absolute()}\n".encode(*SURROGATES))
-    key.update(f"{split.for_scoring}\n{digest}\n".encode())
-    names = sorted(listing)
-    key.update("\0".join(names).encode(*SURROGATES))
+    names, key = sorted(listing), hashlib.sha256()
+    paths = (split.annotations.absolute(), split.images.absolute())
+    for part in (CHECKS_VERSION, *paths, split.for_scoring, digest, *names):
+        key.update(f"{part}\0".encode("utf-8", "surrogateescape"))
     key.update(array("q", [number for name in names for number in listing[name][:2]]).tobytes())
     return cache_folder() / "checks" / f"{key.hexdigest()}.json"
 
 
 def _read_cache(entry: Path, *, verify_images: bool) -> SplitReport | None:
     try:
-        cached = json.loads(entry.read_bytes())
-        if verify_images and not cached["verified"]:
-            return None
-        cached["summary"]["categories"] = {int(key): name for key, name in cached["summary"]["categories"].items()}
-        findings = [Finding(**values) for values in cached["findings"]]
-        return SplitReport(findings, SplitSummary(**cached["summary"]), from_cache=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        cached = msgspec.json.decode(entry.read_bytes(), type=_Cached)
+    except (OSError, ValueError):
         return None  # absent or damaged: checked again
+    return replace(cached.report, from_cache=True) if cached.verified or not verify_images else None
 
 
 def _write_cache(entry: Path, report: SplitReport, *, verify_images: bool) -> None:
-    content = {
-        "verified": verify_images,
-        "summary": asdict(report.summary) if report.summary else None,
-        "findings": [asdict(finding) for finding in report.findings],
-    }
     # A cache that cannot be written costs time, nothing else.
-    with suppress(OSError):
-        write_atomically(entry, json.dumps(content))
+    with suppress(OSError, ValueError):
+        write_atomically(entry, msgspec.json.encode(_Cached(verify_images, report)))

@@ -48,7 +48,10 @@ class ImageEntry:
 
 @dataclass
 class SplitSummary:
-    """What one annotation file holds, and what checks against a model need to know of it."""
+    """What one annotation file holds, and what checks against a model need to know of it.
+
+    Objects are the annotations that are not crowd regions.
+    """
 
     annotations: str
     """Path of the file."""
@@ -57,25 +60,21 @@ class SplitSummary:
     sha256: str
     """Of the annotation file."""
     num_images: int = 0
-    """Images listed."""
     num_annotations: int = 0
-    """Objects and crowd regions."""
     num_crowd: int = 0
-    """Crowd regions among them."""
     num_images_with_objects: int = 0
-    """Images with at least one object that is not a crowd: what detectron2 trains on."""
+    """Images with at least one object: what detectron2 trains on."""
     categories: dict[int, str] = field(default_factory=dict)
     """Id to name, by id."""
     num_polygons: int = 0
-    """Objects (no crowds) whose mask is a list of polygons."""
+    """Objects whose mask is a list of polygons."""
     num_rle: int = 0
-    """Objects (no crowds) whose mask is run-length encoded."""
+    """Objects whose mask is run-length encoded."""
     num_without_mask: int = 0
-    """Objects (no crowds) without a mask."""
     first_rle: int | None = None
     """Id of the first object with a run-length encoded mask."""
     first_without_mask: int | None = None
-    """Id of the first object without a mask."""
+    """Its id."""
     num_images_checked: int = 0
     """Image files that were opened."""
 
@@ -87,16 +86,7 @@ def is_id(value: Any) -> TypeGuard[int]:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a number of sensible size, NaN or infinity; a boolean is not."""
-    return type(value) is float or (type(value) is int and -MAX_ID < value < MAX_ID)
-
-
-def find_duplicates(ids: list[int]) -> list[int]:
-    """The ids that occur more than once, in order."""
-    import numpy as np
-
-    values, counts = np.unique(np.array(ids, dtype=np.int64), return_counts=True)
-    repeated: list[int] = values[counts > 1].tolist()
-    return repeated
+    return type(value) is float or is_id(value)
 
 
 def shorten(value: Any) -> str:

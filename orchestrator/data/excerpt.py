@@ -18,16 +18,10 @@ if TYPE_CHECKING:
 
 
 def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[str, tuple[int, int]]:
-    """Copies a part of a data set in COCO's layout into a new folder.
+    """Copies at most `num_images` of each split of a data set in COCO's layout into a new folder.
 
     Images that have an object come first, drawn at random by the seed; all categories are kept, so that class numbers
     stay the same. The folder is written under another name and renamed.
-
-    Args:
-        source: Folder in COCO's layout, or the one above it.
-        to: New folder.
-        num_images: Images of each split at most.
-        seed: Seed of the draw.
 
     Returns:
         Part (`train`, `val`) to the number of images and annotations taken.
@@ -63,7 +57,7 @@ def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tupl
         # Each image has its own key, so that adding images to the source does not change which others are taken.
         images = sorted(
             document["images"],
-            key=lambda image: (image["id"] not in with_objects, random.Random(f"{seed} {image['id']}").random()),  # noqa: S311
+            key=lambda image: (image["id"] not in with_objects, random.Random(f"{seed} {image['id']}").random()),  # noqa: S311 - a choice that repeats, no secret
         )[:num_images]
         names = [str(image["file_name"]) for image in images]
         chosen = {image["id"] for image in images}

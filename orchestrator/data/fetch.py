@@ -1,7 +1,6 @@
 """Downloads COCO 2017 from its official addresses: resumable, checked by SHA-256, unpacked into detectron2's layout.
 
-What is on disk survives a broken connection, a stall or a restart. An archive is unpacked only after its checksum was
-verified, and a folder gets its final name only when it is complete.
+An archive is unpacked only after its checksum was verified, and a folder gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ class Archive:
     path: str
     """Path below the server's address."""
     num_bytes: int
-    """Its size."""
     sha256: str
-    """Its checksum."""
     unpacked_bytes: int
     """Size of what is unpacked, rounded up."""
     makes: str
@@ -89,7 +86,7 @@ def fetch(
     stall_seconds: float = STALL_SECONDS,
     wait_seconds: float = WAIT_SECONDS,
 ) -> Path:
-    """Fetches and unpacks archives into `to`/coco; folders that exist are left as they are.
+    """Fetches and unpacks archives into `to`/coco, and returns that folder; folders in it that exist are left alone.
 
     Args:
         to: The folder for DETECTRON2_DATASETS.
@@ -97,9 +94,6 @@ def fetch(
         address: Server; a mirror must serve the same paths.
         stall_seconds: Silence of the server after which a connection is closed.
         wait_seconds: Wait before the second attempt.
-
-    Returns:
-        The folder in COCO's layout.
 
     Raises:
         FetchError: No space, no connection, a wrong checksum, a broken archive, or another fetch into `to` is running.
@@ -121,7 +115,13 @@ def fetch(
                     _download(url, part, archive, stall_seconds, wait_seconds, advance)
                 with show_bar(f"checking {archive.name}") as advance:
                     advance(0, None)
-                    _verify(part, archive)
+                    found = file_sha256(part)
+                if found != archive.sha256:
+                    part.unlink()
+                    raise FetchError(
+                        f"{archive.name}: SHA-256 is {found}, not {archive.sha256}: a bad file was served; it was "
+                        "removed. Try again, or from another network"
+                    )
                 with show_bar(f"unpacking {archive.name}") as advance:
                     _unpack(part, root, archive, advance)
                 part.unlink()
@@ -185,9 +185,8 @@ def _append(url: str, part: Path, archive: Archive, stall_seconds: float, on_pro
                     stream.write(block)
                     on_progress(stream.tell(), archive.num_bytes)
                     if stream.tell() > archive.num_bytes:
-                        raise FetchError(
-                            f"{archive.name}: the server sends more than its {archive.num_bytes:,} bytes: not this file"
-                        )
+                        size = f"its {archive.num_bytes:,} bytes"
+                        raise FetchError(f"{archive.name}: the server sends more than {size}: not this file")
     except requests.RequestException as error:
         failure = error
     if _size(part) <= before:
@@ -196,16 +195,6 @@ def _append(url: str, part: Path, archive: Archive, stall_seconds: float, on_pro
 
 def _size(part: Path) -> int:
     return part.stat().st_size if part.exists() else 0
-
-
-def _verify(file: Path, archive: Archive) -> None:
-    found = file_sha256(file)
-    if found != archive.sha256:
-        file.unlink()
-        raise FetchError(
-            f"{archive.name}: SHA-256 is {found}, not {archive.sha256}: a bad file was served; it was removed. "
-            "Try again, or from another network"
-        )
 
 
 def _unpack(file: Path, root: Path, archive: Archive, on_progress: OnProgress) -> None:

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.data.layout import Dataset, coco_layout
 from orchestrator.data.shapes import ShapesParameters, draw_image, name_shape
@@ -34,62 +34,44 @@ CHUNK_IMAGES = 200
 def generate(
     to: Path,
     *,
-    num_train: int = 256,
-    num_val: int = 64,
     size: int | tuple[int, int] = 128,
-    num_classes: int = 3,
-    seed: int = 0,
-    crowd_fraction: float = 0.0,
     shapes_per_image: tuple[int, int] = (1, 4),
-    mask_format: Literal["polygon", "rle"] = "polygon",
-    distinct_images: int | None = None,
     replace: bool = False,
     num_processes: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = lambda *_: None,
+    **parameters: Any,
 ) -> Dataset:
-    """Draws a data set of shapes into `to`, in COCO's layout; does nothing where `to` already holds the same one.
+    """Draws a data set of shapes into `to`, unless it already holds the same one, and returns where its files are.
 
     Args:
         to: The new folder; its parents are made too.
-        num_train: Training images.
-        num_val: Validation images.
         size: Side of a square image, or (width, height), pixels.
-        num_classes: Shapes to tell apart.
-        seed: Same seed and parameters, same bytes.
-        crowd_fraction: Share of the images that also have a crowd region, 0 to 1.
         shapes_per_image: Fewest and most shapes of an image.
-        mask_format: Polygons, or compressed RLE.
-        distinct_images: Images drawn per split; the others are hard links to them. None draws all.
         replace: Whether a generated set with other parameters in `to` may be replaced. A folder that this function did
             not make is never replaced.
         num_processes: Processes that draw; None takes the machine's CPUs for large sets, else one.
         on_progress: Called with the number of images written of a split, and of all of it.
-
-    Returns:
-        Where the files are.
+        parameters: Other fields of `ShapesParameters`.
 
     Raises:
         ValueError: A parameter is out of its range.
         FileExistsError: `to` holds something else: other files, or a set with other parameters and no `replace`.
     """
     width, height = (size, size) if isinstance(size, int) else size
-    parameters = ShapesParameters(
-        num_train=num_train, num_val=num_val, width=width, height=height, num_classes=num_classes, seed=seed,
-        crowd_fraction=float(crowd_fraction), min_shapes=shapes_per_image[0], max_shapes=shapes_per_image[1],
-        mask_format=mask_format, distinct_images=distinct_images,
-    )  # fmt: skip
+    fewest, most = shapes_per_image
+    wanted = ShapesParameters(width=width, height=height, min_shapes=fewest, max_shapes=most, **parameters)
     to = Path(to).absolute()
-    if _is_present(to, parameters, replace=replace):
+    if _is_present(to, wanted, replace=replace):
         return coco_layout(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         (partial / "annotations").mkdir(parents=True)
-        for split, num_images in zip(SPLITS, (num_train, num_val), strict=True):
-            _write_split(partial, split, num_images, parameters, num_processes, on_progress)
-        text = json.dumps(asdict(parameters), indent=2) + "\n"
+        for split, num_images in zip(SPLITS, (wanted.num_train, wanted.num_val), strict=True):
+            _write_split(partial, split, num_images, wanted, num_processes, on_progress)
+        text = json.dumps(asdict(wanted), indent=2) + "\n"
         (partial / PARAMETERS_FILE).write_text(text, encoding="utf-8")
-        _put_in_place(partial, to, parameters, replace=replace)
+        _put_in_place(partial, to, wanted, replace=replace)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return coco_layout(to)
@@ -102,20 +84,18 @@ def _is_present(to: Path, parameters: ShapesParameters, *, replace: bool) -> boo
     try:
         found = json.loads((to / PARAMETERS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise FileExistsError(
-            f"{to} exists and was not generated (it has no readable {PARAMETERS_FILE}): name another folder"
-        ) from None
+        what = f"{to} exists and was not generated (it has no readable {PARAMETERS_FILE}): name another folder"
+        raise FileExistsError(what) from None
     wanted = asdict(parameters)
     if found == wanted:
         return True
     if replace:
         return False
-    other = ", ".join(
+    other = [
         f"{key} {found.get(key)!r} there, {wanted[key]!r} asked" for key in wanted if found.get(key) != wanted[key]
-    )
-    raise FileExistsError(
-        f"{to} holds a generated set with other parameters ({other}): name another folder, or replace it"
-    )
+    ]
+    what = f"{to} holds a generated set with other parameters ({', '.join(other)}): name another folder, or replace it"
+    raise FileExistsError(what)
 
 
 def _put_in_place(partial: Path, to: Path, parameters: ShapesParameters, *, replace: bool) -> None:
@@ -132,12 +112,7 @@ def _put_in_place(partial: Path, to: Path, parameters: ShapesParameters, *, repl
 
 
 def _write_split(
-    root: Path,
-    split: str,
-    num_images: int,
-    parameters: ShapesParameters,
-    num_processes: int | None,
-    on_progress: OnProgress | None,
+    root: Path, split: str, num_images: int, parameters: ShapesParameters, processes: int | None, advance: OnProgress
 ) -> None:
     import orjson
 
@@ -148,20 +123,18 @@ def _write_split(
         (str(folder), SPLITS.index(split), start, min(start + CHUNK_IMAGES, num_drawn), parameters)
         for start in range(0, num_drawn, CHUNK_IMAGES)
     ]
-    processes = num_processes or (os.cpu_count() or 1 if num_drawn >= 2000 else 1)
+    processes = processes or (os.cpu_count() or 1 if num_drawn >= 2000 else 1)
     drawn: list[list[dict[str, Any]]] = []
     for chunk in _run_chunks(chunks, processes):
         drawn.extend(chunk)
-        if on_progress is not None:
-            on_progress(len(drawn), num_images)
+        advance(len(drawn), num_images)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_images):
         name = f"{index + 1:012d}.jpg"
         if index >= num_drawn:
             os.link(folder / f"{index % num_drawn + 1:012d}.jpg", folder / name)
-            if on_progress is not None:
-                on_progress(index + 1, num_images)
+            advance(index + 1, num_images)
         images.append({"id": index + 1, "file_name": name, "width": parameters.width, "height": parameters.height})
         for shape in drawn[index % num_drawn]:
             annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **shape})

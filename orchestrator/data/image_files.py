@@ -12,14 +12,14 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from orchestrator.data.entries import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from PIL.Image import Image
 
     from orchestrator.data.entries import ImageEntry
     from orchestrator.data.progress_bar import OnProgress
@@ -43,11 +43,7 @@ Task = tuple[int, str, str, int, int]
 
 
 def list_files(root: Path) -> dict[str, FoundFile]:
-    """Lists all files below `root` by their relative name; linked folders are listed as links, not entered.
-
-    Raises:
-        OSError: A folder cannot be read.
-    """
+    """Lists all files below `root` by relative name, linked folders as links. Raises OSError if one is unreadable."""
     found: dict[str, FoundFile] = {}
     folders = [(str(root), "")]
     while folders:
@@ -69,10 +65,10 @@ def check_images(
     listing: dict[str, FoundFile],
     findings: FindingList,
     *,
-    verify: bool = False,
-    on_progress: OnProgress | None = None,
+    verify: bool,
+    on_progress: OnProgress,
 ) -> int:
-    """Checks the files of an annotation file's images.
+    """Checks the files of an annotation file's images, and returns how many were opened.
 
     Args:
         images: Its image entries.
@@ -82,24 +78,22 @@ def check_images(
         findings: Added to.
         verify: Decode every image, not only read its head.
         on_progress: Called with the number of files done, and of all.
-
-    Returns:
-        Number of files that were opened.
     """
     tasks: list[Task] = []
     missing: list[ImageEntry] = []
     real_root = os.path.realpath(root)
     for image in images:
-        problem = check_name(image.file_name)
-        if problem is None and (name := image.file_name) in listing and not listing[name][2]:
+        name = image.file_name
+        problem = check_name(name)
+        if problem is None and name in listing and not listing[name][2]:
             tasks.append((image.id, name, f"{root}/{name}", image.width, image.height))
         elif problem is None:
-            real = os.path.realpath(root / image.file_name)
+            real = os.path.realpath(root / name)
             if os.path.commonpath([real, real_root]) != real_root:
-                what = f"file_name {image.file_name!r} leaves {root} by a link, to {real}"
+                what = f"file_name {name!r} leaves {root} by a link, to {real}"
                 problem = Problem("path_link", what, "Copy the file into the folder; links out of it are not followed")
             elif Path(real).is_file():
-                tasks.append((image.id, image.file_name, real, image.width, image.height))
+                tasks.append((image.id, name, real, image.width, image.height))
             else:
                 missing.append(image)
         if problem:
@@ -128,9 +122,8 @@ def _report_missing(
     missing: list[ImageEntry], num_images: int, root: Path, listing: dict[str, FoundFile], findings: FindingList
 ) -> None:
     if len(missing) == num_images > 1:
-        example = missing[0].file_name
         content = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
-        what = f"none of the {num_images:,} images is in this folder, {example!r} for one; {content}"
+        what = f"none of the {num_images:,} images is in this folder, {missing[0].file_name!r} for one; {content}"
         hint = "Name the folder that the file_name entries are relative to"
         findings.error("image_missing", str(root), "all images", what, hint)
         return
@@ -142,7 +135,7 @@ def _report_missing(
         findings.error("image_missing", path, f"image {image.id}", "the file does not exist", hint)
 
 
-def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress | None) -> Iterator[tuple[int, Problem]]:
+def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress) -> Iterator[tuple[int, Problem]]:
     chunks = [(tasks[start : start + CHUNK_FILES], verify) for start in range(0, len(tasks), CHUNK_FILES)]
     if len(tasks) < (PARALLEL_FROM // 6 if verify else PARALLEL_FROM):
         for chunk in chunks:
@@ -160,8 +153,7 @@ def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress | None
                 hint = "Open these files by hand, or look at the machine's memory"
                 yield first[0], Problem("image_check_died", what, hint)
                 return
-            if on_progress is not None:
-                on_progress(min((index + 1) * CHUNK_FILES, len(tasks)), len(tasks))
+            on_progress(min((index + 1) * CHUNK_FILES, len(tasks)), len(tasks))
 
 
 def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:
@@ -173,21 +165,13 @@ def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:
 
 
 def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Problem | None:
-    """Checks one image file.
-
-    Args:
-        path: The file.
-        width: As annotated, pixels.
-        height: As annotated, pixels.
-        verify: Decode it in any case.
-    """
-    from PIL import Image
-
+    """Checks one image file against its annotated width and height in pixels; decodes it in any case if `verify`."""
     try:
         with Path(path).open("rb") as stream:
             if not stream.read(1):
                 return Problem("image_corrupt", "the file is empty", FETCH_AGAIN)
-            ends_well = _ends_as_jpeg(stream)
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2))
+            ends_well = stream.read() == b"\xff\xd9"
             stream.seek(0)
             with Image.open(stream) as image:
                 kind, size = image.format, image.size
@@ -205,12 +189,7 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
     return _check_size(size, orientation, width, height)
 
 
-def _ends_as_jpeg(stream: BinaryIO) -> bool:
-    stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2))
-    return stream.read(2) == b"\xff\xd9"
-
-
-def _read_orientation(image: Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     if "exif" not in image.info:
         return 1
     try:

@@ -39,15 +39,15 @@ class Dataset(NamedTuple):
 
 def coco_layout(root: Path) -> Dataset:
     """Where COCO's layout has the two splits below `root`; nothing is read."""
-    train, val = (
-        Split(root / "annotations" / f"instances_{part}2017.json", root / f"{part}2017", for_scoring=part == "val")
-        for part in Dataset._fields
+    annotations = root / "annotations"
+    return Dataset(
+        Split(annotations / "instances_train2017.json", root / "train2017"),
+        Split(annotations / "instances_val2017.json", root / "val2017", for_scoring=True),
     )
-    return Dataset(train, val)
 
 
 def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
-    """Finds the training and validation set in a folder: COCO's own, or the one above it (`DETECTRON2_DATASETS`).
+    """Finds the splits in a folder: COCO's own, or the one above it (`DETECTRON2_DATASETS`).
 
     Returns:
         The complete splits by name (`train`, `val`), and what is wrong with the layout.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from orchestrator.data.entries import MAX_ID, REGENERATE, Problem, is_number, shorten
 
@@ -21,7 +22,7 @@ def check_mask(
 
     Args:
         segmentation: The field of the annotation, as its bytes in the file or as a value.
-        image_size: Width and height of its image in pixels; (0, 0) where they are not known.
+        image_size: As in `check_rle`.
         may_hold_nan: Whether numbers have to be checked for NaN and infinity.
     """
     if type(segmentation) is msgspec.Raw:
@@ -42,11 +43,9 @@ def check_mask(
 
 
 def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
-    """What is wrong with a run-length encoded mask, or "".
+    """What is wrong with a mask `{"size": [height, width], "counts": list or text}`, or "".
 
-    Args:
-        mask: `{"size": [height, width], "counts": list or text}`.
-        image_size: Width and height of its image in pixels; (0, 0) where they are not known.
+    `image_size` is the width and height of its image in pixels; (0, 0) where they are not known.
     """
     size, counts = mask.get("size"), mask.get("counts")
     if type(size) is not list or len(size) != 2 or not all(type(v) is int and 0 < v < 2**24 for v in size):
@@ -73,19 +72,15 @@ def sum_compressed_counts(text: str) -> int | None:
     The encoding (pycocotools, `maskApi.c`, `rleToString`): each run is written in groups of five bits, lowest first,
     with a bit for "more follow"; from the fourth run on, the difference to the run two before.
     """
-    import numpy as np
-
+    if not text:
+        return 0
     if not text.isascii():
         return None
     codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
-    if not len(codes):
-        return 0
-    if codes.min() < MIN_CODE or codes.max() > MAX_CODE:
+    last = ((codes - MIN_CODE) & 32) == 0
+    if codes.min() < MIN_CODE or codes.max() > MAX_CODE or not last[-1]:
         return None
     codes -= MIN_CODE
-    last = (codes & 32) == 0
-    if not last[-1]:
-        return None
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
@@ -97,9 +92,7 @@ def sum_compressed_counts(text: str) -> int | None:
     # Undo the differences: runs 1, 3, 5 … and 2, 4, 6 … are two cumulative sums; run 0 stands alone.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
-    if (runs < 0).any():
-        return None
-    return int(runs.sum())
+    return None if (runs < 0).any() else int(runs.sum())
 
 
 def _are_valid_polygons(raw: bytes) -> bool:

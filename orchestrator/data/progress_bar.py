@@ -16,31 +16,15 @@ OnProgress = Callable[[int, int | None], None]
 
 @contextmanager
 def show_bar(title: str, *, in_bytes: bool = False) -> Iterator[OnProgress]:
-    """Shows a bar from its first report on.
-
-    Args:
-        title: What is being done.
-        in_bytes: The counts are bytes, shown with their rate.
-
-    Yields:
-        The function that moves it.
-    """
+    """Shows a bar from the first call on of the function it yields; counts of bytes are shown with their rate."""
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    counts = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if in_bytes else (rich.MofNCompleteColumn(),)
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *counts, rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(title, visible=False)
         yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask as coco_mask
 
-    Mask = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.uint8]
+Colour = npt.NDArray[np.float64]
 
 GENERATOR_VERSION = 1
 """Raised whenever the same parameters would give other bytes, so that old folders are not taken for new ones."""
@@ -27,17 +28,13 @@ class ShapesParameters:
     """What a drawn data set depends on; written into its folder as `generated.json`."""
 
     num_train: int = 256
-    """Images of the training split."""
     num_val: int = 64
-    """Images of the validation split."""
     width: int = 128
-    """Pixels."""
     height: int = 128
-    """Pixels."""
+    """Pixels, like the width."""
     num_classes: int = 3
     """Shapes to tell apart, at least 1; beyond the named ones they are regular polygons."""
     seed: int = 0
-    """Seed of every random draw."""
     crowd_fraction: float = 0.0
     """Share of the images that also hold one crowd region (RLE, `iscrowd` 1), 0 to 1."""
     min_shapes: int = 1
@@ -95,8 +92,7 @@ def draw_image(rng: np.random.Generator, parameters: ShapesParameters) -> tuple[
             continue
         covered = [hidden or bool((mask & other).any()) for hidden, other in zip(covered, masks, strict=True)]
         covered.append(False)
-        masks = [other & ~mask for other in masks]
-        masks.append(mask)
+        masks = [*(other & ~mask for other in masks), mask]
         polygons.append(polygon)
         classes.append(kind)
         image[mask.astype(bool)] = _paint(rng, ground, size)
@@ -109,10 +105,9 @@ def draw_image(rng: np.random.Generator, parameters: ShapesParameters) -> tuple[
     return image, shapes
 
 
-def _draw_ground(rng: np.random.Generator, height: int, width: int) -> tuple[Mask, npt.NDArray[np.float64]]:
+def _draw_ground(rng: np.random.Generator, height: int, width: int) -> tuple[Mask, Colour]:
     """Draws the textured ground; also returns its mean colour (3, 0 to 255)."""
     import cv2
-    import numpy as np
 
     colour = rng.uniform(60, 195, 3)
     coarse = rng.normal(0, 6, (max(2, height // 16), max(2, width // 16), 3)).astype(np.float32)
@@ -121,10 +116,8 @@ def _draw_ground(rng: np.random.Generator, height: int, width: int) -> tuple[Mas
     return np.clip(colour + texture + noise, 0, 255).astype(np.uint8), colour
 
 
-def _paint(rng: np.random.Generator, ground: npt.NDArray[np.float64], num_pixels: int) -> Mask:
+def _paint(rng: np.random.Generator, ground: Colour, num_pixels: int) -> Mask:
     """Draws a colour that differs clearly from the ground's, with a little noise, for a number of pixels."""
-    import numpy as np
-
     colour = rng.uniform(0, 255, 3)
     while float(np.abs(colour - ground).max()) < 90:
         colour = rng.uniform(0, 255, 3)
@@ -132,15 +125,9 @@ def _paint(rng: np.random.Generator, ground: npt.NDArray[np.float64], num_pixels
 
 
 def _draw_crowd(
-    rng: np.random.Generator,
-    parameters: ShapesParameters,
-    image: Mask,
-    ground: npt.NDArray[np.float64],
-    taken: list[Mask],
+    rng: np.random.Generator, parameters: ShapesParameters, image: Mask, ground: Colour, taken: list[Mask]
 ) -> list[dict[str, Any]]:
     """Draws small shapes of one class where no other shape is, with one annotation of uncompressed RLE for all."""
-    import numpy as np
-
     height, width = parameters.height, parameters.width
     kind = int(rng.integers(parameters.num_classes))
     free = ~np.any(np.array(taken, dtype=bool), axis=0) if taken else np.ones((height, width), dtype=bool)
@@ -160,9 +147,6 @@ def _draw_crowd(
 
 
 def _annotation(parameters: ShapesParameters, kind: int, polygons: list[list[float]], mask: Mask) -> dict[str, Any]:
-    import numpy as np
-    from pycocotools import mask as coco_mask
-
     if parameters.mask_format == "rle":
         encoded = coco_mask.encode(np.asfortranarray(mask))
         segmentation: Any = {"counts": encoded["counts"].decode("ascii"), "size": [parameters.height, parameters.width]}
@@ -173,16 +157,12 @@ def _annotation(parameters: ShapesParameters, kind: int, polygons: list[list[flo
 
 
 def _measure(mask: Mask, kind: int) -> dict[str, Any]:
-    import numpy as np
-
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
     return {"category_id": kind + 1, "bbox": [float(value) for value in box], "area": float(mask.sum())}
 
 
 def _rasterize(polygons: list[list[float]], height: int, width: int) -> Mask:
-    from pycocotools import mask as coco_mask
-
     mask: Mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
     return mask
 
@@ -190,7 +170,6 @@ def _rasterize(polygons: list[list[float]], height: int, width: int) -> Mask:
 def _trace(mask: Mask) -> list[list[float]]:
     """Outlines a mask, at four times its size so that the outline runs along pixel edges, not centres."""
     import cv2
-    import numpy as np
 
     enlarged = mask.repeat(4, axis=0).repeat(4, axis=1)
     outlines, _ = cv2.findContours(enlarged, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.reading import read_yaml
+from orchestrator.experiment.reading import flatten, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ def evaluate(value: Any) -> Any:
 
 
 def zoo_path(config: str) -> Path:
-    """Where a model config is: a file of detectron2's model zoo, or the given path.
-
-    Raises:
-        SpecError: There is no such config, or it is not for COCO detection or instance segmentation.
-    """
+    """Where a model config is: in detectron2's model zoo, or the given path; SpecError where it is neither."""
     local = Path(config).expanduser()
     if local.suffix not in (".yaml", ".yml"):
         raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
@@ -59,18 +55,13 @@ def zoo_path(config: str) -> Path:
         return zoo / config
     known = [str(p.relative_to(zoo)) for group in ZOO_GROUPS for p in sorted((zoo / group).glob("*.yaml"))]
     near = difflib.get_close_matches(config, known, n=1, cutoff=0.3)
-    raise SpecError(
-        f"model.config: no such file or model zoo config: {config}" + (f"; did you mean {near[0]}?" if near else "")
-    )
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise SpecError(f"model.config: no such file or model zoo config: {config}{hint}")
 
 
 @cache
 def default_values() -> dict[str, Any]:
-    """detectron2's dotted config keys with their defaults, from its source; a default that is not a literal is None.
-
-    Raises:
-        SpecError: detectron2 is not installed.
-    """
+    """detectron2's dotted config keys with their defaults, from its source; a default that is not a literal is None."""
     source = (_package() / "config" / "defaults.py").read_text(encoding="utf-8")
     keys: dict[str, Any] = {}
     for statement in ast.parse(source).body:
@@ -88,13 +79,9 @@ def default_values() -> dict[str, Any]:
 
 
 def printed_values(lines: Iterable[str]) -> dict[str, str]:
-    """The values of a config that detectron2 printed to a log, which may be cut off or hold foreign lines.
+    """The values of a config that detectron2 printed to a log, by dotted key, as text; lists are joined by commas.
 
-    Args:
-        lines: YAML, indented by two blanks.
-
-    Returns:
-        Dotted keys to their values as text; the items of a list are joined by commas.
+    The lines (YAML, indented by two blanks) may be cut off or hold foreign ones.
     """
     flat: dict[str, str] = {}
     path: list[str] = []
@@ -126,14 +113,4 @@ def _flat_config(path: Path) -> dict[str, Any]:
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
     values = read_yaml(path, ignore_code=path.resolve().is_relative_to(_package().resolve()))
     base = values.pop("_BASE_", None)
-    flat = dict(_flat_config(path.parent / base)) if base else {}
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                flat[prefix + key] = value
-
-    walk(values, "")
-    return flat
+    return {**(_flat_config(path.parent / base) if base else {}), **dict(flatten(values))}

@@ -24,11 +24,7 @@ CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_T
 
 
 def describe(argv: list[str]) -> dict[str, str]:
-    """The environment of this process, without secrets.
-
-    Args:
-        argv: The command line.
-    """
+    """The environment of this process, which was started by the command line `argv`; without secrets."""
     return {
         "command": shlex.join(argv),
         "host": platform.node(),

@@ -1,8 +1,4 @@
-"""How many of a trial's workers each host takes: the same number on each, or none.
-
-detectron2's local process groups require it, and otherwise the fullest host would slow down every step. Ray Train fills
-hosts in any order, so the hosts are chosen here.
-"""
+"""Which hosts a trial's workers are placed on: equally many on each, as detectron2's local process groups require."""
 
 from __future__ import annotations
 

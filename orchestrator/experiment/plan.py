@@ -63,12 +63,7 @@ def generated_root(experiment: Experiment) -> Path:
 
 
 def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
-    """Training and validation set of an experiment, with absolute paths; nothing is read.
-
-    Args:
-        data: The experiment's `data`.
-        generated_root: Folder of the generated data set.
-    """
+    """Training and validation set of an experiment, with absolute paths; nothing is read."""
     if data.coco is not None:
         pair, name = data.coco, data.coco.name
         train = Split(pair.train_annotations, pair.train_images)
@@ -78,12 +73,12 @@ def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, Datase
         name, (train, val) = "coco_2017", coco_layout(root)
     else:
         name, (train, val) = "generated", coco_layout(generated_root)
-    return _dataset_plan(f"{name}_train", train), _dataset_plan(f"{name}_val", val)
 
+    def plan(part: str, split: Split) -> DatasetPlan:
+        annotations, images = (str(path.expanduser().absolute()) for path in (split.annotations, split.images))
+        return DatasetPlan(f"{name}_{part}", annotations, images)
 
-def _dataset_plan(name: str, split: Split) -> DatasetPlan:
-    annotations, images = (str(path.expanduser().absolute()) for path in (split.annotations, split.images))
-    return DatasetPlan(name, annotations, images)
+    return plan("train", train), plan("val", val)
 
 
 def scaled_solver(
@@ -91,11 +86,7 @@ def scaled_solver(
 ) -> SolverPlan:
     """The schedule of one world size, by detectron2's `auto_scale_workers` for weak scaling.
 
-    Args:
-        experiment: The experiment.
-        world_size: Number of workers.
-        scaling: Whether the batch per worker (`weak`) or the global one (`strong`) is kept.
-        num_train_images: Images per epoch; needed where the evaluation period is given in epochs.
+    `num_train_images` (per epoch) is needed where the evaluation period is given in epochs.
 
     Raises:
         SpecError: A batch does not divide among the workers.
@@ -119,11 +110,10 @@ def scaled_solver(
     def scaled(iterations: int) -> int:
         return round(iterations / scale)
 
+    max_iter = protocol.iterations or _integer(experiment, "SOLVER.MAX_ITER")
     # A throughput trial runs the same iterations at every size, so that the sizes are compared over the same work.
-    if protocol.iterations is not None and protocol.kind == "throughput":
-        max_iter = protocol.iterations
-    else:
-        max_iter = scaled(protocol.iterations or _integer(experiment, "SOLVER.MAX_ITER"))
+    if protocol.iterations is None or protocol.kind != "throughput":
+        max_iter = scaled(max_iter)
     eval_period = 0
     if protocol.eval_period_iterations:
         eval_period = max(1, scaled(protocol.eval_period_iterations))
@@ -190,11 +180,7 @@ def _recipe(experiment: Experiment, name: str) -> Recipe:
 def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path) -> list[TrialPlan]:
     """The trials of an experiment, in the order they are run: by recipe, world size and seed.
 
-    Args:
-        experiment: The experiment.
-        hardware: What the cluster offers; decides `device: auto` and the CPUs per worker.
-        run_dir: Absolute path of the run's folder.
-        generated_root: Folder of the generated data set.
+    `hardware` decides `device: auto` and the CPUs per worker. `run_dir` is absolute.
 
     Raises:
         SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config).

@@ -16,10 +16,7 @@ from orchestrator.experiment.spec import Experiment, SpecError
 def load_experiment(path: Path, assignments: list[str] | None = None) -> Experiment:
     """Reads an experiment file and applies `--set KEY=VALUE` to it.
 
-    Args:
-        path: The YAML file.
-        assignments: `a.b=value` each; the value is read as YAML. In `model.overrides.`, the rest of the key is one
-            detectron2 key.
+    The value is read as YAML. In `model.overrides.`, the rest of the key is one detectron2 key.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, has an unknown key (the nearest known one is named) or a value
@@ -41,9 +38,7 @@ _CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping, without running anything in it.
 
-    Args:
-        path: The file.
-        ignore_code: Read a value that code would compute as null instead of refusing the file.
+    With `ignore_code`, a value that code would compute is read as null instead of refusing the file.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, or holds no mapping.

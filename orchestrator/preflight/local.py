@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import redact
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.preflight import model as model_checks
@@ -26,15 +27,9 @@ REMOTE_TIMEOUT_SECONDS = 20.0
 
 
 def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False) -> list[Finding]:
-    """Checks what can be checked on the driver without a cluster.
+    """Checks what can be checked on the driver without a cluster; returns all findings, errors first.
 
-    Args:
-        experiment: What was asked for.
-        trials: Its trials as they would be run; without any, only what does not depend on them is checked.
-        verify_images: Decode every image instead of reading only heads and ends.
-
-    Returns:
-        All findings, errors first.
+    Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded.
     """
     findings = [
         *model_checks.check_overrides(experiment),
@@ -62,17 +57,11 @@ def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool)
     if experiment.data.coco is None and not all(split.is_present() for split in dataset):
         # One finding with the whole tree, instead of one for each of its four parts.
         return [layout_finding(dataset.train.annotations.parent.parent, dataset)]
-    findings: list[Finding] = []
-    summaries = []
-    for split in dataset:
-        with show_bar(f"checking {split.images.name}") as advance:
-            report = check_split(split, verify_images=verify_images, on_progress=advance)
-        findings += report.findings
-        if report.summary is not None:
-            summaries.append(report.summary)
-    if len(summaries) == 2:
-        findings += compare_splits(*summaries)
-        findings += model_checks.check_data_against_model(experiment, *summaries)
+    train, val = (check_split(split, verify_images=verify_images) for split in dataset)
+    findings = train.findings + val.findings
+    if train.summary and val.summary:
+        findings += compare_splits(train.summary, val.summary)
+        findings += model_checks.check_data_against_model(experiment, train.summary, val.summary)
     return findings
 
 
@@ -100,10 +89,10 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
         needs_gpus=any(trial.device == "cuda" for trial in trials),
         survives_storage=trials[0].survive_storage,
     )
+    hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
     for trial in trials:
         if trial.device == "cuda" and trial.world_size > len(report.gpus):
             what = f"asks for {trial.world_size} GPUs, this machine has {len(report.gpus)}"
-            hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
             findings.append(Finding("error", "too_few_gpus", "trials.world_sizes", f"trial {trial.name}", what, hint))
     return findings
 
@@ -123,23 +112,15 @@ def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
         paths["the model config"] = trial.config_file
     # What the driver does not have either is reported once, by the checks of the data.
     present = {what: path for what, path in paths.items() if Path(path).exists()}
-    run, checkpoints = str(Path(trial.trial_dir).parent), _checkpoint_root(trial)
-    folders = {run: ""} | ({checkpoints: ""} if checkpoints else {})
-    return NodeRequest(paths=present, folders=folders, checkpoints=checkpoints)
-
-
-def _checkpoint_root(trial: TrialPlan) -> str:
-    """The folder that holds all trials' checkpoints; "" where they go to an address."""
-    return "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)
+    checkpoints = "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)
+    folders = [str(Path(trial.trial_dir).parent), *([checkpoints] if checkpoints else [])]
+    return NodeRequest(paths=present, folders=dict.fromkeys(folders, ""), checkpoints=checkpoints)
 
 
 def check_remote_storage(trial: TrialPlan) -> list[Finding]:
     """Writes and removes a small file where checkpoints go to an address (`s3://…`); done once, from the driver."""
-    import uuid
-
     if "://" not in trial.checkpoint_dir:
         return []
-    shown = redact(trial.checkpoint_dir)
 
     def write_and_remove() -> None:
         import pyarrow.fs
@@ -150,18 +131,15 @@ def check_remote_storage(trial: TrialPlan) -> list[Finding]:
             stream.write(b"x")
         files.delete_file(name)
 
-    reason = _reason_within(write_and_remove, REMOTE_TIMEOUT_SECONDS)
-    if not reason:
+    if not (reason := _reason_within(write_and_remove, REMOTE_TIMEOUT_SECONDS)):
         return []
     hint = "Correct storage.checkpoints, or give this process access (the storage's environment variables)"
     what = f"checkpoints cannot be written there: {reason}"
-    return [Finding("error", "storage_unwritable", shown, "storage.checkpoints", what, hint)]
+    return [Finding("error", "storage_unwritable", redact(trial.checkpoint_dir), "storage.checkpoints", what, hint)]
 
 
 def _reason_within(action: Callable[[], None], seconds: float) -> str:
     """Runs something that may hang, in a thread; returns the reason why it did not succeed in time, or ""."""
-    import threading
-
     reasons = [f"no answer within {seconds:g} s"]
 
     def run() -> None:

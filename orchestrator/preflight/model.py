@@ -12,8 +12,6 @@ from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from orchestrator.data.entries import SplitSummary
     from orchestrator.experiment.spec import Experiment
 
@@ -30,8 +28,8 @@ def check_overrides(experiment: Experiment) -> list[Finding]:
     for key, value in experiment.model.overrides.items():
         if key not in known:
             near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
-            hint = f"Did you mean {near[0]}?" if near else "See detectron2/config/defaults.py for the known keys"
-            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", hint.rstrip("?."))
+            hint = f"Did you mean {near[0]}" if near else "See detectron2/config/defaults.py for the known keys"
+            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", hint)
         elif not _has_type_of(value, known[key]):
             what = f"its value {value!r} is not of the type of detectron2's default, {known[key]!r}"
             findings.error("config_value", "model.overrides", key, what, f"Write a value like {known[key]!r}")
@@ -42,12 +40,9 @@ def _has_type_of(value: Any, default: Any) -> bool:
     """Whether detectron2 can use a value in place of a default: by yacs's rule, and numbers in place of numbers."""
     value = evaluate(value)
     if isinstance(value, list | tuple) and isinstance(default, list | tuple):
-        return not default or not _are_numbers(default) or _are_numbers(value)
+        have, need = (all(isinstance(item, int | float) for item in items) for items in (value, default))
+        return have or not need or not default
     return default is None or value is None or type(value) is type(default)
-
-
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int | float) for value in values)
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
@@ -76,11 +71,8 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
 
 def classes_key(experiment: Experiment) -> str:
     """The key that holds the number of classes of the experiment's kind of model."""
-    return (
-        "MODEL.RETINANET.NUM_CLASSES"
-        if model_value(experiment, "MODEL.META_ARCHITECTURE") == "RetinaNet"
-        else "MODEL.ROI_HEADS.NUM_CLASSES"
-    )
+    is_retinanet = model_value(experiment, "MODEL.META_ARCHITECTURE") == "RetinaNet"
+    return "MODEL.RETINANET.NUM_CLASSES" if is_retinanet else "MODEL.ROI_HEADS.NUM_CLASSES"
 
 
 def check_weights(experiment: Experiment) -> list[Finding]:
@@ -88,20 +80,16 @@ def check_weights(experiment: Experiment) -> list[Finding]:
     findings, weights, wanted = FindingList(), experiment.model.weights, experiment.model.weights_sha256
     if not weights or weights.startswith("detectron2://"):
         return []
+    path = Path(weights).expanduser().absolute()
     if "://" in weights:
         what = "start weights from an address are not fetched"
         hint = "Download the file, give its path, and its SHA-256 as model.weights_sha256"
         findings.error("weights_address", "model.weights", redact(weights), what, hint)
-        return findings.to_list()
-    path = Path(weights).expanduser().absolute()
-    if not path.is_file():
-        findings.error(
-            "weights_missing", str(path), "model.weights", "the start weights do not exist", "Correct the path"
-        )
-        return findings.to_list()
-    if wanted is not None:
-        found = file_sha256(path)
-        if found != wanted:
+    elif not path.is_file():
+        what = "the start weights do not exist"
+        findings.error("weights_missing", str(path), "model.weights", what, "Correct the path")
+    elif wanted is not None:
+        if (found := file_sha256(path)) != wanted:
             what = f"has SHA-256 {found}, not {wanted}"
             hint = "Download it again, or correct model.weights_sha256 if you trust this file"
             findings.error("weights_checksum", str(path), "model.weights", what, hint)
@@ -138,15 +126,12 @@ def estimate_checkpoint_bytes(experiment: Experiment) -> float:
     def value(key: str) -> float:
         return float(_value(experiment, key) or 0)
 
-    depth, channels, hidden = (
-        value("MODEL.RESNETS.DEPTH"),
-        value("MODEL.FPN.OUT_CHANNELS"),
-        value("MODEL.ROI_BOX_HEAD.FC_DIM"),
-    )
-    widening = value("MODEL.RESNETS.RES2_OUT_CHANNELS") / (256 if depth >= 50 else 64)
+    depth, channels = value("MODEL.RESNETS.DEPTH"), value("MODEL.FPN.OUT_CHANNELS")
+    hidden, width = value("MODEL.ROI_BOX_HEAD.FC_DIM"), value("MODEL.RESNETS.RES2_OUT_CHANNELS")
+    widening = width / (256 if depth >= 50 else 64)
     grouped = value("MODEL.RESNETS.NUM_GROUPS") > 1
     backbone = GROUPED_PARAMETERS if grouped else widening**2 * BACKBONE_PARAMETERS.get(int(depth), GROUPED_PARAMETERS)
-    pyramid = 15 * value("MODEL.RESNETS.RES2_OUT_CHANNELS") * channels + 45 * channels**2
+    pyramid = 15 * width * channels + 45 * channels**2
     box = 49 * channels * hidden + hidden**2 + hidden * (5 * value(classes_key(experiment)) + 1)
     mask = (9 * value("MODEL.ROI_MASK_HEAD.NUM_CONV") + 4) * value("MODEL.ROI_MASK_HEAD.CONV_DIM") ** 2
     return 8 * (backbone + pyramid + box + mask)

@@ -1,8 +1,4 @@
-"""What must be true on every node that workers run on: gathered on that node, judged by the driver.
-
-`inspect_node` runs as a short Ray task, or in this process where this machine is the only node; `judge_nodes` compares
-what the nodes report. Neither needs Ray, so both are tested without it.
-"""
+"""What must be true on every node that workers run on: gathered there by `inspect_node`, judged by the driver."""
 
 from __future__ import annotations
 
@@ -45,7 +41,7 @@ class FolderState:
     free: int | None
     """Free bytes; None where it cannot be written."""
     problem: str = ""
-    """Why it cannot be written, or ""."""
+    """Why it cannot be written."""
     probe_seen: bool | None = None
     """Whether the node reads the driver's file in it; None where the driver wrote none."""
 
@@ -55,13 +51,11 @@ class NodeReport:
     """What a node reports."""
 
     host: str
-    """Its host name."""
     versions: dict[str, str]
     """Package to version, with `python`; packages that are not installed are left out."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Requested paths that cannot be read: what they are, to the reason."""
     folders: dict[str, FolderState] = field(default_factory=dict)
-    """State of the requested folders."""
     shared_memory_free: int | None = None
     """Free bytes of /dev/shm; None where there is none."""
     gpus: list[tuple[str, int, int]] = field(default_factory=list)
@@ -84,8 +78,12 @@ def inspect_node(request: NodeRequest) -> NodeReport:
 
 
 def _try_folder(name: str, probe: str, probe_text: str) -> FolderState:
-    folder = existing_parent(Path(name))
-    seen = _sees(probe, probe_text) if probe else None
+    folder, seen = existing_parent(Path(name)), None
+    if probe:
+        try:
+            seen = Path(probe).read_text(encoding="utf-8") == probe_text
+        except (OSError, ValueError):
+            seen = False
     try:
         with tempfile.TemporaryFile(dir=folder) as stream:
             stream.write(b"x" * 4096)
@@ -107,13 +105,6 @@ def _unreadable(path: str) -> str:
     except OSError as error:
         return str(error.strerror)
     return ""
-
-
-def _sees(probe: str, probe_text: str) -> bool:
-    try:
-        return Path(probe).read_text(encoding="utf-8") == probe_text
-    except (OSError, ValueError):
-        return False
 
 
 def _list_gpus() -> list[tuple[str, int, int]]:
@@ -151,8 +142,7 @@ def judge_nodes(
         storage_bytes: Space that the run's checkpoints need.
         shared_memory_bytes: The most that the loaders of one node's workers hold in /dev/shm.
         needs_gpus: Whether workers run on GPUs.
-        survives_storage: Whether the run goes on where a checkpoint cannot be written: too little space is then a
-            warning.
+        survives_storage: Too little space is a warning: the run goes on where a checkpoint cannot be written.
     """
     findings = FindingList()
     for report in reports:
@@ -179,9 +169,8 @@ def judge_nodes(
         for index, (name, total, unused) in enumerate(report.gpus if needs_gpus else []):
             if unused < BUSY_SHARE * total:
                 what = f"GPU {index} ({name}) has {_size(unused)} of {_size(total)} free: something else uses it"
-                findings.warning(
-                    "gpu_busy", f"GPU {index}", node, what, "End that process (`nvidia-smi` shows it), or expect less"
-                )
+                hint = "End that process (`nvidia-smi` shows it), or expect less"
+                findings.warning("gpu_busy", f"GPU {index}", node, what, hint)
     kinds = {name for report in reports for name, _, _ in report.gpus}
     if needs_gpus and len(kinds) > 1:
         what = f"GPUs of several kinds: {', '.join(sorted(kinds))}; every step waits for the slowest"

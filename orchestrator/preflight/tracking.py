@@ -19,9 +19,6 @@ CONNECT_TIMEOUT_SECONDS = 3.0
 
 START_HINT = "Start it (`make mlflow-server`), correct tracking.uri, or set tracking.offline=true and replay later"
 
-Problem = tuple[str, str, str]
-"""Code, what and hint, as in a finding."""
-
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 """Databases that MLflow writes to without a tracking server, and what their drivers call their time limit."""
 
@@ -48,8 +45,8 @@ def check_tracking(experiment: Experiment) -> list[Finding]:
     return findings.to_list()
 
 
-def _ask_server(uri: str) -> Problem | None:
-    """Asks a server for its experiments, as a run will."""
+def _ask_server(uri: str) -> tuple[str, str, str] | None:
+    """Asks a server for its experiments, as a run will; returns code, what and hint of a finding, or None."""
     import requests
 
     parts = urlsplit(uri)
@@ -98,11 +95,9 @@ def _credentials(user: str | None, password: str | None) -> tuple[str | None, di
         user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if not user and not token:
-        read = configparser.ConfigParser(interpolation=None)
-        read.read(Path.home() / ".mlflow" / "credentials")
-        user, password = (
-            read.get("mlflow", f"mlflow_tracking_{name}", fallback=None) for name in ("username", "password")
-        )
+        file = configparser.ConfigParser(interpolation=None)
+        file.read(Path.home() / ".mlflow" / "credentials")
+        user, password = (file.get("mlflow", f"mlflow_tracking_{n}", fallback=None) for n in ("username", "password"))
     if user:
         pair = f"{user}:{password or ''}".encode()
         return user, {"Authorization": "Basic " + base64.b64encode(pair).decode()}
