@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from trainers import before_step
+from trainers.worker import BEFORE_STEP_VARIABLE
 
 VARIABLE = "BENCHMARK_TURNS"
 """Names the socket at which a process requests its turn; without it, nothing waits."""
@@ -125,7 +125,7 @@ def started(command: list[str], num_ranks: int, folder: Path, name: str, threads
         environment = {
             **os.environ,
             VARIABLE: str(path),
-            before_step.VARIABLE: "benchmarks.turns:waiting",
+            BEFORE_STEP_VARIABLE: "benchmarks.turns:waiting",
             "OMP_NUM_THREADS": str(threads),
             "PYTHONWARNINGS": "ignore",
         }

@@ -13,17 +13,17 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import torch
-
-from trainers.checkpoint_files import CheckpointFiles
 
 logger = logging.getLogger(__name__)
 
@@ -36,31 +36,6 @@ class StorageError(OSError):
     """A checkpoint could not be written or read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint that is complete in storage."""
-
-    iteration: int
-    """Iterations trained when it was taken."""
-    path: str
-    """Its folder."""
-    size_bytes: int
-    """Size of the state."""
-    stall_seconds: float
-    """How long training was stalled for it."""
-    write_seconds: float
-    """From the snapshot to the manifest."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    iteration: int
-    state: dict[str, Any]
-    score: float | None
-    stall_seconds: float
-    taken: float
-
-
 class CheckpointStore:
     """The checkpoints of one trial, written by a background thread, one at a time.
 
@@ -68,9 +43,10 @@ class CheckpointStore:
         uri: Folder on a local or shared file system, or a URI that pyarrow's file systems know (`s3://…`).
         keep: How many of the newest are kept besides the best.
         attempt: Number of the attempt that writes.
-        on_saved: Called from the writing thread for every checkpoint that is complete.
-        on_failed: Called from the writing thread with the iteration and the reason when one could not be written, and
-            training goes on; None raises StorageError at the next save instead.
+        on_saved: Called from the writing thread for every checkpoint that is complete, with the fields of
+            `CheckpointSaved` as keywords.
+        on_failed: Called from the writing thread when one could not be written, and training goes on, with the fields
+            of `CheckpointFailed`; None raises StorageError at the next save instead.
         before_valid: Called from the writing thread before a checkpoint becomes valid; returns whether it may. It makes
             sure that the driver has stored all earlier events, which a start from this checkpoint would not repeat.
     """
@@ -80,12 +56,11 @@ class CheckpointStore:
         uri: str,
         keep: int,
         attempt: int,
-        on_saved: Callable[[Saved], None],
-        on_failed: Callable[[int, str], None] | None = None,
+        on_saved: Callable[..., None],
+        on_failed: Callable[..., None] | None = None,
         before_valid: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._files = CheckpointFiles(uri)
-        self._root = self._files.root
+        self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
         self._keep, self._attempt = keep, attempt
         self._on_saved, self._on_failed, self._before_valid = on_saved, on_failed, before_valid
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -107,7 +82,7 @@ class CheckpointStore:
         self.wait()
         snapshot = _to_cpu(state)
         taken = time.perf_counter()
-        self._pending = self._writer.submit(self._write, _Snapshot(iteration, snapshot, score, taken - started, taken))
+        self._pending = self._writer.submit(self._write, iteration, snapshot, score, taken - started, taken)
 
     def wait(self) -> None:
         """Waits for the write in progress; raises StorageError where it failed."""
@@ -126,7 +101,7 @@ class CheckpointStore:
             StorageError: Nothing can be written, and training may not go on without checkpoints.
         """
         try:
-            self._files.write(f"{self._root}/{OWNER}", str(self._attempt).encode())
+            _write_file(self._files, f"{self._root}/{OWNER}", str(self._attempt).encode())
         except OSError as error:
             self._fail(0, error)
 
@@ -147,9 +122,9 @@ class CheckpointStore:
             ValueError: It is damaged.
         """
         folder = self._folder(iteration)
-        manifest = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
+        manifest = json.loads(self._read(f"{folder}/{MANIFEST}"))
         ((name, file),) = manifest["files"].items()
-        content = self._files.read(f"{folder}/{name}")
+        content = self._read(f"{folder}/{name}")
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
             raise ValueError("its SHA-256 is not the manifest's")
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), folder
@@ -157,31 +132,43 @@ class CheckpointStore:
     def _folder(self, iteration: int) -> str:
         return f"{self._root}/iter_{iteration:07d}"
 
-    def _write(self, snapshot: _Snapshot) -> None:
-        iteration, folder = snapshot.iteration, self._folder(snapshot.iteration)
+    def _read(self, path: str) -> bytes:
+        with self._files.open_input_stream(path) as stream:
+            content: bytes = stream.read()
+            return content
+
+    def _write(
+        self, iteration: int, state: dict[str, Any], score: float | None, stall_seconds: float, taken: float
+    ) -> None:
+        folder = self._folder(iteration)
         try:
             buffer = io.BytesIO()
-            torch.save(snapshot.state, buffer)
+            torch.save(state, buffer)
             content = buffer.getvalue()
             name = f"state-{self._attempt}.pt"
-            self._files.write(f"{folder}/{name}", content)
+            _write_file(self._files, f"{folder}/{name}", content)
             manifest = {
                 "iteration": iteration,
                 "attempt": self._attempt,
                 "time": time.time(),
-                "score": snapshot.score,
+                "score": score,
                 "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
             }
             if not self._before_valid():
                 logger.warning("the checkpoint of iteration %d does not count: the driver lacks its events", iteration)
                 return
             self._check_owner()
-            self._files.write(f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
+            _write_file(self._files, f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
         except OSError as error:
             self._fail(iteration, error)
             return
-        seconds = time.perf_counter() - snapshot.taken
-        self._on_saved(Saved(iteration, folder, len(content), snapshot.stall_seconds, seconds))
+        self._on_saved(
+            iteration=iteration,
+            path=folder,
+            size_bytes=len(content),
+            stall_seconds=stall_seconds,
+            write_seconds=time.perf_counter() - taken,
+        )
         try:
             self._prune()
         except OSError as error:
@@ -191,8 +178,8 @@ class CheckpointStore:
         path = f"{self._folder(iteration)}/{MANIFEST}"
         try:
             self._check_owner()
-            manifest = json.loads(self._files.read(path)) | {"score": score}
-            self._files.write(path, json.dumps(manifest, indent=2).encode())
+            manifest = json.loads(self._read(path)) | {"score": score}
+            _write_file(self._files, path, json.dumps(manifest, indent=2).encode())
         except (OSError, ValueError) as error:
             logger.info("there is no checkpoint of iteration %d to add a score to: %s", iteration, error)
 
@@ -201,11 +188,11 @@ class CheckpointStore:
         logger.error(message)
         if self._on_failed is None or isinstance(error, StorageError):
             raise StorageError(message) from error
-        self._on_failed(iteration, message)
+        self._on_failed(iteration=iteration, message=message)
 
     def _check_owner(self) -> None:
         try:
-            owner = int(self._files.read(f"{self._root}/{OWNER}"))
+            owner = int(self._read(f"{self._root}/{OWNER}"))
         except (OSError, ValueError):  # lost or torn: no attempt has taken over since
             return
         if owner > self._attempt:
@@ -214,9 +201,10 @@ class CheckpointStore:
     def _valid(self) -> dict[int, float | None]:
         """Iteration and score of every checkpoint that has a readable manifest."""
         found: dict[int, float | None] = {}
-        for path in self._files.find(MANIFEST):
+        selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True, recursive=True)
+        for path in (info.path for info in self._files.get_file_info(selector) if info.base_name == MANIFEST):
             try:
-                manifest = json.loads(self._files.read(path))
+                manifest = json.loads(self._read(path))
                 found[int(manifest["iteration"])] = manifest["score"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("checkpoint manifest %s is damaged and is skipped: %s", path, error)
@@ -229,12 +217,40 @@ class CheckpointStore:
         scored = {iteration: score for iteration, score in valid.items() if score is not None}
         if scored:
             kept.add(max(scored, key=lambda iteration: (scored[iteration], iteration)))
-        for name in self._files.names():
-            match = re.fullmatch(r"iter_(\d+)", name)
+        for info in self._files.get_file_info(pyarrow.fs.FileSelector(self._root)):
+            match = re.fullmatch(r"iter_(\d+)", info.base_name)
             if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
                 continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
-            self._files.delete(f"{self._root}/{name}", first=MANIFEST)
+            if int(match[1]) in valid:
+                self._files.delete_file(f"{info.path}/{MANIFEST}")
+            self._files.delete_dir(info.path)
+
+
+def _write_file(files: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:
+    """Makes a file appear whole or not at all, and makes it last through a power failure."""
+    if not isinstance(files, pyarrow.fs.LocalFileSystem):
+        with files.open_output_stream(path) as stream:  # an object appears when its upload is complete
+            stream.write(content)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+        for folder in (target.parent, target.parent.parent):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except OSError:
+        aside.unlink(missing_ok=True)  # half a file would fill what is left of a full disk
+        raise
 
 
 def _to_cpu(value: Any) -> Any:

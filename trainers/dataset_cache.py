@@ -43,10 +43,7 @@ _BOX_MODES = {mode.value: mode for mode in BoxMode}
 
 
 class CachedRecords(Sequence[Record]):
-    """Records in a memory-mapped file; each access decodes a new copy, so that changing it changes nothing else.
-
-    Args:
-        path: A file that `cached_records` wrote.
+    """Records in a file that `cached_records` wrote; each access decodes a new copy, which may be changed.
 
     Raises:
         ValueError: The file has another format, or is incomplete.
@@ -93,16 +90,13 @@ def cached_records(dataset: DatasetPlan, filter_empty: bool, folder: Path | None
     """A COCO data set's records in detectron2's format, from the cache where it is up to date.
 
     As detectron2's loader does, it sets classes and category ids in the metadata of the data set's name. Where several
-    processes start at once, one parses and the others wait for it.
+    processes start at once, one parses and the others wait for it. Without a cache (none can be written, or it would
+    not preserve a value such as NaN) the records are a plain list.
 
     Args:
         dataset: The data set.
         filter_empty: Whether images without an object, or with crowds only, are left out.
         folder: Folder of the caches; None for this program's folder in the user's cache folder (`~/.cache/…`).
-
-    Returns:
-        The records; a plain list where they hold values that a cache would not preserve (NaN), or where no cache can be
-        written.
 
     Raises:
         OSError: The annotations cannot be read.
@@ -140,8 +134,7 @@ def image_sizes(records: Sequence[Record]) -> NDArray[np.int32]:
 
 
 def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -> Sequence[Record]:
-    stamp = _stamp(source)
-    digest = _sha256(source)
+    stamp, digest = _stamp(source), file_sha256(source)  # before it is parsed: it may be rewritten meanwhile
     records = _parse(dataset, filter_empty)
     metadata = MetadataCatalog.get(dataset.name)
     header = {
@@ -198,7 +191,7 @@ def _open_current(path: Path, source: Path) -> CachedRecords | None:
     stamp = _stamp(source)
     if all(cached.header.get(key) == value for key, value in stamp.items()):
         return cached
-    if cached.header.get("size_bytes") != stamp["size_bytes"] or cached.header.get("sha256") != _sha256(source):
+    if cached.header.get("size_bytes") != stamp["size_bytes"] or cached.header.get("sha256") != file_sha256(source):
         return None
     # Copied or touched, but unchanged: the new time saves the next start from hashing.
     body = memoryview(cached._map)[cached._start - 8 * (2 * len(cached) + 1) :]
@@ -211,8 +204,9 @@ def _stamp(source: Path) -> dict[str, int]:
     return {"size_bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
-def _sha256(source: Path) -> str:
-    with source.open("rb") as file:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in chunks; raises OSError."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -34,25 +34,16 @@ MAX_MASKS_PER_CALL = 255
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of one evaluation (rank 0)."""
+    """Scores of one evaluation (rank 0): the fields of `Evaluated` by the same names."""
 
     figures: dict[str, float | None]
-    """COCO's twelve figures for boxes (`box_…`) and masks (`mask_…`), 0–100; None where not measured."""
     box_scored: float
-    """When the box figures were known (Unix seconds)."""
     mask_scored: float | None
-    """When the mask figures were known; None for a model without masks."""
     part_seconds: dict[str, float]
-    """Seconds by part: `inference`, `gather`, `score`."""
 
 
 class Evaluator:
-    """This worker's share of the validation images, and the scoring of all shares.
-
-    Args:
-        cfg: detectron2's config.
-        plan: The trial.
-    """
+    """This worker's share of the validation images, and the scoring of all shares."""
 
     def __init__(self, cfg: CfgNode, plan: TrialPlan) -> None:
         self._plan = plan
@@ -69,10 +60,7 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, model: nn.Module) -> Scores:
-        """Detects and scores; all workers call it together.
-
-        Args:
-            model: The model, not wrapped in DistributedDataParallel.
+        """The scores of a model that is not wrapped for several workers; all of them call it together.
 
         Returns:
             The scores on rank 0; on other ranks the same without figures.
@@ -89,11 +77,11 @@ class Evaluator:
         if not comm.is_main_process():
             return Scores({}, time.time(), None, parts)
         everything = [found for share in gathered for found in share]
-        results = Path(self._plan.trial_dir, "coco_instances_results.json")
-        results.write_bytes(orjson.dumps(everything))
+        folder = Path(self._plan.trial_dir)
+        (folder / "coco_instances_results.json").write_bytes(orjson.dumps(everything))
         samples = [found for found in everything if found["image_id"] in self._sample_ids]
         values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
-        Path(self._plan.trial_dir, SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
+        (folder / SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
         scoring_started = time.perf_counter()
         figures = self._figures("box", everything)
         box_scored, mask_scored = time.time(), None

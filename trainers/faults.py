@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from trainers.activity import Activity
 from trainers.contract.events import Section
+from trainers.pulse import Activity
 
 VARIABLE = "BENCHMARK_FAULTS"
 
@@ -33,15 +33,13 @@ class Fault:
     until the file is gone), `raise` (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the
     batch)."""
     rank: int
-    """Where."""
     iteration: int
-    """When: iterations done."""
+    """Iterations done."""
     attempt: int | None = 0
-    """In which attempt; None for every one."""
+    """None for every one."""
     section: Section = "step"
-    """At which section of the loop."""
     part: str = "forward"
-    """At which part of a step."""
+    """Part of a step; not read in other sections."""
 
 
 def fired(path: Path) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class ProgressHook:
         return iteration % self.plan.log_period == 0 or ending
 
     def run(self, loop: TrainingLoop) -> None:
-        """Sends the window."""
+        """Sends the window; at the end, logs the closing line of detectron2's logs, warm-up and hooks left out."""
         window = loop.window
         measured = window.step_seconds[max(0, self.plan.throughput_warmup_iters - window.first_iteration) :]
         self._num_steps += len(measured)
@@ -87,27 +87,16 @@ class ProgressHook:
             self.printer.write()
             loop.storage.iter += 1
         if loop.stop_reason and self._num_steps:
-            self._log_speed()
-
-    def _log_speed(self) -> None:
-        """The closing line of detectron2's logs, warm-up and hooks left out, on this rank."""
-        took = datetime.timedelta(seconds=int(self._seconds))
-        per_iteration = self._seconds / self._num_steps
-        logger.info("Overall training speed: %d iterations in %s (%.4f s / it)", self._num_steps, took, per_iteration)
+            took, each = datetime.timedelta(seconds=int(self._seconds)), self._seconds / self._num_steps
+            logger.info("Overall training speed: %d iterations in %s (%.4f s / it)", self._num_steps, took, each)
 
 
 class EvaluationHook:
     """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so.
 
-    With `overlapped_evaluation`, rank 0 copies the weights to another process and trains on; the scores come later. The
-    last evaluation is made by all ranks in any case, since there is nothing left to train meanwhile.
-
-    Args:
-        plan: The trial.
-        evaluator: This rank's share.
-        num_train_images: Images of an epoch.
-        send: Sends an event.
-        rate: Called with the iteration and the box AP of every concurrent evaluation.
+    With `overlapped_evaluation`, rank 0 copies the weights to another process and trains on; the scores come later, and
+    `rate` is called with their iteration and box AP. The last evaluation is made by all ranks in any case, since there
+    is nothing left to train meanwhile.
     """
 
     every_window = False
@@ -120,12 +109,11 @@ class EvaluationHook:
         send: Send,
         rate: Callable[[int, float], None],
     ) -> None:
-        self.plan, self.evaluator, self.num_train_images, self.send = plan, evaluator, num_train_images, send
-        self.rate = rate
+        self.plan, self.evaluator, self.num_train_images = plan, evaluator, num_train_images
+        self.send, self.rate = send, rate
         self.last_scores: Scores | None = None
-        """Scores of the last evaluation (rank 0)."""
+        """Scores of the last evaluation (rank 0), that of `last_iteration`."""
         self.last_iteration = 0
-        """Iteration of that evaluation."""
         self.overlap: Overlap | None = None
         """The process that evaluates concurrently; None on other ranks, and where training waits for evaluations."""
         self._skipped = self._reached = False

@@ -71,15 +71,12 @@ class LoaderSizing:
 
 
 def processes(batch_seconds: float, step_seconds: float, max_processes: int) -> int:
-    """Loader processes that stay ahead of the steps.
+    """Loader processes, 1 to `max_processes`, that stay ahead of the steps.
 
     Args:
         batch_seconds: Time in which one process makes a batch.
         step_seconds: A step without its wait for data.
         max_processes: CPUs available for loading.
-
-    Returns:
-        1 to `max_processes`.
     """
     if step_seconds <= 0:
         return max_processes

@@ -24,12 +24,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
-from trainers.seeds import augmentation_seed
 from trainers.speedups.fast_mapper import FastMapper
 from trainers.speedups.mask_targets import pack
 
 Record = dict[str, Any]
 """One image in detectron2's dataset format."""
+
+Mapper = Callable[[Record], Record | None]
+"""detectron2's DatasetMapper, or one with its interface: from a record to the model's input."""
 
 Place = tuple[int, int]
 """Position in the training order over all workers, and index of the image."""
@@ -91,24 +93,22 @@ class TrainingOrder(Sampler[list[Place]]):
             yield from torch.randperm(len(self.wide), generator=generator).tolist()
 
 
+def augmentation_seed(seed: int, position: int) -> NDArray[np.uint32]:
+    """Seed, 4 words of 32 bits, of one image's augmentation by its position in the training order of all workers."""
+    return np.asarray(np.random.SeedSequence((seed, position)).generate_state(4), dtype=np.uint32)
+
+
 class TrainingImages(Dataset[Record]):
-    """Reads, augments and returns the image at a place of the training order.
+    """Reads, augments and returns the image at a place of the training order."""
 
-    Args:
-        records: The images.
-        mapper: detectron2's mapper or one with the same interface.
-        seed: Seed of the augmentations.
-    """
-
-    def __init__(self, records: Sequence[Record], mapper: Callable[[Record], Record | None], seed: int) -> None:
+    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int) -> None:
         self.records, self.mapper, self.seed = records, mapper, seed
 
     def __getitem__(self, place: Place) -> Record:
         position, index = place
-        record = self.records[index]
         # detectron2's augmentations draw from NumPy's global generator.
         np.random.seed(augmentation_seed(self.seed, position))
-        return _mapped(self.mapper, record)
+        return _mapped(self.mapper, self.records[index])
 
     def __len__(self) -> int:
         return len(self.records)
@@ -117,7 +117,7 @@ class TrainingImages(Dataset[Record]):
 class EvaluationImages(Dataset[Record]):
     """Reads images for evaluation, in their order."""
 
-    def __init__(self, records: Sequence[Record], mapper: Callable[[Record], Record | None]) -> None:
+    def __init__(self, records: Sequence[Record], mapper: Mapper) -> None:
         self.records, self.mapper = records, mapper
 
     def __getitem__(self, index: int) -> Record:
@@ -127,7 +127,7 @@ class EvaluationImages(Dataset[Record]):
         return len(self.records)
 
 
-def _mapped(mapper: Callable[[Record], Record | None], record: Record) -> Record:
+def _mapped(mapper: Mapper, record: Record) -> Record:
     try:
         mapped = mapper(record)
     except Exception as error:
@@ -142,11 +142,7 @@ def _as_list(batch: list[Record]) -> list[Record]:
 
 
 def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
-    """The training images, without those that have no usable object where the config says so.
-
-    Raises:
-        ValueError: None is left.
-    """
+    """The training images, without those of no usable object where the config says so; ValueError if none is left."""
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records: Sequence[Record]
     if plan.recipe.cached_annotations:
@@ -169,19 +165,19 @@ def evaluation_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
     return records
 
 
-def build_mapper(cfg: CfgNode, plan: TrialPlan, is_train: bool) -> Callable[[Record], Record | None]:
+def build_mapper(cfg: CfgNode, plan: TrialPlan, is_train: bool) -> Mapper:
     """The recipe's mapper."""
     recipe = plan.recipe
     if recipe.mapper != "detectron2":
         return FastMapper(cfg, is_train, recipe.packed_masks, exact_pixels=recipe.mapper == "exact")
-    mapper: Callable[[Record], Record | None] = DatasetMapper(cfg, is_train=is_train)
+    mapper: Mapper = DatasetMapper(cfg, is_train=is_train)
     return PackingMapper(mapper) if is_train and recipe.packed_masks else mapper
 
 
 class PackingMapper:
     """Packs the masks of another mapper's records."""
 
-    def __init__(self, mapper: Callable[[Record], Record | None]) -> None:
+    def __init__(self, mapper: Mapper) -> None:
         self.mapper = mapper
 
     def __call__(self, record: Record) -> Record | None:
@@ -199,7 +195,7 @@ class DevicePrefetch(Iterable[list[Record]]):
         self.batches, self.device = batches, device
 
     def __iter__(self) -> Iterator[list[Record]]:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self.device)
         ahead: list[Record] | None = None
         for batch in self.batches:
             with torch.cuda.stream(stream):
@@ -223,16 +219,7 @@ def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) ->
 def training_loader(
     cfg: CfgNode, plan: TrialPlan, images: TrainingImages, rank: int, skip: int, num_processes: int
 ) -> Iterable[list[Record]]:
-    """The endless batches of one worker.
-
-    Args:
-        cfg: detectron2's config.
-        plan: The trial.
-        images: From `training_images`.
-        rank: This worker.
-        skip: Iterations done already.
-        num_processes: Processes that read; 0 reads in this one.
-    """
+    """The endless batches of one worker after the first `skip`; with no processes, they are read in this one."""
     sizes = image_sizes(images.records)
     wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
     order = TrainingOrder(wide.tolist(), plan.batch_per_worker, plan.seed, rank, plan.world_size, skip)

@@ -20,16 +20,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from trainers.activity import Activity
 from trainers.contract.channel import Command
 from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
-from trainers.seeds import step_seed
+from trainers.pulse import Activity
 from trainers.speedups.apply import resolve_precision
 from trainers.step_clock import StepClock
 
@@ -49,24 +49,24 @@ STOP_REASONS: dict[Request, StopReason | None] = {
 """Why training ends on a request; where ranks request different things, the last of them in this order counts."""
 
 
+def step_seed(seed: int, rank: int, iteration: int) -> int:
+    """Seed, 64 bits, of what the model draws in one step on one rank: which anchors and proposals are sampled."""
+    return int(np.random.SeedSequence((seed, rank, iteration)).generate_state(1, np.uint64)[0])
+
+
 @dataclass(slots=True)
 class StepWindow:
-    """Steps since the last hooks ran, on this rank."""
+    """Steps since the last hooks ran, on this rank; fields have `StepsDone`'s names."""
 
     first_iteration: int
-    """First of them, counted from 0."""
     num_images: int = 0
-    """Images trained on."""
     step_seconds: list[float] = field(default_factory=list)
-    """Wall time of each step."""
     data_seconds: list[float] = field(default_factory=list)
-    """Waiting for data, in each step."""
     part_seconds: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of the other parts, in each step."""
+    """Seconds of the parts other than `data`, in each step."""
     losses: dict[str, float] = field(default_factory=dict)
-    """Mean over the steps and the ranks, by name; filled when the window closes."""
+    """Filled when the window closes."""
     learning_rate: float | None = None
-    """At the last step."""
     complete: bool = False
     """Whether the window has had its last step."""
 
@@ -78,12 +78,7 @@ class Hook(Protocol):
     """Whether it also runs when another hook closed the window."""
 
     def due(self, iteration: int, ending: bool) -> bool:
-        """Whether it must run after this many iterations; the same answer on all ranks.
-
-        Args:
-            iteration: Iterations done.
-            ending: Whether training ends here, by a request to stop or a hook's decision.
-        """
+        """Whether it must run after this many iterations (`ending`: the last ones); the same answer on all ranks."""
 
     def run(self, loop: TrainingLoop) -> None:
         """Does it; may set `loop.stop_reason`, the same on all ranks."""
@@ -94,7 +89,7 @@ class TrainingLoop:
 
     Args:
         plan: The trial.
-        model: The model, wrapped for several workers.
+        model: On `device`, wrapped for several workers.
         optimizer: Its optimizer.
         scheduler: Its learning rate schedule, stepped once per iteration.
         batches: This worker's endless batches, from `start_iteration` on.
@@ -139,12 +134,7 @@ class TrainingLoop:
         self.clock = StepClock(device, model)
 
     def run(self) -> StopReason:
-        """Trains until the schedule or a hook ends it.
-
-        Raises:
-            NotFiniteError: A loss was not finite.
-            BadInputError: An image is unusable.
-        """
+        """Trains until the schedule or a hook ends it; raises NotFiniteError and BadInputError."""
         with self.storage:
             while self.stop_reason is None:
                 self.window = StepWindow(self.iteration)
@@ -187,7 +177,7 @@ class TrainingLoop:
 
         self.activity.enter("step", "backward")
         self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(total).backward()
         self.clock.mark("backward")
 
         self.activity.enter("step", "optimizer")

@@ -16,9 +16,7 @@ PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pyco
 
 def device_name(device: torch.device) -> str:
     """Model name of the accelerator, or of the processor."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return processor_name()
+    return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else processor_name()
 
 
 def processor_name() -> str:

@@ -6,7 +6,6 @@ The plan's figures are final: nothing here scales with the world size. detectron
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract.plan import DatasetPlan, TrialPlan
+from trainers.dataset_cache import file_sha256
 from trainers.recipes import Recipe
 from trainers.speedups.apply import tune_model
 from trainers.speedups.sgd import build_tuned_optimizer
@@ -109,8 +109,7 @@ def check_weights(weights: str, sha256: str | None) -> None:
     if not path.is_file():
         raise ConfigurationError(f"model.weights: no such file: {weights}")
     if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
         if found != sha256:
             raise ConfigurationError(f"model.weights: {weights} has SHA-256 {found}, not {sha256}")
     elif path.suffix != ".pth":

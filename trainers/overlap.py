@@ -34,12 +34,7 @@ _settings = ExitStack()
 
 
 class Overlap:
-    """The process that evaluates next to rank 0; it begins to set itself up at once.
-
-    Args:
-        plan: The trial.
-        model: The model that is trained, not wrapped in DistributedDataParallel.
-    """
+    """The process that evaluates a model, not wrapped for several workers; it begins to set itself up at once."""
 
     def __init__(self, plan: TrialPlan, model: nn.Module) -> None:
         # One block of memory: a file descriptor for each tensor could be more than a process may have.
@@ -55,11 +50,7 @@ class Overlap:
         self._found: Future[tuple[Scores, float]] | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Begins to evaluate a model as it is now; the previous evaluation must have been fetched.
-
-        Raises:
-            BrokenProcessPool: The process died.
-        """
+        """Begins to evaluate a model as it is now; the previous evaluation must have been fetched."""
         with torch.no_grad():
             for shared, tensor in zip(self._weights, model.state_dict().values(), strict=True):
                 shared.copy_(tensor)
@@ -70,13 +61,10 @@ class Overlap:
         return self._found is not None and self._found.done()
 
     def fetch(self) -> tuple[Scores, float] | None:
-        """Waits for the evaluation that was begun.
-
-        Returns:
-            Its scores and its seconds; None where none was begun, or its scores have been fetched.
+        """Waits for the evaluation that was begun; its scores and seconds, None where they have been fetched.
 
         Raises:
-            BrokenProcessPool: The process died.
+            BrokenProcessPool: The process died; `begin` may raise it too.
             Exception: Whatever ended the evaluation or the process's set-up.
         """
         if self._found is None:
@@ -95,10 +83,7 @@ class Overlap:
 
 @contextmanager
 def process(plan: TrialPlan, model: nn.Module, rank: int) -> Iterator[Overlap | None]:
-    """The process that evaluates next to rank 0, where there is something to evaluate before the end; else None.
-
-    It ends with the block.
-    """
+    """The process, where rank 0 has something to evaluate before the end, until the block's end; else None."""
     periodic = 0 < plan.solver.eval_period < plan.solver.max_iter
     if rank != 0 or not (plan.recipe.overlapped_evaluation and periodic):
         yield None

@@ -6,12 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainers import machine
-from trainers.activity import Activity
 from trainers.contract.channel import ENDED, Channel, Command, Placement
-from trainers.contract.events import Heartbeat, SystemSampled
+from trainers.contract.events import Heartbeat, Section, SystemSampled
 
 logger = logging.getLogger(__name__)
 
@@ -19,15 +19,29 @@ HEARTBEAT_SECONDS = 1.0
 SYSTEM_SAMPLE_SECONDS = 10.0
 
 
-class Pulse:
-    """Runs within its `with` block.
+@dataclass(slots=True)
+class Activity:
+    """What the training thread is doing; read by the thread that sends heartbeats."""
 
-    Args:
-        event: Makes an event of the rank from its class and fields.
-        placement: Which rank it is.
-        channel: The connection to the driver.
-        activity: What the training thread is doing.
-    """
+    section: Section = "setup"
+    part: str = ""
+    """`data`, `forward`, `backward`, `optimizer`; empty outside steps."""
+    iteration: int = 0
+    """Iterations done."""
+    since: float = field(default_factory=time.time)
+    """When the section began (Unix seconds); every step begins a new section."""
+    image_files: tuple[str, ...] = ()
+    """Images of the current batch."""
+
+    def enter(self, section: Section, part: str = "") -> None:
+        """Marks the beginning of a section, or of a part of a step."""
+        if section != self.section or part in ("", "data"):
+            self.since = time.time()
+        self.section, self.part = section, part
+
+
+class Pulse:
+    """Runs within its `with` block; `event` makes an event of the rank from its class and fields."""
 
     def __init__(self, event: Callable[..., Any], placement: Placement, channel: Channel, activity: Activity) -> None:
         self._event, self._placement, self._channel, self._activity = event, placement, channel, activity

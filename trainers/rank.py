@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +19,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
-from trainers.activity import Activity
-from trainers.checkpoints import CheckpointStore, state_sha256
+from trainers.checkpoints import CheckpointStore, StorageError, state_sha256
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
     Event,
+    FailureKind,
     LoopFinished,
     LoopStarted,
     WorkerFailed,
@@ -32,15 +33,25 @@ from trainers.contract.events import (
 )
 from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator
-from trainers.failures import classify, in_short
 from trainers.loader_sizing import LoaderSizing
-from trainers.loop import Request, TrainingLoop
-from trainers.pulse import Pulse
+from trainers.loop import NotFiniteError, Request, TrainingLoop
+from trainers.pulse import Activity, Pulse
 from trainers.speedups.apply import process_settings
 
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Event)
+
+FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
+    (loading.BadInputError, "bad_input"),
+    ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
+    (mask_rcnn.ConfigurationError, "configuration"),
+    ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
+    ((torch.distributed.DistError, ConnectionError), "communication"),
+    (StorageError, "storage"),
+    (BrokenProcessPool, "worker_lost"),
+]
+"""The kind of failure that an exception is, which decides whether starting again can help; the first match counts."""
 
 
 class Rank:
@@ -78,10 +89,7 @@ class Rank:
         self.channel.push(self.event(kind, **fields))
 
     def train(self, entered: float) -> None:
-        """Trains from the newest checkpoint to the end.
-
-        Args:
-            entered: When the training function began (Unix seconds).
+        """Trains from the newest checkpoint to the end; `entered`: when the training function began (Unix seconds).
 
         Raises:
             Exception: Whatever ended training; it has been sent to the driver as a `WorkerFailed` before.
@@ -89,10 +97,10 @@ class Rank:
         # TorchScript (RetinaNet's focal loss) changes its kernels after a process's first calls. On CPU it may not,
         # because a resumed run promises the same bits there.
         repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined]
-        settings = process_settings(self.plan.recipe, torch.device(self.plan.device))
-        with self._log_file(), self.pulse, repeatable, settings:
+        with self._log_file(), self.pulse, repeatable:
             try:
-                self._train(entered)
+                with process_settings(self.plan.recipe, torch.device(self.plan.device)):
+                    self._train(entered)
             except Exception as error:
                 logger.exception("training failed")
                 self._send_failure(error)
@@ -119,8 +127,8 @@ class Rank:
             plan.checkpoint_dir,
             plan.keep_checkpoints,
             self.attempt,
-            on_saved=lambda saved: self.send(CheckpointSaved, **dataclasses.asdict(saved)),
-            on_failed=self._checkpoint_failed if plan.survive_storage else None,
+            on_saved=functools.partial(self.send, CheckpointSaved),
+            on_failed=functools.partial(self.send, CheckpointFailed) if plan.survive_storage else None,
             before_valid=self.channel.wait_until_persisted,
         )
         state, restored_from = self._newest(store) or (None, "")
@@ -202,9 +210,6 @@ class Rank:
         iteration = comm.all_gather(None)[0]
         return store.load(iteration) if iteration is not None else None
 
-    def _checkpoint_failed(self, iteration: int, message: str) -> None:
-        self.send(CheckpointFailed, iteration=iteration, message=message)
-
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.plan.device == "cuda" else torch.device("cpu")
 
@@ -231,7 +236,7 @@ class Rank:
             failure=classify(error),
             iteration=self.activity.iteration,
             section=self.activity.section,
-            message=in_short(error),
+            message=_in_short(error),
             image_files=files,
             traceback=traceback.format_exc(),
         )
@@ -257,3 +262,22 @@ class Rank:
             for named in loggers:
                 named.removeHandler(handler)
             handler.close()
+
+
+def classify(error: BaseException) -> FailureKind:
+    """The kind of failure that an exception is."""
+    for kind, failure in FAILURES:
+        if isinstance(error, kind):
+            return failure
+    text = str(error)
+    if isinstance(error, RuntimeError) and "can't allocate memory" in text:  # torch on CPU
+        return "out_of_memory"
+    if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
+        return "communication"
+    return "unknown"
+
+
+def _in_short(error: BaseException) -> str:
+    """An exception in one line, without the traceback that a loader process puts into its text."""
+    text = str(error)
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainers.recipes import Scorer
 
@@ -57,62 +57,46 @@ def score(
     )
     path = Path(annotations).absolute()
     stat = path.stat()
-    truth = _ground_truth(str(path), stat.st_size, stat.st_mtime_ns, scorer)
-    known = _image_ids(str(path), stat.st_size, stat.st_mtime_ns, scorer)
+    truth, known = _ground_truth(str(path), stat.st_size, stat.st_mtime_ns, scorer)
     if unknown := {detection["image_id"] for detection in found} - known:
         raise ValueError(f"{path}: detections of images that are not in it: {sorted(unknown)[:5]}")
-    stats = _SCORERS[scorer](truth, found, iou_type)
-    return {name: None if value < 0 else float(value) * 100.0 for name, value in zip(FIGURES, stats, strict=True)}
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
+        evaluation = _SCORERS[scorer](truth, found, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = zip(FIGURES, evaluation.stats, strict=True)
+    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}
 
 
 @functools.lru_cache(maxsize=2)
-def _ground_truth(path: str, size: int, mtime_ns: int, scorer: Scorer) -> Any:  # noqa: ARG001 - part of the cache's key
-    """A scorer's object of the annotations; with size and time in the cache's key, a rewritten file is read again.
-
-    Both libraries print progress while they work, which does not belong in a log.
-    """
+def _ground_truth(path: str, size: int, mtime_ns: int, scorer: Scorer) -> tuple[Any, frozenset[int]]:  # noqa: ARG001
+    """A scorer's object of the annotations, and the images' ids; size and time are in the key of the cache alone."""
+    package = importlib.import_module("hotcoco" if scorer == "hotcoco" else "pycocotools.coco")
     with contextlib.redirect_stdout(io.StringIO()):
-        if scorer == "hotcoco":
-            import hotcoco
-
-            return hotcoco.COCO(path)
-        from pycocotools.coco import COCO
-
-        return COCO(path)
+        truth = package.COCO(path)
+    return truth, frozenset(truth.getImgIds())
 
 
-@functools.lru_cache(maxsize=2)
-def _image_ids(path: str, size: int, mtime_ns: int, scorer: Scorer) -> frozenset[int]:
-    return frozenset(_ground_truth(path, size, mtime_ns, scorer).getImgIds())
-
-
-def _score_with_pycocotools(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> NDArray[np.float64]:
+def _with_pycocotools(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     # loadRes writes into the dicts it is given, and takes a box's area before a mask's.
     unused = "bbox" if iou_type == "segm" else "segmentation"
     copies = [{key: value for key, value in detection.items() if key != unused} for detection in detections]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if copies:
-            found = truth.loadRes(copies)
-        else:  # loadRes looks at the first detection
-            found = COCO()
-            found.dataset = {
-                "images": truth.dataset["images"],
-                "categories": truth.dataset["categories"],
-                "annotations": [],
-            }
-            found.createIndex()
-        evaluation = COCOeval(truth, found, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.asarray(evaluation.stats, dtype=np.float64)
+    if copies:
+        found = truth.loadRes(copies)
+    else:  # loadRes looks at the first detection
+        found = COCO()
+        found.dataset = {**truth.dataset, "annotations": []}
+        found.createIndex()
+    return COCOeval(truth, found, iou_type)
 
 
-def _score_with_hotcoco(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> NDArray[np.float64]:
+def _with_hotcoco(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> Any:
     from hotcoco import COCOeval
+    from hotcoco.mask import area
 
     # Columns instead of a list of dicts: reading 100,000 dicts field by field takes longer than scoring them.
     rows = np.empty((len(detections), 7), dtype=np.float64)
@@ -121,22 +105,14 @@ def _score_with_hotcoco(truth: Any, detections: Sequence[Detection], iou_type: I
         rows[:, 1:5] = [detection["bbox"] for detection in detections]
         rows[:, 5] = [detection["score"] for detection in detections]
         rows[:, 6] = [detection["category_id"] for detection in detections]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if iou_type == "segm":
-            from hotcoco.mask import area
-
-            rles = [detection["segmentation"] for detection in detections]
-            found = truth.load_res(rows, segmentation=rles)
-            if rles:
-                # load_res numbers detections from 1 in their order and gives them their boxes' areas.
-                found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
-        else:
-            found = truth.load_res(rows)
-        evaluation = COCOeval(truth, found, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return np.asarray(evaluation.stats, dtype=np.float64)
+    if iou_type == "bbox":
+        return COCOeval(truth, truth.load_res(rows), iou_type)
+    rles = [detection["segmentation"] for detection in detections]
+    found = truth.load_res(rows, segmentation=rles)
+    if rles:
+        # load_res numbers detections from 1 in their order and gives them their boxes' areas.
+        found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
+    return COCOeval(truth, found, iou_type)
 
 
-_SCORERS = {"pycocotools": _score_with_pycocotools, "hotcoco": _score_with_hotcoco}
+_SCORERS = {"pycocotools": _with_pycocotools, "hotcoco": _with_hotcoco}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pkgutil
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from trainers.contract.channel import Channel, Command, Placement
 from trainers.contract.events import Heartbeat
 
 logger = logging.getLogger(__name__)
+
+BEFORE_STEP_VARIABLE = "BENCHMARK_BEFORE_STEP"
+"""Names a function as `module:function`; it is called once per rank and returns the function to call before steps."""
 
 CONFIRM_TIMEOUT_SECONDS = 30.0
 """Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint."""
@@ -52,10 +56,16 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         node_id=ray.get_runtime_context().get_node_id(),
     )
     channel = _channel(config["telemetry"], _watch_for_preemption())
-    from trainers import before_step
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
-    Rank(config["plan"], config["attempt"], placement, channel, before_step.from_environment()).train(entered)
+    Rank(config["plan"], config["attempt"], placement, channel, before_step()).train(entered)
+
+
+def before_step() -> Callable[[], None]:
+    """The function that `$BENCHMARK_BEFORE_STEP` asks for; one that does nothing where it is not set."""
+    name = os.environ.get(BEFORE_STEP_VARIABLE)
+    function: Callable[[], None] = pkgutil.resolve_name(name)() if name else lambda: None
+    return function
 
 
 def _channel(telemetry: Any, preemption: threading.Event) -> Channel:

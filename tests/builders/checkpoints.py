@@ -14,7 +14,7 @@ def state(iteration: int, size: int = 64) -> dict[str, object]:
 
 
 def store(folder: Path | str, keep: int = 2, attempt: int = 0, **options: object) -> CheckpointStore:
-    return CheckpointStore(str(folder), keep, attempt, options.pop("on_saved", lambda saved: None), **options)  # type: ignore[arg-type]
+    return CheckpointStore(str(folder), keep, attempt, options.pop("on_saved", lambda **saved: None), **options)  # type: ignore[arg-type]
 
 
 def save(target: CheckpointStore, *iterations: int, scores: dict[int, float] | None = None) -> None:

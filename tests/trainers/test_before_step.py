@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.builders.training import plan_of
-from trainers import before_step
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import Event, StepsDone
 from trainers.rank import Rank
+from trainers.worker import BEFORE_STEP_VARIABLE, before_step
 
 calls: list[str] = []
 
@@ -22,16 +22,16 @@ def made_for_a_rank() -> Callable[[], None]:
 
 
 def test_nothing_is_called_where_the_environment_names_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(before_step.VARIABLE, raising=False)
+    monkeypatch.delenv(BEFORE_STEP_VARIABLE, raising=False)
     calls.clear()
-    before_step.from_environment()()
+    before_step()()
     assert calls == []
 
 
 def test_the_environment_names_what_makes_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(before_step.VARIABLE, f"{__name__}:made_for_a_rank")
+    monkeypatch.setenv(BEFORE_STEP_VARIABLE, f"{__name__}:made_for_a_rank")
     calls.clear()
-    function = before_step.from_environment()
+    function = before_step()
     assert calls == []
     function()
     assert calls == ["step"]

@@ -109,7 +109,7 @@ def test_a_touched_file_is_known_by_its_content(
     os.utime(dataset.annotations, ns=(1, 1))
     monkeypatch.setattr(dataset_cache, "load_coco_json", None)
     assert list(cached_records(dataset, False, tmp_path / "cache")) == expected
-    monkeypatch.setattr(dataset_cache, "_sha256", None)  # and the third start need not even hash it
+    monkeypatch.setattr(dataset_cache, "file_sha256", None)  # and the third start need not even hash it
     assert list(cached_records(dataset, False, tmp_path / "cache")) == expected
 
 

@@ -77,3 +77,19 @@ def test_a_trial_that_was_done_does_nothing_more(tmp_path: Path) -> None:
     first, second = train(plan), train(plan, attempt=1)
     assert last(second, LoopFinished).state_sha256 == last(first, LoopFinished).state_sha256
     assert not [event for event in second if isinstance(event, StepsDone)]
+
+
+def test_an_error_in_a_processs_settings_is_sent_as_the_failure_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError("no settings")
+
+    monkeypatch.setattr("trainers.rank.process_settings", refuse)
+    events: list[Event] = []
+    rank = Rank(
+        plan_of(tmp_path, "mask_rcnn"), 0, Placement(0, 1, 0, 1, "here"), Channel(events.append, lambda _: "run")
+    )
+    with pytest.raises(MemoryError):
+        rank.train(0.0)
+    assert last(events, WorkerFailed).failure == "out_of_memory"

@@ -17,18 +17,13 @@ ENDED = "ended"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which of a trial's workers this is, and where it runs."""
+    """Which of a trial's workers this is, and where it runs; `local_…` within its node."""
 
     rank: int
-    """Rank among all workers."""
     world_size: int
-    """Number of workers."""
     local_rank: int
-    """Rank within its node."""
     local_world_size: int
-    """Workers on its node."""
     host: str
-    """Host name."""
     node_id: str = ""
     """Ray's id of the node; empty outside Ray."""
 

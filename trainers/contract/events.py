@@ -1,8 +1,9 @@
 """What happens in a trial, as typed events: workers send them to the driver, which writes them to `events.jsonl`.
 
 Standard library only: the driver reads it without torch, and an event written by one version of the program can be
-read by another. Times are Unix seconds, durations seconds, AP on the 0–100 scale. A figure that was not measured is
-None, never 0 and never NaN.
+read by another. Times are Unix seconds, durations seconds, AP on the 0–100 scale; `iteration` is the number of
+iterations done, `message` and `reason` are for a person. A figure that was not measured, or that a replayed log does
+not hold, is None, never 0 and never NaN; a text that is not known is empty.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 Section = Literal["setup", "step", "evaluation", "checkpoint", "report"]
 StopReason = Literal["target", "max_iter", "interrupted", "preempted"]
+Status = Literal["FINISHED", "FAILED", "KILLED"]  # of a run, in MLflow's words
 FailureKind = Literal[
     "bad_input",  # an image or annotation that cannot be read
     "not_finite",  # a loss of NaN or Inf
@@ -34,13 +36,10 @@ class Event:
 
     kind: ClassVar[str]
     trial: str
-    """Name of the trial."""
     attempt: int
-    """Number of the attempt."""
     rank: int
     """Rank of the worker it happened on; -1 for the driver."""
     time: float
-    """When (Unix seconds)."""
 
     def to_json(self) -> str:
         """One line of JSON; raises ValueError on NaN or infinity."""
@@ -53,29 +52,18 @@ class WorkerStarted(Event):
 
     kind: ClassVar[str] = "worker_started"
     host: str
-    """Host name."""
     node_id: str
-    """Ray's id of the node; empty outside Ray."""
     pid: int | None
-    """Process id; None in a replayed log."""
     local_rank: int
-    """Rank within the node."""
     device_name: str
-    """Model name of the accelerator or the processor."""
     device_memory_gib: float | None
-    """Memory of that device; None where not known."""
     versions: dict[str, str]
-    """Package name to version."""
     host_processor: str = ""
-    """Model name of the host's processor; empty where not known."""
     host_cores: int | None = None
-    """Its cores, counting hyper-threads; None where not known."""
+    """Counting hyper-threads."""
     host_memory_gib: float | None = None
-    """Memory of the host; None where not known."""
     operating_system: str = ""
-    """Name and version; empty where not known."""
     world_size: int | None = None
-    """Number of workers of this attempt; None where not known (logs of other programs, files of older versions)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +74,13 @@ class LoopStarted(Event):
     iteration: int
     """First iteration to run: 0, or the restored checkpoint's."""
     num_train_images: int | None
-    """Images trained on per epoch, after detectron2's filtering; None where a replayed log does not say."""
+    """Images of an epoch, after detectron2's filtering."""
     num_val_images: int | None
-    """Images evaluated on; None where a replayed log does not say."""
     setup_seconds: float | None
-    """From the start of the training function to here; None where a replayed log does not say."""
+    """Since the start of the training function."""
     config_yaml: str
     """The resolved detectron2 config (rank 0 only, else empty)."""
     restored_from: str
-    """Checkpoint that was restored; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,33 +89,31 @@ class StepsDone(Event):
 
     kind: ClassVar[str] = "steps_done"
     first_iteration: int
-    """First iteration of the window, counted from 0."""
+    """Counted from 0; `iteration` is that of the last step, plus 1."""
     iteration: int
-    """Iterations done since the start of training: the last one of the window, plus 1."""
     num_images: int | None
-    """Images this rank trained on in the window; None where a replayed log does not say."""
+    """Images this rank trained on."""
     seconds: float
-    """Wall time of the window on this rank, the device synchronised at both edges."""
+    """Wall time, the device synchronised at both edges."""
     step_seconds: tuple[float, ...]
-    """Wall time of each step, in order."""
+    """Wall time of each step."""
     data_seconds: tuple[float, ...]
-    """Waiting for the loader, for each step, in order."""
+    """Waiting for the loader, in each step."""
     part_seconds: dict[str, float]
     """Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. With several workers also
     `communication`: waiting for the others' gradients after the local ones are ready; `backward` excludes it. On a GPU
     all parts, and the steps, are measured on the device's timeline: `data` is the time it idles for lack of data."""
     losses: dict[str, float]
-    """Mean over the window and over the workers, by detectron2's name, and `total_loss` (rank 0 only). A loss that is
-    not known is left out."""
+    """Means over the window and the workers, by detectron2's name, and `total_loss` (rank 0 only); none that is not
+    known."""
     learning_rate: float | None
-    """At the last step; None where a replayed log does not say."""
     peak_memory_gib: float | None
-    """Most memory used so far: of the device, or of the process on CPU; None where a replayed log does not say."""
+    """Most memory used so far: of the device, or of the process on CPU."""
     step_part_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The parts but `data` for each step, in order; a part that was not timed by step is left out."""
+    """The parts but `data` in each step; a part that was not timed by step is left out."""
     num_ranks: int = 1
-    """Ranks whose steps this window covers: 1, or all of them where a replayed log does not separate ranks. Then
-    `step_seconds` and `data_seconds` are empty: a log prints no single step."""
+    """1, or all of them where a replayed log does not separate ranks; then `step_seconds` and `data_seconds` are empty,
+    because a log prints no single step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,20 +122,16 @@ class Evaluated(Event):
 
     kind: ClassVar[str] = "evaluated"
     iteration: int
-    """Iterations trained when it was made."""
     epoch: float | None
-    """The same in passes over the training data; None where their number of images is not known."""
+    """The same in passes over the training data."""
     figures: dict[str, float | None]
     """COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`, `box_ar1`, `box_ar10`,
-    `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`. None where COCO gives none (no object of
-    that size, a model without masks)."""
+    `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`; None where COCO gives none."""
     box_scored: float
-    """When the box figures were known (Unix seconds)."""
+    """When the box figures were known; `mask_scored` is None for a model without masks."""
     mask_scored: float | None
-    """When the mask figures were known; None without masks."""
     seconds: float | None
-    """How long it took; training was stalled as long, unless it ran concurrently. None where a replayed log has no
-    times."""
+    """How long it took; training was stalled as long, unless it ran concurrently."""
     part_seconds: dict[str, float]
     """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
     was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
@@ -163,7 +143,7 @@ class Evaluated(Event):
 
     @property
     def stall_seconds(self) -> float | None:
-        """How long training was stalled for it; None where not known."""
+        """How long training was stalled for it."""
         return self.part_seconds.get("stall", self.seconds)
 
 
@@ -173,11 +153,8 @@ class CheckpointSaved(Event):
 
     kind: ClassVar[str] = "checkpoint_saved"
     iteration: int
-    """Iterations trained when it was taken."""
     path: str
-    """Its folder."""
     size_bytes: int
-    """Its size."""
     stall_seconds: float
     """How long training was stalled for it."""
     write_seconds: float
@@ -190,9 +167,7 @@ class CheckpointFailed(Event):
 
     kind: ClassVar[str] = "checkpoint_failed"
     iteration: int
-    """Iterations trained when it was taken."""
     message: str
-    """Message of the storage error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,24 +176,20 @@ class SystemSampled(Event):
 
     kind: ClassVar[str] = "system_sampled"
     host: str
-    """Host name."""
     values: dict[str, float]
     """MLflow's names of system metrics (`cpu_utilization_percentage`, …) and their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat(Event):
-    """What a rank is doing; not written to the events file."""
+    """What a rank has been doing since a moment; not written to the events file."""
 
     kind: ClassVar[str] = "heartbeat"
     section: Section
-    """Section of the loop."""
     part: str
     """Part of a step: `data`, `forward`, `backward`, `optimizer`; empty for none."""
     iteration: int
-    """Iterations done."""
     since: float
-    """When that section began (Unix seconds)."""
     image_files: tuple[str, ...] = ()
     """Images of the current batch: named when the process dies without a word."""
 
@@ -229,9 +200,7 @@ class LoopFinished(Event):
 
     kind: ClassVar[str] = "loop_finished"
     iteration: int
-    """Iterations trained."""
     reason: StopReason
-    """Why it ended."""
     state_sha256: str | None
     """Hash of the model's and optimizer's state, for comparing runs bit for bit; None in a replayed log."""
 
@@ -242,20 +211,15 @@ class WorkerFailed(Event):
 
     kind: ClassVar[str] = "worker_failed"
     failure: FailureKind
-    """What sort of failure."""
     iteration: int
-    """Iterations done by then."""
     section: str
-    """Section of the loop it happened in."""
     message: str
-    """What happened, for a person."""
     image_files: tuple[str, ...] = ()
     """Images of the batch it happened on."""
     traceback: str = ""
-    """The worker's traceback; empty for none."""
     began: float | None = None
-    """When it happened, where that was before it was noticed (Unix seconds of the driver's host): the last sign of life
-    of a process that died, the start of the section that a stuck one is in; None for `time`."""
+    """When it happened by the driver's clock, where that was before it was noticed: the last sign of life of a process
+    that died, the start of the section that a stuck one is in; None for `time`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +228,7 @@ class RunStarted(Event):
 
     kind: ClassVar[str] = "run_started"
     experiment: dict[str, Any]
-    """The experiment file's values, as they were resolved."""
+    """The resolved values of the experiment file."""
     run_id: str
     """Unique id of the run, the same after `--resume`."""
     tags: dict[str, str]
@@ -276,8 +240,7 @@ class RunEnded(Event):
     """All trials of a run have ended, and its results and report are written (driver; trial "")."""
 
     kind: ClassVar[str] = "run_ended"
-    status: Literal["FINISHED", "FAILED", "KILLED"]
-    """MLflow's run status."""
+    status: Status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,20 +249,16 @@ class TrialStarted(Event):
 
     kind: ClassVar[str] = "trial_started"
     plan: dict[str, Any]
-    """The trial's plan, as plain values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRestarted(Event):
-    """The driver starts the workers again (rank -1; `attempt` is the new one)."""
+    """The driver starts the workers again after a failure (rank -1; `attempt` is the new one)."""
 
     kind: ClassVar[str] = "trial_restarted"
     failure: str
-    """What ended the attempt before."""
     message: str
-    """Its cause, for a person."""
     iteration: int
-    """Iterations that had been done when it ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,11 +267,11 @@ class LogReplayed(Event):
 
     kind: ClassVar[str] = "log_replayed"
     step_seconds: float | None
-    """Mean step that the log closes with (or had reached), hooks left out; None where it prints none."""
+    """Mean step that the log closes with (or had reached), hooks left out."""
     step_iterations: int | None
     """Iterations behind that mean."""
     total_seconds: float | None
-    """Training time that the log closes with, hooks included; None where it prints none."""
+    """Training time that the log closes with, hooks included."""
     unknown: tuple[str, ...]
     """What else the log does not hold: `start`, the beginning of training, so that times since then are not known;
     `times`, so that no moment is. Older versions list fields of the result record here."""
@@ -325,19 +284,11 @@ class TrialEnded(Event):
     """The driver is done with a trial (rank -1)."""
 
     kind: ClassVar[str] = "trial_ended"
-    status: Literal["FINISHED", "FAILED", "KILLED"]
-    """MLflow's run status."""
+    status: Status
     reason: str
-    """Why, for a person; empty when it finished."""
 
 
-EVENTS: dict[str, type[Event]] = {
-    event.kind: event
-    for event in (
-        WorkerStarted, LoopStarted, StepsDone, Evaluated, CheckpointSaved, CheckpointFailed, SystemSampled, Heartbeat,
-        LoopFinished, WorkerFailed, RunStarted, RunEnded, TrialStarted, TrialRestarted, LogReplayed, TrialEnded,
-    )
-}  # fmt: skip
+EVENTS: dict[str, type[Event]] = {event.kind: event for event in Event.__subclasses__()}
 
 
 _OLD_SENTINELS: dict[type[Event], tuple[str, Any]] = {

@@ -9,10 +9,8 @@ from trainers.recipes import Recipe
 
 Scaling = Literal["weak", "strong"]
 
-
 PREFETCHED_BATCHES = 4
 """Batches that each loader process holds ready."""
-
 
 SAMPLES_FILE = "sample_detections.json"
 """In a trial's folder: `image_ids` of a few validation images, and their `detections` of the last evaluation as COCO's
@@ -21,14 +19,12 @@ results format has them. The file with all detections is hundreds of megabytes o
 
 @dataclass(frozen=True, slots=True)
 class DatasetPlan:
-    """One COCO-format data set: an annotation file and the folder its images lie in."""
+    """One COCO-format data set by its name in detectron2; absolute paths."""
 
     name: str
-    """Name under which detectron2 knows it."""
     annotations: str
-    """Absolute path of the annotation JSON."""
     images: str
-    """Absolute path of the folder that `file_name` is relative to."""
+    """Folder that `file_name` is relative to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +36,9 @@ class SolverPlan:
     base_lr: float
     """Learning rate after warm-up."""
     max_iter: int
-    """Length of the schedule in iterations."""
     steps: tuple[int, ...]
     """Iterations at which the learning rate drops."""
     warmup_iters: int
-    """Iterations of warm-up of the learning rate."""
     eval_period: int
     """Iterations between evaluations; 0 for none before the end."""
     evaluate_at_end: bool
@@ -58,7 +52,6 @@ class TrialPlan:
     """Everything a worker needs to train one trial, and everything `--dry-run` prints of it."""
 
     experiment: str
-    """Name of the experiment."""
     name: str
     """Name of the trial, unique within the run and fit for a path."""
     world_size: int
@@ -66,7 +59,6 @@ class TrialPlan:
     num_nodes: int | None
     """Number of hosts the workers spread over equally; None for the fewest that take them equally."""
     recipe_name: str
-    """Name of the recipe."""
     recipe: Recipe
     """Its switches, with the experiment's own changes applied."""
     seed: int
@@ -74,7 +66,6 @@ class TrialPlan:
     scaling: Scaling
     """`weak` (batch per worker fixed) or `strong` (global batch fixed)."""
     protocol: Literal["throughput", "time_to_train"]
-    """`throughput` or `time_to_train`."""
     config_file: str
     """Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file."""
     overrides: dict[str, Any]
@@ -84,23 +75,18 @@ class TrialPlan:
     weights_sha256: str | None
     """Hash a weight file must have; None for not checked."""
     train: DatasetPlan
-    """Training data."""
     val: DatasetPlan
-    """Validation data."""
     num_classes: int | None
     """Number of categories of the data; None keeps the model config's."""
     solver: SolverPlan
-    """The scaled schedule."""
     throughput_warmup_iters: int
     """Iterations left out of the throughput window."""
     target_box_ap: float | None
-    """Box AP at which the run counts as trained; None for no target."""
+    """Box AP (and mask AP) at which the run counts as trained; None for no target."""
     target_mask_ap: float | None
-    """Likewise for masks."""
     stop_at_target: bool
     """Whether training ends when all targets are met."""
     device: Literal["cuda", "cpu"]
-    """`cuda` or `cpu`."""
     cpus_per_worker: int
     """CPUs a worker reserves; its threads are pinned to that number."""
     loader_workers: int

@@ -7,15 +7,7 @@ from collections.abc import Mapping
 
 
 def is_met(ap: float | None, target: float | None) -> bool | None:
-    """Whether an AP meets its target.
-
-    Args:
-        ap: Measured AP, 0–100; None or NaN where it was not measured, which meets no target.
-        target: The AP to reach, 0–100; None where none is set.
-
-    Returns:
-        None where no target is set.
-    """
+    """Whether an AP meets its target, both 0–100; None where no target is set. An AP of None or NaN meets none."""
     if target is None:
         return None
     return ap is not None and not math.isnan(ap) and ap >= target
@@ -24,16 +16,7 @@ def is_met(ap: float | None, target: float | None) -> bool | None:
 def all_met(
     figures: Mapping[str, float | None], target_box_ap: float | None, target_mask_ap: float | None
 ) -> bool | None:
-    """Whether an evaluation meets every target that is set.
-
-    Args:
-        figures: COCO's figures by name, of which `box_ap` and `mask_ap` are read; a missing one was not measured.
-        target_box_ap: Box AP to reach; None for no target.
-        target_mask_ap: Mask AP to reach; None for no target.
-
-    Returns:
-        None where no target is set.
-    """
+    """Whether an evaluation's `box_ap` and `mask_ap` meet every target that is set; None where none is set."""
     answers = [is_met(figures.get("box_ap"), target_box_ap), is_met(figures.get("mask_ap"), target_mask_ap)]
     decided = [answer for answer in answers if answer is not None]
     return all(decided) if decided else None
