@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-EXCERPT = REPOSITORY.parent / "shared" / "data" / "coco"
 
 
 @pytest.fixture(autouse=True)
@@ -101,13 +100,15 @@ def test_the_four_faults_and_nothing_else_are_listed(root: Path) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not EXCERPT.is_dir(), reason="the real COCO excerpt of ../shared is not here")
-def test_the_real_excerpt_passes_and_with_four_faults_exactly_those_are_listed(tmp_path: Path) -> None:
+def test_the_real_excerpt_passes_and_with_four_faults_exactly_those_are_listed(
+    tmp_path: Path, shared_data: Path
+) -> None:
+    excerpt = shared_data / "coco"
     command = [sys.executable, "-m", "orchestrator.data", "check", "--json"]
-    done = subprocess.run([*command, str(EXCERPT)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(excerpt)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert set(codes(json.loads(done.stdout))) <= {"counts_differ"}
-    shutil.copytree(EXCERPT, tmp_path / "coco", copy_function=shutil.copyfile)
+    shutil.copytree(excerpt, tmp_path / "coco", copy_function=shutil.copyfile)
     for folder, _, names in os.walk(tmp_path / "coco"):
         for path in (Path(folder), *(Path(folder) / name for name in names)):
             path.chmod(0o755)

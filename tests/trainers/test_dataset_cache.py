@@ -16,8 +16,6 @@ from trainers import dataset_cache
 from trainers.contract.plan import DatasetPlan
 from trainers.dataset_cache import CachedRecords, cached_records, image_sizes
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco"
-
 
 def truth() -> dict[str, Any]:
     """Every kind of annotation: polygons, both kinds of RLE, keypoints, ids with gaps, images without any object."""
@@ -149,8 +147,8 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_nothing_else(
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the COCO excerpt is not here")
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_real_coco_records_are_detectron2s(tmp_path: Path, split: str) -> None:
-    dataset = DatasetPlan(f"cache_{split}", str(SHARED / f"annotations/instances_{split}.json"), str(SHARED / split))
+def test_real_coco_records_are_detectron2s(tmp_path: Path, shared_data: Path, split: str) -> None:
+    coco = shared_data / "coco"
+    dataset = DatasetPlan(f"cache_{split}", str(coco / f"annotations/instances_{split}.json"), str(coco / split))
     assert list(cached_records(dataset, True, tmp_path)) == by_detectron2(dataset, True)

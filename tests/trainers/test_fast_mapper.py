@@ -27,7 +27,6 @@ KINDS = {
     "bmp": ("L", "RGB", "P", "RGBA", "1"),
 }
 """Pillow's modes that each kind of file can hold."""
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco"
 
 
 def config(**changes: Any) -> CfgNode:
@@ -221,10 +220,10 @@ def test_resizing_is_pillows_to_one_grey_level(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the COCO excerpt is not here")
-def test_real_coco_images_come_out_alike() -> None:
-    annotations = next((SHARED / "annotations").glob("instances_train2017*.json"))
-    records = load_coco_json(str(annotations), str(SHARED / "train2017"))
+def test_real_coco_images_come_out_alike(shared_data: Path) -> None:
+    coco = shared_data / "coco"
+    annotations = next((coco / "annotations").glob("instances_train2017*.json"))
+    records = load_coco_json(str(annotations), str(coco / "train2017"))
     cfg = config(INPUT__MIN_SIZE_TRAIN=(640, 800), INPUT__MAX_SIZE_TRAIN=1333)
     present = [record for record in records if Path(record["file_name"]).is_file()][:40]
     assert present
