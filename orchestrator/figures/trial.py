@@ -257,8 +257,6 @@ def _printed(trial: _Trial, log: LogReplayed, wall_rate: float | None) -> dict[s
         "wall_images_per_second": wall_rate,
         "throughput_warmup_iters": warmup,
         "checkpoint_seconds": None,
-        # Older versions name figures.
-        **dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields),
     }
 
 

@@ -14,8 +14,8 @@ from rich.markup import escape
 from orchestrator.figures.catalog import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.replay.messages import ReplayError
-from orchestrator.replay.plan import Targets
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
+from orchestrator.replay.trial import Targets
 from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import closing_table
 
@@ -35,9 +35,8 @@ def main(
     year: Annotated[int | None, typer.Option(help="Year of the first line; the logs have none.")] = None,
 ) -> None:
     """Reads detectron2 logs of runs made without this program into its record, table and report."""
-    targets = None
-    if target_box_ap is not None or target_mask_ap is not None:
-        targets = Targets(target_box_ap, target_mask_ap)
+    given = target_box_ap is not None or target_mask_ap is not None
+    targets = Targets(target_box_ap, target_mask_ap) if given else None
     with tempfile.TemporaryDirectory(prefix="replay-") as temporary:
         run_dir = (output or Path(temporary)).absolute()
         replayed = _read(logs, targets, year, single=mllog is not None)
@@ -92,17 +91,18 @@ def details(trial: TrialResult) -> list[str]:
 
 def _read(logs: list[Path], targets: Targets | None, year: int | None, *, single: bool) -> list[Replayed]:
     """Reads the runs; a log that cannot be read, or several runs where a `single` one is needed, end the command."""
-    problem = None
     try:
         replayed = replay(logs, targets, year)
-        if single and len(replayed) > 1:
-            problem = f"--mllog takes one run, as MLPerf's log holds one; here are {len(replayed)}"
     except ReplayError as error:
-        problem = str(error)
-    if problem:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(problem)}")
-        raise typer.Exit(2)
+        raise _refusal(str(error)) from error
+    if single and len(replayed) > 1:
+        raise _refusal(f"--mllog takes one run, as MLPerf's log holds one; here are {len(replayed)}")
     return replayed
+
+
+def _refusal(text: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}")
+    return typer.Exit(2)
 
 
 if __name__ == "__main__":

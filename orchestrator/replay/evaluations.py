@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from orchestrator.replay.messages import Message
 from trainers.contract.events import measured
 
-_KINDS = {"bbox": "box", "segm": "mask"}
+KINDS = {"bbox": "box", "segm": "mask"}
 _RESULTS = re.compile(r"Evaluation results for (bbox|segm):")
 _DATASET = re.compile(r"Evaluation results for (\S+) in csv format")
 _LOADING = re.compile(r"(?:Loading \S+ takes ([\d.]+) seconds|Loaded \d+ images in COCO format)")
@@ -33,9 +33,7 @@ class LoggedEvaluation:
     figures: dict[str, float | None] = field(default_factory=dict)
     """`box_ap`, `box_ap50`, …, `mask_apl`, 0–100; None for a printed nan."""
     inference_seconds: float | None = None
-    """Duration of inference as printed."""
     dataset: str | None = None
-    """Name of the data set."""
 
 
 class EvaluationReader:
@@ -49,13 +47,7 @@ class EvaluationReader:
         self._names: list[str] = []
 
     def read(self, message: Message, after_iteration: int, training: bool) -> None:
-        """Takes a message that is not a progress line.
-
-        Args:
-            message: The message.
-            after_iteration: Iterations of the last progress line.
-            training: Whether training has started: data loaded before that is training data.
-        """
+        """Takes a message that is not a progress line; data loaded before `training` has started is training data."""
         text = message.text
         if text.startswith("Start inference on"):
             started = self._loading if self._loading is not None else message.time
@@ -76,7 +68,7 @@ class EvaluationReader:
         """Takes a message of the current evaluation, which ends with the last message of this kind."""
         text = message.text
         if results := _RESULTS.search(text):
-            kind = _KINDS[results[1]]
+            kind = KINDS[results[1]]
             if kind == "box":
                 current.box_scored = message.time
             else:
@@ -97,8 +89,8 @@ class EvaluationReader:
             self._task, self._names = text.removeprefix("Task: "), []
         elif text.startswith("AP,"):
             self._names = text.split(",")
-        elif self._names and self._task in _KINDS:
-            current.figures.update(_figures(_KINDS[self._task], self._names, text.split(",")))
+        elif self._names and self._task in KINDS:
+            current.figures.update(_figures(KINDS[self._task], self._names, text.split(",")))
 
     def interrupt(self) -> None:
         """Ends the current evaluation: training continues."""

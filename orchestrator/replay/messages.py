@@ -6,6 +6,7 @@ day. A last line that was cut off is dropped: half a number would still parse.
 
 from __future__ import annotations
 
+import calendar
 import datetime
 import re
 from dataclasses import dataclass, field
@@ -41,11 +42,7 @@ class Message:
 
 
 def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], list[str]]:
-    """Reads a log.
-
-    Args:
-        path: The file: detectron2's log.txt, or what it printed.
-        year: Year of its first line; None to take the newest that fits the file.
+    """Reads detectron2's log.txt, or what it printed; its first line is of that year, None for the newest that fits.
 
     Returns:
         Its messages in order, and notes on what could not be read.
@@ -72,14 +69,14 @@ def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], l
     dates = [(int(m["month"]), int(m["day"])) for m, _ in heads if m]
     if not dates:
         raise ReplayError(f"{path}: not a detectron2 log: no line begins with [month/day hour:minute:second")
-    calendar = _Calendar(year or _guess_year(path, dates))
+    clock = _Clock(year or _guess_year(path, dates))
     messages: list[Message] = []
     for match, line in heads:
         if match is None:
             if messages:
                 messages[-1].more.append(line.rstrip("\r"))
             continue
-        moment = calendar.seconds(*(int(match[part]) for part in ("month", "day", "hour", "minute", "second")))
+        moment = clock.seconds(*(int(match[part]) for part in ("month", "day", "hour", "minute", "second")))
         if moment is None:
             notes.append(f"a line with an impossible date was left out: {line[:60]}")
         else:
@@ -101,7 +98,7 @@ def _whole_lines(lines: list[str]) -> tuple[list[str], int]:
     return whole, torn
 
 
-class _Calendar:
+class _Clock:
     """Turns dates without a year into seconds; a jump back over most of a year is New Year."""
 
     def __init__(self, year: int) -> None:
@@ -125,10 +122,6 @@ def _guess_year(path: Path, dates: list[tuple[int, int]]) -> int:
     year = modified.year - ((modified.month, modified.day) < dates[0])
     leap_day = (2, 29) in dates
     crosses = leap_day or any(a <= (2, 28) and (3, 1) <= b <= (3, 2) for a, b in pairwise(dates))
-    while crosses and leap_day != _is_leap(year):
+    while crosses and leap_day != calendar.isleap(year):
         year -= 1
     return year
-
-
-def _is_leap(year: int) -> bool:
-    return year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.replay.evaluations import LoggedEvaluation
+from orchestrator.replay.evaluations import KINDS, LoggedEvaluation
 from orchestrator.replay.messages import ReplayError
 from orchestrator.replay.runs import Launch, LoggedRun, Progress
 from trainers.contract.events import measured
@@ -37,10 +37,9 @@ def read_metrics(path: Path) -> LoggedRun:
         if losses and not (launch.progress and done == launch.progress[-1].iteration):
             launch.progress.append(Progress(done, None, losses, values.get("lr"), None, values.get("data_time"), None))
         figures = {
-            f"{ours}_{name.split('/', 1)[1].lower()}": value
+            f"{KINDS[name[:4]]}_{name[5:].lower()}": value
             for name, value in values.items()
-            for theirs, ours in (("bbox/", "box"), ("segm/", "mask"))
-            if name.startswith(theirs) and "-" not in name
+            if name.startswith(("bbox/", "segm/")) and "-" not in name
         }
         if figures:
             mask_scored = 0.0 if "mask_ap" in figures else None

@@ -15,11 +15,10 @@ from orchestrator.figures.logged_plan import LoggedPlan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
-from orchestrator.replay.events import replayed_events
 from orchestrator.replay.messages import ReplayError, read_messages
 from orchestrator.replay.metrics_json import read_metrics
-from orchestrator.replay.plan import RECIPE, Targets, gpu_name, known_targets, logged_plan
 from orchestrator.replay.runs import LoggedRun, find_runs
+from orchestrator.replay.trial import RECIPE, Targets, gpu_name, known_targets, logged_plan, replayed_events
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlperf import write_mllog
 from orchestrator.report.writer import write_report
@@ -36,11 +35,8 @@ class Replayed:
     source: Path
     """The log."""
     plan: LoggedPlan
-    """Its settings, as far as the log prints them."""
     events: list[Event]
-    """Its events."""
     result: TrialResult
-    """Its record."""
 
 
 def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | None = None) -> list[Replayed]:
@@ -54,40 +50,22 @@ def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | Non
     Raises:
         ReplayError: A file is not detectron2's, holds no training, or mixes runs.
     """
-    runs = [run for log in logs for run in _runs(_file(log), year)]
-    plans = _comparable(
-        [logged_plan(run, name, targets or known_targets(run)) for run, name in zip(runs, _names(runs), strict=True)],
-        runs,
-    )
-    replayed = []
-    for run, plan in zip(runs, plans, strict=True):
-        events = replayed_events(run, plan)
-        replayed.append(Replayed(run.source, plan, events, trial_result(plan, events)))
-    return replayed
+    runs = [run for log in logs for run in _runs(log, year)]
+    named = zip(runs, _names(runs), strict=True)
+    plans = _comparable([logged_plan(run, name, targets or known_targets(run)) for run, name in named], runs)
+    events = [replayed_events(run, plan) for run, plan in zip(runs, plans, strict=True)]
+    return [Replayed(run.source, p, e, trial_result(p, e)) for run, p, e in zip(runs, plans, events, strict=True)]
 
 
 def experiment_result(name: str, replayed: Sequence[Replayed], command: Sequence[str]) -> ExperimentResult:
-    """The record of the runs together, compared with one another.
-
-    Args:
-        name: Name of the experiment.
-        replayed: The runs.
-        command: The command that replayed them.
-    """
+    """The record of the runs together, compared with one another, as an experiment of that name."""
     trials = [one.result for one in replayed]
     now = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
     return ExperimentResult(
-        experiment=name,
-        description="Read from the logs of runs of another program.",
-        status="FINISHED",
-        started=now,
-        ended=now,
-        command=list(command),
-        trials=trials,
-        scaling=scaling_rows(trials) if len(trials) > 1 else [],
-        fits=scaling_fits(trials),
-        repeats=repeat_rows(trials),
-    )
+        experiment=name, description="Read from the logs of runs of another program.", status="FINISHED", started=now,
+        ended=now, command=list(command), trials=trials, scaling=scaling_rows(trials) if len(trials) > 1 else [],
+        fits=scaling_fits(trials), repeats=repeat_rows(trials),
+    )  # fmt: skip
 
 
 def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path) -> None:
@@ -113,22 +91,21 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
         uri: The store; None for the default one.
 
     Returns:
-        The store.
+        The store's address.
     """
     from orchestrator.runlog.outbox import FILE_NAME, Outbox
     from orchestrator.tracking.driver import Tracker, tracking_uri
 
     # The same logs read in the same way are the same run.
-    content = hashlib.sha256(repr([replace(one.plan, source="") for one in replayed]).encode())
+    read_as = [(one.plan.name, one.plan.target_box_ap, one.plan.target_mask_ap) for one in replayed]
+    content = hashlib.sha256(repr(read_as).encode())
     for one in replayed:
         content.update(one.source.read_bytes())
     whole: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1}
     experiment = {
-        "name": result.experiment,
-        "description": result.description,
-        "tracking": Tracking().model_dump(),
+        "name": result.experiment, "description": result.description, "tracking": Tracking().model_dump(),
         "reference_rows": [],
-    }
+    }  # fmt: skip
     tags = {"run.kind": "reference", "run.source": ", ".join(one.source.name for one in replayed)}
     run_id = f"replay-{content.hexdigest()[:16]}"
     began, ended = min(one.events[0].time for one in replayed), max(one.events[-1].time for one in replayed)
@@ -144,16 +121,12 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
     return store
 
 
-def _file(log: Path) -> Path:
-    if not log.is_dir():
-        return log
-    found = next((log / name for name in LOG_NAMES if (log / name).is_file()), None)
-    if found is None:
-        raise ReplayError(f"{log}: holds neither {' nor '.join(LOG_NAMES)}")
-    return found
-
-
 def _runs(path: Path, year: int | None) -> list[LoggedRun]:
+    if path.is_dir():
+        found = [path / name for name in LOG_NAMES if (path / name).is_file()]
+        if not found:
+            raise ReplayError(f"{path}: holds neither {' nor '.join(LOG_NAMES)}")
+        path = found[0]
     if path.suffix == ".json":
         return [read_metrics(path)]
     messages, notes = read_messages(path, year)

@@ -35,13 +35,11 @@ class Progress:
     """One progress line."""
 
     iteration: int
-    """Iterations done."""
     time: float | None
     """When it was printed (Unix seconds); None where the source has no times."""
     losses: dict[str, float]
     """Losses by detectron2's name (medians over the last 20 iterations, as printed)."""
     learning_rate: float | None
-    """At that iteration."""
     mean_step_seconds: float | None
     """The printed `time`: the mean since the start of the process, not a sample."""
     data_seconds: float | None
@@ -59,9 +57,7 @@ class Launch:
     ended: float
     """Time of its last line."""
     world_size: int | None = None
-    """Workers."""
     num_nodes: int | None = None
-    """Machines."""
     config: dict[str, str] = field(default_factory=dict)
     """The full config as dotted keys and the text of their values."""
     config_yaml: str = ""
@@ -69,19 +65,14 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
     """The environment table."""
     seed: int | None = None
-    """Random seed."""
     num_train_images: int | None = None
-    """Images trained on per epoch."""
     num_val_images: int | None = None
-    """Images evaluated on."""
     first_iteration: int | None = None
     """Iterations done when it started."""
     loop_started: float | None = None
-    """When training started."""
+    """When training started (Unix seconds)."""
     progress: list[Progress] = field(default_factory=list)
-    """Its progress lines."""
     evaluations: list[LoggedEvaluation] = field(default_factory=list)
-    """Its evaluations."""
     overall: tuple[int, float] | None = None
     """The closing iterations and seconds per iteration."""
     total_seconds: float | None = None
@@ -116,7 +107,6 @@ class LoggedRun:
     """One run: its launches in order, each after the first resumed from a checkpoint."""
 
     source: Path
-    """File it was read from."""
     launches: list[Launch]
     """At least one; the first may itself resume a run of another log."""
     notes: list[str]
@@ -126,28 +116,22 @@ class LoggedRun:
 
 
 def find_runs(source: Path, messages: Sequence[Message], notes: Sequence[str]) -> list[LoggedRun]:
-    """Finds the training runs of a log, in order.
-
-    Args:
-        source: File of the messages, named in errors.
-        messages: The log.
-        notes: Notes that apply to every run.
+    """Finds the training runs in the messages of a file, in order; the notes apply to each of them.
 
     Raises:
         ReplayError: There is no training in it, or two runs are mixed.
     """
     runs: list[LoggedRun] = []
-    dropped = 0
-    for launch in _LaunchReader(source, messages).launches:
-        if launch.first_iteration is None and not launch.progress:
-            dropped += 1
-        elif runs and _resumes(runs[-1].launches[-1], launch):
+    launches = _LaunchReader(source, messages).launches
+    trained = [launch for launch in launches if launch.first_iteration is not None or launch.progress]
+    for launch in trained:
+        if runs and _resumes(runs[-1].launches[-1], launch):
             runs[-1].launches.append(launch)
         else:
             runs.append(LoggedRun(source, [launch], list(notes)))
     if not runs:
         raise ReplayError(f"{source}: a detectron2 log without training: no start and no progress line")
-    if dropped:
+    if dropped := len(launches) - len(trained):
         runs[0].notes.append(f"{dropped} starts that never reached training were left out")
     for run in runs:
         if any(_clock_is_wrong(launch) for launch in run.launches):
@@ -178,14 +162,9 @@ def _clock_is_wrong(launch: Launch) -> bool:
 
 def _resumes(before: Launch, after: Launch) -> bool:
     """Whether a launch continues the one before: same setup, and it starts at an iteration that was reached."""
-    start = after.first_iteration or 0
-    same = all(
-        a is None or b is None or a == b
-        for a, b in (
-            (before.world_size, after.world_size),
-            (before.number("SOLVER.IMS_PER_BATCH"), after.number("SOLVER.IMS_PER_BATCH")),
-        )
-    )
+    start, batch = after.first_iteration or 0, "SOLVER.IMS_PER_BATCH"
+    setups = (before.world_size, after.world_size), (before.number(batch), after.number(batch))
+    same = all(a is None or b is None or a == b for a, b in setups)
     # A checkpoint may be newer than the last progress line by less than one period of them.
     return start > 0 and same and before.overall is None and start <= (before.iterations or 0) + 20
 
@@ -258,17 +237,13 @@ class _LaunchReader:
             except ValueError:
                 continue
         memory = figures.get("max_mem")
+        losses = {name: value for name, value in figures.items() if "loss" in name}
         launch.progress.append(
             Progress(
-                iteration=done,
-                time=message.time,
-                losses={name: value for name, value in figures.items() if "loss" in name},
-                learning_rate=figures.get("lr"),
-                mean_step_seconds=figures.get("time"),
-                data_seconds=figures.get("data_time"),
-                peak_memory_gib=memory / 1024 if memory is not None else None,
+                done, message.time, losses, learning_rate=figures.get("lr"), mean_step_seconds=figures.get("time"),
+                data_seconds=figures.get("data_time"), peak_memory_gib=None if memory is None else memory / 1024,
             )
-        )
+        )  # fmt: skip
 
 
 def _add_facts(launch: Launch, message: Message) -> None:
@@ -290,12 +265,7 @@ def _add_facts(launch: Launch, message: Message) -> None:
         launch.seed = int(seed[1])
     elif machines := _MACHINES.search(text):
         launch.num_nodes = int(machines[1])
-    else:
-        _add_image_counts(launch, text)
-
-
-def _add_image_counts(launch: Launch, text: str) -> None:
-    if images := _IMAGES_LEFT.search(text):
+    elif images := _IMAGES_LEFT.search(text):
         launch.num_train_images = int(images[1])
     elif images := _IMAGES_LOADED.search(text):
         if launch.loop_started is not None:

@@ -46,10 +46,7 @@ def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
     start = began(events)
     if start is None:
         return ""
-    lines = [
-        _line(start, f"load_data, checksum:{_checksum(plan)}"),
-        _line(start, "test_begin"),
-    ]
+    lines = [_line(start, f"load_data, checksum:{_checksum(plan)}"), _line(start, "test_begin")]
     target = result.time_to_train_seconds
     for event in sorted((e for e in events if isinstance(e, Evaluated)), key=lambda e: e.time):
         scored = event.box_scored if event.mask_scored is None else max(event.box_scored, event.mask_scored)
@@ -62,13 +59,12 @@ def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
             lines.append(_line(max(scored, start + target), f"target_quality_time:{target:.3f}sec"))
             target = None
     finished = next((e for e in reversed(events) if isinstance(e, LoopFinished)), None)
-    if finished is None:
-        return "\n".join(lines) + "\n"
-    lines.append(_line(finished.time, "test_finish"))
-    if result.schedule_seconds is not None:
-        lines.append(_line(finished.time, f"total_use_time:{result.schedule_seconds:.3f}sec"))
-    if result.images_per_second is not None:
-        lines.append(_line(finished.time, f"avg_ips:{result.images_per_second:.2f}images/sec"))
+    if finished is not None:
+        lines.append(_line(finished.time, "test_finish"))
+        if result.schedule_seconds is not None:
+            lines.append(_line(finished.time, f"total_use_time:{result.schedule_seconds:.3f}sec"))
+        if result.images_per_second is not None:
+            lines.append(_line(finished.time, f"avg_ips:{result.images_per_second:.2f}images/sec"))
     return "\n".join(lines) + "\n"
 
 

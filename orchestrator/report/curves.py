@@ -81,23 +81,23 @@ def accuracy_over_time(data: ReportInput) -> Drawing:
     """Box and mask AP over the seed clock."""
     longest = max((e.elapsed_seconds or 0 for t in data.trials for e in t.trial.evaluations), default=0)
     unit, divisor = drawing.time_unit(longest)
-    curves = {}
-    for position, trial in enumerate(data.trials):
-        evaluations = trial.trial.evaluations
-        curves[position, "box"] = _known((e.elapsed_seconds, e.box_ap) for e in evaluations)
-        curves[position, "mask"] = _known((e.mask_elapsed_seconds, e.mask_ap) for e in evaluations)
+    curves = _by_part(data, "elapsed_seconds", "mask_elapsed_seconds")
     curves = {key: [(x / divisor, ap) for x, ap in points] for key, points in curves.items()}
     return _accuracy(data, curves, f"{unit} on the seed clock") or "no evaluation whose time is known"
 
 
 def accuracy_over_iterations(data: ReportInput) -> Drawing:
     """Box and mask AP over iterations."""
-    curves = {}
-    for position, trial in enumerate(data.trials):
-        evaluations = trial.trial.evaluations
-        curves[position, "box"] = _known((e.iteration, e.box_ap) for e in evaluations)
-        curves[position, "mask"] = _known((e.iteration, e.mask_ap) for e in evaluations)
-    return _accuracy(data, curves, "iterations") or "no evaluation"
+    return _accuracy(data, _by_part(data, "iteration", "iteration"), "iterations") or "no evaluation"
+
+
+def _by_part(data: ReportInput, box_x: str, mask_x: str) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    """AP over two fields of the evaluations, by trial's position and part."""
+    return {
+        (position, part): _known((getattr(e, x), getattr(e, f"{part}_ap")) for e in trial.trial.evaluations)
+        for position, trial in enumerate(data.trials)
+        for part, x in (("box", box_x), ("mask", mask_x))
+    }
 
 
 def _known(points: Iterable[tuple[float | None, float | None]]) -> list[tuple[float, float]]:

@@ -25,11 +25,7 @@ RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restar
 
 
 def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Headings and rows of every table that has rows, by its title.
-
-    Args:
-        trials: The trials, whose labels begin their rows.
-    """
+    """Headings and rows of every table that has rows, by its title; the trials' labels begin their rows."""
     wall, evaluations, steps, restarts = [], [], [], []
     coco = FIGURES["evaluations.figures.*"]
     for trial in trials:

@@ -50,6 +50,8 @@ STYLE: Any = {
 }  # fmt: skip
 
 MAX_POINTS = 300
+"""Points of a curve that are drawn."""
+
 MAX_NAMED = 8
 """Series up to which a legend names them all."""
 
@@ -69,12 +71,7 @@ Drawing = Figure | str
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as an inline SVG element that takes its colours from CSS.
-
-    Args:
-        figure: The figure.
-        name: Unique on the page; becomes part of the element's ids, which would clash with other figures' otherwise.
-    """
+    """A figure as an inline SVG element that takes its colours from CSS; `name` makes its ids unique on the page."""
     text = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -90,12 +87,9 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def _themed(style: str) -> str:
-    style = re.sub(r"#[0-9a-f]{6}", lambda color: _variable(color.group()), style)
+    for color, variable in THEME.items():
+        style = style.replace(color, f"var({variable})")
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", style)
-
-
-def _variable(color: str) -> str:
-    return f"var({THEME[color]})" if color in THEME else color
 
 
 def new_axes(height: float = HEIGHT_INCHES) -> tuple[Figure, Axes]:

@@ -44,17 +44,9 @@ def write_mllog(plan: Plan, events: Sequence[Event], result: TrialResult, folder
 
 
 def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:
-    """MLPerf's lines of a trial.
+    """MLPerf's lines of a trial; "" where it never reached its training loop or its log lacks the start of training.
 
-    Args:
-        plan: The trial.
-        events: All its events.
-        result: Its record.
-        division: Division whose rules it is to be checked by; None for closed where data and targets are the closed
-            division's, else open.
-
-    Returns:
-        The lines, or "" where the trial never reached its training loop or its log lacks the start of training.
+    The division whose rules it is to be checked by is closed where data and targets are, else open, unless it is given.
     """
     start, attempts = began(events), loop_runs(events)
     if start is None or not attempts:
@@ -81,15 +73,7 @@ def division_of(plan: Plan) -> Division:
 
 
 def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
-    """What MLPerf's compliance checker finds wrong with a log; empty where it passes.
-
-    Args:
-        text: The log.
-        ruleset: Version of the training rules.
-
-    Returns:
-        One line per finding: the key and the rule, or the rule alone.
-    """
+    """What MLPerf's compliance checker finds wrong with a log: a line per finding, with the key and the rule."""
     from mlperf_logging.compliance_checker import mlp_compliance
 
     checker = mlp_compliance.make_checker("training", ruleset, quiet=True, werror=False)
@@ -103,8 +87,7 @@ def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
             mlp_compliance.main(file.name, f"training_{ruleset}/common.yaml", checker)
     finally:
         logger.setLevel(level)
-    found = [*checker.overwritable.values(), *checker.not_overwritable]
-    return [_rule(message) for message in found]
+    return [_rule(message) for message in (*checker.overwritable.values(), *checker.not_overwritable)]
 
 
 def _rule(message: str) -> str:
@@ -135,6 +118,11 @@ class _Lines:
     def stop(self, key: str, moment: float, metadata: dict[str, Any] | None = None) -> None:
         self._logger.end(key, None, metadata=metadata, time_ms=round(1000 * moment), stack_offset=1)
 
+    def block(self, begin: float, end: float, first_epoch: float, epochs: float) -> None:
+        metadata = {"first_epoch_num": first_epoch, "epoch_count": epochs}
+        self.start("block_start", begin, metadata)
+        self.stop("block_stop", end, metadata)
+
     def text(self) -> str:
         return self._stream.getvalue()
 
@@ -142,14 +130,9 @@ class _Lines:
 def _submission(lines: _Lines, plan: Plan, events: Sequence[Event], moment: float, division: Division) -> None:
     worker = next((e for e in events if isinstance(e, WorkerStarted)), None)
     platform = f"{plan.world_size} x {(worker and worker.device_name) or plan.device or 'unknown'}"
-    for key, value in {
-        "submission_benchmark": "maskrcnn",
-        "submission_division": division,
-        "submission_org": "none (not a submission)",
-        "submission_platform": platform,
-        "submission_status": "research",
-    }.items():
-        lines.point(key, moment, value)
+    values = {"benchmark": "maskrcnn", "division": division, "org": "none (not a submission)", "platform": platform}
+    for key, value in {**values, "status": "research"}.items():
+        lines.point(f"submission_{key}", moment, value)
 
 
 def _hyperparameters(lines: _Lines, plan: Plan, events: Sequence[Event], result: TrialResult, moment: float) -> None:
@@ -187,9 +170,7 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
         eval_start = event.time - (event.seconds or 0.0)
         scored = max(event.box_scored, event.mask_scored or event.box_scored)
         if event.epoch is not None and event.epoch > epoch:  # one that a restart or the end repeats trains no block
-            block = {"first_epoch_num": epoch, "epoch_count": event.epoch - epoch}
-            lines.start("block_start", since, metadata=block)
-            lines.stop("block_stop", eval_start, metadata=block)
+            lines.block(since, eval_start, epoch, event.epoch - epoch)
             epoch = event.epoch
         lines.start("eval_start", eval_start, metadata=at)
         names = {"BBOX": "box_ap", "SEGM": "mask_ap"}
@@ -202,10 +183,7 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
         since = event.time
     ended = next((e.time for e in reversed(events) if isinstance(e, LoopFinished | TrialEnded)), since)
     if not evaluations and result.iterations and result.num_train_images and result.global_batch_size:
-        trained = result.iterations * result.global_batch_size / result.num_train_images
-        block = {"first_epoch_num": 0.0, "epoch_count": trained}
-        lines.start("block_start", since, metadata=block)
-        lines.stop("block_stop", ended, metadata=block)
+        lines.block(since, ended, 0.0, result.iterations * result.global_batch_size / result.num_train_images)
     return ended
 
 

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from orchestrator.experiment.reading import to_yaml
 from orchestrator.figures.catalog import SECTIONS
@@ -42,12 +41,7 @@ NOISE = (
 
 
 def html_page(runs: Sequence[RunFolder], place: Path) -> str:
-    """The report on one run, or on several that are compared with the first.
-
-    Args:
-        runs: The runs.
-        place: Folder the page is written to; links to the definitions are relative to it.
-    """
+    """The report on one run, or on several that are compared with the first, for a file in the folder `place`."""
     names = labels(runs)
     several = len(runs) > 1
     trials = [
@@ -56,10 +50,7 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
         for trial in run.trials
     ]
     data = ReportInput({name if several else "": run.result for name, run in zip(names, runs, strict=True)}, trials)
-    drawn = []
-    for plot in PLOTS:
-        svg, missing = plot.svg(data)
-        drawn.append((plot, Markup(svg), missing))  # noqa: S704 - Matplotlib escapes the text in its SVG
+    drawn = [(plot, *plot.svg(data)) for plot in PLOTS]
     loader = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,

@@ -24,14 +24,8 @@ def plan_table(plans: list[TrialPlan]) -> Table:
         evaluation = str(solver.eval_period) if solver.eval_period else "end" if solver.evaluate_at_end else "none"
         steps = [step for step in solver.steps if step < solver.max_iter]
         table.add_row(
-            escape(plan.name),
-            str(plan.world_size),
-            str(plan.cpus_per_worker),
-            str(solver.global_batch_size),
-            f"{solver.base_lr:g}",
-            str(solver.max_iter),
-            str(solver.warmup_iters),
-            " ".join(map(str, steps)) or "none",
-            evaluation,
-        )
+            escape(plan.name), str(plan.world_size), str(plan.cpus_per_worker), str(solver.global_batch_size),
+            f"{solver.base_lr:g}", str(solver.max_iter), str(solver.warmup_iters),
+            " ".join(map(str, steps)) or "none", evaluation,
+        )  # fmt: skip
     return table

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib
-from matplotlib.figure import Figure as Canvas
+from markupsafe import Markup
 
 from orchestrator.figures.catalog import FIGURES, SECTIONS
 from orchestrator.report import curves, timings
@@ -18,9 +18,7 @@ class Plot:
     """A figure of the report."""
 
     draw: Callable[[ReportInput], Drawing]
-    """Draws it, or gives the reason why there is nothing to draw."""
     title: str
-    """Its heading."""
     reading: str
     """How to read it."""
     key: str
@@ -41,13 +39,13 @@ class Plot:
         """Heading of docs/measurement.md that explains it, as a link has it."""
         return anchor_of(section_of(self.key))
 
-    def svg(self, data: ReportInput) -> tuple[str, str]:
+    def svg(self, data: ReportInput) -> tuple[Markup, str]:
         """The figure as SVG, or "" and the reason why there is none."""
         with matplotlib.rc_context(STYLE):
             drawing = self.draw(data)
-        if isinstance(drawing, Canvas):
-            return to_svg(drawing, self.name.replace("_", "-")), ""
-        return "", drawing
+        if isinstance(drawing, str):
+            return Markup(), drawing
+        return Markup(to_svg(drawing, self.name.replace("_", "-"))), ""  # noqa: S704 - Matplotlib escapes its text
 
 
 PLOTS = (
@@ -67,9 +65,7 @@ PLOTS = (
         timings.wall_clock, "Where the wall clock went", "All seconds of a trial; its sections add up to it.",
         "sections.wall",
     ),
-    Plot(
-        timings.timeline, "Timeline and restarts", "Triangles: the workers were restarted.", "downtime_seconds",
-    ),
+    Plot(timings.timeline, "Timeline and restarts", "Triangles: the workers were restarted.", "downtime_seconds"),
     Plot(
         timings.step_times, "Step times", "Read across: the share of the steps that took at most so long.",
         "step_seconds.p50",
@@ -79,13 +75,9 @@ PLOTS = (
         curves.drift, "Throughput along the run", "Level: steady. Falling: something wears out or heats up.",
         "drift_ratio",
     ),
-    Plot(
-        curves.losses, "Loss", "Total loss, mean over the workers and over each window of steps.", "windows.losses.*",
-    ),
+    Plot(curves.losses, "Loss", "Total loss, mean over the workers and over each window of steps.", "windows.losses.*"),
     Plot(curves.loss_parts, "Loss by part", "The last trial's loss, part by part.", "windows.losses.*"),
-    Plot(
-        curves.learning_rate, "Learning rate", "Warm-up, then the steps of the schedule.", "windows.learning_rate",
-    ),
+    Plot(curves.learning_rate, "Learning rate", "Warm-up, then the steps of the schedule.", "windows.learning_rate"),
 )  # fmt: skip
 
 

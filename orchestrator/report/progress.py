@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable
+from functools import singledispatchmethod
 from typing import Any
 
 from rich.console import Console
@@ -47,12 +47,7 @@ class _Eta(ProgressColumn):
 
 
 class ProgressDisplay:
-    """Shows the events of a run.
-
-    Args:
-        console: Output; a live bar where it is a terminal, else lines.
-        quiet: Only failures are shown.
-    """
+    """Shows the events of a run: with a live bar where the console is a terminal; `quiet` shows only failures."""
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
@@ -63,24 +58,10 @@ class ProgressDisplay:
         self._last_line: float | None = None
         self._loop_started: LoopStarted | None = None
         self._last_ap: dict[str, float | None] = {}
-        self._handlers: dict[type[Event], Callable[[Any], None]] = {
-            TrialStarted: self._trial_started,
-            WorkerStarted: self._worker_started,
-            LoopStarted: self._training_started,
-            StepsDone: self._steps_done,
-            Evaluated: self._evaluated,
-            CheckpointSaved: self._checkpoint_saved,
-            CheckpointFailed: self._checkpoint_failed,
-            WorkerFailed: self._worker_failed,
-            TrialRestarted: self._trial_restarted,
-            TrialEnded: self._trial_ended,
-        }
 
+    @singledispatchmethod
     def __call__(self, event: Event) -> None:
         """Shows one event."""
-        handler = self._handlers.get(type(event))
-        if handler is not None:
-            handler(event)
 
     def stopping(self, grace_seconds: float) -> None:
         """Shows that the run is being stopped, and what happens until it has."""
@@ -96,6 +77,7 @@ class ProgressDisplay:
             self._progress.stop()
             self._progress = None
 
+    @__call__.register
     def _trial_started(self, event: TrialStarted) -> None:
         plan = TrialPlan.from_dict(event.plan)
         self._plan, self._join, self._last_ap = plan, WindowJoin(plan.world_size), {}
@@ -104,28 +86,24 @@ class ProgressDisplay:
         self._print(f"[bold]starting[/] {workers} on {plan.device}, recipe {plan.recipe_name}")
         if self._console.is_terminal and not self._quiet:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.completed}/{task.total}"),
-                _Eta(),
-                TextColumn("{task.fields[rate]}"),
-                TextColumn("{task.fields[loss]}"),
-                TextColumn("{task.fields[ap]}"),
-                console=self._console,
-                transient=True,
-                expand=True,
-            )
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=None),
+                TextColumn("{task.completed}/{task.total}"), _Eta(),
+                *(TextColumn(f"{{task.fields[{name}]}}") for name in ("rate", "loss", "ap")),
+                console=self._console, transient=True, expand=True,
+            )  # fmt: skip
             self._task = self._progress.add_task(
                 plan.name, total=plan.solver.max_iter, rate="starting", loss="", ap="", eta=None
             )
             self._progress.start()
 
+    @__call__.register
     def _worker_started(self, event: WorkerStarted) -> None:
         self._join.expect(event)
         if self._plan and event.rank == 0 and event.world_size not in (None, self._plan.world_size):
             of = self._plan.world_size
             self._print(f"[yellow]continuing with {event.world_size} of {of} workers[/]", always=True)
 
+    @__call__.register
     def _training_started(self, event: LoopStarted) -> None:
         if event.rank != 0:
             return
@@ -138,6 +116,7 @@ class ProgressDisplay:
         )
         self._update(completed=event.iteration)
 
+    @__call__.register
     def _steps_done(self, event: StepsDone) -> None:
         window = self._join.add(event)
         if window is None or self._plan is None:
@@ -158,6 +137,7 @@ class ProgressDisplay:
         seconds_per_iteration = (window.time - start.time) / (window.iteration - start.iteration)
         return seconds_per_iteration * (self._plan.solver.max_iter - window.iteration)
 
+    @__call__.register
     def _evaluated(self, event: Evaluated) -> None:
         if self._plan is None:
             return
@@ -178,21 +158,26 @@ class ProgressDisplay:
         self._print(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({took})")
         self._update(ap=f"AP {number_text(event.figures.get('box_ap'), 1)}")
 
+    @__call__.register
     def _checkpoint_saved(self, event: CheckpointSaved) -> None:
         if not self._progress:
             self._print(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
 
+    @__call__.register
     def _checkpoint_failed(self, event: CheckpointFailed) -> None:
         self._print(f"[red]continuing without a new checkpoint[/]: {escape(event.message)}", always=True)
 
+    @__call__.register
     def _worker_failed(self, event: WorkerFailed) -> None:
         self._print(f"[red]rank {event.rank} failed[/] in {event.section}: {escape(event.message)}", always=True)
         for file in event.image_files if event.failure in ("bad_input", "not_finite") else ():
             self._print(f"  image of its batch: {escape(file)}", always=True)
 
+    @__call__.register
     def _trial_restarted(self, event: TrialRestarted) -> None:
         self._print(f"[yellow]restarting the workers[/] ({event.failure}: {escape(event.message)})", always=True)
 
+    @__call__.register
     def _trial_ended(self, event: TrialEnded) -> None:
         self.close()
         if event.status != "FINISHED":

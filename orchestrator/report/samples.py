@@ -36,7 +36,6 @@ class Sample:
     """One validation image, twice."""
 
     name: str
-    """Its file's name."""
     true: str
     """With the annotated objects, as a data URI."""
     predicted: str
@@ -66,16 +65,10 @@ def sample_pictures(trial: TrialEvents) -> list[Sample]:
         if image["id"] in wanted:
             with Image.open(Path(trial.plan.val.images) / image["file_name"]) as file:
                 photo = file.convert("RGB")
+            objects = true[image["id"]]
             certain = [entry for entry in found[image["id"]] if entry["score"] >= MIN_SCORE]
-            pictures.append(
-                Sample(
-                    name=Path(image["file_name"]).name,
-                    true=_picture(photo, true[image["id"]], names),
-                    predicted=_picture(photo, certain, names),
-                    num_true=len(true[image["id"]]),
-                    num_predicted=len(certain),
-                )
-            )
+            both = _picture(photo, objects, names), _picture(photo, certain, names)
+            pictures.append(Sample(Path(image["file_name"]).name, *both, len(objects), len(certain)))
     return pictures
 
 

@@ -7,52 +7,34 @@ import os
 import select
 import signal
 import sys
+import time
 from pathlib import Path
-
-from tenacity import RetryCallState, Retrying, stop_after_delay, wait_exponential, wait_fixed
 
 from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker
 
 
-class _Driver:
-    """The process that started this one; it closes the pipe to stdin when it ends or has nothing more to track."""
-
-    gone = False
-
-    def wait(self, seconds: float) -> None:
-        """Waits for that many seconds, or until the driver is gone."""
-        self.gone = bool(select.select([sys.stdin], [], [], seconds)[0])
-
-
 def _follow(tracker: Tracker) -> bool:
-    """Tracks a run until its end is tracked, or what there is once the driver is gone.
+    """Tracks a run until its end is tracked, or what there is once its driver is gone: stdin ends with the driver.
 
     Returns:
         Whether the run's end has been tracked.
     """
-
-    def report(state: RetryCallState) -> None:
-        if state.attempt_number == 1 and state.outcome is not None:
-            error = state.outcome.exception()
-            print(f"MLflow at {tracker.place} does not take events; they are tracked later: {error}", flush=True)
-
-    def give_up(_: RetryCallState) -> bool:
-        return False
-
-    driver = _Driver()
-    while_running = Retrying(
-        wait=wait_exponential(multiplier=2 * POLL_INTERVAL_SECONDS, max=RETRY_SECONDS), stop=lambda _: driver.gone,
-        sleep=driver.wait, before_sleep=report, retry_error_callback=give_up,
-    )  # fmt: skip
-    at_the_end = Retrying(
-        wait=wait_fixed(0.1), stop=stop_after_delay(RETRY_SECONDS), before_sleep=report, retry_error_callback=give_up
-    )
-    while not driver.gone:
-        if while_running(tracker.sync):
-            return True
-        if not driver.gone:
-            driver.wait(POLL_INTERVAL_SECONDS)
-    return at_the_end(tracker.sync)
+    failures, driver_gone = 0, None
+    while True:
+        try:
+            if tracker.sync():
+                return True
+            failures = 0
+        except Exception as error:  # noqa: BLE001 - whatever the store or its client raises, it is tried again
+            failures += 1
+            if failures == 1:
+                print(f"MLflow at {tracker.place} does not take events; they are tracked later: {error}", flush=True)
+        if driver_gone is not None:
+            if not failures or time.monotonic() - driver_gone > RETRY_SECONDS:
+                return False
+            time.sleep(0.1)
+        elif select.select([sys.stdin], [], [], min(RETRY_SECONDS, POLL_INTERVAL_SECONDS * 2 ** min(failures, 9)))[0]:
+            driver_gone = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Keeps MLflow at the state of a run's outbox, from a separate process.
 
-Everything tracked is in the run's `events.jsonl`, which is read from the last tracked offset on. So a tracking server
-that is slow, down or back again costs training nothing, and tracking after the fact is the same code from offset 0.
-Importing MLflow and creating a database take seconds of CPU: the process has the lowest priority, and starts with the
-first steps.
+A tracking server that is slow, down or back again costs training nothing, and tracking after the fact is the same code
+from offset 0. Importing MLflow and creating a database take seconds of CPU: the process has the lowest priority, and
+starts with the first steps.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from orchestrator.files import without_credentials, write_atomically
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
@@ -39,12 +38,7 @@ def tracking_uri(configured: str | None) -> str:
 
 
 class Tracker:
-    """Keeps MLflow at the state of a run's outbox.
-
-    Args:
-        run_dir: The run's folder.
-        uri: The tracking store.
-    """
+    """Keeps the MLflow store at an address at the state of a run folder's outbox."""
 
     def __init__(self, run_dir: Path, uri: str) -> None:
         # MLflow's retries would block a call for minutes; the process that follows the outbox retries instead.
@@ -64,12 +58,12 @@ class Tracker:
         if self._process is None and isinstance(event, StepsDone | TrialRestarted | TrialEnded):
             self.start()
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen[str]:
         """Starts the process that follows the outbox."""
         # Not multiprocessing: it brings a helper process that outlives the driver, and a job server that stops a job
         # waits for all of them.
         command = [sys.executable, "-m", "orchestrator.tracking"]
-        process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         assert process.stdin is not None
@@ -77,7 +71,7 @@ class Tracker:
         process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
         process.stdin.flush()
         threading.Thread(target=_log_output, args=[process], daemon=True).start()
-        self._process = process
+        return process
 
     def run_ids(self) -> dict[str, str]:
         """MLflow's run ids so far, by trial; the parent's under ""."""
@@ -85,8 +79,7 @@ class Tracker:
 
     def experiment_id(self) -> str | None:
         """MLflow's id of the experiment; None until it is known."""
-        found = self._read_state()["experiment_id"]
-        return None if found is None else str(found)
+        return cast("str | None", self._read_state()["experiment_id"])
 
     def sync(self) -> bool:
         """Tracks the events of the outbox that are not tracked yet.
@@ -123,15 +116,16 @@ class Tracker:
 
     def finish(self, timeout: float) -> bool:
         """Waits until the end of the run is tracked, at most `timeout` seconds; returns whether it is."""
-        if self._process is None or self._process.poll():  # not started, or killed
-            self.start()
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.close()
+        process = self._process
+        if process is None or process.poll():  # not started, or killed
+            process = self.start()
+        assert process.stdin is not None
+        process.stdin.close()
         try:
-            return self._process.wait(timeout) == 0
+            return process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            process.kill()
+            process.wait()
             return False
 
     def _read_state(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import getpass
 import logging
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,7 @@ MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
 
 
 class MlflowRuns:
-    """Turns events into MLflow calls, each of which may be repeated.
-
-    Args:
-        uri: The tracking store.
-        run_dir: The run's folder.
-        state: MLflow's ids that are known already: `runs` and `experiment_id`, as in `known`.
-    """
+    """Turns events into MLflow calls; `state` has the ids that are known already, as in `known`."""
 
     def __init__(self, uri: str, run_dir: Path, state: dict[str, Any]) -> None:
         # At level INFO they log every step of creating a database. Here, because importing mlflow sets its level.
@@ -64,9 +59,9 @@ class MlflowRuns:
         self._runs: dict[str, str] = state["runs"]
         self._plans: dict[str, Plan] = {}
         self._joins: dict[str, WindowJoin] = {}
-        self._events: dict[str, list[Event]] = {}
+        self._events: dict[str, list[Event]] = defaultdict(list)
         self._seen: set[tuple[str, str, int]] = set()
-        self._metrics: list[tuple[str, Metric]] = []
+        self._metrics: dict[str, list[Metric]] = defaultdict(list)
 
     @property
     def known(self) -> dict[str, Any]:
@@ -96,22 +91,19 @@ class MlflowRuns:
             self._end_trial(event)
         elif isinstance(event, RunEnded):
             self._end_run(event)
-        if len(self._metrics) >= MAX_METRICS:
+        if any(len(points) >= MAX_METRICS for points in self._metrics.values()):
             self.flush()
 
     def flush(self) -> None:
         """Sends the metric points."""
-        by_run: dict[str, list[Metric]] = {}
-        for run_id, metric in self._metrics:
-            by_run.setdefault(run_id, []).append(metric)
-        for run_id, points in by_run.items():
+        for run_id, points in self._metrics.items():
             for start in range(0, len(points), MAX_METRICS):
                 self._client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
         self._metrics.clear()
 
     def _take_in(self, event: Event) -> None:
         """Remembers an event, and adds the metric points that it completes."""
-        self._events.setdefault(event.trial, []).append(event)
+        self._events[event.trial].append(event)
         if isinstance(event, TrialStarted):
             plan = plan_from_dict(event.plan)
             self._plans[event.trial], self._joins[event.trial] = plan, WindowJoin(plan.world_size)
@@ -134,7 +126,7 @@ class MlflowRuns:
             if value is not None and (trial, name, step) not in self._seen:
                 self._seen.add((trial, name, step))
                 if trial in self._runs:
-                    self._metrics.append((self._runs[trial], Metric(name, value, int(when * 1000), step)))
+                    self._metrics[self._runs[trial]].append(Metric(name, value, int(when * 1000), step))
 
     def _start_run(self, event: RunStarted) -> None:
         name, description = event.experiment["name"], event.experiment.get("description", "")

@@ -45,15 +45,7 @@ def dataset_inputs(plan: Plan) -> list[DatasetInput]:
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan, events: Sequence[Event]) -> None:
-    """Logs a trial's last checkpoint as a model with the AP of its iteration; does nothing where there is none.
-
-    Args:
-        client: The store.
-        experiment_id: MLflow's id of the experiment.
-        run_id: MLflow's id of the trial's run.
-        plan: The trial.
-        events: All its events.
-    """
+    """Logs a trial's last checkpoint as a model with the AP of its iteration; does nothing where there is none."""
     saved = [e for e in events if isinstance(e, CheckpointSaved)]
     configs = [e.config_yaml for e in events if isinstance(e, LoopStarted) and e.config_yaml]
     if not saved or not configs or not isinstance(plan, TrialPlan):
@@ -76,17 +68,9 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan,
         client.log_model_artifacts(model.model_id, folder)
     data = _dataset(plan.val) if Path(plan.val.annotations).is_file() else None
     evaluated = [e for e in events if isinstance(e, Evaluated) and e.iteration == last.iteration]
+    val, digest = (data.name, data.digest) if data else (None, None)
     metrics = [
-        Metric(
-            f"coco/{name}",
-            value,
-            int(event.time * 1000),
-            event.iteration,
-            model.model_id,
-            data.name if data else None,
-            data.digest if data else None,
-            run_id,
-        )
+        Metric(f"coco/{name}", value, int(event.time * 1000), event.iteration, model.model_id, val, digest, run_id)
         for event in evaluated[-1:]
         for name, value in event.figures.items()
         if value is not None

@@ -25,11 +25,7 @@ HEADLINE = (
 
 
 def experiment_tags(description: str) -> dict[str, str]:
-    """The experiment's note, and the view of its table of runs: the columns that matter, trials and references.
-
-    Args:
-        description: The experiment's own description.
-    """
+    """The experiment's note, and the view of its table of runs: the columns that matter, trials and references."""
     figures = [FIGURES[key] for key in HEADLINE]
     meanings = "\n".join(f"- `{figure.mlflow}`: {figure.definition}" for figure in figures)
     columns = ["params.`workers`", *(f"metrics.`{figure.mlflow}`" for figure in figures[:5]), "tags.`device_name`"]
@@ -58,14 +54,9 @@ def run_tags(event: RunStarted) -> dict[str, str]:
 def trial_tags(plan: Plan) -> dict[str, str]:
     """Tags that distinguish a trial from others; what a log does not say is left out."""
     tags = {
-        "kind": "trial",
-        "mlflow.note.content": about(plan),
-        "world_size": str(plan.world_size),
-        "recipe": plan.recipe_name,
-        "scaling": plan.scaling,
-        "protocol": plan.protocol,
-        "device": plan.device,
-    }
+        "kind": "trial", "mlflow.note.content": about(plan), "world_size": str(plan.world_size),
+        "recipe": plan.recipe_name, "scaling": plan.scaling, "protocol": plan.protocol, "device": plan.device,
+    }  # fmt: skip
     return {key: value for key, value in tags.items() if value is not None}
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from orchestrator.figures.records import TrialResult
 from orchestrator.replay.messages import ReplayError
-from orchestrator.replay.plan import Targets
 from orchestrator.replay.record import experiment_result, replay
+from orchestrator.replay.trial import Targets
 from tests.builders.logs import MadeLog, whole_run
 
 
