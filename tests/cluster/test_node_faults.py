@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -15,8 +16,16 @@ from orchestrator.experiment.spec import Faults
 from orchestrator.figures.trial import trial_result
 from tests.builders.fault_bench import Bench, Outcome, experiment
 from tests.builders.waiting import wait_for
-from trainers.contract.events import CheckpointSaved, Event, LoopFinished, StepsDone, TrialRestarted, WorkerStarted
-from trainers.faults import VARIABLE, Fault
+from trainers.contract.events import (
+    CheckpointSaved,
+    Event,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
+    TrialRestarted,
+    WorkerStarted,
+)
+from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.cluster
 
@@ -76,18 +85,23 @@ def control(bench_and_nodes: tuple[Bench, Nodes]) -> Outcome:
     return bench_and_nodes[0].run()
 
 
-class At:
-    """Does something once, when training has come to an iteration, with the node that the workers are on."""
+class WhenHeld:
+    """Does something once, when a fault holds rank 0 in a step, with the node of a worker."""
 
-    def __init__(self, iteration: int, action: Any) -> None:
-        self.iteration, self.action, self.node_id, self.done_at = iteration, action, "", 0.0
+    def __init__(self, bench: Bench, action: Callable[[str], None]) -> None:
+        self.bench, self.action, self.node_id, self.done_at = bench, action, "", 0.0
+        self.thread = Thread(target=self._act, daemon=True)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, WorkerStarted) and event.attempt == 0:
             self.node_id = event.node_id
-        if isinstance(event, StepsDone) and event.iteration == self.iteration and not self.done_at:
-            self.done_at = event.time
-            self.action(self.node_id)
+        if isinstance(event, LoopStarted) and not self.thread.is_alive() and not self.done_at:
+            self.thread.start()
+
+    def _act(self) -> None:
+        wait_for(lambda: fired(self.bench.faults_file))
+        self.done_at = time.time()
+        self.action(self.node_id)
 
 
 def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
@@ -101,7 +115,7 @@ def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
         wait_for(lambda: "The driver's command: preempt" in log.read_text())
         bench.faults_file.unlink()  # the worker goes on
 
-    notice = At(6, lambda node_id: Thread(target=announce, args=[node_id], daemon=True).start())
+    notice = WhenHeld(bench, announce)
     outcome = bench.run(Fault("hold", rank=0, iteration=7), policy=Faults(max_failures=0), listeners=[notice])
     assert notice.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     assert [event.failure for event in outcome.of(TrialRestarted)] == ["preempted"]
@@ -119,7 +133,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     monkeypatch.setattr("orchestrator.execution.workers.SMALLER_AFTER_SECONDS", 3.0)
     # One worker fills a node: two nodes are left, and one of them is lost.
     values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
-    loss = At(6, nodes.kill)
+    loss = WhenHeld(bench, nodes.kill)
     outcome = bench.run(Fault("hold", rank=0, iteration=7), values=values, listeners=[loss])
     nodes.add("127.0.0.5")  # the next test loses one too, also where this one fails
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
@@ -135,7 +149,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
 
 def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
     bench, nodes = bench_and_nodes
-    loss = At(6, nodes.kill)
+    loss = WhenHeld(bench, nodes.kill)
     outcome = bench.run(Fault("hold", rank=0, iteration=7), listeners=[loss])
     assert loss.done_at and outcome.ended.status == "FINISHED", outcome.ended.reason
     (restart,) = outcome.of(TrialRestarted)
