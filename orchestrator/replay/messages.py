@@ -44,8 +44,7 @@ class Message:
 def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], list[str]]:
     """Reads detectron2's log.txt, or what it printed; its first line is of that year, None for the newest that fits.
 
-    Returns:
-        Its messages in order, and notes on what could not be read.
+    Returns the messages in order, and notes on what could not be read.
 
     Raises:
         ReplayError: The file cannot be read, or has no line of detectron2's form.

@@ -82,16 +82,9 @@ def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path)
 
 
 def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
-    """Logs the runs to MLflow as reference runs; the same logs again change nothing.
+    """Logs the runs to MLflow as reference runs, the same logs once only; returns the store's address.
 
-    Args:
-        result: Their record, written into `run_dir` already.
-        replayed: The runs.
-        run_dir: Folder for the events that tracking reads.
-        uri: The store; None for the default one.
-
-    Returns:
-        The store's address.
+    `run_dir` has their record, and gets the events that tracking reads; a `uri` of None is the default store.
     """
     from orchestrator.runlog.outbox import FILE_NAME, Outbox
     from orchestrator.tracking.driver import Tracker, tracking_uri

@@ -15,7 +15,7 @@ from orchestrator.figures.catalog import number_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began
-from orchestrator.files import file_sha256
+from orchestrator.files import file_sha256, write_atomically
 from orchestrator.report.table import escape_markdown, table_rows
 from trainers.contract.events import Evaluated, Event, LoopFinished, WorkerStarted
 from trainers.contract.plan import TrialPlan
@@ -27,10 +27,9 @@ SUMMARY_NAME = "ai_rank.md"
 
 def write_airank(plan: Plan, events: Sequence[Event], result: TrialResult, folder: Path) -> list[Path]:
     """Writes the log lines and system_information.json of a trial into its folder and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     log, system = folder / LOG_NAME, folder / SYSTEM_NAME
-    log.write_text(airank_log(plan, events, result), encoding="utf-8")
-    system.write_text(json.dumps(system_information(plan, events, result), indent=2) + "\n", encoding="utf-8")
+    write_atomically(log, airank_log(plan, events, result))
+    write_atomically(system, json.dumps(system_information(plan, events, result), indent=2) + "\n")
     return [log, system]
 
 

@@ -19,6 +19,7 @@ from orchestrator.experiment.detectron_config import evaluate, printed_values
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.sections import began, loop_runs
+from orchestrator.files import write_atomically
 from trainers.contract.events import Evaluated, Event, LoopFinished, LoopStarted, TrialEnded, WorkerStarted
 from trainers.contract.targets import is_met
 
@@ -37,10 +38,8 @@ def write_mllog(plan: Plan, events: Sequence[Event], result: TrialResult, folder
     text = mllog_text(plan, events, result)
     if not text:
         return None
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOG_NAME
-    path.write_text(text, encoding="utf-8")
-    return path
+    write_atomically(folder / LOG_NAME, text)
+    return folder / LOG_NAME
 
 
 def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:

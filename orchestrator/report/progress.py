@@ -121,7 +121,8 @@ class ProgressDisplay:
         window = self._join.add(event)
         if window is None or self._plan is None:
             return
-        eta, rate, loss = self._eta(window), f"{rate_text(window.images_per_second)} images/s", _loss(window)
+        eta, rate, total = self._eta(window), rate_text(window.images_per_second), window.losses.get("total_loss")
+        rate, loss = f"{rate} images/s", f"loss {total:.3f}" if total is not None else ""
         self._update(completed=window.iteration, rate=rate, loss=loss, eta=eta)
         now = time.monotonic()
         if not self._progress and (self._last_line is None or now - self._last_line >= PLAIN_LINE_SECONDS):
@@ -191,8 +192,3 @@ class ProgressDisplay:
         if always or not self._quiet:
             name = f"[dim]{self._plan.name}[/] " if self._plan else ""
             self._console.print(f"{name}{text}", highlight=False, soft_wrap=True)
-
-
-def _loss(window: JointWindow) -> str:
-    total = window.losses.get("total_loss")
-    return f"loss {total:.3f}" if total is not None else ""

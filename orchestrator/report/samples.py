@@ -41,7 +41,6 @@ class Sample:
     predicted: str
     """With the detections, as a data URI."""
     num_true: int
-    """Annotated objects."""
     num_predicted: int
     """Detections shown."""
 

@@ -29,10 +29,9 @@ def write_report(result: ExperimentResult, run_dir: Path) -> list[Path]:
 
 
 def try_report(result: ExperimentResult, run_dir: Path) -> tuple[Path, str]:
-    """Writes the report of a run that has ended; an error in it is reported and does not fail the run.
+    """Writes the report of a run that has ended; an error in it does not fail the run.
 
-    Returns:
-        The report that could be made (report.md where report.html failed), and what went wrong, or "".
+    Returns the report that could be made (report.md where report.html failed), and what went wrong, or "".
     """
     try:
         return write_report(result, run_dir)[0], ""

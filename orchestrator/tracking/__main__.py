@@ -14,11 +14,7 @@ from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, T
 
 
 def _follow(tracker: Tracker) -> bool:
-    """Tracks a run until its end is tracked, or what there is once its driver is gone: stdin ends with the driver.
-
-    Returns:
-        Whether the run's end has been tracked.
-    """
+    """Tracks a run until its end is tracked (True), or what there is once its driver is gone: stdin ends with it."""
     failures, driver_gone = 0, None
     while True:
         try:

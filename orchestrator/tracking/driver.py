@@ -82,10 +82,7 @@ class Tracker:
         return cast("str | None", self._read_state()["experiment_id"])
 
     def sync(self) -> bool:
-        """Tracks the events of the outbox that are not tracked yet.
-
-        Returns:
-            Whether the end of the run has been tracked.
+        """Tracks the events of the outbox that are not tracked yet; returns whether the run's end has been tracked.
 
         Raises:
             MlflowException: The store refused or did not answer; nothing is lost, the next call continues.
