@@ -109,7 +109,8 @@ class _Trial:
         if self.pump.lost:
             message = "the actor that takes the workers' events was lost"
             self.pump.emit(self._failure("communication", DRIVER_RANK, message))
-        self._emit_dead_ranks(group.error)
+        else:
+            self._emit_dead_ranks(group.error)
         cause = root_cause(self._own(WorkerFailed))
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
