@@ -257,6 +257,8 @@ def _printed(trial: _Trial, log: LogReplayed, wall_rate: float | None) -> dict[s
         "wall_images_per_second": wall_rate,
         "throughput_warmup_iters": warmup,
         "checkpoint_seconds": None,
+        # Release 0.1 wrote 0 where a log has no value, and named the figures.
+        **dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields),
     }
 
 
