@@ -40,9 +40,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 TRACKING_TIMEOUT_SECONDS = 90.0
 """Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox.
 
-Shorter than a job's time to stop (cluster/job.yaml). After half a minute of failures, the process that tracks gives up
-by itself; on a busy machine, it may need longer than that.
+After half a minute of failures, the process that tracks gives up by itself; on a busy machine, it may need longer.
 """
+
+CLOSING_SECONDS = 5.0
+"""What is left of a stopped job's time for the closing table."""
 
 
 class Publication:
@@ -102,13 +104,14 @@ class Publication:
         self._result.repeats = repeat_rows(self._result.trials)
         self._write()
 
-    def finish(self, status: Status, emit: Callable[[Event], None], console: Console) -> None:
+    def finish(self, status: Status, emit: Callable[[Event], None], console: Console, seconds_left: float) -> None:
         """Writes results and report, ends tracking, and shows the table and where everything is.
 
         Args:
             status: How the run ended.
             emit: Takes the event that ends the run, once everything that is tracked with it has been written.
             console: Output for people.
+            seconds_left: Until this process is killed; infinite where it is not.
         """
         self._result.status = status
         self._result.ended = _utc(time.time())
@@ -117,7 +120,7 @@ class Publication:
         report, report_failure = try_report(self._result, self._run_dir)
         write_airank_summary(self._result, self._run_dir)
         emit(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
-        tracked = self._tracker.finish(TRACKING_TIMEOUT_SECONDS)
+        tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
         ids = self._tracker.run_ids()
         self._result.mlflow_run_id = ids.get("")

@@ -219,7 +219,7 @@ def _execute(request: Request, plans: list[TrialPlan]) -> int:
     status: Status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
     with ThreadPoolExecutor(1) as background:
         background.submit(_leave_ray)  # waits for Ray's processes to end
-        publication.finish(status, pump.emit, request.console)
+        publication.finish(status, pump.emit, request.console, stop.seconds_left)
     if request.as_json:
         publication.print_json()
     return EXIT_CODES[status]

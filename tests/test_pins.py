@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray.train import ScalingConfig, WorkerGroupError
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator.execution import cluster, ray_internals
+from orchestrator.execution.trial import is_preemption
 from tests.builders.commands import ROOT
 
 
@@ -39,13 +41,29 @@ def test_a_worker_that_died_is_reported_with_the_reason_inside() -> None:
     assert ray_internals.cause_of_death(reason) is None, "the training function raised it"
 
 
+def test_a_worker_whose_node_was_taken_away_did_not_fail() -> None:
+    taken = RayActorError(error_msg="the node was preempted", preempted=True)
+    died = RayActorError(error_msg="the process was killed")
+
+    def group_error(reason: Exception) -> WorkerGroupError:
+        return WorkerGroupError("text", {0: WorkerHealthCheckFailedError("a dump", reason)})
+
+    assert is_preemption(group_error(taken))
+    assert not is_preemption(group_error(died)) and not is_preemption(None)
+
+
 def test_each_worker_can_be_given_its_own_node() -> None:
     assert "label_selector" in inspect.signature(ScalingConfig).parameters
 
 
-@pytest.mark.parametrize(
-    "name", sorted(name for name in cluster.SETTINGS | cluster.LOCAL_SETTINGS | cluster.VISIBLE if "TRAIN" in name)
-)
+def test_workers_may_end_an_evaluation_before_their_node_goes() -> None:
+    assert FailureConfig(preemption_grace_s=60.0).preemption_grace_s == 60.0
+
+
+SETTINGS = (*cluster.SETTINGS, *cluster.LOCAL_SETTINGS, *cluster.VISIBLE, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S")
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if "TRAIN" in name])
 def test_ray_train_still_reads_a_setting(name: str) -> None:
     package = Path(inspect.getfile(ray)).parent / "train"
     assert any(f'"{name}"' in path.read_text(encoding="utf-8") for path in package.rglob("*.py"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -37,6 +38,14 @@ class StopRequest:
         if self._first is None:
             return False
         return self._signals > 1 or time.monotonic() - self._first > self._grace_seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Until a job server kills this process; infinite where nobody does."""
+        limit = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S")
+        if self._first is None or not limit:
+            return math.inf
+        return max(0.0, float(limit) - (time.monotonic() - self._first))
 
     def _on_signal(self) -> None:
         self._signals += 1

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
+from ray.exceptions import RayActorError
 from ray.train import PreemptionError, WorkerGroupError
 
 from orchestrator.execution.event_pump import EventPump
@@ -104,7 +105,7 @@ class _Trial:
         finished = next(reversed(self._own(LoopFinished)), None)
         if finished and finished.reason in ("target", "max_iter"):
             return None, ""
-        if isinstance(group.error, PreemptionError) or (finished and finished.reason == "preempted"):
+        if is_preemption(group.error) or (finished and finished.reason == "preempted"):
             return self._failure(NOT_COUNTED, DRIVER_RANK, "a node is being taken away"), ""
         if self.pump.lost:
             message = "the actor that takes the workers' events was lost"
@@ -121,7 +122,7 @@ class _Trial:
 
     def _watch(self, group: WorkerGroup) -> None:
         """Waits until the workers have ended, and ends them where they have to."""
-        watchdog = Watchdog(self.plan.timeouts, self.plan.world_size, time.time())
+        watchdog: Watchdog | None = None
         stopping = False
         while not group.wait(POLL_INTERVAL_SECONDS):
             if self.stop.requested and not stopping:
@@ -131,8 +132,10 @@ class _Trial:
                     return group.end()
             if self.stop.overdue or self.pump.lost:
                 return group.end()
-            watchdog.world_size = group.plan.world_size  # fewer than planned, where a node did not come back
-            if stuck := watchdog.look(self.pump.heartbeats, self.pump.drained):
+            if watchdog is None and group.started is not None:  # waiting for room has a limit of its own
+                # Fewer workers than planned, where a node did not come back.
+                watchdog = Watchdog(self.plan.timeouts, group.plan.world_size, group.started)
+            if watchdog and (stuck := watchdog.look(self.pump.heartbeats, self.pump.drained)):
                 return self._end_stuck(group, stuck)
         return None
 
@@ -200,6 +203,15 @@ class _Trial:
     def _own(self, kind: type[E]) -> list[E]:
         """Events of this attempt."""
         return [event for event in self._events() if isinstance(event, kind) and event.attempt == self.number]
+
+
+def is_preemption(error: Exception | None) -> bool:
+    """Whether workers ended because their node was taken away, with or without Ray Train having had notice of it."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    deaths = (cause_of_death(failure) for failure in failures)
+    return isinstance(error, PreemptionError) or any(
+        isinstance(death, RayActorError) and death.preempted for death in deaths
+    )
 
 
 def _iterations(events: Sequence[Event]) -> int:

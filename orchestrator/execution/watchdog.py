@@ -45,7 +45,7 @@ class Watchdog:
     """
 
     def __init__(self, timeouts: dict[str, float], world_size: int, started: float) -> None:
-        self._timeouts, self.world_size, self._started = timeouts, world_size, started
+        self._timeouts, self._world_size, self._started = timeouts, world_size, started
         self._suspected: tuple[set[int], float] = (set(), 0.0)
 
     def look(self, samples: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
@@ -72,7 +72,7 @@ class Watchdog:
         if silent:
             return silent
         elapsed = now - self._started
-        absent = [rank for rank in range(self.world_size) if rank not in samples]
+        absent = [rank for rank in range(self._world_size) if rank not in samples]
         if absent and elapsed > self._timeouts["setup"]:
             return [Stuck(rank, f"did not start within {elapsed:.0f} s", None, self._started) for rank in absent]
         if not any(self._is_overdue(sample, now) for sample in running.values()):

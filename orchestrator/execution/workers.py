@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ class WorkerGroup:
     def __init__(self, plan: TrialPlan, attempt: int, telemetry: Any, ray_dir: str) -> None:
         self.plan = plan
         """The trial, with as many workers as there was room for."""
+        self.started: float | None = None
+        """When there was room and Ray Train was called (Unix seconds); None before."""
         self.error: Exception | None = None
         """What ended the workers; None where they returned, or have not yet."""
         self._attempt, self._telemetry, self._ray_dir = attempt, telemetry, ray_dir
@@ -93,7 +96,11 @@ class WorkerGroup:
     def _fit(self) -> None:
         try:
             _free_resources()  # a controller that died leaves its workers their resources
-            if nodes := self._wait_for_nodes():
+            nodes = self._wait_for_nodes()
+            if nodes and not self._ended.is_set():
+                # Somebody else may take the room before the workers do: Ray Train waits for it as long as for a start.
+                os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.plan.timeouts["setup"])
+                self.started = time.time()
                 self._trainer(nodes).fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the workers; the main thread looks for the cause
             self.error = error
@@ -117,7 +124,13 @@ class WorkerGroup:
             run_config=RunConfig(
                 name=f"{plan.name}-attempt{attempt}",
                 storage_path=self._ray_dir,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=0,
+                    max_preemption_failures=0,
+                    # A rank hears of a preemption after the evaluation or checkpoint it is at, if the node lasts.
+                    preemption_grace_s=plan.timeouts["evaluation"] + plan.timeouts["checkpoint"],
+                ),
             ),
         )
 

@@ -158,7 +158,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
 
     Raises:
-        SpecError: Another driver is at work there.
+        SpecError: Another driver is at work there, or the file system has no locks.
     """
     import filelock
 
@@ -171,6 +171,8 @@ def only_driver(run_dir: Path) -> Iterator[None]:
             known = orjson.loads(owner.read_bytes())
             text = f"process {known['pid']} on {known['host']}"
         raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
+    except OSError as error:
+        raise SpecError(f"{run_dir}: it cannot be locked: {error}") from error
     try:
         owner.write_bytes(orjson.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -130,6 +131,15 @@ def test_a_second_driver_is_refused_with_the_process_of_the_first(tmp_path):
     ):
         pass
     with only_driver(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_refused_with_its_reason(tmp_path, monkeypatch):
+    def no_locks(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(SpecError, match=r"cannot be locked: .*No locks available"), only_driver(tmp_path):
         pass
 
 
