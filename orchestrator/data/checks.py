@@ -18,7 +18,8 @@ import msgspec
 
 from orchestrator.data.annotation_file import check_annotations, parse_annotations
 from orchestrator.data.entries import Problem, SplitSummary
-from orchestrator.data.image_files import FoundFile, check_images, list_files
+from orchestrator.data.image_files import check_images
+from orchestrator.data.image_names import FoundFile, list_files
 from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList, sort_findings
@@ -152,8 +153,8 @@ def _show(mapping: dict[int, Any]) -> str:
 
 
 def _cache_entry(split: Split, digest: str, listing: dict[str, FoundFile]) -> Path | None:
-    """The file that a result is cached in; None where a link could change what is checked without a trace."""
-    if len(listing) < CACHED_FROM or any(is_link for _, _, is_link in listing.values()):
+    """The file that a result is cached in; None for a small set."""
+    if len(listing) < CACHED_FROM:
         return None
     names, key = sorted(listing), hashlib.sha256()
     paths = (split.annotations.absolute(), split.images.absolute())

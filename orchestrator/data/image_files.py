@@ -11,12 +11,13 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from orchestrator.data.entries import Problem
+from orchestrator.data.image_names import FoundFile, locate_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,27 +36,8 @@ FLIPPED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored upside down"}
 
 FETCH_AGAIN = "Copy or download the image again, or remove it from the annotation file"
 
-FoundFile = tuple[int, int, bool]
-"""What a folder's listing says of a file: size in bytes, time of change in ns, whether it is a link."""
-
 Task = tuple[int, str, str, int, int]
 """Image id, file name, path, width, height."""
-
-
-def list_files(root: Path) -> dict[str, FoundFile]:
-    """Lists all files below `root` by relative name, linked folders as links. Raises OSError if one is unreadable."""
-    found: dict[str, FoundFile] = {}
-    folders = [(str(root), "")]
-    while folders:
-        folder, prefix = folders.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append((entry.path, f"{prefix}{entry.name}/"))
-                    continue
-                status = entry.stat(follow_symlinks=False)
-                found[prefix + entry.name] = (status.st_size, status.st_mtime_ns, entry.is_symlink())
-    return found
 
 
 def check_images(
@@ -79,60 +61,13 @@ def check_images(
         verify: Decode every image, not only read its head.
         on_progress: Called with the number of files done, and of all.
     """
-    tasks: list[Task] = []
-    missing: list[ImageEntry] = []
-    real_root = os.path.realpath(root)
-    for image in images:
-        name = image.file_name
-        problem = check_name(name)
-        if problem is None and name in listing and not listing[name][2]:
-            tasks.append((image.id, name, f"{root}/{name}", image.width, image.height))
-        elif problem is None:
-            real = os.path.realpath(root / name)
-            if os.path.commonpath([real, real_root]) != real_root:
-                what = f"file_name {name!r} leaves {root} by a link, to {real}"
-                problem = Problem("path_link", what, "Copy the file into the folder; links out of it are not followed")
-            elif Path(real).is_file():
-                tasks.append((image.id, name, real, image.width, image.height))
-            else:
-                missing.append(image)
-        if problem:
-            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.hint)
-    _report_missing(missing, len(images), root, listing, findings)
+    located = locate_images(images, file, root, listing, findings)
+    tasks: list[Task] = [(image.id, image.file_name, path, image.width, image.height) for image, path in located]
     names = {task[0]: task[1] for task in tasks}
     for image_id, problem in _inspect_all(tasks, verify, on_progress):
         level = findings.warning if problem.code == "exif_ambiguous" else findings.error
         level(problem.code, f"{root}/{names[image_id]}", f"image {image_id}", problem.what, problem.hint)
     return len(tasks)
-
-
-def check_name(name: str) -> Problem | None:
-    """Refuses a `file_name` that is not a path inside the image folder: absolute, with `..`, or not a path at all."""
-    hint = "Write it relative to the image folder"
-    if "\0" in name or len(name) > 4000 or any("\ud800" <= character <= "\udfff" for character in name):
-        return Problem("path_invalid", f"file_name {name[:80]!r} cannot be a path", hint)
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
-        return Problem("path_absolute", f"file_name {name!r} is absolute", hint)
-    if ".." in name and ".." in name.replace("\\", "/").split("/"):
-        return Problem("path_parent", f"file_name {name!r} leaves the image folder with '..'", hint)
-    return None
-
-
-def _report_missing(
-    missing: list[ImageEntry], num_images: int, root: Path, listing: dict[str, FoundFile], findings: FindingList
-) -> None:
-    if len(missing) == num_images > 1:
-        content = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
-        what = f"none of the {num_images:,} images is in this folder, {missing[0].file_name!r} for one; {content}"
-        hint = "Name the folder that the file_name entries are relative to"
-        findings.error("image_missing", str(root), "all images", what, hint)
-        return
-    folded = {name.casefold(): name for name in listing} if missing else {}
-    for image in missing:
-        path = f"{root}/{image.file_name}"
-        near = folded.get(image.file_name.casefold())
-        hint = f"Rename {near!r}, which differs in case only" if near else FETCH_AGAIN
-        findings.error("image_missing", path, f"image {image.id}", "the file does not exist", hint)
 
 
 def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress) -> Iterator[tuple[int, Problem]]:

@@ -179,13 +179,14 @@ def test_an_annotation_of_the_wrong_kind_is_named(root: Path, change: dict[str, 
     assert found[0].id in ("annotation 2", "annotation 0", "annotations[1]")
 
 
-def test_a_linked_folder_inside_is_not_followed_out(root: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_is_followed_with_a_warning(root: Path, tmp_path: Path) -> None:
     paths = coco_layout(root)
     (tmp_path / "outside").mkdir()
     shutil.copy(next(paths.train.images.iterdir()), tmp_path / "outside" / "x.jpg")
     (paths.train.images / "more").symlink_to(tmp_path / "outside")
     edit(paths.train.annotations, lambda document: document["images"][0].update(file_name="more/x.jpg"))
-    assert codes(check(root)[1]) == ["path_link"]
+    code, report = check(root)
+    assert code == 0 and [(each["code"], each["level"]) for each in report["findings"]] == [("path_link", "warning")]
 
 
 def test_images_in_subfolders_and_of_other_formats_are_read(root: Path) -> None:
@@ -207,7 +208,7 @@ def test_a_name_that_differs_in_case_is_suggested(root: Path) -> None:
     image = sorted(paths.train.images.iterdir())[0]
     image.rename(image.with_suffix(".JPG"))
     (finding,) = check(root)[1]["findings"]
-    assert finding["code"] == "image_missing" and "differs in case only" in finding["hint"]
+    assert finding["code"] == "image_missing" and "by upper and lower case" in finding["what"]
 
 
 def test_a_mistake_in_the_datasets_folder_is_recognised(root: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.data.image_files import check_name
+from orchestrator.data.image_names import check_name
 
 
 @pytest.mark.parametrize(

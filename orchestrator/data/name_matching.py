@@ -1,0 +1,198 @@
+"""Matches the image names of an annotation file to files whose names differ: by folder, case, extension and more.
+
+Tools write names in ways that no reader finds: Windows' backslashes, macOS's decomposed Unicode, the addresses of a
+labelling server, absolute paths of another machine. Time is linear in the number of names and files.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, unquote
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".heic"),
+    )
+)
+"""Extensions of image files, in lower case."""
+
+MAX_DEPTH = 8
+"""Parts of a path, from its end, that are compared."""
+
+MAX_CANDIDATES = 8
+"""Files with the same end of the path that are compared; more say nothing about which is meant."""
+
+
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Words for the parts of a data set."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameMatch:
+    """The file that an annotation's name means."""
+
+    name: str
+    """The `file_name` of the annotation file."""
+    base: str
+    """Folder that was searched."""
+    folder: str
+    """Folder below it that the rest of the name is relative to; "" for itself, else with a slash at its end."""
+    path: str
+    """The file, relative to `base`."""
+    differences: tuple[str, ...]
+    """In what the name differs from the file's, other than by the folder; empty where the folder alone is wrong."""
+
+
+def match_names(
+    names: Iterable[str], base: str, paths: Iterable[str], *, whole_paths: bool, part: str = ""
+) -> dict[str, NameMatch]:
+    """Finds the files that names mean.
+
+    Args:
+        names: `file_name` entries.
+        base: The folder that `paths` are relative to.
+        paths: Files of any kind, with slashes.
+        whole_paths: Accept for a relative name only a file whose whole path agrees, not one in another folder.
+        part: `train`, `val` or `test`, where the names are those of such a part: decides between equal files.
+
+    Returns:
+        The match of each name that has one.
+    """
+    wanted = {name: _spellings(name) for name in names}
+    if not wanted:
+        return {}
+    depths = {len(parts) for spellings in wanted.values() for parts in spellings}
+    deepest = min(max(depths), MAX_DEPTH)
+    index = _index(paths, deepest)
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, spellings in wanted.items():
+        is_strict = whole_paths and re.match(r"/|\.\./|\.\.\\|[A-Za-z]:[\\/]|\w+://", name) is None
+        for parts in spellings:
+            most = min(len(parts), deepest)
+            if candidates := _look_up(parts, index, most, most if is_strict else 1):
+                found[name] = [each for each in candidates if not is_strict or not each[0]]
+                break
+    votes = Counter(folder for candidates in found.values() for folder, _ in candidates)
+
+    def likelihood(candidate: tuple[str, str], name: str) -> tuple[bool, int, bool, int]:
+        folder, path = candidate
+        is_exact = path.rsplit("/", 1)[-1] == name.rsplit("/", 1)[-1]
+        return is_exact, votes[folder], bool(part) and part_of(folder) == part, -len(path)
+
+    matches = {}
+    for name, candidates in found.items():
+        if candidates:
+            folder, path = max(candidates, key=lambda each, name=name: likelihood(each, name))  # type: ignore[misc]
+            matches[name] = NameMatch(name, base, folder, path, tuple(_differences(name, path.removeprefix(folder))))
+    return matches
+
+
+def part_of(path: str) -> str:
+    """The part of a data set that a file or folder is named for: `train`, `val`, `test`, or "" for none of them."""
+    for name in reversed(path.split("/")):
+        for word in re.findall(r"[a-z]+", name.lower()):
+            if part := PARTS.get(word):
+                return part
+    return ""
+
+
+def _index(paths: Iterable[str], deepest: int) -> dict[str, list[tuple[str, str]]]:
+    """Image files by the end of their path, as (folder in front of that end, whole path), for each depth."""
+    index: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path in paths:
+        parts = path.split("/")
+        dot = parts[-1].rfind(".")
+        if dot < 0 or parts[-1][dot:].lower() not in SUFFIXES:
+            continue
+        for depth in range(1, min(len(parts), deepest) + 1):
+            candidates = index[_key(parts[-depth:])]
+            if len(candidates) < MAX_CANDIDATES:
+                folder = "/".join(parts[:-depth])
+                candidates.append((f"{folder}/" if folder else "", path))
+    return index
+
+
+def _look_up(parts: list[str], index: dict[str, list[tuple[str, str]]], most: int, least: int) -> list[tuple[str, str]]:
+    for depth in range(most, least - 1, -1):
+        if candidates := index.get(_key(parts[-depth:])):
+            return candidates
+    return []
+
+
+def _key(parts: list[str]) -> str:
+    """What names of the same image have in common: without extension, %-encoding, case and Unicode form."""
+    stem, dot, suffix = parts[-1].rpartition(".")
+    last = stem if dot and f".{suffix.lower()}" in SUFFIXES else parts[-1]
+    text = "/".join([*parts[:-1], last])
+    if text.isascii():
+        return (unquote(text) if "%" in text else text).lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(text)).casefold())
+
+
+def _spellings(name: str) -> list[list[str]]:
+    """A name's path in parts, as it is meant: without server, query, drive, `.` and `..`; then less likely ones."""
+    path = name.replace("\\", "/")
+    if "?" in path and (target := parse_qs(path.split("?", 1)[1]).get("d")):
+        path = target[0]  # Label Studio's local files: /data/local-files/?d=folder/name.jpg
+    elif "://" in path:
+        path = path.split("://", 1)[1].split("?")[0].partition("/")[2]
+    elif re.match(r"[A-Za-z]:/", path):
+        path = path[2:]
+    parts = [part for part in path.split("/") if part not in ("", ".", "..")] or [path]
+    others = [
+        re.sub(r"(\.[A-Za-z]{3,4})-?\d+$", r"\1", parts[-1]),  # VIA's key: the name and the size in bytes, or -1
+        re.sub(r"^[0-9a-f]{8}-", "", parts[-1]),  # Label Studio's prefix of an uploaded file
+    ]
+    return [parts, *([*parts[:-1], other] for other in others if other and other != parts[-1])]
+
+
+def _differences(name: str, path: str) -> Iterator[str]:
+    """In what a name differs from the path, relative to the image folder, of the file it means."""
+    if name == path:
+        return
+    if "\\" in name:
+        yield "backslashes"
+    plain = name.replace("\\", "/")
+    if "://" in plain or "?d=" in plain:
+        yield "a server's address"
+    elif plain.startswith(("/", "../")) or re.match(r"[A-Za-z]:/", plain):
+        yield "the path in front"
+    elif plain.count("/") > path.count("/"):
+        yield "a folder in front"
+    last, other = plain.rsplit("/", 1)[-1].split("?d=")[-1], path.rsplit("/", 1)[-1]
+    if last != other:
+        yield from _letter_differences(last, other)
+    elif plain != path and plain.count("/") == path.count("/"):
+        yield from _letter_differences(plain, path)
+
+
+def _letter_differences(name: str, path: str) -> Iterator[str]:
+    if unquote(name) == unquote(path):
+        yield "%-encoding"
+        return
+    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path):
+        form = "NFD, from macOS" if unicodedata.is_normalized("NFD", path) else "NFC"
+        yield f"the Unicode form of accents (the file has {form})"
+        return
+    if name.casefold() == path.casefold():
+        yield "upper and lower case"
+        return
+    stem, other = name.rpartition(".")[0], path.rpartition(".")[0]
+    if stem and stem == other and not name.startswith(path):
+        yield "the extension"
+    elif _key([stem]) == _key([other]) and not name.startswith(path):
+        yield "letters and the extension"
+    else:
+        yield "what a tool added to the name"
