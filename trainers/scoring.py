@@ -1,7 +1,8 @@
-"""COCO scoring of boxes and masks: the twelve figures, by pycocotools or, with equal results, by native code.
+"""COCO scoring of boxes, masks and keypoints, by pycocotools or, with equal results, by native code.
 
 A detection that has a box besides its mask counts with its *box's* area when masks are scored, which changes the small,
-medium and large figures. detectron2 drops the box first; so does this module, with either scorer.
+medium and large figures. detectron2 drops the box first; so does this module, with either scorer. Keypoints count with
+the box's area, as detectron2's do.
 """
 
 from __future__ import annotations
@@ -11,20 +12,31 @@ import functools
 import importlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from trainers.recipes import Scorer
+from trainers.scoring_input import GroundTruth, IouType, ScoringInputError, ground_truth, polygons_rle
 
-IouType = Literal["bbox", "segm"]
+logger = logging.getLogger(__name__)
+
 Detection = Mapping[str, Any]
-"""A detection in COCO's result format: image_id, category_id, bbox (x, y, width, height), score, segmentation (RLE)."""
+"""A detection in COCO's result format: image_id, category_id, score, bbox (x, y, width, height), segmentation (RLE),
+keypoints (x, y, score of each)."""
 
 FIGURES = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar1", "ar10", "ar100", "ars", "arm", "arl")
-"""The order of COCOeval's `stats` (pycocotools/cocoeval.py, `summarize`)."""
+"""The order of COCOeval's `stats` for boxes and masks (pycocotools/cocoeval.py, `summarize`)."""
+
+KEYPOINT_FIGURES = ("ap", "ap50", "ap75", "apm", "apl", "ar", "ar50", "ar75", "arm", "arl")
+"""The same for keypoints, of at most 20 detections per image."""
+
+NUM_EXAMPLES = 10
+"""Objects, about, that a dry scoring takes for detections."""
 
 
 def score(
@@ -32,87 +44,230 @@ def score(
     detections: Sequence[Detection] | str | Path,
     iou_type: IouType,
     scorer: Scorer = "hotcoco",
+    sigmas: Sequence[float] | None = None,
 ) -> dict[str, float | None]:
     """Scores detections against a COCO annotation file over all of its images and categories.
 
-    The annotations are read once per file and cached by its name, size and time. Without any detection the figures are
-    COCO's for a model that finds nothing: 0 wherever there was something to find.
+    The annotations are read once per file and IoU type, as `ground_truth` describes, and cached by the file's name,
+    size and time. Detections of categories that the file does not list are left out, as by pycocotools. Without any
+    detection the figures are COCO's for a model that finds nothing: 0 wherever there was something to find.
 
     Args:
         annotations: The annotation JSON.
-        detections: Detections in COCO's result format, with the data set's own category ids, or the path of a JSON
-            file holding such a list. They are not changed. `counts` of an RLE may be text or bytes.
-        iou_type: `bbox` or `segm`.
-        scorer: `pycocotools` (the reference) or `hotcoco` (native, all cores). Equal to 1e-6.
+        detections: Detections in COCO's result format, with the data set's own ids, or the path of a JSON file
+            holding such a list. They are not changed. `counts` of an RLE may be text or bytes.
+        iou_type: `bbox`, `segm` or `keypoints`.
+        scorer: `pycocotools` (the reference) or `hotcoco` (native, all cores). Equal to 1e-6. If hotcoco fails,
+            pycocotools scores, and a warning is logged.
+        sigmas: Spread of each keypoint for the OKS, detectron2's `TEST.KEYPOINT_OKS_SIGMAS`; none for COCO's 17.
 
     Returns:
-        AP and AR by the names in FIGURES on the 0–100 scale; None where the data has nothing of that kind.
+        AP and AR by the names in FIGURES, or KEYPOINT_FIGURES, on the 0–100 scale; None where the data has nothing of
+        that kind.
 
     Raises:
-        ValueError: A detection names an image that the annotations do not have.
+        OSError: A file cannot be read.
+        ScoringInputError: A ValueError: the annotations cannot be scored, a detection names an image that they do not
+            have, or its keypoints are not as many as theirs or the sigmas.
         KeyError: A detection lacks a field.
     """
     found: Sequence[Detection] = (
         json.loads(Path(detections).read_bytes()) if isinstance(detections, (str, Path)) else detections
     )
-    path = Path(annotations).absolute()
+    return _score(Path(annotations), found, iou_type, scorer, sigmas)[0]
+
+
+def dry_score(
+    annotations: str | Path,
+    iou_types: Collection[IouType],
+    scorer: Scorer = "hotcoco",
+    sigmas: Sequence[float] | None = None,
+) -> list[str]:
+    """Scores a few detections made of a validation file's own objects, to find out early whether it can be scored.
+
+    Args:
+        annotations: The annotation JSON.
+        iou_types: What will be scored.
+        scorer: As for `score`.
+        sigmas: As for `score`.
+
+    Returns:
+        Warnings, each a sentence without a full stop: what objects lack and how they are scored nevertheless, and
+        that pycocotools has to step in for hotcoco.
+
+    Raises:
+        OSError: The file cannot be read.
+        ScoringInputError: A ValueError: the annotations cannot be scored.
+    """
+    warnings: list[str] = []
+    for iou_type in iou_types:
+        warnings += _score(Path(annotations), None, iou_type, scorer, sigmas)[1]
+    return list(dict.fromkeys(warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An annotation file, read by a scorer."""
+
+    coco: Any
+    image_ids: dict[Any, int]
+    category_ids: dict[Any, int]
+    num_keypoints: int
+    examples: list[Detection]
+    """A few of its objects, as detections."""
+    warnings: tuple[str, ...]
+
+
+def _score(
+    annotations: Path,
+    detections: Sequence[Detection] | None,
+    iou_type: IouType,
+    scorer: Scorer,
+    sigmas: Sequence[float] | None,
+) -> tuple[dict[str, float | None], list[str]]:
+    """Figures and warnings; detections None for examples of the annotations' own objects."""
+    try:
+        return _score_with(scorer, annotations, detections, iou_type, sigmas)
+    except (OSError, ScoringInputError):
+        raise
+    except BaseException as error:
+        # hotcoco's native code panics with a BaseException.
+        if scorer == "pycocotools" or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        problem = f"{annotations}: hotcoco cannot score it, pycocotools does, equally but slowly: {error}"
+        logger.warning("%s", problem)
+    figures, warnings = _score_with("pycocotools", annotations, detections, iou_type, sigmas)
+    return figures, [*warnings, problem]
+
+
+def _score_with(
+    scorer: Scorer,
+    annotations: Path,
+    detections: Sequence[Detection] | None,
+    iou_type: IouType,
+    sigmas: Sequence[float] | None,
+) -> tuple[dict[str, float | None], list[str]]:
+    path = annotations.absolute()
     stat = path.stat()
-    truth, known = _ground_truth(str(path), stat.st_size, stat.st_mtime_ns, scorer)
-    if unknown := {detection["image_id"] for detection in found} - known:
-        raise ValueError(f"{path}: detections of images that are not in it: {sorted(unknown)[:5]}")
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
+        truth = _loaded(path, stat.st_size, stat.st_mtime_ns, iou_type, scorer)
+        found = truth.examples if detections is None else detections
+        if unknown := {detection["image_id"] for detection in found} - truth.image_ids.keys():
+            raise ScoringInputError(f"{path}: detections of images that are not in it: {list(unknown)[:5]}")
+        if {detection["category_id"] for detection in found} - truth.category_ids.keys():
+            found = [detection for detection in found if detection["category_id"] in truth.category_ids]
         evaluation = _SCORERS[scorer](truth, found, iou_type)
+        if iou_type == "keypoints":
+            _set_sigmas(evaluation, sigmas, found, truth.num_keypoints, path)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = zip(FIGURES, evaluation.stats, strict=True)
-    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}
+    figures = zip(KEYPOINT_FIGURES if iou_type == "keypoints" else FIGURES, evaluation.stats, strict=True)
+    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}, list(truth.warnings)
 
 
-@functools.lru_cache(maxsize=2)
-def _ground_truth(path: str, size: int, mtime_ns: int, scorer: Scorer) -> tuple[Any, frozenset[int]]:  # noqa: ARG001
-    """A scorer's object of the annotations, and the images' ids; size and time are in the key of the cache alone."""
-    package = importlib.import_module("hotcoco" if scorer == "hotcoco" else "pycocotools.coco")
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = package.COCO(path)
-    return truth, frozenset(truth.getImgIds())
+@functools.lru_cache(maxsize=3)
+def _loaded(path: Path, size: int, mtime_ns: int, iou_type: IouType, scorer: Scorer) -> _Loaded:  # noqa: ARG001
+    """The annotations; size and time are in the key of the cache alone."""
+    truth = ground_truth(path, iou_type)
+    annotations = truth.document["annotations"]
+    num_keypoints = len(annotations[0]["keypoints"]) // 3 if iou_type == "keypoints" and annotations else 0
+    examples = _examples(truth)
+    if scorer == "hotcoco":
+        coco = importlib.import_module("hotcoco").COCO(truth.document)
+    else:
+        coco = _pycocotools_coco(truth.document)
+    return _Loaded(coco, truth.image_ids, truth.category_ids, num_keypoints, examples, truth.warnings)
 
 
-def _with_pycocotools(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> Any:
+def _examples(truth: GroundTruth) -> list[Detection]:
+    """Detections of some of the objects, spread over the file."""
+    annotations = truth.document["annotations"]
+    image_ids = {number: image_id for image_id, number in truth.image_ids.items()}
+    category_ids = {number: category_id for category_id, number in truth.category_ids.items()}
+    examples: list[Detection] = []
+    for annotation in annotations[:: max(1, len(annotations) // NUM_EXAMPLES)]:
+        example = {key: annotation[key] for key in ("bbox", "keypoints", "segmentation") if key in annotation}
+        if isinstance(mask := example.get("segmentation"), list):
+            image = truth.document["images"][annotation["image_id"] - 1]
+            example["segmentation"] = polygons_rle(mask, image["height"], image["width"])
+        ids = {
+            "image_id": image_ids[annotation["image_id"]],
+            "category_id": category_ids[annotation["category_id"]],
+        }
+        examples.append({**ids, "score": 0.5, **example})
+    return examples
+
+
+def _set_sigmas(
+    evaluation: Any, sigmas: Sequence[float] | None, found: Sequence[Detection], num_keypoints: int, path: Path
+) -> None:
+    if sigmas:
+        # hotcoco takes a list, pycocotools computes with an array.
+        evaluation.params.kpt_oks_sigmas = np.array(sigmas)
+    numbers = {len(evaluation.params.kpt_oks_sigmas), *(len(detection["keypoints"]) // 3 for detection in found)}
+    if num_keypoints:
+        numbers.add(num_keypoints)
+    if len(numbers) > 1:
+        raise ScoringInputError(
+            f"{path}: objects have {num_keypoints} keypoints, detections and OKS sigmas {sorted(numbers)}: "
+            "TEST.KEYPOINT_OKS_SIGMAS needs one sigma for each keypoint"
+        )
+
+
+def _pycocotools_coco(document: dict[str, Any]) -> Any:
     from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = document
+    coco.createIndex()
+    return coco
+
+
+def _with_pycocotools(truth: _Loaded, detections: Sequence[Detection], iou_type: IouType) -> Any:
     from pycocotools.cocoeval import COCOeval
 
     # loadRes writes into the dicts it is given, and takes a box's area before a mask's.
-    unused = "bbox" if iou_type == "segm" else "segmentation"
-    copies = [{key: value for key, value in detection.items() if key != unused} for detection in detections]
-    if copies:
-        found = truth.loadRes(copies)
-    else:  # loadRes looks at the first detection
-        found = COCO()
-        found.dataset = {**truth.dataset, "annotations": []}
-        found.createIndex()
-    return COCOeval(truth, found, iou_type)
+    keys = ("score", "segmentation") if iou_type == "segm" else ("score", "bbox", "keypoints")
+    copies = [
+        {
+            "image_id": truth.image_ids[detection["image_id"]],
+            "category_id": truth.category_ids[detection["category_id"]],
+            **{key: detection[key] for key in keys if key in detection},
+        }
+        for detection in detections
+    ]
+    # loadRes looks at the first detection
+    found = truth.coco.loadRes(copies) if copies else _pycocotools_coco({**truth.coco.dataset, "annotations": []})
+    return COCOeval(truth.coco, found, iou_type)
 
 
-def _with_hotcoco(truth: Any, detections: Sequence[Detection], iou_type: IouType) -> Any:
+def _with_hotcoco(truth: _Loaded, detections: Sequence[Detection], iou_type: IouType) -> Any:
     from hotcoco import COCOeval
     from hotcoco.mask import area
 
     # Columns instead of a list of dicts: reading 100,000 dicts field by field takes longer than scoring them.
-    rows = np.empty((len(detections), 7), dtype=np.float64)
+    rows = np.zeros((len(detections), 7), dtype=np.float64)
     if detections:
-        rows[:, 0] = [detection["image_id"] for detection in detections]
-        rows[:, 1:5] = [detection["bbox"] for detection in detections]
+        rows[:, 0] = [truth.image_ids[detection["image_id"]] for detection in detections]
         rows[:, 5] = [detection["score"] for detection in detections]
-        rows[:, 6] = [detection["category_id"] for detection in detections]
+        rows[:, 6] = [truth.category_ids[detection["category_id"]] for detection in detections]
+        if iou_type != "segm":
+            rows[:, 1:5] = [detection["bbox"] for detection in detections]
     if iou_type == "bbox":
-        return COCOeval(truth, truth.load_res(rows), iou_type)
+        return COCOeval(truth.coco, truth.coco.load_res(rows), iou_type)
+    # load_res numbers detections from 1 in their order.
+    ids = np.arange(1, len(detections) + 1)
+    if iou_type == "keypoints":
+        found = truth.coco.load_res(rows)
+        if detections:
+            found.update_anns([{"id": n, "keypoints": d["keypoints"]} for n, d in enumerate(detections, start=1)])
+        return COCOeval(truth.coco, found, iou_type)
     rles = [detection["segmentation"] for detection in detections]
-    found = truth.load_res(rows, segmentation=rles)
+    found = truth.coco.load_res(rows, segmentation=rles)
     if rles:
-        # load_res numbers detections from 1 in their order and gives them their boxes' areas.
-        found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
-    return COCOeval(truth, found, iou_type)
+        found.update_anns(ids=ids, area=np.asarray(area(rles), dtype=np.float64))  # load_res takes those of the boxes
+    return COCOeval(truth.coco, found, iou_type)
 
 
 _SCORERS = {"pycocotools": _with_pycocotools, "hotcoco": _with_hotcoco}

@@ -1,0 +1,214 @@
+"""What COCO scoring reads of an annotation file, and nothing else, as one document for either scorer.
+
+A file's other fields (`info`, dates, urls, `supercategory`, …) never reach a scorer, so their values cannot matter.
+Ids are renumbered from 1 in their order: pycocotools takes annotation id 0 for "no match" and the last of two
+annotations of one id for both, and hotcoco reads no negative id.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+IouType = Literal["bbox", "segm", "keypoints"]
+Entry = dict[str, Any]
+
+NO_MASK = "have no usable mask and are left out of mask AP"
+MIN_POLYGON_NUMBERS = 6
+"""Three points, as in detectron2's loader; pycocotools fails on an object that begins with fewer."""
+MAX_COORDINATE = 1e6
+"""Pixels: pycocotools walks along every edge of a polygon, and one of 1e9 or NaN pixels takes all memory."""
+
+
+class ScoringInputError(ValueError):
+    """Annotations or detections that no scorer can score."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroundTruth:
+    """An annotation file as the scorers get it."""
+
+    document: dict[str, list[Entry]]
+    """COCO's lists `images`, `annotations` and `categories` with the fields that scoring needs, and ids from 1."""
+    image_ids: dict[Any, int]
+    """The document's id of each image of the file."""
+    category_ids: dict[Any, int]
+    """The same of each category."""
+    warnings: tuple[str, ...]
+    """What the file lacks and how it is scored."""
+
+
+def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
+    """Reads an annotation file for scoring.
+
+    Like pycocotools, it leaves out annotations of images or categories that the file does not list, and takes the last
+    of two images or categories of one id. Beyond what pycocotools reads, a missing `iscrowd` is 0, as in detectron2's
+    loader; a missing `area` is the mask's or else the box's, as in detectron2's `convert_to_coco_json`; a missing
+    `num_keypoints` is counted, and an object without `keypoints` has none that is labelled; polygons of fewer than
+    three points are left out of mask scoring, and so are objects without a mask.
+
+    Args:
+        path: The annotation JSON.
+        iou_type: What is scored; fields that only another type needs are not looked at, unless `area` is missing.
+
+    Raises:
+        OSError: The file cannot be read.
+        ScoringInputError: It is not in COCO's format, an object has no box, or no object has a mask or keypoints.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ScoringInputError(f"{path}: not JSON: {error}") from error
+    images, categories = _by_id(content, "images", path), _by_id(content, "categories", path)
+    image_ids, category_ids = _numbered(images), _numbered(categories)
+    annotations: list[Entry] = []
+    filled: Counter[str] = Counter()
+    for index, entry in enumerate(_entries(content, "annotations", path)):
+        try:
+            image_id, category_id = entry["image_id"], entry["category_id"]
+            if image_id in image_ids and category_id in category_ids:
+                known = {"image_id": image_ids[image_id], "category_id": category_ids[category_id]}
+                fields = _fields(entry, images[image_id], iou_type, filled)
+                if fields is not None:
+                    annotations.append({"id": len(annotations) + 1, **known, **fields})
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ScoringInputError(f"{path}: annotations[{index}] cannot be scored: {reason}") from error
+    if filled[NO_MASK] and not annotations:
+        raise ScoringInputError(f"{path}: no object has a mask (segmentation)")
+    if iou_type == "keypoints" and annotations:
+        _complete_keypoints(annotations, path)
+    document = {
+        "images": [{"id": number, **_size(images[key], iou_type, path)} for key, number in image_ids.items()],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": str(number)} for number in category_ids.values()],
+    }
+    warnings = tuple(f"{path}: {count:,} of {len(annotations):,} objects {what}" for what, count in filled.items())
+    return GroundTruth(document, image_ids, category_ids, warnings)
+
+
+def _entries(content: Any, key: str, path: Path) -> list[Any]:
+    entries = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ScoringInputError(f"{path}: holds no list {key!r}")
+    return entries
+
+
+def _by_id(content: Any, key: str, path: Path) -> dict[Any, Entry]:
+    try:
+        return {entry["id"]: entry for entry in _entries(content, key, path)}
+    except (KeyError, TypeError) as error:
+        raise ScoringInputError(f"{path}: an entry of {key!r} has no usable id") from error
+
+
+def _numbered(entries: dict[Any, Entry]) -> dict[Any, int]:
+    """Numbers from 1 in the order of the ids, which decides between detections of equal score."""
+    try:
+        return {key: number for number, key in enumerate(sorted(entries), start=1)}
+    except TypeError:  # texts and numbers, which pycocotools cannot sort
+        return {key: number for number, key in enumerate(entries, start=1)}
+
+
+def _size(image: Entry, iou_type: IouType, path: Path) -> Entry:
+    """What masks need of an image."""
+    if iou_type != "segm":
+        return {}
+    size = {key: _number(image.get(key)) for key in ("height", "width")}
+    if None in size.values():
+        raise ScoringInputError(f"{path}: image {image['id']!r} has no height and width, which its masks need")
+    return {key: int(value or 0) for key, value in size.items()}
+
+
+def _fields(entry: Entry, image: Entry, iou_type: IouType, filled: Counter[str]) -> Entry | None:
+    """The fields of an annotation that scoring needs, None if it has no mask; counts in `filled` what it lacks."""
+    values: Entry = {"iscrowd": int(bool(_number(entry.get("iscrowd"))))}
+    if entry.get("iscrowd") is None:
+        filled["have no iscrowd and count as single objects"] += 1
+    if iou_type == "segm":
+        values["segmentation"] = _mask(entry.get("segmentation"))
+        if values["segmentation"] is None:
+            filled[NO_MASK] += 1
+            return None
+    else:
+        values["bbox"] = _box(entry)
+    if iou_type == "keypoints":
+        values["keypoints"] = keypoints = [float(value) for value in entry.get("keypoints") or ()]
+        labelled = _number(entry.get("num_keypoints"))
+        values["num_keypoints"] = sum(value > 0 for value in keypoints[2::3]) if labelled is None else int(labelled)
+    area = _number(entry.get("area"))
+    if area is None:
+        filled["have no area and count with that of their mask or box, for the sizes"] += 1
+        area = _measured_area(entry, image)
+    values["area"] = area
+    return values
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; None for what is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _box(entry: Entry) -> list[float]:
+    box = [float(value) for value in entry["bbox"]]
+    if len(box) != 4:
+        raise ValueError(f"its bbox has {len(box)} numbers, not 4")
+    return box
+
+
+def _mask(segmentation: Any) -> list[list[float]] | Entry | None:
+    """Usable polygons, or compressed RLE; None where there is neither."""
+    try:
+        if isinstance(segmentation, dict):
+            size, counts = [int(length) for length in segmentation["size"]], segmentation["counts"]
+            if isinstance(counts, list):
+                if sum(counts) != size[0] * size[1]:
+                    return None
+                counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
+            return {"size": size, "counts": counts} if isinstance(counts, str) else None
+        return [polygon for part in segmentation if (polygon := _polygon(part))] or None
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def _polygon(part: Any) -> list[float] | None:
+    numbers = np.asarray(part, dtype=np.float64)[: len(part) // 2 * 2]
+    usable = numbers.ndim == 1 and len(numbers) >= MIN_POLYGON_NUMBERS and np.abs(numbers).max() < MAX_COORDINATE
+    return numbers.tolist() if usable else None
+
+
+def polygons_rle(polygons: list[list[float]], height: int, width: int) -> Entry:
+    """The mask of an object of one or several polygons; counts are bytes."""
+    rle: Entry = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return rle
+
+
+def _measured_area(entry: Entry, image: Entry) -> float:
+    mask = _mask(entry.get("segmentation"))
+    if isinstance(mask, list):
+        height, width = _number(image.get("height")), _number(image.get("width"))
+        mask = polygons_rle(mask, int(height), int(width)) if height and width else None
+    if mask is not None:
+        return float(coco_mask.area(mask))
+    _, _, width, height = _box(entry)
+    return width * height
+
+
+def _complete_keypoints(annotations: list[Entry], path: Path) -> None:
+    """Gives objects without keypoints as many as the others have, none of them labelled."""
+    lengths = {len(annotation["keypoints"]) for annotation in annotations} - {0}
+    if len(lengths) != 1 or (length := lengths.pop()) % 3:
+        raise ScoringInputError(f"{path}: objects have no keypoints, or of differing number: {sorted(lengths)}")
+    for annotation in annotations:
+        if not annotation["keypoints"]:
+            annotation |= {"keypoints": [0.0] * length, "num_keypoints": 0}
