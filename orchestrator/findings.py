@@ -5,8 +5,9 @@ Names inside a finding come from untrusted files: they are made printable, for t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 Level = Literal["error", "warning"]
 
-MAX_LISTED = 20
-"""Findings of one code in one file that are listed; the rest are counted in one more."""
+MAX_EXAMPLES = 3
+"""Entries of a file that are named where many have the same finding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,54 +36,84 @@ class Finding:
     what: str
     """What is wrong, with the value that was found."""
     hint: str
-    """How to fix it."""
+    """How to fix it: a sentence without a full stop, or a question with its mark."""
+    count: int = 1
+    """Entries of the file that have it; the others say what the first is like."""
 
     def to_line(self) -> str:
         """The finding in one line, for logs."""
         place = ": ".join(part for part in (self.file, self.id) if part)
-        return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.hint}."
+        end = "" if self.hint.endswith(("?", "!", ".")) else "."
+        return f"{self.level} [{self.code}] {place}{': ' if place else ''}{self.what}. {self.hint}{end}"
+
+
+@dataclass(slots=True)
+class _Group:
+    """Findings that differ in the entry they are about, no more."""
+
+    first: Finding
+    count: int = 1
+    others: list[str] = field(default_factory=list)
+    """Places of the next few."""
 
 
 class FindingList:
-    """Collects the findings of one check; of many of one code in one file, the first are listed, the rest counted."""
+    """Collects the findings of one check; one that many entries of a file have is one, with a count and examples."""
 
     def __init__(self) -> None:
-        self._listed: list[Finding] = []
-        self._seen: Counter[tuple[str, str]] = Counter()
-        self._last: dict[tuple[str, str], Finding] = {}
+        self._groups: dict[tuple[str, ...], _Group] = {}
 
-    def error(self, code: str, file: str, id: str, what: str, hint: str) -> None:
-        """Adds an error."""
-        self.add(Finding("error", code, file, id, what, hint))
+    def error(self, code: str, file: str, id: str, what: str, hint: str, *, group: str = "") -> None:
+        """Adds an error; see `add`."""
+        self.add(Finding("error", code, file, id, what, hint), group)
 
-    def warning(self, code: str, file: str, id: str, what: str, hint: str) -> None:
-        """Adds a warning."""
-        self.add(Finding("warning", code, file, id, what, hint))
+    def warning(self, code: str, file: str, id: str, what: str, hint: str, *, group: str = "") -> None:
+        """Adds a warning; see `add`."""
+        self.add(Finding("warning", code, file, id, what, hint), group)
 
-    def add(self, finding: Finding) -> None:
-        """Adds a finding after making its text printable."""
-        # A tree of folders has several lines; names from a data set are quoted, so that theirs are escaped already.
-        what, hint = ("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.hint))
-        finding = Finding(finding.level, finding.code, printable(finding.file), printable(finding.id), what, hint)
-        key = (finding.file, finding.code)
-        self._seen[key] += 1
-        if self._seen[key] <= MAX_LISTED:
-            self._listed.append(finding)
-        else:
-            self._last[key] = finding
+    def add(self, finding: Finding, group: str = "") -> None:
+        """Adds a finding, after making its text printable.
+
+        Findings of one level and code in one file, whose ids differ in a number only, become one: the first, and a
+        count. `group` stands in for the file where the entries are files themselves, such as their folder.
+        """
+        kind = re.sub(r"[0-9]+", "", finding.id)
+        key = (finding.level, finding.code, group or finding.file, kind)
+        known = self._groups.get(key)
+        if known is None:
+            self._groups[key] = _Group(_printable_finding(finding))
+            return
+        known.count += 1
+        if known.count <= MAX_EXAMPLES:
+            known.others.append(printable(finding.id))
 
     def to_list(self) -> list[Finding]:
         """All findings, errors first, otherwise in the order they were added."""
-        more = [
-            replace(last, id="", what=f"and {self._seen[key] - MAX_LISTED:,} more like this")
-            for key, last in self._last.items()
-        ]
-        return sort_findings([*self._listed, *more])
+        return sort_findings(map(_in_one, self._groups.values()))
+
+
+def _printable_finding(finding: Finding) -> Finding:
+    # A tree of folders has several lines; names from a data set are quoted, so that theirs are escaped already.
+    what, hint = ("\n".join(map(printable, text.split("\n"))) for text in (finding.what, finding.hint))
+    return replace(finding, file=printable(finding.file), id=printable(finding.id), what=what, hint=hint)
+
+
+def _in_one(group: _Group) -> Finding:
+    if group.count == 1:
+        return group.first
+    rest = ", ".join(group.others) + (" …" if group.count > MAX_EXAMPLES else "")
+    what = f"{group.first.what}; and {group.count - 1:,} more like this: {rest}"
+    return replace(group.first, what=what, count=group.count)
 
 
 def sort_findings(findings: Iterable[Finding]) -> list[Finding]:
     """Puts errors before warnings, otherwise in the same order; what was found twice is listed once."""
     return sorted(dict.fromkeys(findings), key=lambda finding: finding.level != "error")
+
+
+def as_errors(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings with every warning raised to an error."""
+    return [replace(finding, level="error") for finding in findings]
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
@@ -91,7 +122,7 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 
 
 def to_json(findings: Sequence[Finding], **more: Any) -> str:
-    """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, file, id, what, hint}], **more}`."""
+    """Writes `{"ok": …, "errors": n, "warnings": n, "findings": [{level, code, …, count}], **more}`."""
     import orjson
 
     errors = sum(finding.level == "error" for finding in findings)
