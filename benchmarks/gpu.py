@@ -21,6 +21,7 @@ from benchmarks.training import r50, recipe_row
 from trainers import loading, mask_rcnn
 from trainers.contract.plan import TrialPlan
 from trainers.speedups.apply import process_settings
+from trainers.training_order import training_epoch
 
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
 """Dense 16-bit peak of tensor cores by a word of the device's name (NVIDIA's data sheets; SXM where there are two)."""
@@ -46,7 +47,8 @@ def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
     cfg = mask_rcnn.build_config(plan)
     mask_rcnn.register(plan.train)
     images = loading.training_images(cfg, plan, loading.training_records(cfg, plan))
-    batch = next(iter(loading.training_loader(cfg, plan, images, rank=0, skip=0, num_processes=0)))
+    epoch = training_epoch(cfg, images.records, plan.seed)
+    batch = next(iter(loading.training_loader(cfg, plan, images, epoch, rank=0, skip=0, num_processes=0)))
     model = mask_rcnn.build_detector(cfg, plan)
 
     def step() -> None:

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_context
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
@@ -46,7 +47,7 @@ class Evaluator:
     """This worker's share of the validation images, and the scoring of all shares."""
 
     def __init__(self, cfg: CfgNode, plan: TrialPlan) -> None:
-        self._plan = plan
+        self._cfg, self._plan = cfg, plan
         self._with_masks: bool = cfg.MODEL.MASK_ON
         records = evaluation_records(cfg, plan)
         self.num_images = len(records)
@@ -66,6 +67,8 @@ class Evaluator:
             The scores on rank 0; on other ranks the same without figures.
         """
         started = time.perf_counter()
+        if self._cfg.TEST.AUG.ENABLED:
+            model = GeneralizedRCNNWithTTA(self._cfg, model)
         detections: list[dict[str, Any]] = []
         with inference_context(model):
             for batch in self._loader:

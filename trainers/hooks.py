@@ -96,7 +96,8 @@ class EvaluationHook:
 
     With `overlapped_evaluation`, rank 0 copies the weights to another process and trains on; the scores come later, and
     `rate` is called with their iteration and box AP. The last evaluation is made by all ranks in any case, since there
-    is nothing left to train meanwhile.
+    is nothing left to train meanwhile. `num_train_images` are those of an epoch; `prepare` is called with the iteration
+    before the model is evaluated.
     """
 
     every_window = False
@@ -108,9 +109,10 @@ class EvaluationHook:
         num_train_images: int,
         send: Send,
         rate: Callable[[int, float], None],
+        prepare: Callable[[int], None] | None = None,
     ) -> None:
         self.plan, self.evaluator, self.num_train_images = plan, evaluator, num_train_images
-        self.send, self.rate = send, rate
+        self.send, self.rate, self.prepare = send, rate, prepare
         self.last_scores: Scores | None = None
         """Scores of the last evaluation (rank 0), that of `last_iteration`."""
         self.last_iteration = 0
@@ -137,6 +139,9 @@ class EvaluationHook:
             return
         loop.activity.enter("evaluation")
         started = time.perf_counter()
+        if self.prepare:
+            self.prepare(loop.iteration)
+        prepared = time.perf_counter() - started
         share_buffers(loop.model, self.plan.world_size)
         if self.plan.recipe.overlapped_evaluation and not last:
             self._begun = loop.iteration
@@ -145,8 +150,9 @@ class EvaluationHook:
             self._stall_seconds = time.perf_counter() - started
             return
         scores = self.evaluator.run(unwrapped(loop.model))
+        parts = ({"precise_bn": prepared} if self.prepare else {}) | scores.part_seconds
         if loop.rank == 0:
-            self._emit(loop.iteration, scores, time.time(), time.perf_counter() - started, scores.part_seconds)
+            self._emit(loop.iteration, scores, time.time(), time.perf_counter() - started, parts)
         self._stop_all_at_target(loop)
 
     def pending(self, iteration: int) -> bool:

@@ -1,14 +1,11 @@
-"""Training and evaluation data: the order of the images, and the loaders that read them.
+"""Training and evaluation data: the images, and the loaders that read them in their order.
 
-The training order is decided on indices, before anything is read: the same images in the same batches as detectron2's
-`TrainingSampler` with `AspectRatioGroupedDataset` gives for the seed, but a resumed run skips to its place at no cost,
-and every random choice of an image's augmentation is a function of the seed and its place in the order. So a run that
-was killed sees each image exactly as an undisturbed one does, whatever the number of loader processes.
+Every random choice of an image's augmentation is a function of the seed and its place in the training order. So a run
+that was killed sees each image exactly as an undisturbed one does, whatever the number of loader processes.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,21 +17,19 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
 from trainers.speedups.fast_mapper import FastMapper
 from trainers.speedups.mask_targets import pack
+from trainers.training_order import Epoch, Place, TrainingOrder
 
 Record = dict[str, Any]
 """One image in detectron2's dataset format."""
 
 Mapper = Callable[[Record], Record | None]
 """detectron2's DatasetMapper, or one with its interface: from a record to the model's input."""
-
-Place = tuple[int, int]
-"""Position in the training order over all workers, and index of the image."""
 
 
 class BadInputError(ValueError):
@@ -54,43 +49,6 @@ class BadInputError(ValueError):
         """The image; empty where the message names none."""
         named = re.search(r'image ("(?:[^"\\]|\\.)*"):', str(self))
         return str(json.loads(named[1])) if named else ""
-
-
-class TrainingOrder(Sampler[list[Place]]):
-    """The endless sequence of one worker's batches.
-
-    Args:
-        wide: For each image, whether it is wider than high; a batch holds only one of the two kinds.
-        batch_size: Images per batch on this worker.
-        seed: Seed of the shuffles, the same on all workers.
-        rank: This worker.
-        world_size: Number of workers.
-        skip: Batches that were trained on already.
-    """
-
-    def __init__(
-        self, wide: Sequence[bool], batch_size: int, seed: int, rank: int, world_size: int, skip: int = 0
-    ) -> None:
-        self.wide, self.batch_size, self.seed = wide, batch_size, seed
-        self.rank, self.world_size, self.skip = rank, world_size, skip
-
-    def __iter__(self) -> Iterator[list[Place]]:
-        return itertools.islice(self._batches(), self.skip, None)
-
-    def _batches(self) -> Iterator[list[Place]]:
-        buckets: tuple[list[Place], list[Place]] = ([], [])
-        for place in itertools.islice(enumerate(self._indices()), self.rank, None, self.world_size):
-            bucket = buckets[self.wide[place[1]]]
-            bucket.append(place)
-            if len(bucket) == self.batch_size:
-                yield bucket.copy()
-                bucket.clear()
-
-    def _indices(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(self.seed)
-        while True:
-            yield from torch.randperm(len(self.wide), generator=generator).tolist()
 
 
 def augmentation_seed(seed: int, position: int) -> NDArray[np.uint32]:
@@ -130,6 +88,8 @@ class EvaluationImages(Dataset[Record]):
 def _mapped(mapper: Mapper, record: Record) -> Record:
     try:
         mapped = mapper(record)
+    except (ImportError, MemoryError):  # no fault of the image
+        raise
     except Exception as error:
         raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
     if mapped is None:
@@ -217,12 +177,16 @@ def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) ->
 
 
 def training_loader(
-    cfg: CfgNode, plan: TrialPlan, images: TrainingImages, rank: int, skip: int, num_processes: int
+    cfg: CfgNode, plan: TrialPlan, images: TrainingImages, epoch: Epoch, rank: int, skip: int, num_processes: int
 ) -> Iterable[list[Record]]:
-    """The endless batches of one worker after the first `skip`; with no processes, they are read in this one."""
+    """The endless batches of one worker after the first `skip`, in the order of the images' seed.
+
+    With no processes, they are read in this one.
+    """
     sizes = image_sizes(images.records)
     wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
-    order = TrainingOrder(wide.tolist(), plan.batch_per_worker, plan.seed, rank, plan.world_size, skip)
+    batch_size, world_size = plan.batch_per_worker, plan.world_size
+    order = TrainingOrder(epoch.draw, wide.tolist(), batch_size, images.seed, rank, world_size, skip)
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
     loader: DataLoader[Record] = DataLoader(
         images,

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from detectron2.engine.hooks import LRScheduler
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -124,6 +125,7 @@ class TrainingLoop:
         self.stop_reason: StopReason | None = None
         self._precision = resolve_precision(plan.recipe.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self._precision == "amp")
+        self._logged_group: int = LRScheduler.get_best_param_group_id(optimizer)  # biases may have another rate
         self._loss_sums = torch.zeros((), device=device)
         self._loss_names: tuple[str, ...] = ()
         self._first_bad = torch.full((), -1.0, device=device)
@@ -183,7 +185,7 @@ class TrainingLoop:
         self.activity.enter("step", "optimizer")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        window.learning_rate = self.optimizer.param_groups[0]["lr"]
+        window.learning_rate = self.optimizer.param_groups[self._logged_group]["lr"]
         self.scheduler.step()
         self._add_losses(losses, total)
         self.iteration += 1

@@ -64,6 +64,16 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def numerics() -> dict[str, bool]:
+    """The switches of this process that decide how its GPU computes, by torch's names under `torch.backends`."""
+    return {
+        "cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+    }
+
+
 def system_metrics() -> dict[str, float]:
     """Load of this node under MLflow's names of system metrics, with GPU figures where NVML has them."""
     memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")

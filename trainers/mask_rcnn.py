@@ -6,26 +6,45 @@ The plan's figures are final: nothing here scales with the world size. detectron
 
 from __future__ import annotations
 
+import functools
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers.contract.plan import DatasetPlan, TrialPlan
+from trainers.contract.plan import ADDED_CONFIG_KEYS, DatasetPlan, TrialPlan
 from trainers.dataset_cache import file_sha256
 from trainers.recipes import Recipe
-from trainers.speedups.apply import tune_model
+from trainers.speedups.apply import resolve_precision, tune_model
 from trainers.speedups.sgd import build_tuned_optimizer
+
+BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+CHOICES = {
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+}
+"""Values of keys that detectron2 looks at only when it trains, or refuses without a word."""
 
 
 class ConfigurationError(ValueError):
@@ -39,6 +58,9 @@ def build_config(plan: TrialPlan) -> CfgNode:
         ConfigurationError: A key or a value is not one of detectron2's.
     """
     cfg = get_cfg()
+    for key, value in ADDED_CONFIG_KEYS.items():
+        section, _, name = key.rpartition(".")
+        cfg[section][name] = value
     try:
         if Path(plan.config_file).is_absolute():
             cfg.merge_from_file(plan.config_file, allow_unsafe=False)
@@ -65,11 +87,73 @@ def build_config(plan: TrialPlan) -> CfgNode:
     cfg.SOLVER.WARMUP_ITERS = solver.warmup_iters
     cfg.SOLVER.CHECKPOINT_PERIOD = solver.checkpoint_period
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    cfg.SOLVER.AMP.ENABLED = resolve_precision(plan.recipe.precision, torch.device(plan.device)) == "amp"
     cfg.TEST.EVAL_PERIOD = solver.eval_period
     cfg.SEED = plan.seed
     cfg.OUTPUT_DIR = plan.trial_dir
     cfg.freeze()
+    check_settings(cfg)
     return cfg
+
+
+def check_settings(cfg: CfgNode) -> None:
+    """Refuses what detectron2 would refuse only once it trains or evaluates, and samplers that are not supported here.
+
+    Raises:
+        ConfigurationError: Names the keys.
+    """
+    for key, known in CHOICES.items():
+        if (value := functools.reduce(getattr, key.split("."), cfg)) not in known:
+            raise ConfigurationError(f"{key}: {value!r} is not supported; one of {', '.join(known)} is")
+    for refused, message in (
+        (not 0 < cfg.DATALOADER.RANDOM_SUBSET_RATIO <= 1, "DATALOADER.RANDOM_SUBSET_RATIO: not in (0, 1]"),
+        (cfg.DATALOADER.REPEAT_THRESHOLD < 0, "DATALOADER.REPEAT_THRESHOLD: less than 0"),
+        (cfg.TEST.PRECISE_BN.NUM_ITER < 1, "TEST.PRECISE_BN.NUM_ITER: less than 1"),
+        (
+            cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON),
+            "TEST.AUG.ENABLED: detectron2 has test-time augmentation for R-CNN models without keypoints only",
+        ),
+        (
+            cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            "INPUT.CROP.ENABLED: with masks, detectron2 cannot crop images without objects, which "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS: false keeps",
+        ),
+        (
+            cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS,
+            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS: needs the class frequencies of LVIS's data sets",
+        ),
+    ):
+        if refused:
+            raise ConfigurationError(message)
+    with refused_by_detectron2("SOLVER"):
+        build_lr_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
+    with refused_by_detectron2("INPUT"):
+        for is_train in (True, False):
+            _augment_once(cfg, is_train)
+
+
+def _augment_once(cfg: CfgNode, is_train: bool) -> None:
+    """Augments an empty image and a polygon; raises what detectron2 raises, and ValueError if no pixel is left."""
+    without_keypoints = cfg.clone()
+    without_keypoints.defrost()
+    without_keypoints.MODEL.KEYPOINT_ON = False  # whose names come with the data
+    augmentations = DatasetMapper.from_config(without_keypoints, is_train)["augmentations"]
+    sample = AugInput(np.zeros((480, 640, 3), np.uint8))
+    transforms = AugmentationList(augmentations)(sample)
+    if 0 in sample.image.shape:
+        raise ValueError(f"{augmentations} leaves nothing of an image of 480 x 640 pixels")
+    if cfg.MODEL.MASK_ON:
+        transforms.apply_polygons([np.array([[0.0, 0.0], [640.0, 0.0], [640.0, 480.0]])])  # cropping needs a package
+
+
+@contextmanager
+def refused_by_detectron2(what: str) -> Iterator[None]:
+    """Turns what detectron2 raises for settings that do not fit into a ConfigurationError."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without a word
+        raise ConfigurationError(f"{what}: detectron2 refuses these settings: {reason}") from error
 
 
 def register(dataset: DatasetPlan) -> None:
@@ -86,10 +170,12 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     Raises:
         ConfigurationError: The weights cannot be read, or may not be unpickled.
     """
-    try:
+    with refused_by_detectron2("MODEL"):
         model: nn.Module = build_model(cfg)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigurationError(f"detectron2 cannot build this model: {error!r}") from error
+    if plan.device == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ConfigurationError(
+            "MODEL…NORM: SyncBN needs GPUs; naiveSyncBN does the same on CPUs, BN keeps each worker's statistics apart"
+        )
     if cfg.MODEL.WEIGHTS:
         check_weights(cfg.MODEL.WEIGHTS, plan.weights_sha256)
         DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)

@@ -120,8 +120,8 @@ def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(plan.cpus_per_worker)
-    _settings.enter_context(process_settings(plan.recipe, device))
     cfg = mask_rcnn.build_config(plan)
+    _settings.enter_context(process_settings(plan.recipe, device, cfg.CUDNN_BENCHMARK))
     mask_rcnn.register(plan.val)
     model = mask_rcnn.build_detector(cfg, plan)
     _serving = model, _views(shared, model), Evaluator(cfg, plan)

@@ -35,8 +35,10 @@ from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import NotFiniteError, Request, TrainingLoop
+from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
 from trainers.speedups.apply import process_settings
+from trainers.training_order import Epoch, training_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ E = TypeVar("E", bound=Event)
 FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
     (loading.BadInputError, "bad_input"),
     ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
-    (mask_rcnn.ConfigurationError, "configuration"),
+    ((mask_rcnn.ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
     ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
     ((torch.distributed.DistError, ConnectionError), "communication"),
     (StorageError, "storage"),
@@ -99,8 +101,10 @@ class Rank:
         repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined]
         with self._log_file(), self.pulse, repeatable:
             try:
-                with process_settings(self.plan.recipe, torch.device(self.plan.device)):
-                    self._train(entered)
+                self._send_started(entered)
+                cfg = mask_rcnn.build_config(self.plan)
+                with process_settings(self.plan.recipe, torch.device(self.plan.device), cfg.CUDNN_BENCHMARK):
+                    self._train(cfg, entered)
             except Exception as error:
                 logger.exception("training failed")
                 self._send_failure(error)
@@ -108,17 +112,16 @@ class Rank:
             finally:
                 self.channel.flush()
 
-    def _train(self, entered: float) -> None:
+    def _train(self, cfg: CfgNode, entered: float) -> None:
         plan, placement = self.plan, self.placement
-        self._send_started(entered)
         torch.set_num_threads(plan.cpus_per_worker)
         if placement.world_size > 1:
             comm.create_local_process_group(placement.local_world_size)
         torch.manual_seed(plan.seed)
-        cfg = mask_rcnn.build_config(plan)
         mask_rcnn.register(plan.train)
         mask_rcnn.register(plan.val)
         records = loading.training_records(cfg, plan)
+        epoch = training_epoch(cfg, records, plan.seed)
         evaluator = Evaluator(cfg, plan)
         detector = mask_rcnn.build_detector(cfg, plan)
 
@@ -134,9 +137,10 @@ class Rank:
         state, restored_from = self._newest(store) or (None, "")
         start = self.activity.iteration = state["iteration"] if state else 0
         self.activity.enter("setup")
-        evaluation = hooks.EvaluationHook(plan, evaluator, len(records), self.send, store.rate)
         images = loading.training_images(cfg, plan, records)
-        loop = self._build_loop(cfg, detector, images, start, evaluation, store)
+        prepare = precise_batch_norm(cfg, plan, detector, images, epoch, placement.rank)
+        evaluation = hooks.EvaluationHook(plan, evaluator, epoch.num_images, self.send, store.rate, prepare)
+        loop = self._build_loop(cfg, detector, images, epoch, start, evaluation, store)
         if state:
             hooks.restore(loop, state)
         config_yaml = cfg.dump()
@@ -145,7 +149,7 @@ class Rank:
         self.send(
             LoopStarted,
             iteration=start,
-            num_train_images=len(records),
+            num_train_images=epoch.num_images,
             num_val_images=evaluator.num_images,
             setup_seconds=time.time() - entered,
             config_yaml=config_yaml if placement.rank == 0 else "",
@@ -166,6 +170,7 @@ class Rank:
         cfg: CfgNode,
         detector: nn.Module,
         images: loading.TrainingImages,
+        epoch: Epoch,
         start: int,
         evaluation: hooks.EvaluationHook,
         store: CheckpointStore,
@@ -173,7 +178,7 @@ class Rank:
         plan, rank, device = self.plan, self.placement.rank, self._device()
 
         def load(skip: int, num_processes: int) -> Iterator[list[loading.Record]]:
-            batches = iter(loading.training_loader(cfg, plan, images, rank, skip, num_processes))
+            batches = iter(loading.training_loader(cfg, plan, images, epoch, rank, skip, num_processes))
             return self.injector.poison(batches) if self.injector else batches
 
         def request() -> Request:
@@ -230,14 +235,15 @@ class Rank:
         )
 
     def _send_failure(self, error: Exception) -> None:
-        files = (error.image_file,) if isinstance(error, loading.BadInputError) else self.activity.image_files
+        failure = classify(error)
+        files = self.activity.image_files if failure != "configuration" else ()
         self.send(
             WorkerFailed,
-            failure=classify(error),
+            failure=failure,
             iteration=self.activity.iteration,
             section=self.activity.section,
             message=_in_short(error),
-            image_files=files,
+            image_files=(error.image_file,) if isinstance(error, loading.BadInputError) else files,
             traceback=traceback.format_exc(),
         )
 

@@ -21,8 +21,9 @@ class Recipe:
     """`fp32`; `amp` (float16 autocast with a gradient scaler, GPUs only); `bf16` (bfloat16 autocast); `auto`: bf16
     where the device computes in it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else amp on a GPU and fp32 on a
     CPU, where bf16 would be emulated and slower."""
-    tf32: bool = False
-    """Let GPUs multiply matrices and convolve in TF32 (Ampere and later). Changes numerics."""
+    tf32: bool | None = None
+    """Whether GPUs multiply matrices and convolve in TF32 (Ampere and later), which changes numerics; none leaves both
+    as torch has them, and so detectron2: convolutions in TF32, products of matrices in fp32."""
     channels_last: bool = False
     """Keep images, activations and convolution weights in NHWC memory order. Rounding."""
     compile: bool = False

@@ -61,7 +61,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "amp"
+        ampere = torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bf16" if ampere else "amp"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "fp32"
 
@@ -136,26 +137,31 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
 
 
 @contextmanager
-def process_settings(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """Sets what a recipe needs for the whole process, and puts it back at the end, so that another can follow."""
+def process_settings(recipe: Recipe, device: torch.device, cudnn_benchmark: bool = False) -> Iterator[None]:
+    """Sets what a recipe needs for the whole process, and puts it back at the end, so that another can follow.
+
+    `cudnn_benchmark` is the config's `CUDNN_BENCHMARK`.
+    """
     num_threads = cv2.getNumThreads()  # the fast mapper sets it
     on_cpu = _kept_memory() if recipe.kept_memory else nullcontext()
     try:
-        with _tf32(recipe.tf32) if device.type == "cuda" else on_cpu:
+        with _gpu_numerics(recipe.tf32, cudnn_benchmark) if device.type == "cuda" else on_cpu:
             yield
     finally:
         cv2.setNumThreads(num_threads)
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def _gpu_numerics(tf32: bool | None, cudnn_benchmark: bool) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    if tf32 is not None:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    cudnn.benchmark = cudnn_benchmark
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @contextmanager
