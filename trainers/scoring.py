@@ -26,8 +26,8 @@ from trainers.scoring_input import GroundTruth, IouType, ScoringInputError, grou
 logger = logging.getLogger(__name__)
 
 Detection = Mapping[str, Any]
-"""A detection in COCO's result format: image_id, category_id, score, bbox (x, y, width, height), segmentation (RLE),
-keypoints (x, y, score of each)."""
+"""A detection in COCO's result format: image_id, category_id, score, bbox (x, y, width, height), and segmentation (RLE)
+or keypoints (x, y, score of each)."""
 
 FIGURES = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar1", "ar10", "ar100", "ars", "arm", "arl")
 """The order of COCOeval's `stats` for boxes and masks (pycocotools/cocoeval.py, `summarize`)."""
@@ -134,7 +134,8 @@ def _score(
         # hotcoco's native code panics with a BaseException.
         if scorer == "pycocotools" or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        problem = f"{annotations}: hotcoco cannot score it, pycocotools does, equally but slowly: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        problem = f"{annotations}: pycocotools scores it, with equal figures but slowly, as hotcoco cannot ({reason})"
         logger.warning("%s", problem)
     figures, warnings = _score_with("pycocotools", annotations, detections, iou_type, sigmas)
     return figures, [*warnings, problem]
@@ -157,6 +158,8 @@ def _score_with(
         if {detection["category_id"] for detection in found} - truth.category_ids.keys():
             found = [detection for detection in found if detection["category_id"] in truth.category_ids]
         evaluation = _SCORERS[scorer](truth, found, iou_type)
+        if detections is None and scorer == "pycocotools":  # all 5,000 images of COCO would take 10 s
+            evaluation.params.imgIds = [truth.image_ids[detection["image_id"]] for detection in found]
         if iou_type == "keypoints":
             _set_sigmas(evaluation, sigmas, found, truth.num_keypoints, path)
         evaluation.evaluate()
@@ -187,15 +190,14 @@ def _examples(truth: GroundTruth) -> list[Detection]:
     category_ids = {number: category_id for category_id, number in truth.category_ids.items()}
     examples: list[Detection] = []
     for annotation in annotations[:: max(1, len(annotations) // NUM_EXAMPLES)]:
-        example = {key: annotation[key] for key in ("bbox", "keypoints", "segmentation") if key in annotation}
-        if isinstance(mask := example.get("segmentation"), list):
-            image = truth.document["images"][annotation["image_id"] - 1]
-            example["segmentation"] = polygons_rle(mask, image["height"], image["width"])
-        ids = {
-            "image_id": image_ids[annotation["image_id"]],
-            "category_id": category_ids[annotation["category_id"]],
+        shape: dict[str, Any] = {
+            key: annotation[key] for key in ("bbox", "keypoints", "segmentation") if key in annotation
         }
-        examples.append({**ids, "score": 0.5, **example})
+        if isinstance(mask := shape.get("segmentation"), list):
+            image = truth.document["images"][annotation["image_id"] - 1]
+            shape["segmentation"] = polygons_rle(mask, image["height"], image["width"])
+        image_id, category_id = image_ids[annotation["image_id"]], category_ids[annotation["category_id"]]
+        examples.append({"image_id": image_id, "category_id": category_id, "score": 0.5, **shape})
     return examples
 
 
@@ -228,12 +230,11 @@ def _with_pycocotools(truth: _Loaded, detections: Sequence[Detection], iou_type:
     from pycocotools.cocoeval import COCOeval
 
     # loadRes writes into the dicts it is given, and takes a box's area before a mask's.
-    keys = ("score", "segmentation") if iou_type == "segm" else ("score", "bbox", "keypoints")
     copies = [
         {
             "image_id": truth.image_ids[detection["image_id"]],
             "category_id": truth.category_ids[detection["category_id"]],
-            **{key: detection[key] for key in keys if key in detection},
+            **{key: detection[key] for key in _USED[iou_type]},
         }
         for detection in detections
     ]
@@ -269,5 +270,12 @@ def _with_hotcoco(truth: _Loaded, detections: Sequence[Detection], iou_type: Iou
         found.update_anns(ids=ids, area=np.asarray(area(rles), dtype=np.float64))  # load_res takes those of the boxes
     return COCOeval(truth.coco, found, iou_type)
 
+
+_USED: dict[IouType, tuple[str, ...]] = {
+    "bbox": ("score", "bbox"),
+    "segm": ("score", "segmentation"),
+    "keypoints": ("score", "bbox", "keypoints"),
+}
+"""Fields of a detection besides its ids."""
 
 _SCORERS = {"pycocotools": _with_pycocotools, "hotcoco": _with_hotcoco}

@@ -7,7 +7,6 @@ annotations of one id for both, and hotcoco reads no negative id.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -15,12 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 from pycocotools import mask as coco_mask
+
+from trainers.contract.annotations import AnnotationFileError, read_annotations
 
 IouType = Literal["bbox", "segm", "keypoints"]
 Entry = dict[str, Any]
 
-NO_MASK = "have no usable mask and are left out of mask AP"
+NO_MASK = "have no usable mask and count as missed in mask AP"
 MIN_POLYGON_NUMBERS = 6
 """Three points, as in detectron2's loader; pycocotools fails on an object that begins with fewer."""
 MAX_COORDINATE = 1e6
@@ -52,7 +54,7 @@ def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
     of two images or categories of one id. Beyond what pycocotools reads, a missing `iscrowd` is 0, as in detectron2's
     loader; a missing `area` is the mask's or else the box's, as in detectron2's `convert_to_coco_json`; a missing
     `num_keypoints` is counted, and an object without `keypoints` has none that is labelled; polygons of fewer than
-    three points are left out of mask scoring, and so are objects without a mask.
+    three points are left out of mask scoring, where an object without a usable mask counts as missed.
 
     Args:
         path: The annotation JSON.
@@ -63,30 +65,30 @@ def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
         ScoringInputError: It is not in COCO's format, an object has no box, or no object has a mask or keypoints.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ScoringInputError(f"{path}: not JSON: {error}") from error
+        content = read_annotations(path.read_bytes(), orjson.loads).document
+    except AnnotationFileError as error:
+        raise ScoringInputError(f"{path}: {error}") from error
     images, categories = _by_id(content, "images", path), _by_id(content, "categories", path)
     image_ids, category_ids = _numbered(images), _numbered(categories)
+    scored = {key: {"id": number, **_size(images[key], iou_type, path)} for key, number in image_ids.items()}
     annotations: list[Entry] = []
     filled: Counter[str] = Counter()
     for index, entry in enumerate(_entries(content, "annotations", path)):
         try:
             image_id, category_id = entry["image_id"], entry["category_id"]
             if image_id in image_ids and category_id in category_ids:
-                known = {"image_id": image_ids[image_id], "category_id": category_ids[category_id]}
-                fields = _fields(entry, images[image_id], iou_type, filled)
-                if fields is not None:
-                    annotations.append({"id": len(annotations) + 1, **known, **fields})
+                ids = {"image_id": image_ids[image_id], "category_id": category_ids[category_id]}
+                fields = _fields(entry, scored[image_id], iou_type, filled)
+                annotations.append({"id": len(annotations) + 1, **ids, **fields})
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ScoringInputError(f"{path}: annotations[{index}] cannot be scored: {reason}") from error
-    if filled[NO_MASK] and not annotations:
+    if annotations and filled[NO_MASK] == len(annotations):
         raise ScoringInputError(f"{path}: no object has a mask (segmentation)")
     if iou_type == "keypoints" and annotations:
         _complete_keypoints(annotations, path)
     document = {
-        "images": [{"id": number, **_size(images[key], iou_type, path)} for key, number in image_ids.items()],
+        "images": list(scored.values()),
         "annotations": annotations,
         "categories": [{"id": number, "name": str(number)} for number in category_ids.values()],
     }
@@ -117,25 +119,26 @@ def _numbered(entries: dict[Any, Entry]) -> dict[Any, int]:
 
 
 def _size(image: Entry, iou_type: IouType, path: Path) -> Entry:
-    """What masks need of an image."""
-    if iou_type != "segm":
-        return {}
-    size = {key: _number(image.get(key)) for key in ("height", "width")}
-    if None in size.values():
+    """Height and width, which only masks need."""
+    height, width = _number(image.get("height")), _number(image.get("width"))
+    if height and width:
+        return {"height": int(height), "width": int(width)}
+    if iou_type == "segm":
         raise ScoringInputError(f"{path}: image {image['id']!r} has no height and width, which its masks need")
-    return {key: int(value or 0) for key, value in size.items()}
+    return {}
 
 
-def _fields(entry: Entry, image: Entry, iou_type: IouType, filled: Counter[str]) -> Entry | None:
-    """The fields of an annotation that scoring needs, None if it has no mask; counts in `filled` what it lacks."""
+def _fields(entry: Entry, image: Entry, iou_type: IouType, filled: Counter[str]) -> Entry:
+    """The fields of an annotation that scoring needs; counts in `filled` what it lacks."""
     values: Entry = {"iscrowd": int(bool(_number(entry.get("iscrowd"))))}
     if entry.get("iscrowd") is None:
         filled["have no iscrowd and count as single objects"] += 1
     if iou_type == "segm":
-        values["segmentation"] = _mask(entry.get("segmentation"))
-        if values["segmentation"] is None:
+        mask = _mask(entry.get("segmentation"))
+        if mask is None:
             filled[NO_MASK] += 1
-            return None
+            mask = _compressed([image["height"], image["width"]], [image["height"] * image["width"]])
+        values["segmentation"] = mask
     else:
         values["bbox"] = _box(entry)
     if iou_type == "keypoints":
@@ -163,6 +166,8 @@ def _box(entry: Entry) -> list[float]:
     box = [float(value) for value in entry["bbox"]]
     if len(box) != 4:
         raise ValueError(f"its bbox has {len(box)} numbers, not 4")
+    if not all(map(math.isfinite, box)):
+        raise ValueError(f"its bbox {box} is not finite")
     return box
 
 
@@ -174,11 +179,16 @@ def _mask(segmentation: Any) -> list[list[float]] | Entry | None:
             if isinstance(counts, list):
                 if sum(counts) != size[0] * size[1]:
                     return None
-                counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
+                return _compressed(size, counts)
             return {"size": size, "counts": counts} if isinstance(counts, str) else None
         return [polygon for part in segmentation if (polygon := _polygon(part))] or None
     except (KeyError, TypeError, ValueError, IndexError, OverflowError):
         return None
+
+
+def _compressed(size: list[int], counts: list[int]) -> Entry:
+    rle = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)
+    return {"size": size, "counts": rle["counts"].decode("ascii")}
 
 
 def _polygon(part: Any) -> list[float] | None:
@@ -196,8 +206,7 @@ def polygons_rle(polygons: list[list[float]], height: int, width: int) -> Entry:
 def _measured_area(entry: Entry, image: Entry) -> float:
     mask = _mask(entry.get("segmentation"))
     if isinstance(mask, list):
-        height, width = _number(image.get("height")), _number(image.get("width"))
-        mask = polygons_rle(mask, int(height), int(width)) if height and width else None
+        mask = polygons_rle(mask, image["height"], image["width"]) if "height" in image else None
     if mask is not None:
         return float(coco_mask.area(mask))
     _, _, width, height = _box(entry)
