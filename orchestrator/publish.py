@@ -31,7 +31,7 @@ from orchestrator.runlog.folder import (
     only_driver,
     read_earlier_run,
 )
-from orchestrator.tracking.driver import Tracker, tracking_uri
+from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract.events import Event, RunEnded, RunStarted
 from trainers.contract.plan import TrialPlan
 
@@ -104,7 +104,7 @@ class Publication:
         self._result.repeats = repeat_rows(self._result.trials)
         self._write()
 
-    def finish(self, status: Status, emit: Callable[[Event], None], console: Console, seconds_left: float) -> None:
+    def finish(self, status: Status, emit: Callable[[Event], None], console: Console, seconds_left: float) -> bool:
         """Writes results and report, ends tracking, and shows the table and where everything is.
 
         Args:
@@ -112,6 +112,9 @@ class Publication:
             emit: Takes the event that ends the run, once everything that is tracked with it has been written.
             console: Output for people.
             seconds_left: Until this process is killed; infinite where it is not.
+
+        Returns:
+            Whether MLflow has all of the run.
         """
         self._result.status = status
         self._result.ended = _utc(time.time())
@@ -122,34 +125,34 @@ class Publication:
         emit(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
         tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
-        ids = self._tracker.run_ids()
-        self._result.mlflow_run_id = ids.get("")
-        for trial in self._result.trials:
-            trial.mlflow_run_id = ids.get(trial.name)
+        _add_tracking(self._result, self._tracker, tracked=tracked)
         self._write()
         console.print()
         console.print(closing_table(self._result))
         _print_line(console, f"Report: {report}")
         if report_failure:
             _print_line(console, report_failure, "red")
-        self._show_tracking(console, tracked)
+        if tracked:
+            table = table_address(mlflow_base(self._result), str(self._tracker.experiment_id()))
+            served = (self._result.mlflow_tracking_uri or "").startswith("http")
+            _print_line(console, f"MLflow: {table}" if served else f"MLflow: `make ui`, then {table}")
         if status == "KILLED":
             resume = f"python -m orchestrator.run --resume {shlex.quote(str(self._run_dir))}"
             text = f"Stopped. {self._run_dir} keeps results, events and checkpoints; go on with: {resume}"
             _print_line(console, text, "yellow")
+        return tracked
 
     def print_json(self) -> None:
         """Prints the record on stdout."""
         sys.stdout.write(self._result.model_dump_json(indent=2) + "\n")
 
-    def _show_tracking(self, console: Console, tracked: bool) -> None:
-        if tracked:
-            table = table_address(mlflow_base(self._result), str(self._tracker.experiment_id()))
-            served = (self._result.mlflow_tracking_uri or "").startswith("http")
-            _print_line(console, f"MLflow: {table}" if served else f"MLflow: `make ui`, then {table}")
-        else:
-            text = f"MLflow has not taken everything; {self._run_dir}/events.jsonl keeps it."
-            _print_line(console, text, "yellow")
+    def show_untracked(self, console: Console) -> None:
+        """Says that MLflow does not have all of the run, why, and how it gets it: the last line on the terminal."""
+        reason = self._tracker.failure or f"MLflow at {self._tracker.place} was not reached"
+        command = f"python -m orchestrator.run --replay-outbox {shlex.quote(str(self._run_dir))}"
+        how = "all of it" if self._result.mlflow_run_id else "any of it"
+        text = f"NOT TRACKED. The run is over, and MLflow does not have {how}: {reason}. Track it with: {command}"
+        _print_line(console, text, "bold red")
 
     def _write(self) -> None:
         self._result.write(self._run_dir / "results.json")
@@ -168,10 +171,27 @@ def track_folder(folder: Path) -> str:
         tracker = Tracker(run.run_dir, uri)
         try:
             tracker.sync()
-        except Exception as error:
-            raise SpecError(f"MLflow at {without_credentials(uri)} does not take it: {error}") from error
+        except TrackingError as error:
+            raise SpecError(str(error)) from error
+        _note_tracked(run.run_dir, tracker)
         done = f"MLflow at {without_credentials(uri)} has all of {run.run_dir} (run {tracker.run_ids()['']})."
         return done if run.ended else f"{done} It was not ended: `--resume {run.run_dir}` goes on with it."
+
+
+def _note_tracked(run_dir: Path, tracker: Tracker) -> None:
+    """Notes in the results of a run, where it has any, that it is tracked."""
+    path = run_dir / "results.json"
+    if path.exists():
+        result = ExperimentResult.model_validate_json(path.read_bytes())
+        _add_tracking(result, tracker, tracked=True)
+        result.write(path)
+
+
+def _add_tracking(result: ExperimentResult, tracker: Tracker, *, tracked: bool) -> None:
+    ids = tracker.run_ids()
+    result.tracked, result.mlflow_run_id = tracked, ids.get("")
+    for trial in result.trials:
+        trial.mlflow_run_id = ids.get(trial.name)
 
 
 def _utc(when: float) -> str:

@@ -1,6 +1,7 @@
 """The command: `python -m orchestrator.run [CONFIG]` loads an experiment, checks it, executes it and publishes results.
 
-Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit, 130 interrupted.
+Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit, 3 trained and not tracked,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
+from orchestrator.files import complete_user_environment
 
 if TYPE_CHECKING:
     from orchestrator.findings import Finding
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from trainers.contract.events import Event
     from trainers.contract.plan import TrialPlan
 
-DONE, FAILED, UNFIT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, UNFIT, NOT_TRACKED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES: dict[Status, int] = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -81,6 +84,7 @@ def main(
 ) -> None:
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
     console = Console(stderr=as_json)
+    complete_user_environment()
     # A thread that outlives its cluster must not join another one, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -96,13 +100,21 @@ def main(
         request = Request(experiment, run_dir, earlier, console, quiet, as_json, verify_images)
         raise typer.Exit(_show_plan(request) if dry_run else _check(request) if preflight else _run(request))
     except SpecError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(UNFIT) from None
 
 
 def _show_plan(request: Request) -> int:
+    from orchestrator.findings import has_errors, print_findings, to_json
+    from orchestrator.preflight.settings import check_settings
     from orchestrator.report.plan_table import plan_table
 
+    findings = check_settings(request.experiment)
+    print_findings(findings)
+    if has_errors(findings):
+        if request.as_json:
+            print(to_json(findings))
+        return UNFIT
     plans = _plans(request, Hardware.local())
     if request.as_json:
         print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
@@ -160,13 +172,23 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
     """
     from orchestrator.findings import has_errors, print_findings, sort_findings
     from orchestrator.preflight.local import preflight
+    from orchestrator.preflight.settings import check_settings
+    from orchestrator.preflight.tracking import check_earlier_tracking
 
-    experiment, plans = request.experiment, _plans(request, Hardware.local())
+    experiment = request.experiment
+    try:
+        plans = _plans(request, Hardware.local())
+    except SpecError:
+        if not has_errors(check_settings(experiment)):
+            raise
+        plans = []  # the reason is among the findings
     if experiment.data.generated is not None:
         from orchestrator.data.generate import generate
 
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
     findings = preflight(experiment, plans, verify_images=request.verify_images)
+    if request.earlier:
+        findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
     if not has_errors(findings):
         from orchestrator.execution.cluster import start_ray
         from orchestrator.preflight.cluster import preflight_cluster
@@ -219,9 +241,13 @@ def _execute(request: Request, plans: list[TrialPlan]) -> int:
     status: Status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
     with ThreadPoolExecutor(1) as background:
         background.submit(_leave_ray)  # waits for Ray's processes to end
-        publication.finish(status, pump.emit, request.console, stop.seconds_left)
+        tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
     if request.as_json:
         publication.print_json()
+    if not tracked:
+        publication.show_untracked(request.console)
+        if status == "FINISHED" and not request.experiment.tracking.offline:
+            return NOT_TRACKED
     return EXIT_CODES[status]
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
-from orchestrator.experiment.environment import CREDENTIALS
+from orchestrator.experiment.environment import CREDENTIALS, cluster_address
 from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
+from orchestrator.files import existing_parent
 
-JOIN_TIMEOUT_SECONDS = 5.0
-"""Longest wait for a cluster's head to accept a connection."""
+CONNECT_TIMEOUT_SECONDS = 5.0
+"""Longest wait for the dashboard to accept a connection."""
 
 SETTINGS = {
     # The working directory of a worker stays the driver's; every path is absolute anyway.
@@ -68,14 +71,7 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     Raises:
         SpecError: There is no cluster at the address, or it refuses us.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise SpecError(f"RAY_ADDRESS {address}: a job server; send the run there: `make submit ADDRESS={address}`")
-    if address and (reason := _connection_failure(address)):
-        raise SpecError(
-            f"the Ray cluster at {address} cannot be joined: {reason}. Start one there (`ray start --head`), correct "
-            "resources.address or RAY_ADDRESS, or leave both out for a local cluster"
-        )
+    address = cluster_address(address)
     settings = SETTINGS | (VISIBLE if address or dashboard else {}) | ({} if address else LOCAL_SETTINGS)
     if network_interface:
         settings |= {f"{library}_SOCKET_IFNAME": network_interface for library in ("NCCL", "GLOO")}
@@ -84,15 +80,16 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     os.environ.update(settings)
     try:
         url = _join(address, settings) if address else _start(dashboard)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise SpecError(f"the Ray cluster at {address or 'this machine'} cannot be joined: {error}") from error
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
+        raise SpecError(f"{what}: {error}") from error
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
     return Cluster(
         hardware=Hardware(num_gpus=gpus, num_cpus=cpus),
         # Ray names an address also where nothing listens, as in a local cluster without a dashboard.
-        dashboard=f"http://{url}" if url and not _connection_failure(url) else None,
+        dashboard=f"http://{url}" if url and _listens(url) else None,
     )
 
 
@@ -106,15 +103,14 @@ def token_required() -> bool:
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
-def _connection_failure(address: str) -> str:
-    """Why no connection to HOST:PORT can be made, or "": Ray itself tries for more than half a minute."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=JOIN_TIMEOUT_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            return str(error)
-    return ""
+def _listens(address: str) -> bool:
+    """Whether something takes connections at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _join(address: str, settings: Mapping[str, str]) -> str | None:
@@ -126,6 +122,9 @@ def _join(address: str, settings: Mapping[str, str]) -> str | None:
 def _start(dashboard: bool) -> str | None:
     # Its processes inherit this environment. Workers need no credentials, and an address of another cluster's job
     # server would have Ray Train look there for its controller, not find it, and remove the workers' places.
+    token_file = Path.home() / ".ray" / "auth_token"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ and not os.access(existing_parent(token_file), os.W_OK):
+        os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)  # Ray would write one there, and fail
     with _without(*CREDENTIALS, "RAY_API_SERVER_ADDRESS"):
         # At WARNING, Ray would say that the cluster protects itself with a token, which nobody has to act on.
         context = ray.init(

@@ -54,6 +54,12 @@ def command_line() -> list[str]:
     return [without_credentials(part) for part in command]
 
 
+def cluster_address(configured: str | None) -> str | None:
+    """The Ray cluster to join: the one configured, else the one this job runs in; None where a local one is started."""
+    address = configured or os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
 def _job() -> dict[str, str]:
     """The Ray job around this process: its id and its metadata, such as the commit of the code."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))

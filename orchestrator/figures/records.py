@@ -281,6 +281,8 @@ class ExperimentResult(_Record):
     """Store the runs are in, without credentials."""
     mlflow_run_id: str | None = None
     """MLflow's parent run."""
+    tracked: bool | None = None
+    """Whether MLflow has all of the run; null before its end, for replayed logs, and in results of older versions."""
     trials: list[TrialResult] = []
     scaling: list[ScalingRow] = []
     fits: list[ScalingFit] = []

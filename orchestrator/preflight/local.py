@@ -9,10 +9,13 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.experiment.environment import cluster_address
 from orchestrator.files import redact
 from orchestrator.findings import Finding, FindingList, sort_findings
 from orchestrator.preflight import model as model_checks
 from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
+from orchestrator.preflight.ray_setup import check_ray
+from orchestrator.preflight.settings import check_settings
 from orchestrator.preflight.tracking import check_tracking
 from trainers.contract.plan import PREFETCHED_BATCHES
 
@@ -32,9 +35,10 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
     Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded.
     """
     findings = [
-        *model_checks.check_overrides(experiment),
+        *check_settings(experiment),
         *model_checks.check_weights(experiment),
         *check_tracking(experiment),
+        *check_ray(experiment),
         *check_nodes_asked(trials),
     ]
     if trials:
@@ -48,7 +52,8 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
 def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
     """Checks the training and validation set, each alone, against each other, and against the model."""
     from orchestrator.data.checks import check_split, compare_splits
-    from orchestrator.data.layout import Dataset, Split, layout_finding
+    from orchestrator.data.exports import layout_finding
+    from orchestrator.data.layout import Dataset, Split
 
     dataset = Dataset(
         Split(Path(trial.train.annotations), Path(trial.train.images)),
@@ -176,4 +181,4 @@ def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, 
 
 def joins_cluster(experiment: Experiment) -> bool:
     """Whether Ray joins a cluster (named, or as a job in one) instead of starting one on this machine."""
-    return bool(experiment.resources.address or os.environ.get("RAY_ADDRESS"))
+    return cluster_address(experiment.resources.address) is not None

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker
+from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker, TrackingError
 
 
 def _follow(tracker: Tracker) -> bool:
@@ -21,10 +21,10 @@ def _follow(tracker: Tracker) -> bool:
             if tracker.sync():
                 return True
             failures = 0
-        except Exception as error:  # noqa: BLE001 - whatever the store or its client raises, it is tried again
+        except TrackingError as error:
             failures += 1
             if failures == 1:
-                print(f"MLflow at {tracker.place} does not take events; they are tracked later: {error}", flush=True)
+                print(error, flush=True)
         if driver_gone is not None:
             if not failures or time.monotonic() - driver_gone > RETRY_SECONDS:
                 return False

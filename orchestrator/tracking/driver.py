@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from orchestrator.files import without_credentials, write_atomically
+from orchestrator.findings import root_cause
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
@@ -37,6 +39,16 @@ def tracking_uri(configured: str | None) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
+def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> str:
+    """The command that restores something deleted in a store."""
+    call = f"experiments restore -x {id}" if what == "experiment" else f"runs restore --run-id {id}"
+    return f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} mlflow {call}"
+
+
+class TrackingError(Exception):
+    """The store refused, did not answer, or cannot be used; the text is one line, without credentials."""
+
+
 class Tracker:
     """Keeps the MLflow store at an address at the state of a run folder's outbox."""
 
@@ -47,6 +59,8 @@ class Tracker:
         self._run_dir, self._uri = run_dir, uri
         self.place = without_credentials(uri)
         """The store without credentials, for messages."""
+        self.failure = ""
+        """What the process that follows the outbox said last about events that were not taken; "" for nothing."""
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
         self._runs: MlflowRuns | None = None
@@ -70,7 +84,8 @@ class Tracker:
         # Not as an argument, which every user of this machine can read: the address may hold a password.
         process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
         process.stdin.flush()
-        threading.Thread(target=_log_output, args=[process], daemon=True).start()
+        self._reader = threading.Thread(target=self._log_output, args=[process], daemon=True)
+        self._reader.start()
         return process
 
     def run_ids(self) -> dict[str, str]:
@@ -85,8 +100,20 @@ class Tracker:
         """Tracks the events of the outbox that are not tracked yet; returns whether the run's end has been tracked.
 
         Raises:
-            MlflowException: The store refused or did not answer; nothing is lost, the next call continues.
+            TrackingError: The store refused or did not answer; nothing is lost, the next call continues.
         """
+        try:
+            return self._sync()
+        except Exception as error:  # whatever the store, its client and its driver raise
+            runs, self._runs = self._runs, None  # rebuilt from what is known to be tracked
+            reason = " ".join(without_credentials(root_cause(error)).split())[:300]
+            if runs and "state is deleted" in reason and (deleted := runs.find_deleted()):
+                reason = f"the {deleted[0]} {deleted[1]} was deleted there; `{restore_command(*deleted, self._uri)}`"
+            elif getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+                reason += f" It was deleted for good: remove {self._state_file} to track the run again from its start"
+            raise TrackingError(f"MLflow at {self.place} does not take events: {reason}") from error
+
+    def _sync(self) -> bool:
         state = self._read_state()
         if self._runs is None:
             from orchestrator.tracking.mlflow_runs import MlflowRuns
@@ -97,16 +124,12 @@ class Tracker:
                     break
                 self._runs.recall(event)
                 self._finished = isinstance(event, RunEnded)
-        try:
-            offset = state["offset"]
-            for event, after in self._outbox.read(offset):
-                offset = after
-                self._runs.track(event)
-                self._finished = isinstance(event, RunEnded)
-            self._runs.flush()
-        except Exception:
-            self._runs = None  # rebuilt from what is known to be tracked
-            raise
+        offset = state["offset"]
+        for event, after in self._outbox.read(offset):
+            offset = after
+            self._runs.track(event)
+            self._finished = isinstance(event, RunEnded)
+        self._runs.flush()
         if offset != state["offset"]:
             write_atomically(self._state_file, json.dumps({**state, **self._runs.known, "offset": offset}))
         return self._finished
@@ -121,9 +144,12 @@ class Tracker:
         try:
             return process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
+            self.failure = self.failure or f"MLflow at {self.place} takes longer than {timeout:.0f} s"
             process.kill()
             process.wait()
             return False
+        finally:
+            self._reader.join()
 
     def _read_state(self) -> dict[str, Any]:
         if self._state_file.exists():
@@ -132,9 +158,9 @@ class Tracker:
                 return state
         return {"place": self.place, "offset": 0, "runs": {}, "experiment_id": None}
 
-
-def _log_output(process: subprocess.Popen[str]) -> None:
-    """Logs the process's output in the driver, which owns the terminal."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        logger.warning("%s", line.rstrip())
+    def _log_output(self, process: subprocess.Popen[str]) -> None:
+        """Logs the process's output in the driver, which owns the terminal."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.failure = line.rstrip()
+            logger.warning("%s", self.failure)

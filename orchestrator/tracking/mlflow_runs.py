@@ -6,12 +6,11 @@ value of its measurement, so that sending it twice leaves one row.
 
 from __future__ import annotations
 
-import getpass
 import logging
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
@@ -23,6 +22,7 @@ from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
+from orchestrator.files import user_name
 from orchestrator.report.table import markdown_table
 from orchestrator.tracking import notes
 from orchestrator.tracking.models import dataset_inputs, log_model
@@ -51,9 +51,10 @@ class MlflowRuns:
     """Turns events into MLflow calls; `state` has the ids that are known already, as in `known`."""
 
     def __init__(self, uri: str, run_dir: Path, state: dict[str, Any]) -> None:
-        # At level INFO they log every step of creating a database. Here, because importing mlflow sets its level.
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        # They log every step of creating a database, and every failure with its traceback; a `TrackingError` says it in
+        # a line. Here, because importing mlflow sets its level.
+        for name in ("mlflow", "alembic", "urllib3"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._client, self._run_dir = MlflowClient(uri), run_dir
         self._experiment_id: str | None = state["experiment_id"]
         self._runs: dict[str, str] = state["runs"]
@@ -67,6 +68,18 @@ class MlflowRuns:
     def known(self) -> dict[str, Any]:
         """MLflow's ids of the experiment and of the runs, by trial; those of references by `reference/NAME`."""
         return {"runs": self._runs, "experiment_id": self._experiment_id}
+
+    def find_deleted(self) -> tuple[Literal["experiment", "run"], str] | None:
+        """What was deleted in the store of all that this run writes to, and its id; None for nothing, or no answer."""
+        try:
+            if self._experiment_id and self._client.get_experiment(self._experiment_id).lifecycle_stage == "deleted":
+                return "experiment", self._experiment_id
+            for run_id in self._runs.values():
+                if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
+                    return "run", run_id
+        except Exception:  # noqa: BLE001 - it is asked after a failure, which is reported anyway
+            return None
+        return None
 
     def recall(self, event: Event) -> None:
         """Takes in an event that is tracked already."""
@@ -206,7 +219,7 @@ class MlflowRuns:
         found = self._client.search_runs([self._experiment()], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        tags = {RUN_KEY: key, "mlflow.user": getpass.getuser(), **tags}
+        tags = {RUN_KEY: key, "mlflow.user": user_name(), **tags}
         run = self._client.create_run(self._experiment(), start_time=int(started * 1000), tags=tags, run_name=name)
         return str(run.info.run_id)
 

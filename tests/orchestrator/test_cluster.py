@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, l
 from orchestrator.experiment.environment import CREDENTIALS
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
+from orchestrator.preflight.ray_setup import SOCKETS
 from tests.builders.experiments import tiny_experiment
+from tests.builders.waiting import wait_for
 
 SECRET = CREDENTIALS[0]
 
@@ -48,6 +51,16 @@ def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster
     status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=600).status_code
     assert status in (200, 401), "401 where it asks for the token"
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+
+
+def test_ray_names_its_sockets_as_the_check_of_the_temporary_folder_has_it(local_cluster: cluster.Cluster) -> None:
+    (node,) = cluster.ray.nodes()
+    name = rf"/session_\d{{4}}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{{6}}_{os.getpid()}/sockets/{SOCKETS[False]}"
+    assert re.search(rf"/ray{name}$", node["ObjectStoreSocketName"])
+    assert len(Path(node["RayletSocketName"]).name) <= len(SOCKETS[False])
+    sockets = Path(node["ObjectStoreSocketName"]).parent
+    wait_for(lambda: (sockets / SOCKETS[True]).exists(), lambda: str(sorted(sockets.iterdir())))
+    assert max(len(each.name) for each in sockets.iterdir()) == len(SOCKETS[True])
 
 
 def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(local_cluster: cluster.Cluster) -> None:
