@@ -6,7 +6,6 @@ The plan's figures are final: nothing here scales with the world size. detectron
 
 from __future__ import annotations
 
-import functools
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 import yaml
 from detectron2 import model_zoo
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -28,27 +26,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract.plan import ADDED_CONFIG_KEYS, DatasetPlan, TrialPlan
-from trainers.dataset_cache import file_sha256
+from trainers.contract.problems import ConfigurationError
 from trainers.recipes import Recipe
 from trainers.speedups.apply import resolve_precision, tune_model
 from trainers.speedups.sgd import build_tuned_optimizer
-
-BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
-CHOICES = {
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
-    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
-    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-}
-"""Values of keys that detectron2 looks at only when it trains, or refuses without a word."""
-
-
-class ConfigurationError(ValueError):
-    """detectron2 cannot do what the plan asks for."""
+from trainers.weights import load_start_weights
 
 
 def build_config(plan: TrialPlan) -> CfgNode:
@@ -69,7 +51,7 @@ def build_config(plan: TrialPlan) -> CfgNode:
             cfg.merge_from_file(model_zoo.get_config_file(plan.config_file), allow_unsafe=True)
         cfg.merge_from_list([part for item in plan.overrides.items() for part in item])
     except (KeyError, ValueError, AssertionError, RuntimeError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"model.config or model.overrides: {error}") from error
+        raise ConfigurationError(str(error), key="model.config or model.overrides") from error
     if plan.weights is not None:
         cfg.MODEL.WEIGHTS = plan.weights
     if plan.num_classes is not None:
@@ -97,34 +79,20 @@ def build_config(plan: TrialPlan) -> CfgNode:
 
 
 def check_settings(cfg: CfgNode) -> None:
-    """Refuses what detectron2 would refuse only once it trains or evaluates, and samplers that are not supported here.
+    """Refuses what detectron2 would refuse only once it trains or evaluates.
 
     Raises:
-        ConfigurationError: Names the keys.
+        ConfigurationError: Names the key.
     """
-    for key, known in CHOICES.items():
-        if (value := functools.reduce(getattr, key.split("."), cfg)) not in known:
-            raise ConfigurationError(f"{key}: {value!r} is not supported; one of {', '.join(known)} is")
-    for refused, message in (
-        (not 0 < cfg.DATALOADER.RANDOM_SUBSET_RATIO <= 1, "DATALOADER.RANDOM_SUBSET_RATIO: not in (0, 1]"),
-        (cfg.DATALOADER.REPEAT_THRESHOLD < 0, "DATALOADER.REPEAT_THRESHOLD: less than 0"),
-        (cfg.TEST.PRECISE_BN.NUM_ITER < 1, "TEST.PRECISE_BN.NUM_ITER: less than 1"),
-        (
-            cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON),
-            "TEST.AUG.ENABLED: detectron2 has test-time augmentation for R-CNN models without keypoints only",
-        ),
-        (
-            cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            "INPUT.CROP.ENABLED: with masks, detectron2 cannot crop images without objects, which "
-            "DATALOADER.FILTER_EMPTY_ANNOTATIONS: false keeps",
-        ),
-        (
-            cfg.MODEL.ROI_BOX_HEAD.USE_FED_LOSS,
-            "MODEL.ROI_BOX_HEAD.USE_FED_LOSS: needs the class frequencies of LVIS's data sets",
-        ),
-    ):
-        if refused:
-            raise ConfigurationError(message)
+    if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON):
+        what = "detectron2 has test-time augmentation for R-CNN models without keypoints only"
+        raise ConfigurationError(
+            what, key="TEST.AUG.ENABLED", hint="Set TEST.AUG.ENABLED: false, or take another model"
+        )
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        what = "detectron2 cannot crop images without objects for a model with masks"
+        hint = "Set DATALOADER.FILTER_EMPTY_ANNOTATIONS: true, or INPUT.CROP.ENABLED: false"
+        raise ConfigurationError(what, key="INPUT.CROP.ENABLED", hint=hint)
     with refused_by_detectron2("SOLVER"):
         build_lr_scheduler(cfg, build_optimizer(cfg, nn.Linear(1, 1)))
     with refused_by_detectron2("INPUT"):
@@ -147,13 +115,14 @@ def _augment_once(cfg: CfgNode, is_train: bool) -> None:
 
 
 @contextmanager
-def refused_by_detectron2(what: str) -> Iterator[None]:
-    """Turns what detectron2 raises for settings that do not fit into a ConfigurationError."""
+def refused_by_detectron2(key: str) -> Iterator[None]:
+    """Turns what detectron2 raises for settings of a section into a ConfigurationError."""
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without a word
-        raise ConfigurationError(f"{what}: detectron2 refuses these settings: {reason}") from error
+        # An assertion may have no text; then its source line says what it wants.
+        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ConfigurationError(f"detectron2 refuses these settings: {reason}", key=key) from error
 
 
 def register(dataset: DatasetPlan) -> None:
@@ -168,40 +137,17 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     """The model on its device with its start weights, in training mode.
 
     Raises:
-        ConfigurationError: The weights cannot be read, or may not be unpickled.
+        ConfigurationError: detectron2 cannot build it, or its start weights cannot be read or do not fit.
     """
     with refused_by_detectron2("MODEL"):
         model: nn.Module = build_model(cfg)
     if plan.device == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        raise ConfigurationError(
-            "MODEL…NORM: SyncBN needs GPUs; naiveSyncBN does the same on CPUs, BN keeps each worker's statistics apart"
-        )
+        hint = "Write naiveSyncBN, which does the same on CPUs, or BN, which keeps workers apart"
+        raise ConfigurationError("SyncBN needs GPUs", key="MODEL.….NORM", hint=hint)
     if cfg.MODEL.WEIGHTS:
-        check_weights(cfg.MODEL.WEIGHTS, plan.weights_sha256)
-        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        load_start_weights(model, cfg.MODEL.WEIGHTS, plan.weights_sha256)
     tune_model(model, plan.recipe, torch.device(plan.device))
     return model.train()
-
-
-def check_weights(weights: str, sha256: str | None) -> None:
-    """Refuses start weights that would run code when read: a `.pkl` is unpickled. detectron2's catalogue is trusted.
-
-    Raises:
-        ConfigurationError: The file is missing, has another hash, or is a `.pkl` without one.
-    """
-    if weights.startswith("detectron2://"):
-        return
-    path = Path(weights)
-    if not path.is_file():
-        raise ConfigurationError(f"model.weights: no such file: {weights}")
-    if sha256 is not None:
-        found = file_sha256(path)
-        if found != sha256:
-            raise ConfigurationError(f"model.weights: {weights} has SHA-256 {found}, not {sha256}")
-    elif path.suffix != ".pth":
-        raise ConfigurationError(
-            f"model.weights: reading {weights} would run code in it; give its model.weights_sha256, or a .pth file"
-        )
 
 
 def distribute(model: nn.Module, device: torch.device, world_size: int, gradient_views: bool = False) -> nn.Module:

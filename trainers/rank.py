@@ -32,6 +32,7 @@ from trainers.contract.events import (
     WorkerStarted,
 )
 from trainers.contract.plan import TrialPlan
+from trainers.contract.problems import ConfigurationError
 from trainers.evaluation import Evaluator
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import NotFiniteError, Request, TrainingLoop
@@ -47,7 +48,7 @@ E = TypeVar("E", bound=Event)
 FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
     (loading.BadInputError, "bad_input"),
     ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
-    ((mask_rcnn.ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
+    ((ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
     ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
     ((torch.distributed.DistError, ConnectionError), "communication"),
     (StorageError, "storage"),

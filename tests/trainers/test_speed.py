@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.ours import write_plan
 from tests.builders.recipes import plan_of, train
-from trainers import mask_rcnn
+from trainers import machine, mask_rcnn
 from trainers.contract.events import LoopFinished, event_from_json
 from trainers.loading import batches_of_a_size
 from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
@@ -71,6 +71,8 @@ def test_auto_precision_is_what_the_device_computes_in(monkeypatch: pytest.Monke
     for capabilities, precision in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_tile": True}, "bf16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         assert resolve_precision("auto", cpu) == precision
+    assert resolve_precision("auto", cuda) == "amp", "on a machine without the GPU that a plan is for"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, precision in (((7, 0), "amp"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, capability=capability: capability)
         assert resolve_precision("auto", cuda) == precision
@@ -78,19 +80,17 @@ def test_auto_precision_is_what_the_device_computes_in(monkeypatch: pytest.Monke
 
 
 def test_a_recipes_settings_of_the_process_end_with_it() -> None:
-    def settings() -> tuple[bool, bool, int]:
-        return (
-            torch.backends.cuda.matmul.allow_tf32,
-            torch.backends.cudnn.allow_tf32,
-            cv2.getNumThreads(),
-        )
-
-    before = settings()
-    for recipe, tf32 in ((FAST, True), (PLAIN, False)):
-        with process_settings(recipe, torch.device("cuda")):
-            cv2.setNumThreads(0)  # as the fast mapper does
-            assert settings()[:2] == (tf32, tf32)
-        assert settings() == before
+    before = machine.numerics(), cv2.getNumThreads()
+    for tf32 in (True, False, None):
+        for benchmark in (True, False):
+            with process_settings(dataclasses.replace(FAST, tf32=tf32), torch.device("cuda"), benchmark):
+                cv2.setNumThreads(0)  # as the fast mapper does
+                found = machine.numerics()
+                assert found["cudnn.benchmark"] == benchmark
+                for name in ("cuda.matmul.allow_tf32", "cudnn.allow_tf32"):
+                    assert found[name] == (before[0][name] if tf32 is None else tf32)
+            assert (machine.numerics(), cv2.getNumThreads()) == before
+    assert FAST.tf32 is True and PLAIN.tf32 is REFERENCE.tf32 is None
 
 
 def test_the_fast_recipe_exchanges_the_poolers_and_keeps_the_names_of_weights(tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""`plain` trains what detectron2's DefaultTrainer trains: the same losses and weights, bit for bit, on CPU.
+
+DefaultTrainer is its own but for where its random numbers come from: an untouched one takes the sampler's seed from the
+clock, and numbers of augmentation and of the steps from generators that go on from step to step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.engine import DefaultTrainer
+
+from tests.builders.experiments import TINY_OVERRIDES
+from tests.builders.training import plan_of, train
+from trainers import machine, mask_rcnn
+from trainers.contract.events import StepsDone
+from trainers.contract.plan import TrialPlan
+from trainers.loading import augmentation_seed
+from trainers.loop import step_seed
+from trainers.recipes import PLAIN, REFERENCE, Recipe
+from trainers.speedups.apply import process_settings
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "as the model zoo has it": {},
+    "rare classes repeated, images cropped, all of the solver": {
+        "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler",
+        "DATALOADER.REPEAT_THRESHOLD": 0.9,
+        "INPUT.CROP.ENABLED": True,
+        "INPUT.CROP.SIZE": [0.6, 0.7],
+        "INPUT.RANDOM_FLIP": "vertical",
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+        "SOLVER.BASE_LR_END": 0.001,
+        "SOLVER.WARMUP_METHOD": "constant",
+        "SOLVER.NESTEROV": True,
+        "SOLVER.MOMENTUM": 0.8,
+        "SOLVER.WEIGHT_DECAY_NORM": 0.001,
+        "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
+        "SOLVER.BIAS_LR_FACTOR": 2.0,
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "value",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.01,
+    },
+    "a subset, bitmasks, class-agnostic heads of another loss": {
+        "DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler",
+        "DATALOADER.RANDOM_SUBSET_RATIO": 0.6,
+        "DATALOADER.ASPECT_RATIO_GROUPING": False,
+        "INPUT.MASK_FORMAT": "bitmask",
+        "INPUT.RANDOM_FLIP": "none",
+        "INPUT.FORMAT": "RGB",
+        "INPUT.MIN_SIZE_TRAIN": [48, 80],
+        "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "giou",
+        "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True,
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE": "diou",
+        "MODEL.RESNETS.NORM": "GN",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR",
+        "SOLVER.NUM_DECAYS": 2,
+        "SOLVER.RESCALE_INTERVAL": True,
+        "SOLVER.CLIP_GRADIENTS.NORM_TYPE": float("inf"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.02,
+    },
+    "cascade heads without clipping": {
+        "MODEL.ROI_HEADS.NAME": "CascadeROIHeads",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.BACKBONE.FREEZE_AT": 2,
+        "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": False,
+        "SOLVER.CLIP_GRADIENTS.ENABLED": False,
+        "SOLVER.MOMENTUM": 0.0,
+    },
+}
+
+
+class Pinned(DefaultTrainer):
+    """DefaultTrainer with this program's random numbers, without its files."""
+
+    plan: TrialPlan
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.seen: list[dict[str, float]] = []
+        super().__init__(cfg)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> Any:
+        torch.manual_seed(cls.plan.seed)
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        seed, mapper, number = cls.plan.seed, DatasetMapper(cfg, is_train=True), iter(range(10**9))
+        samplers = {
+            "TrainingSampler": lambda: TrainingSampler(len(records), seed=seed),
+            "RandomSubsetTrainingSampler": lambda: RandomSubsetTrainingSampler(
+                len(records), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
+            ),
+            "RepeatFactorTrainingSampler": lambda: RepeatFactorTrainingSampler(
+                RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                    records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+                ),
+                seed=seed,
+            ),
+        }
+
+        def pinned(record: dict[str, Any]) -> Any:
+            np.random.seed(augmentation_seed(seed, next(number)))
+            return mapper(record)
+
+        sampler = samplers[cfg.DATALOADER.SAMPLER_TRAIN]()
+        return build_detection_train_loader(cfg, mapper=pinned, dataset=records, sampler=sampler)
+
+    def run_step(self) -> None:
+        torch.manual_seed(step_seed(self.plan.seed, 0, self.iter))
+        super().run_step()
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.seen.append({name: history.latest() for name, history in self.storage.histories().items()})
+
+    def build_writers(self) -> list[Any]:
+        return []
+
+    @classmethod
+    def test(cls, *_: Any) -> dict[str, Any]:
+        return {}
+
+
+def prepared(folder: Path, overrides: dict[str, Any], recipe: Recipe) -> TrialPlan:
+    plan = plan_of(folder, "mask_rcnn")
+    solver = dataclasses.replace(plan.solver, max_iter=10, eval_period=0, evaluate_at_end=False)
+    return dataclasses.replace(
+        plan, overrides={**TINY_OVERRIDES, **overrides}, recipe=recipe, solver=solver, log_period=1
+    )
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("recipe", [PLAIN, REFERENCE], ids=["plain", "reference"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_losses_and_weights_are_those_of_default_trainer(tmp_path: Path, settings: str, recipe: Recipe) -> None:
+    plan = prepared(tmp_path, SETTINGS[settings], recipe)
+    ours = [event for event in train(plan) if isinstance(event, StepsDone)]
+    Pinned.plan = plan
+    trainer = Pinned(mask_rcnn.build_config(plan))
+    trainer.train()
+    for number, (our, their) in enumerate(zip(ours, trainer.seen, strict=True)):
+        losses = {name: value for name, value in our.losses.items() if name != "total_loss"}
+        assert len(losses) >= 5 and losses == {name: their[name] for name in losses}, f"iteration {number}"
+        assert our.learning_rate == their["lr"]
+    (file,) = Path(plan.checkpoint_dir).glob("iter_0000010/state*")
+    state = torch.load(file, weights_only=True)["model"]
+    different = [name for name, value in trainer.model.state_dict().items() if not state[name].equal(value)]
+    assert len(ours) == 10 and not different
+
+
+def test_a_worker_computes_with_the_switches_of_a_process_that_runs_default_trainer(tmp_path: Path) -> None:
+    # default_setup is what detectron2's tools call before DefaultTrainer; it sets the switches of its process.
+    script = f"""
+import argparse, json
+from detectron2.config import get_cfg
+from detectron2.engine import DefaultTrainer
+from trainers import machine
+cfg = get_cfg()
+cfg.CUDNN_BENCHMARK, cfg.OUTPUT_DIR = True, {str(tmp_path)!r}
+default_setup(cfg, argparse.Namespace(eval_only=False))
+print(json.dumps(machine.numerics()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    assert theirs["cudnn.benchmark"] and theirs["cudnn.allow_tf32"]
+    for recipe in (PLAIN, REFERENCE):
+        with process_settings(recipe, torch.device("cuda"), cudnn_benchmark=True):
+            assert machine.numerics() == theirs
