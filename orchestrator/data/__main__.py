@@ -1,4 +1,4 @@
-"""The data command: `python -m orchestrator.data check | fetch | generate | excerpt`.
+"""The data command: `python -m orchestrator.data check | init | split | fix-names | fetch | generate | excerpt`.
 
 Exit codes: 0 success, 2 the input or the data set is wrong (every finding is listed), 130 interrupted.
 """
@@ -14,13 +14,19 @@ import typer
 from orchestrator.data.progress_bar import show_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from orchestrator.data.checks import SplitReport
+    from orchestrator.data.split import ClassCount
     from orchestrator.findings import Finding
 
 EXIT_UNFIT = 2
 
+MAX_CLASSES = 20
+"""Classes in the table of `split`."""
+
 app = typer.Typer(
-    help="Check, fetch, generate and excerpt data sets in COCO's format.",
+    help="Data sets in COCO's format: check, split, begin an experiment, fetch, generate, excerpt.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,18 +35,20 @@ app = typer.Typer(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Folder in COCO's layout, the one above it, or an annotation JSON.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.")],
     images: Annotated[
         Path | None, typer.Option(help="Image folder, where PATH is an annotation JSON. Default: the folder it is in.")
     ] = None,
     verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image, in parallel.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat every warning as an error.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     cache: Annotated[bool, typer.Option(help="Reuse the result of an earlier check where nothing changed.")] = True,
 ) -> None:
     """Checks a data set: layout, counts, every annotation, every image file. Exits with 2 on errors."""
     from orchestrator.data.checks import check_split, compare_splits
-    from orchestrator.data.layout import Split, find_splits
-    from orchestrator.findings import has_errors, print_findings, sort_findings, to_json
+    from orchestrator.data.exports import find_splits
+    from orchestrator.data.layout import Split
+    from orchestrator.findings import as_errors, has_errors, print_findings, sort_findings, to_json
 
     findings: list[Finding]
     if path.is_file() or path.suffix == ".json":
@@ -48,20 +56,88 @@ def check(
         splits, findings = {"": Split(path, images or path.parent, for_scoring=True)}, []
     else:
         splits, findings = find_splits(path)
-    reports = [check_split(split, verify_images=verify_images, use_cache=cache) for split in splits.values()]
-    for report in reports:
+    reports = {part: check_split(split, verify_images=verify_images, use_cache=cache) for part, split in splits.items()}
+    for part, report in reports.items():
         findings += report.findings
-    summaries = [report.summary for report in reports if report.summary is not None]
-    if len(summaries) == 2:
-        findings.extend(compare_splits(*summaries))
-    findings = sort_findings(findings)
+        if part != "train" and "train" in reports:
+            findings += compare_splits(reports["train"], report)
+    findings = sort_findings(as_errors(findings) if strict else findings)
     if as_json:
-        shown = [{**asdict(each.summary), "from_cache": each.from_cache} if each.summary else None for each in reports]
+        shown = [
+            {**asdict(each.summary), "from_cache": each.from_cache} if each.summary else None
+            for each in reports.values()
+        ]
         typer.echo(to_json(findings, splits=shown))
     else:
-        _print_summaries(reports)
+        _print_summaries(reports.values())
         print_findings(findings)
     raise typer.Exit(EXIT_UNFIT if has_errors(findings) else 0)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it.")],
+) -> None:
+    """Looks at a data set and prints an experiment that trains on it: `init FOLDER > my.yaml`, `run my.yaml`."""
+    from orchestrator.data.init import NotFitError, write_experiment
+    from orchestrator.findings import print_findings
+
+    try:
+        text, findings = write_experiment(folder)
+    except NotFitError as error:
+        print_findings(error.findings)
+        raise typer.Exit(EXIT_UNFIT) from None
+    print_findings(findings)
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def split(
+    file: Annotated[Path, typer.Argument(help="COCO JSON.")],
+    to: Annotated[Path, typer.Option(help="Folder for train.json and val.json.")],
+    val: Annotated[float, typer.Option(help="Share of the images for validation, between 0 and 1.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Keep images together whose names begin alike: what it matches, or group 1."
+        ),
+    ] = None,
+) -> None:
+    """Splits one annotation file into train.json and val.json, by image, with every class in both where possible."""
+    from orchestrator.data.split import split as split_file
+
+    try:
+        result = split_file(file, to, val_share=val, seed=seed, group_by=group_by)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    _print_classes(result.classes)
+    typer.echo(f"{result.train}: {result.num_train:,} images\n{result.val}: {result.num_val:,} images")
+    if result.num_copies:
+        what = f"{result.num_copies:,} images are copies of others by their names (Roboflow's augmentation)"
+        hint = r"--group-by '(.*)\.rf\.' keeps them together, so that no copy of a training image is validated on"
+        typer.echo(f"warning: {what}. {hint}.", err=True)
+
+
+@app.command()
+def fix_names(
+    file: Annotated[Path, typer.Argument(help="COCO JSON.")],
+    images: Annotated[Path, typer.Option(help="Folder that holds the images, at any depth.")],
+    to: Annotated[Path, typer.Option(help="New annotation file.")],
+) -> None:
+    """Writes an annotation file again with the names that its image files have: slashes, case, Unicode, folders."""
+    from orchestrator.data.fix_names import fix_names as fix
+
+    try:
+        fixed = fix(file, images, to)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    for name, path in list(fixed.changed.items())[:3]:
+        typer.echo(f"{name!r} is now {path!r}")
+    typer.echo(f"{to}: {len(fixed.changed):,} names changed, {fixed.num_right:,} were right")
+    if fixed.missing:
+        typer.echo(f"error: {len(fixed.missing):,} images have no file in {images}: {fixed.missing[:3]}", err=True)
+        raise typer.Exit(EXIT_UNFIT)
 
 
 @app.command()
@@ -139,7 +215,7 @@ def excerpt(
         typer.echo(f"{part}: {num_taken:,} images, {num_annotations:,} annotations in {to}")
 
 
-def _print_summaries(reports: list[SplitReport]) -> None:
+def _print_summaries(reports: Iterable[SplitReport]) -> None:
     for report in reports:
         if (summary := report.summary) is not None:
             read = f"{summary.num_images_checked:,} files read"
@@ -148,6 +224,25 @@ def _print_summaries(reports: list[SplitReport]) -> None:
                 f"{summary.annotations}: {summary.num_images:,} images, {summary.num_annotations:,} annotations "
                 f"({summary.num_crowd:,} crowds), {len(summary.categories)} categories; {effort}"
             )
+
+
+def _print_classes(classes: list[ClassCount]) -> None:
+    """Prints how often each class is in both sets, the rarest first."""
+    rows = [row for row in classes if row.train_images + row.val_images]
+    width = max([5, *(len(row.name) for row in rows[:MAX_CLASSES])])
+    typer.echo(f"{'class':{width}}  {'train: images':>13} {'objects':>8}  {'val: images':>11} {'objects':>8}")
+    for row in rows[:MAX_CLASSES]:
+        counts = f"{row.train_images:>13,} {row.train_objects:>8,}  {row.val_images:>11,} {row.val_objects:>8,}"
+        typer.echo(f"{row.name:{width}}  {counts}")
+    if len(rows) > MAX_CLASSES:
+        typer.echo(f"… and {len(rows) - MAX_CLASSES:,} classes that are in more images")
+    for what, names in (
+        ("in no image", [row.name for row in classes if row not in rows]),
+        ("in the training set only, so never scored", [row.name for row in rows if not row.val_images]),
+        ("in the validation set only, so never learned", [row.name for row in rows if not row.train_images]),
+    ):
+        if names:
+            typer.echo(f"{len(names):,} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
 
 
 def _fail(message: str) -> NoReturn:

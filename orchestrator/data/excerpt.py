@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from orchestrator.data.exports import find_splits
 from orchestrator.data.image_names import check_name
-from orchestrator.data.layout import coco_layout, find_splits
+from orchestrator.data.layout import coco_layout
 
 if TYPE_CHECKING:
     from orchestrator.data.layout import Split
@@ -37,13 +38,13 @@ def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[s
     if to.exists():
         raise FileExistsError(f"{to} exists: name a new folder")
     splits, findings = find_splits(source)
-    if not splits:
+    if not splits.keys() & {"train", "val"}:
         raise ValueError(findings[0].to_line())
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     targets = coco_layout(partial)._asdict()
     try:
-        taken = {part: _copy_part(split, targets[part], num_images, seed) for part, split in splits.items()}
+        taken = {part: _copy_part(splits[part], targets[part], num_images, seed) for part in targets if part in splits}
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.data.entries import Problem
 from orchestrator.data.name_matching import NameMatch, match_names, part_of
+from orchestrator.findings import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 MAX_SEARCHED = 200_000
 """Files and folders looked at in a search outside the image folder: a second on a local disk."""
-
-MAX_GROUPS = 5
-"""Kinds of differences between names and files that are reported of one annotation file."""
 
 RELATIVE = "Write it relative to the image folder"
 SETTING = "data.coco.train_images or val_images of an experiment, `--images` of `data check`"
@@ -85,18 +83,16 @@ def locate_images(
     """
     located: list[tuple[ImageEntry, str]] = []
     missing: list[ImageEntry] = []
-    refused: defaultdict[str, list[tuple[ImageEntry, Problem]]] = defaultdict(list)
-    linked: list[tuple[ImageEntry, str]] = []
-    absolute: list[ImageEntry] = []
+    refused: list[tuple[ImageEntry, Problem]] = []
     real_root, plain_root = os.path.realpath(root), os.path.abspath(root)  # noqa: PTH100 - no link is resolved
     for image in images:
-        name = image.file_name
+        name, place = image.file_name, f"image {image.id}"
         if problem := check_name(name):
             inside = _is_inside(name, plain_root, real_root) and Path(name).is_file()
             if problem.code != "path_absolute" or not inside:
-                refused[problem.code].append((image, problem))
+                refused.append((image, problem))
                 continue
-            absolute.append(image)
+            findings.warning(problem.code, file, place, problem.what, f"{RELATIVE}: it is another on other machines")
         found = listing.get(name)
         path = os.path.join(root, name)  # noqa: PTH118 - as detectron2 does, 118,000 times
         if found is None and not Path(path).is_file():
@@ -104,16 +100,9 @@ def locate_images(
             continue
         located.append((image, path))
         if (found is None or found[2]) and not _is_inside(real := os.path.realpath(path), real_root):
-            linked.append((image, real))
-    if absolute:
-        what = f"{_count(absolute, len(images))} an absolute file_name, such as {absolute[0].file_name!r}"
-        findings.warning("path_absolute", file, _place(absolute), what, f"{RELATIVE}: another machine has another path")
-    if linked:
-        image, real = linked[0]
-        what = f"{len(linked):,} of {len(images):,} images are links out of {root}: {image.file_name!r} to {real}"
-        hint = "Nothing, where every node of a run has the files that they lead to"
-        findings.warning("path_link", file, _place([image for image, _ in linked]), what, hint)
-    _report(missing, refused, file, root, listing, findings, located=located)
+            what = f"file_name {name!r} is a link out of {root}, to {real}"
+            findings.warning("path_link", file, place, what, "Nothing, where every node of a run has that file")
+    _report(missing, refused, located, file, root, listing, findings)
     return located
 
 
@@ -122,49 +111,30 @@ def _is_inside(path: str, *roots: str) -> bool:
     return any(normal.startswith(f"{root.rstrip('/')}/") for root in roots)
 
 
-def _count(images: Sequence[ImageEntry], total: int) -> str:
-    return f"{len(images):,} of {total:,} images {'has' if len(images) == 1 else 'have'}"
-
-
-def _place(images: Sequence[ImageEntry]) -> str:
-    return f"image {images[0].id}" if len(images) == 1 else f"{len(images):,} images"
-
-
 def _report(
     missing: list[ImageEntry],
-    refused: dict[str, list[tuple[ImageEntry, Problem]]],
+    refused: list[tuple[ImageEntry, Problem]],
+    located: list[tuple[ImageEntry, str]],
     file: str,
     root: Path,
     listing: dict[str, FoundFile],
     findings: FindingList,
-    *,
-    located: list[tuple[ImageEntry, str]],
 ) -> None:
     """Reports the images without a file: by where their files are, else by what is wrong with their names."""
-    lost = missing + [image for pairs in refused.values() for image, problem in pairs if problem.code != "path_invalid"]
-    if lost:
-        total = len(located) + len(lost)
-        matches = _search([image.file_name for image in lost], file, root, listing, located)
-        groups: defaultdict[tuple[object, ...], list[tuple[ImageEntry, NameMatch]]] = defaultdict(list)
-        for image in lost:
-            if match := matches.get(image.file_name):
-                groups[match.base, match.folder, match.differences].append((image, match))
-        biggest = sorted(groups.values(), key=len, reverse=True)
-        for group in biggest[:MAX_GROUPS]:
-            _report_group(group, total, file, root, findings)
-        rest = [pair for group in biggest[MAX_GROUPS:] for pair in group]
-        if rest:
-            what = f"the files of {len(rest):,} more are elsewhere, in {len(biggest) - MAX_GROUPS:,} other ways"
-            hint = _fix(file, rest[0][1].base)
-            findings.error("image_missing", file, _place([image for image, _ in rest]), what, hint)
-        _report_missing([image for image in missing if image.file_name not in matches], total, root, listing, findings)
-        refused = {
-            code: [pair for pair in pairs if pair[0].file_name not in matches] for code, pairs in refused.items()
-        }
-    for code, pairs in refused.items():
-        if pairs:
-            what = pairs[0][1].what + (f", and {len(pairs) - 1:,} more like this" if len(pairs) > 1 else "")
-            findings.error(code, file, _place([image for image, _ in pairs]), what, pairs[0][1].hint)
+    lost = missing + [image for image, problem in refused if problem.code != "path_invalid"]
+    matches = _search([image.file_name for image in lost], file, root, listing, located) if lost else {}
+    groups: defaultdict[tuple[object, ...], list[tuple[ImageEntry, NameMatch]]] = defaultdict(list)
+    for image in lost:
+        if match := matches.get(image.file_name):
+            groups[match.base, match.folder, match.differences].append((image, match))
+    num_images = len(located) + len(missing) + len(refused)
+    for group in groups.values():
+        _report_group(group, file, root, findings, are_all=len(group) == num_images)
+    rest = [image for image in missing if image.file_name not in matches]
+    _report_missing(rest, root, listing, findings, are_all=len(rest) == num_images)
+    for image, problem in refused:
+        if image.file_name not in matches:
+            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.hint)
 
 
 def _search(
@@ -174,7 +144,7 @@ def _search(
     used = {image.file_name for image, _ in located}
     most_are_lost = len(names) > len(located)
     spare = (name for name in listing if name not in used)
-    part = part_of(file)
+    part = part_of("/".join(Path(file).parts[-2:]))
     matches = match_names(names, str(root), spare, whole_paths=not most_are_lost, part=part)
     if not most_are_lost:
         return matches
@@ -219,59 +189,44 @@ def walk_files(base: Path, max_entries: int) -> Iterator[str]:
 
 
 def _report_group(
-    group: list[tuple[ImageEntry, NameMatch]], total: int, file: str, root: Path, findings: FindingList
+    group: list[tuple[ImageEntry, NameMatch]], file: str, root: Path, findings: FindingList, *, are_all: bool
 ) -> None:
-    images, (_, match) = [image for image, _ in group], group[0]
-    folder = os.path.join(match.base, match.folder).rstrip("/")  # noqa: PTH118 - a text, no path object
-    if not match.differences:
-        is_all = len(images) == total
-        count = f"none of the {total:,} images is" if is_all else f"{len(images):,} of {total:,} images are not"
-        what = f"{count} in this folder, {match.name!r} for one: the files are in {folder}"
-        hint = f"Set the image folder to {folder} ({SETTING})" if is_all else _fix(file, match.base)
-        findings.error("image_missing", str(root), _place(images), what, hint)
+    """Reports images whose files are in one folder, under names that differ in the same way."""
+    first = group[0][1]
+    folder = os.path.join(first.base, first.folder).rstrip("/")  # noqa: PTH118 - a text, no path object
+    if are_all and not first.differences:
+        what = f"none of the {len(group):,} images is in this folder, {first.name!r} for one: they are in {folder}"
+        hint = f"Set the image folder to {folder} ({SETTING})"
+        findings.add(Finding("error", "image_missing", str(root), "all images", what, hint, count=len(group)))
         return
-    place = "" if match.base == str(root) else f" in {match.base}"
-    what = (
-        f"{len(images):,} of {total:,} file names differ from the files{place} by {' and '.join(match.differences)}: "
-        f"{match.name!r} is there as {match.path!r}"
-    )
-    findings.error("image_missing", file, _place(images), what, _fix(file, match.base))
-
-
-def _fix(file: str, base: str) -> str:
     new = Path(file).with_suffix(".fixed.json")
-    command = f"python -m orchestrator.data fix-names {file} --images {base} --to {new}"
-    return f"Write the names as the files have them: `{command}`, then use that file, with the image folder {base}"
+    command = f"python -m orchestrator.data fix-names {file} --images {first.base} --to {new}"
+    hint = f"`{command}` writes the names as the files have them; use that file and the image folder {first.base}"
+    by = f"differs from the file's by {' and '.join(first.differences)}" if first.differences else "is another folder's"
+    for image, match in group:
+        what = f"its file_name {match.name!r} {by}; there is {match.path!r}"
+        what += f" in {match.base}" if match.base != str(root) else ""
+        findings.error("image_missing", file, f"image {image.id}", what, hint, group=f"{file} {folder} {by}")
 
 
 def _report_missing(
-    missing: list[ImageEntry], total: int, root: Path, listing: dict[str, FoundFile], findings: FindingList
+    missing: list[ImageEntry], root: Path, listing: dict[str, FoundFile], findings: FindingList, *, are_all: bool
 ) -> None:
-    if not missing:
-        return
-    names = [image.file_name for image in missing]
-    again = "Copy or download them again, or remove them from the annotation file"
-    if addresses := [name for name in names if name.startswith(("http://", "https://"))]:
-        what = f"{len(addresses):,} of {total:,} file names are addresses, such as {addresses[0]!r}"
-        hint = "Download the images, and write their names relative to the image folder: images are read from files"
-        findings.error("image_missing", str(root), f"{len(addresses):,} images", what, hint)
-        missing = [image for image in missing if image.file_name not in set(addresses)]
-    broken = [image for image in missing if (root / image.file_name).is_symlink()]
-    if broken:
-        target = os.path.realpath(root / broken[0].file_name)
-        what = f"{len(broken):,} of {total:,} files are links to nothing, {broken[0].file_name!r} to {target} for one"
-        hint = "Fetch or mount what they lead to (`dvc pull`, `git annex get` …)"
-        findings.error("image_missing", str(root), _place(broken), what, hint)
-        missing = [image for image in missing if not (root / image.file_name).is_symlink()]
-    if len(missing) == total > 1:
-        content = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
-        what = f"none of the {total:,} images is in this folder, {missing[0].file_name!r} for one; {content}"
-        hint = f"Name the folder that the file_name entries are relative to ({SETTING})"
-        findings.error("image_missing", str(root), "all images", what, hint)
-    elif len(missing) == 1:
-        path, hint = f"{root}/{missing[0].file_name}", again.replace("them", "it")
-        findings.error("image_missing", path, f"image {missing[0].id}", "the file does not exist", hint)
-    elif missing:
-        examples = ", ".join(repr(image.file_name) for image in missing[:3])
-        what = f"{len(missing):,} of {total:,} files do not exist, such as {examples}"
-        findings.error("image_missing", str(root), _place(missing), what, again)
+    """Reports images whose file is nowhere."""
+    for image in missing:
+        name = image.file_name
+        if name.startswith(("http://", "https://")):
+            what = f"its file_name {name!r} is an address; images are read from files"
+            hint = "Download the images, and write their names relative to the image folder"
+        elif (root / name).is_symlink():
+            what = f"its file is a link to {os.path.realpath(root / name)}, where nothing is"
+            hint = "Fetch or mount what it leads to (`dvc pull`, `git annex get` …)"
+        elif are_all and len(missing) > 1:
+            content = f"it holds {len(listing):,} other files, such as {min(listing)!r}" if listing else "it is empty"
+            what = f"none of the {len(missing):,} images is in this folder, {name!r} for one; {content}"
+            hint = f"Name the folder that the file_name entries are relative to ({SETTING})"
+            findings.add(Finding("error", "image_missing", str(root), "all images", what, hint, count=len(missing)))
+            return
+        else:
+            what, hint = "the file does not exist", "Copy or download it again, or remove it from the annotation file"
+        findings.error("image_missing", f"{root}/{name}", f"image {image.id}", what, hint, group=f"{root} {hint}")

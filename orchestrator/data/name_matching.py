@@ -102,9 +102,9 @@ def match_names(
 def part_of(path: str) -> str:
     """The part of a data set that a file or folder is named for: `train`, `val`, `test`, or "" for none of them."""
     for name in reversed(path.split("/")):
-        for word in re.findall(r"[a-z]+", name.lower()):
-            if part := PARTS.get(word):
-                return part
+        parts = {PARTS[word] for word in re.findall(r"[a-z]+", name.lower()) if word in PARTS}
+        if parts:
+            return parts.pop() if len(parts) == 1 else ""
     return ""
 
 

@@ -13,7 +13,8 @@ from orchestrator.data.__main__ import app
 from orchestrator.data.checks import check_split
 from orchestrator.data.excerpt import excerpt
 from orchestrator.data.generate import generate
-from orchestrator.data.layout import coco_layout, find_splits
+from orchestrator.data.exports import find_splits
+from orchestrator.data.layout import coco_layout
 
 if TYPE_CHECKING:
     from orchestrator.data.layout import Dataset

@@ -1,0 +1,63 @@
+"""Writes an annotation file again with the names that its image files have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
+from orchestrator.data.name_matching import match_names, part_of
+from orchestrator.data.raw_file import RawFile
+from orchestrator.files import write_atomically
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class FixedNames(NamedTuple):
+    """What became of the images of a file."""
+
+    num_right: int
+    """Images whose name led to a file already."""
+    changed: dict[str, str]
+    """The old name and the new one of the others whose file was found."""
+    missing: list[str]
+    """Names that are as before because no file was found for them."""
+
+
+def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
+    """Corrects the `file_name` of images whose file is in the folder under another name; all else stays as it is.
+
+    Raises:
+        FileExistsError: `to` exists.
+        OSError: A file cannot be read or written.
+        ValueError: The file is not in COCO's format, the folder does not exist, or two names would become one.
+    """
+    if to.exists():
+        raise FileExistsError(f"{to} exists: name another file")
+    if not images.is_dir():
+        raise ValueError(f"{images} is not a folder")
+    raw = RawFile(file)
+    names = [image["file_name"] for image in raw.images]
+    right = {name for name in names if check_name(name) is None and (images / name).is_file()}
+    wrong = [name for name in dict.fromkeys(names) if name not in right]
+    spare = (path for path in walk_files(images, 10 * MAX_SEARCHED) if path not in right)
+    part = part_of("/".join(file.absolute().parts[-2:]))
+    matches = match_names(wrong, str(images), spare, whole_paths=False, part=part)
+    changed = {name: match.path for name, match in matches.items()}
+    taken: dict[str, str] = {}
+    for name, path in changed.items():
+        if path in taken:
+            raise ValueError(
+                f"{taken[path]!r} and {name!r} would both become {path!r}: name the folder of this set alone"
+            )
+        taken[path] = name
+    entries = [
+        msgspec.Raw(msgspec.json.encode({**msgspec.json.decode(entry), "file_name": changed[name]}))
+        if name in changed
+        else entry
+        for entry, name in zip(raw.entries["images"], names, strict=True)
+    ]
+    write_atomically(to, raw.encode(entries, raw.entries["annotations"]))
+    return FixedNames(sum(name in right for name in names), changed, [name for name in wrong if name not in changed])

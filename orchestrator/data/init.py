@@ -1,0 +1,265 @@
+"""Writes an experiment file for a data set: its classes, a model that fits its masks, a schedule for this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from orchestrator.data.checks import check_split, compare_splits
+from orchestrator.data.exports import find_splits
+from orchestrator.findings import Finding, has_errors, printable, sort_findings
+
+if TYPE_CHECKING:
+    from orchestrator.data.entries import SplitSummary
+    from orchestrator.data.layout import Split
+
+MASK_CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+BOX_CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"
+WEIGHTS = {
+    MASK_CONFIG: "detectron2://COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl",
+    BOX_CONFIG: "detectron2://COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl",
+}
+"""Weights trained on COCO, from detectron2's model zoo (MODEL_ZOO.md)."""
+
+LR_PER_IMAGE = 0.02 / 16
+"""detectron2's learning rate for one image of a batch; it grows with the batch (its linear scaling rule)."""
+
+GIB_PER_IMAGE = 2.5
+"""GPU memory for one image of a batch: the model zoo measured 1.7 GB for R50-FPN; many objects need more."""
+
+EPOCHS = ((200, 60), (2_000, 36), (20_000, 24))
+"""Epochs by the number of images below which they are taken. More images: detectron2's 1x schedule, 12 epochs."""
+
+YAML_WORDS = frozenset(("null", "true", "false", "yes", "no", "on", "off", "y", "n"))
+
+
+TEMPLATE = """\
+# Written by `python -m orchestrator.data init {folder}`.
+# {num_train:,} training and {num_val:,} validation images; for a machine with {machine}.
+# `python -m orchestrator.run FILE --dry-run` shows the plan, `--preflight` checks everything; neither trains.
+name: {name}
+data:
+  coco:
+    name: {name}
+    train_annotations: {train_annotations}
+    train_images: {train_images}
+    val_annotations: {val_annotations}
+    val_images: {val_images}
+model:
+  # {masks}. Other models: any of detectron2's MODEL_ZOO.md for boxes or instances, or your own YAML.
+  config: {config}
+  # Trained on COCO; the layers that depend on the classes start from nothing. Downloaded once. Without a network, give
+  # the path of the downloaded file (and its weights_sha256); "" starts all layers from nothing and takes far longer.
+  weights: {weights}
+  overrides:
+    # {classes}
+    MODEL.ROI_HEADS.NUM_CLASSES: {num_classes}
+{more_overrides}\
+    # Images in a step, of all workers together: {batch_per_worker} each. If memory runs out, halve it and BASE_LR.
+    SOLVER.IMS_PER_BATCH: {batch}
+    # detectron2's 0.02 for 16 images, scaled to this batch. If the loss becomes infinite, take a tenth.
+    SOLVER.BASE_LR: {base_lr:g}
+    # {epochs} epochs of the {num_with_objects:,} images with objects. The learning rate falls at 2/3 and 8/9 of them.
+    SOLVER.MAX_ITER: {max_iter}
+    SOLVER.STEPS: [{first_step}, {second_step}]
+    SOLVER.WARMUP_ITERS: {warmup}
+trials:
+  # Workers: {workers_reason}. With `strong`, batch, learning rate and iterations are as above for any number of them.
+  world_sizes: [{workers}]
+  scaling: strong
+  # Every switch that saves time; `reference` is detectron2 to the bit.
+  recipes: [fast]
+protocol:
+  kind: time_to_train
+  # Ten evaluations. A target, such as target_box_ap: 50, would end the training when it is reached.
+  eval_period_iterations: {eval_period}
+storage:
+  # After every evaluation; the best one and the two newest are kept.
+  checkpoint_period_iterations: {eval_period}
+resources:
+{resources}"""
+
+BITMASKS = """\
+    # {num_rle:,} masks are run-length encoded, which detectron2 reads as bitmaps.
+    INPUT.MASK_FORMAT: bitmask
+"""
+
+SMALL_IMAGES = """\
+    # Half of detectron2's 800 pixels, for a quarter of the time on CPUs. Take these out for small objects, or a GPU.
+    INPUT.MIN_SIZE_TRAIN: [400]
+    INPUT.MAX_SIZE_TRAIN: 667
+    INPUT.MIN_SIZE_TEST: 400
+    INPUT.MAX_SIZE_TEST: 667
+"""
+
+
+class Machine(NamedTuple):
+    """What the schedule is made for."""
+
+    num_gpus: int
+    gpu_gib: float
+    """Memory of the smallest GPU."""
+    num_cpus: int
+
+    @classmethod
+    def local(cls) -> Machine:
+        """This machine."""
+        import pynvml
+
+        memory = []
+        try:
+            pynvml.nvmlInit()
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30)
+        except pynvml.NVMLError:
+            memory = []
+        return cls(len(memory), min(memory, default=0.0), _num_cpus())
+
+
+class Schedule(NamedTuple):
+    """How long and in which steps a model is trained."""
+
+    batch: int
+    """Images of all workers together."""
+    base_lr: float
+    epochs: int
+    max_iter: int
+    steps: tuple[int, int]
+    """Iterations at which the learning rate falls: 2/3 and 8/9 of all, as in detectron2's 1x."""
+    warmup: int
+    eval_period: int
+
+
+class NotFitError(Exception):
+    """An experiment cannot be written; `findings` say why."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__(findings)
+        self.findings = findings
+
+
+def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str, list[Finding]]:
+    """The text of an experiment that trains on the data set in a folder, and the warnings of its checks.
+
+    Paths in it are absolute, so that it can be moved and run from anywhere.
+
+    Args:
+        folder: A data set in any layout that `find_splits` knows.
+        machine: What it is made for; None for this one.
+
+    Raises:
+        NotFitError: There is no training or no validation set, or a check found an error in one.
+    """
+    folder = folder.absolute()
+    splits, findings = find_splits(folder)
+    if has_errors(findings):
+        raise NotFitError(findings)
+    if not {"train", "val"} <= splits.keys():
+        raise NotFitError([_lone_part(folder, splits)])
+    reports = {part: check_split(splits[part]) for part in ("train", "val")}
+    both = [finding for report in reports.values() for finding in report.findings]
+    findings = sort_findings([*findings, *both, *compare_splits(reports["train"], reports["val"])])
+    train, val = reports["train"].summary, reports["val"].summary
+    if train is None or val is None or has_errors(findings):
+        raise NotFitError(findings)
+    return _experiment(folder, train, val, machine or Machine.local()), findings
+
+
+def _lone_part(folder: Path, splits: dict[str, Split]) -> Finding:
+    """The finding for a data set that has no two parts to train and evaluate on."""
+    missing = "training" if "train" not in splits and "all" not in splits else "validation"
+    what = f"there is no {missing} set: found {', '.join(str(split.annotations) for split in splits.values())}"
+    file = splits.get("all") or splits.get("train")
+    hint = "Name the file train.json, or its folder train"
+    if file is not None:
+        to = folder / "split"
+        hint = (
+            f"Run `python -m orchestrator.data split {file.annotations} --val 0.2 --to {to}`, "
+            f"then `python -m orchestrator.data init {folder}` again"
+        )
+    return Finding("error", "layout", str(folder), "", what, hint)
+
+
+def schedule(num_images: int, machine: Machine) -> Schedule:
+    """A fine-tuning schedule for a number of training images (those with objects) and a machine."""
+    workers = max(1, machine.num_gpus)
+    per_worker = 2
+    for size in (4, 8, 16):
+        # Memory sets the limit, and an epoch of ten steps: larger batches leave a small set too few steps.
+        if size * GIB_PER_IMAGE <= machine.gpu_gib and 10 * size * workers <= num_images:
+            per_worker = size
+    batch = per_worker * workers
+    epochs = next((epochs for below, epochs in EPOCHS if num_images < below), 12)
+    max_iter = max(10, -(-epochs * num_images // batch))
+    steps = (max_iter * 2 // 3, max_iter * 8 // 9)
+    return Schedule(batch, LR_PER_IMAGE * batch, epochs, max_iter, steps, min(1000, max_iter // 10), max_iter // 10)
+
+
+def _num_cpus() -> int:
+    """CPUs that this process may use: its affinity, and the limit of its container (cgroup v2)."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(available, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or no limit: "max"
+        return available
+
+
+def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: Machine) -> str:
+    num_bare = train.num_without_mask + val.num_without_mask
+    num_objects = sum(each.num_annotations - each.num_crowd for each in (train, val))
+    config = BOX_CONFIG if num_bare else MASK_CONFIG
+    plan, workers = schedule(train.num_images_with_objects, machine), max(1, machine.num_gpus)
+    more = BITMASKS.format(num_rle=train.num_rle) if train.num_rle and not num_bare else ""
+    resources = "  device: cuda\n"
+    if not machine.num_gpus:
+        more += SMALL_IMAGES
+        resources = f"  device: cpu\n  # All that this machine has.\n  cpus_per_worker: {machine.num_cpus}\n"
+    return TEMPLATE.format(
+        folder=printable(str(folder)),
+        num_train=train.num_images,
+        num_val=val.num_images,
+        machine=f"{machine.num_gpus} GPUs of {machine.gpu_gib:.0f} GiB" if machine.num_gpus else "no GPU",
+        name=_scalar(re.sub(r"[^A-Za-z0-9]+", "_", folder.name).strip("_")[:80] or "own_data"),
+        train_annotations=_scalar(train.annotations),
+        train_images=_scalar(train.images),
+        val_annotations=_scalar(val.annotations),
+        val_images=_scalar(val.images),
+        masks=f"{num_bare:,} of {num_objects:,} objects have no mask" if num_bare else "Every object has a mask",
+        config=config,
+        weights=WEIGHTS[config],
+        classes=_list_classes(train),
+        num_classes=len(train.categories),
+        more_overrides=more,
+        batch=plan.batch,
+        batch_per_worker=plan.batch // workers,
+        base_lr=plan.base_lr,
+        epochs=plan.epochs,
+        num_with_objects=train.num_images_with_objects,
+        max_iter=plan.max_iter,
+        first_step=plan.steps[0],
+        second_step=plan.steps[1],
+        warmup=plan.warmup,
+        workers=workers,
+        workers_reason="one for each GPU" if machine.num_gpus else "one, with all CPUs",
+        eval_period=plan.eval_period,
+        resources=resources,
+    )
+
+
+def _list_classes(train: SplitSummary) -> str:
+    """Names of the classes with the number of their objects, in one line."""
+    counts = (f"{name} ({train.objects_of_category.get(key, 0):,})" for key, name in train.categories.items())
+    text = printable(", ".join(counts))
+    return f"Classes, and their objects in the training set: {text if len(text) <= 400 else text[:400] + '…'}"
+
+
+def _scalar(text: str) -> str:
+    """A text as a YAML value, in quotes where it could be read as something else."""
+    if re.fullmatch(r"[/A-Za-z][A-Za-z0-9/._+-]*", text) and text.lower() not in YAML_WORDS:
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,0 +1,58 @@
+"""Reads an annotation file so that it can be written again with every entry as it was, byte for byte."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from trainers.contract.annotations import read_annotations, to_utf8
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SEEN_FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+"""Lists of a COCO file, and the fields of their entries that are read."""
+
+
+class RawFile:
+    """An annotation file: its entries as bytes, and of each what says to which image and class it belongs."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is not in COCO's format.
+        """
+        try:
+            text = to_utf8(path.read_bytes())
+            self._parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+            self.entries = {key: msgspec.json.decode(self._parts[key], type=list[msgspec.Raw]) for key in SEEN_FIELDS}
+            # The common reader makes ids comparable: text and decimals become integers.
+            seen = read_annotations(text, lambda _: self._see()).document
+        except KeyError as error:
+            raise ValueError(f"{path} is not a COCO file: it has no list {error}") from None
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise ValueError(f"{path} is not a COCO file (`data check` shows where): {error}") from None
+        self.path = path
+        self.images: list[dict[str, Any]] = seen["images"]
+        """Id and file name of each image."""
+        self.annotations: list[dict[str, Any]] = seen["annotations"]
+        """Image and category id of each annotation."""
+        self.categories: list[dict[str, Any]] = seen["categories"]
+        """Id and name of each category."""
+        if any(not isinstance(image.get("file_name"), str) for image in self.images):
+            raise ValueError(f"{path}: not every image has a file_name (`data check` shows which)")
+
+    def _see(self) -> dict[str, list[dict[str, Any]]]:
+        seen = {}
+        for key, fields in SEEN_FIELDS.items():
+            shape = msgspec.defstruct("Entry", [(field, Any, None) for field in fields])
+            entries = (msgspec.json.decode(entry, type=shape) for entry in self.entries[key])
+            seen[key] = [{field: getattr(entry, field) for field in fields} for entry in entries]
+        return seen
+
+    def encode(self, images: list[msgspec.Raw], annotations: list[msgspec.Raw]) -> bytes:
+        """The file with these images and annotations, everything else as it was."""
+        return msgspec.json.encode({**self._parts, "images": images, "annotations": annotations})
