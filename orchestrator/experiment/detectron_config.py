@@ -1,6 +1,6 @@
 """Reads detectron2's configs without importing detectron2, which takes seconds and torch.
 
-Three sources: the YAML files of its model zoo, the defaults in its source, and a config as a log prints it.
+Three sources: YAML files (its model zoo's or others), the defaults in its source, and a config as a log prints it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,44 @@ import ast
 import difflib
 import importlib.util
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.reading import flatten, read_yaml
+from orchestrator.experiment.reading import Section, read_sections
 from orchestrator.experiment.spec import Experiment, SpecError
+from trainers.contract.plan import ADDED_CONFIG_KEYS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
-ZOO_GROUPS = ("COCO-Detection/", "COCO-InstanceSegmentation/")
+COMPUTED_DEFAULTS: Mapping[str, Any] = {
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (512,) * 8,
+    "SOLVER.WARMUP_FACTOR": 0.001,
+}
+"""Defaults that are no literals in detectron2's source; a test compares them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value that is given to one of detectron2's keys, and where."""
+
+    key: str
+    """Dotted. A part that holds a dot itself, which detectron2 does not know in files, is in quotes."""
+    value: Any
+    """As detectron2 reads it: text such as "(60000, 80000)" is a Python literal to it."""
+    file: Path | None = None
+    """The YAML file; None for `model.overrides`."""
+    line: int | None = None
+    """Line in the file, from 1."""
+    in_zoo: bool = False
+    """Whether the file is one of detectron2's model zoo."""
+
+    @property
+    def place(self) -> str:
+        """Where it is given, for messages."""
+        return f"model.overrides.{self.key}" if self.file is None else f"{self.file}:{self.line}: {self.key}"
 
 
 def model_value(experiment: Experiment, key: str) -> Any:
@@ -27,10 +54,33 @@ def model_value(experiment: Experiment, key: str) -> Any:
 
     A value that the config would compute by code counts as not given. Raises SpecError where there is no such config.
     """
+    setting = given_setting(experiment, key)
+    return setting.value if setting else default_values().get(key)
+
+
+def given_setting(experiment: Experiment, key: str) -> Setting | None:
+    """What sets a key in an experiment: its override, else its model config; None where detectron2's default holds.
+
+    Raises SpecError where the model config cannot be read.
+    """
     if key in experiment.model.overrides:
-        return evaluate(experiment.model.overrides[key])
-    value = _flat_config(zoo_path(experiment.model.config)).get(key)
-    return default_values().get(key) if value is None else evaluate(value)
+        return Setting(key, evaluate(experiment.model.overrides[key]))
+    return file_settings(experiment.model.config).get(key)
+
+
+def file_settings(config: str) -> Mapping[str, Setting]:
+    """The settings of a model config and the files it builds on (`_BASE_`), by key.
+
+    Raises:
+        SpecError: There is no such config; a file of it cannot be read, or builds on itself.
+    """
+    return _settings_of_file(zoo_path(config), ())
+
+
+def config_files(config: str) -> list[Path]:
+    """The files that set something in a model config, outside of the model zoo. Raises SpecError as `file_settings`."""
+    settings = file_settings(config).values()
+    return list(dict.fromkeys(each.file for each in settings if each.file is not None and not each.in_zoo))
 
 
 def evaluate(value: Any) -> Any:
@@ -39,29 +89,39 @@ def evaluate(value: Any) -> Any:
         return value
     try:
         return ast.literal_eval(value)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value
 
 
 def zoo_path(config: str) -> Path:
-    """Where a model config is: in detectron2's model zoo, or the given path; SpecError where it is neither."""
-    local = Path(config).expanduser()
+    """Where a model config is: the given path, else in detectron2's model zoo; SpecError where it is neither."""
+    local = _expanded(config)
     if local.suffix not in (".yaml", ".yml"):
         raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
     if local.is_file():
         return local.absolute()
-    zoo = _package() / "model_zoo" / "configs"
-    if config.startswith(ZOO_GROUPS) and ".." not in config and (zoo / config).is_file():
+    zoo = zoo_folder()
+    if ".." not in config and (zoo / config).is_file():
         return zoo / config
-    known = [str(p.relative_to(zoo)) for group in ZOO_GROUPS for p in sorted((zoo / group).glob("*.yaml"))]
+    known = [path.relative_to(zoo).as_posix() for path in sorted(zoo.rglob("*.yaml"))]
     near = difflib.get_close_matches(config, known, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise SpecError(f"model.config: no such file or model zoo config: {config}{hint}")
 
 
+def config_for_workers(config: str) -> str:
+    """How workers find a model config: in the zoo by its name, as each node has a copy; elsewhere by absolute path.
+
+    Raises:
+        SpecError: There is no such config.
+    """
+    path = zoo_path(config)
+    return path.resolve().relative_to(zoo_folder()).as_posix() if _in_zoo(path) else str(path)
+
+
 @cache
 def default_values() -> dict[str, Any]:
-    """detectron2's dotted config keys with their defaults, from its source; a default that is not a literal is None."""
+    """detectron2's dotted config keys with their defaults, from its source, and those that workers add."""
     source = (_package() / "config" / "defaults.py").read_text(encoding="utf-8")
     keys: dict[str, Any] = {}
     for statement in ast.parse(source).body:
@@ -74,8 +134,8 @@ def default_values() -> dict[str, Any]:
             try:
                 keys[name] = ast.literal_eval(value)
             except ValueError:
-                keys[name] = None
-    return keys
+                keys[name] = COMPUTED_DEFAULTS.get(name)
+    return keys | ADDED_CONFIG_KEYS
 
 
 def printed_values(lines: Iterable[str]) -> dict[str, str]:
@@ -100,6 +160,23 @@ def printed_values(lines: Iterable[str]) -> dict[str, str]:
     return flat
 
 
+@cache
+def zoo_folder() -> Path:
+    """The folder of detectron2's model zoo configs."""
+    return (_package() / "model_zoo" / "configs").resolve()
+
+
+def _in_zoo(path: Path) -> bool:
+    return path.resolve().is_relative_to(zoo_folder())
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(path)
+
+
 def _package() -> Path:
     package = importlib.util.find_spec("detectron2")
     if package is None or not package.submodule_search_locations:
@@ -108,9 +185,44 @@ def _package() -> Path:
 
 
 @cache
-def _flat_config(path: Path) -> dict[str, Any]:
-    """A detectron2 YAML with its `_BASE_` chain, as dotted keys."""
+def _settings_of_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
+    """The settings of a YAML file over those of its bases; `chain` are the files that build on it."""
+    if path.resolve() in (each.resolve() for each in chain):
+        raise SpecError(f"{path}: _BASE_ goes round in a circle: {' -> '.join(map(str, (*chain, path)))}")
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
-    values = read_yaml(path, ignore_code=path.resolve().is_relative_to(_package().resolve()))
-    base = values.pop("_BASE_", None)
-    return {**(_flat_config(path.parent / base) if base else {}), **dict(flatten(values))}
+    section = read_sections(path, ignore_code=(in_zoo := _in_zoo(path)))
+    place = f"{path}:{section.lines.get('_BASE_')}: _BASE_"
+    settings: dict[str, Setting] = {}
+    for base in _bases(section.pop("_BASE_", []), place):
+        settings |= _settings_of_file(_base_path(path, base, place), (*chain, path))
+    for key, value, line in _flatten(section):
+        if not (in_zoo and value is None):  # computed by code
+            settings[key] = Setting(key, evaluate(value), path, line, in_zoo)
+    return settings
+
+
+def _bases(value: Any, place: str) -> list[str]:
+    bases = value if isinstance(value, list) else [value]
+    if not all(isinstance(base, str) and base for base in bases):
+        raise SpecError(f"{place} is {value!r}; give a path or a list of paths")
+    return bases
+
+
+def _base_path(path: Path, base: str, place: str) -> Path:
+    """The file that `_BASE_` names: absolute, from a home folder (`~`), or relative to the file it is in."""
+    if "://" in base:
+        raise SpecError(f"{place} {base}: configs are not fetched; download it and give its path")
+    found = (path.parent / _expanded(base)).absolute()
+    if not found.is_file():
+        raise SpecError(f"{place} {base}: no such file: {found}")
+    return found
+
+
+def _flatten(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, int]]:
+    """The values of a section by dotted key, each with its line; an empty section is a value of its own."""
+    for name, value in section.items():
+        key = f'{prefix}"{name}"' if "." in str(name) else f"{prefix}{name}"
+        if isinstance(value, Section) and value:
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value, section.lines[name]

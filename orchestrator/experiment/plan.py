@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.data.layout import Split, coco_layout
-from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
+from orchestrator.experiment.config_keys import usable_value
+from orchestrator.experiment.detectron_config import config_for_workers, given_setting
 from orchestrator.experiment.spec import Data, Experiment, SpecError
+from trainers.contract.annotations import AnnotationFileError, read_annotations
 from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-T = TypeVar("T")
 
 ZOO_WORLD_SIZE = 8
 """GPUs that the model zoo's batch sizes and learning rates are written for (detectron2, MODEL_ZOO.md)."""
@@ -86,71 +81,106 @@ def scaled_solver(
 ) -> SolverPlan:
     """The schedule of one world size, by detectron2's `auto_scale_workers` for weak scaling.
 
+    Where no reference world size is given, numbers of the experiment's own are for the smallest of its world sizes, and
+    those of the model zoo for 8; with a batch of its own, all are its own. `protocol.iterations` is never scaled.
     `num_train_images` (per epoch) is needed where the evaluation period is given in epochs.
 
     Raises:
-        SpecError: A batch does not divide among the workers.
+        SpecError: A batch does not divide among the workers, or a value of the schedule cannot be used.
     """
-    protocol, trials = experiment.protocol, experiment.trials
-    reference = trials.reference_world_size or _integer(experiment, "SOLVER.REFERENCE_WORLD_SIZE") or ZOO_WORLD_SIZE
-    batch = _integer(experiment, "SOLVER.IMS_PER_BATCH")
-    scale = world_size / reference if scaling == "weak" else 1.0
-    if scaling == "weak" and batch % reference:
-        raise SpecError(
-            f"SOLVER.IMS_PER_BATCH {batch} does not divide by trials.reference_world_size {reference}: "
-            "weak scaling keeps a whole batch per worker"
-        )
-    global_batch = round(batch * scale)
-    if global_batch % world_size:
-        raise SpecError(
-            f"trials.world_sizes: a batch of {global_batch} does not divide among {world_size} workers; "
-            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {world_size}, or take other world sizes"
-        )
+    protocol = experiment.protocol
+    own_batch = _is_own(experiment, "SOLVER.IMS_PER_BATCH")
+    own_schedule = own_batch or protocol.iterations is not None
+    own_schedule |= any(_is_own(experiment, f"SOLVER.{name}") for name in ("MAX_ITER", "STEPS", "WARMUP_ITERS"))
 
-    def scaled(iterations: int) -> int:
-        return round(iterations / scale)
+    def scale(own: bool) -> float:
+        return world_size / _reference(experiment, own=own) if scaling == "weak" else 1.0
 
-    max_iter = protocol.iterations or _integer(experiment, "SOLVER.MAX_ITER")
-    # A throughput trial runs the same iterations at every size, so that the sizes are compared over the same work.
-    if protocol.iterations is None or protocol.kind != "throughput":
-        max_iter = scaled(max_iter)
-    eval_period = 0
-    if protocol.eval_period_iterations:
-        eval_period = max(1, scaled(protocol.eval_period_iterations))
-    elif protocol.eval_period_epochs:
+    def iterations(number: int, own: bool) -> int:
+        return round(number / scale(own))
+
+    def period(number: int) -> int:
+        """A period that the experiment gives; it goes with the iterations."""
+        return max(1, number if protocol.iterations else iterations(number, own=True))
+
+    batch = _global_batch(experiment, world_size, scaling, own_batch)
+    eval_period = period(protocol.eval_period_iterations) if protocol.eval_period_iterations else 0
+    if protocol.eval_period_epochs:
         if not num_train_images:
             raise SpecError("protocol.eval_period_epochs: the number of training images is not known; give iterations")
-        eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / global_batch))
+        eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / batch))
     checkpoints = experiment.storage.checkpoint_period_iterations
-    if checkpoints is None:
-        checkpoints = _integer(experiment, "SOLVER.CHECKPOINT_PERIOD")
+    if checkpoints:
+        checkpoints = period(checkpoints)
+    elif checkpoints is None and (checkpoints := usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")):
+        own = own_batch or _is_own(experiment, "SOLVER.CHECKPOINT_PERIOD")
+        checkpoints = max(1, iterations(checkpoints, own))
+    max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
+    steps = (iterations(step, own_schedule) for step in usable_value(experiment, "SOLVER.STEPS"))
+    own_rate = own_batch or _is_own(experiment, "SOLVER.BASE_LR")
     at_end = protocol.evaluate_at_end
-    return SolverPlan(
-        global_batch_size=global_batch,
-        base_lr=_convert(float, experiment, "SOLVER.BASE_LR") * scale,
+    solver = SolverPlan(
+        global_batch_size=batch,
+        base_lr=usable_value(experiment, "SOLVER.BASE_LR") * scale(own_rate),
         max_iter=max_iter,
-        steps=_convert(lambda steps: tuple(map(scaled, steps)), experiment, "SOLVER.STEPS"),
-        warmup_iters=scaled(_integer(experiment, "SOLVER.WARMUP_ITERS")),
+        steps=tuple(step for step in steps if step != max_iter),  # one at the end would change nothing
+        warmup_iters=iterations(usable_value(experiment, "SOLVER.WARMUP_ITERS"), own_schedule),
         eval_period=eval_period,
         evaluate_at_end=at_end if at_end is not None else protocol.kind == "time_to_train",
-        checkpoint_period=max(1, scaled(checkpoints)) if checkpoints else 0,
+        checkpoint_period=checkpoints or 0,
     )
+    _check_schedule(experiment, solver)
+    return solver
 
 
-def _integer(experiment: Experiment, key: str) -> int:
-    return _convert(int, experiment, key)
+def _is_own(experiment: Experiment, key: str) -> bool:
+    """Whether the experiment, or a YAML file of its own, gives a key; not the model zoo."""
+    setting = given_setting(experiment, key)
+    return setting is not None and not setting.in_zoo
 
 
-def _convert(to: Callable[[Any], T], experiment: Experiment, key: str) -> T:
-    value = model_value(experiment, key)
-    try:
-        return to(value)
-    except (TypeError, ValueError):
-        example = default_values().get(key)
-        raise SpecError(f"model.overrides.{key}: {value!r} is not a value for it; one is {example!r}") from None
+def _reference(experiment: Experiment, *, own: bool) -> int:
+    """The number of workers that a number is for: `own` ones of the experiment, or the model zoo's."""
+    trials = experiment.trials
+    given: int | None = trials.reference_world_size or usable_value(experiment, "SOLVER.REFERENCE_WORLD_SIZE")
+    return given or (min(trials.world_sizes) if own else ZOO_WORLD_SIZE)
+
+
+def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling, own: bool) -> int:
+    batch: int = usable_value(experiment, "SOLVER.IMS_PER_BATCH")
+    if scaling == "weak":
+        reference = _reference(experiment, own=own)
+        if batch % reference:
+            raise SpecError(
+                f"SOLVER.IMS_PER_BATCH {batch} does not divide among the {reference} workers that it is for, and weak "
+                "scaling keeps a whole batch per worker; set trials.reference_world_size, or trials.scaling=strong"
+            )
+        batch = batch // reference * world_size
+    if batch % world_size:
+        raise SpecError(
+            f"trials.world_sizes: a batch of {batch} does not divide among {world_size} workers; "
+            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {world_size}, or take other world sizes"
+        )
+    return batch
+
+
+def _check_schedule(experiment: Experiment, solver: SolverPlan) -> None:
+    """Refuses what detectron2's schedulers refuse once they are built, after minutes."""
+    scheduler = usable_value(experiment, "SOLVER.LR_SCHEDULER_NAME")
+    if scheduler == "WarmupCosineLR":
+        end = usable_value(experiment, "SOLVER.BASE_LR_END")
+        if not 0 <= end <= solver.base_lr or not solver.base_lr:
+            raise SpecError(f"SOLVER.BASE_LR_END {end} is not between 0 and the learning rate, {solver.base_lr}")
+    elif scheduler == "WarmupMultiStepLR":
+        steps = [step for step in solver.steps if step < solver.max_iter]
+        if any(first >= second for first, second in pairwise((0, *steps))):
+            raise SpecError(f"SOLVER.STEPS {solver.steps} of the plan do not ascend from 1")
+        if solver.max_iter <= len(steps):
+            raise SpecError(f"SOLVER.MAX_ITER {solver.max_iter} is too short for the SOLVER.STEPS {solver.steps}")
 
 
 def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
+    """Images of an epoch, for an evaluation period in epochs; None where no such period is given."""
     data = experiment.data
     if experiment.protocol.eval_period_epochs is None:
         return None
@@ -159,9 +189,9 @@ def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
     if data.coco2017:
         return COCO2017_TRAIN_IMAGES
     try:
-        loaded = json.loads(Path(annotations).read_bytes())
-        return len({annotation["image_id"] for annotation in loaded["annotations"] if not annotation.get("iscrowd")})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        document = read_annotations(Path(annotations).read_bytes()).document
+        return len({each["image_id"] for each in document["annotations"] if not each.get("iscrowd")})
+    except (AnnotationFileError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(f"{annotations}: cannot count its images for eval_period_epochs: {error}") from error
 
 
@@ -194,8 +224,10 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
     loader_workers, most_loader_workers = resources.loader_workers or 0, 0
-    if resources.loader_workers is None and device == "cuda":
-        loader_workers = _integer(experiment, "DATALOADER.NUM_WORKERS")
+    if resources.loader_workers is None and _is_own(experiment, "DATALOADER.NUM_WORKERS"):
+        loader_workers = usable_value(experiment, "DATALOADER.NUM_WORKERS")
+    elif resources.loader_workers is None and device == "cuda":
+        loader_workers = usable_value(experiment, "DATALOADER.NUM_WORKERS")
         most_loader_workers = cpus - 1  # one is for the training process itself
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
     checkpoints = experiment.storage.checkpoints
@@ -217,9 +249,9 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 seed=seed,
                 scaling=scaling,
                 protocol=protocol.kind,
-                config_file=_config_file(experiment.model.config),
+                config_file=config_for_workers(experiment.model.config),
                 overrides=experiment.model.overrides,
-                weights=_weights(experiment.model.weights),
+                weights=start_weights(experiment),
                 weights_sha256=experiment.model.weights_sha256,
                 train=train,
                 val=val,
@@ -251,11 +283,8 @@ def under(uri: str, path: str) -> str:
     return f"{folder.rstrip('/')}/{path}{mark}{options}"
 
 
-def _config_file(config: str) -> str:
-    """A model zoo name as it is (each node has its own copy), a path made absolute."""
-    path = zoo_path(config)
-    return config if "model_zoo" in path.parts else str(path)
-
-
-def _weights(weights: str | None) -> str | None:
-    return str(Path(weights).expanduser().absolute()) if weights and "://" not in weights else weights
+def start_weights(experiment: Experiment) -> str:
+    """Start weights, `model.weights` or else `MODEL.WEIGHTS`: an address or an absolute path; "" for random ones."""
+    given = experiment.model.weights
+    name: str = usable_value(experiment, "MODEL.WEIGHTS") if given is None else given
+    return str(Path(name).expanduser().absolute()) if name and "://" not in name else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.experiment.spec import EXCLUSIVE_FIELDS, Experiment, SpecError
 
 
 def load_experiment(path: Path, assignments: list[str] | None = None) -> Experiment:
     """Reads an experiment file and applies `--set KEY=VALUE` to it.
 
-    The value is read as YAML. In `model.overrides.`, the rest of the key is one detectron2 key.
+    The value is read as YAML. In `model.overrides.`, the rest of the key is one detectron2 key. Of fields that exclude
+    each other, such as `data.generated` and `data.coco`, the one set last replaces the others.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, has an unknown key (the nearest known one is named) or a value
@@ -28,30 +30,75 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
     return parse_experiment(values, where=str(path))
 
 
-class _CodeIgnored(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one mapping: YAML's rule would be to drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for (tag, name), times in Counter(keys).items():
+            if times > 1 and tag != "tag:yaml.org,2002:merge":
+                second = [key for key, _ in node.value if key.value == name][1]
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", second.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Section(dict[str, Any]):
+    """A mapping of a YAML file that knows where its keys are."""
+
+    lines: dict[str, int]
+    """Line of each key, from 1."""
+
+
+class _LineLoader(_Loader):
+    """Makes Sections of mappings."""
+
+    def construct_section(self, node: yaml.MappingNode) -> Section:
+        section = Section(self.construct_mapping(node, deep=True))
+        section.lines = {self.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in node.value}
+        return section
+
+
+class _CodeIgnored(_LineLoader):
     """Reads a value with a `!!python/…` tag as null instead of running it."""
 
 
+_LineLoader.add_constructor("tag:yaml.org,2002:map", _LineLoader.construct_section)
 _CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
-def read_yaml(path: Path, *, ignore_code: bool = False) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping, without running anything in it.
+
+    Raises:
+        SpecError: The file cannot be read, is not YAML, gives a key twice, or holds no mapping.
+    """
+    return _read(path, _Loader)
+
+
+def read_sections(path: Path, *, ignore_code: bool) -> Section:
+    """Reads a YAML file as `read_yaml` does, with the line of every key.
 
     With `ignore_code`, a value that code would compute is read as null instead of refusing the file.
 
     Raises:
-        SpecError: The file cannot be read, is not YAML, or holds no mapping.
+        SpecError: As for `read_yaml`.
     """
-    loader = _CodeIgnored if ignore_code else yaml.SafeLoader
+    section: Section = _read(path, _CodeIgnored if ignore_code else _LineLoader)
+    return section
+
+
+def _read(path: Path, loader: type[_Loader]) -> Any:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - both are safe loaders
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - made of the safe loader
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SpecError(f"{path}{line}: not valid YAML: {error.problem or error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2024-13-45
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise SpecError(f"{path}: must hold a mapping of keys to values (name: …, data: …)")
+        raise SpecError(f"{path}: must hold a mapping of keys to values, such as NAME: VALUE")
     return values
 
 
@@ -89,11 +136,12 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     if not equals or not key:
         raise SpecError(f"--set {assignment}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - made of the safe loader
+    except (yaml.YAMLError, ValueError) as error:
         raise SpecError(f"--set {assignment}: the value is not valid YAML: {error}") from error
-    prefix = "model.overrides."
-    path = ["model", "overrides", key.removeprefix(prefix)] if key.startswith(prefix) else key.split(".")
+    if value is not None and value is not False:
+        _drop_alternatives(values, key)
+    path = _parts(key)
     for part in path[:-1]:
         if values.get(part) is None:
             values[part] = {}
@@ -101,6 +149,24 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
         if not isinstance(values, dict):
             raise SpecError(f"--set {assignment}: {part} has no fields to set")
     values[path[-1]] = value
+
+
+def _parts(key: str) -> list[str]:
+    prefix = "model.overrides."
+    return ["model", "overrides", key.removeprefix(prefix)] if key.startswith(prefix) else key.split(".")
+
+
+def _drop_alternatives(values: dict[str, Any], key: str) -> None:
+    """Removes the fields that a `--set` of this key replaces: those of which only one may be given."""
+    for fields in EXCLUSIVE_FIELDS:
+        replaced = [field for field in fields if not f"{key}.".startswith(f"{field}.")]
+        for field in replaced if len(replaced) < len(fields) else ():
+            *path, last = _parts(field)
+            section: Any = values
+            for part in path:
+                section = section.get(part) if isinstance(section, dict) else None
+            if isinstance(section, dict):
+                section.pop(last, None)
 
 
 def _explain(problem: dict[str, Any]) -> str:

@@ -20,12 +20,19 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
+EXCLUSIVE_FIELDS = (
+    ("data.coco2017", "data.coco", "data.generated"),
+    ("protocol.eval_period_iterations", "protocol.eval_period_epochs"),
+)
+"""Fields of which an experiment has at most one; a `--set` of one replaces the others."""
+
+
 class SpecError(ValueError):
     """The experiment file or a `--set` is wrong; the message says what, where and how to fix it."""
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _known_recipe(name: str) -> str:
@@ -72,7 +79,7 @@ class Data(_Model):
     coco2017: bool = False
     """COCO 2017 as `$DETECTRON2_DATASETS/coco/{annotations,train2017,val2017}` (detectron2's own layout)."""
     coco: CocoPair | None = None
-    """Any COCO JSON pair."""
+    """Any COCO JSON pair; `python -m orchestrator.data init FOLDER` writes an experiment for one."""
     generated: GeneratedData | None = None
     """Drawn shapes, generated on first use."""
 
@@ -88,9 +95,10 @@ class Model(_Model):
     """The detector: a model zoo config and changes to it."""
 
     config: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
-    """Config of detectron2's model zoo (COCO-Detection/… or COCO-InstanceSegmentation/…), or a YAML file's path."""
+    """A YAML file's path, or a config of detectron2's model zoo: COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml."""
     overrides: dict[str, Any] = {}
-    """detectron2's own dotted keys and their values, for example `MODEL.RESNETS.DEPTH: 18`."""
+    """detectron2's own dotted keys and their values, for example `MODEL.RESNETS.DEPTH: 18`. Each is honoured or
+    refused (docs/settings.md)."""
     weights: str | None = None
     """Start weights: `detectron2://…`, a path, or "" for random ones; null keeps the config's."""
     weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
@@ -106,8 +114,10 @@ class Trials(_Model):
     """`weak` keeps the batch per worker (learning rate up, iterations down with the world size, as detectron2's
     `SOLVER.REFERENCE_WORLD_SIZE` does); `strong` keeps the global batch; `both` runs every world size both ways."""
     reference_world_size: int | None = Field(None, ge=1)
-    """World size that batch, learning rate and iterations of the model config are written for; null: the config's
-    `SOLVER.REFERENCE_WORLD_SIZE`, or 8, as in the model zoo, where that is 0."""
+    """World size that batch, learning rate, iterations and periods are written for; weak scaling starts from it. null:
+    the config's `SOLVER.REFERENCE_WORLD_SIZE` where that is not 0; else numbers that you give (overrides, a YAML of
+    your own, periods) are for the smallest of `world_sizes`, which runs exactly them, and those left to the model zoo
+    are for 8 workers. With a batch size of yours, all of them are yours."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     """One repeat per seed."""
     recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
@@ -130,13 +140,13 @@ class Protocol(_Model):
     kind: Literal["throughput", "time_to_train"] = "time_to_train"
     """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target."""
     iterations: int | None = Field(None, ge=1)
-    """Iterations of every trial. null: the model config's schedule, scaled to the world size."""
+    """Iterations of every trial, never scaled. null: the model config's schedule, scaled to the world size."""
     warmup_iterations: int = Field(20, ge=0)
     """Iterations at the start that are not counted in the throughput."""
     eval_period_iterations: int | None = Field(None, ge=1)
-    """Iterations between evaluations, at the reference world size."""
+    """Iterations between evaluations, at the reference world size; with `iterations`, at every world size."""
     eval_period_epochs: float | None = Field(None, gt=0)
-    """Epochs between evaluations; not together with eval_period_iterations."""
+    """Epochs between evaluations, of every image with an object once; not together with eval_period_iterations."""
     evaluate_at_end: bool | None = None
     """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
     target_box_ap: float | None = Field(None, ge=0, le=100)
@@ -161,8 +171,8 @@ class Resources(_Model):
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPUs each worker reserves and computes with; null: 1 without GPUs, else a GPU's share of the CPUs, 10 at most."""
     loader_workers: int | None = Field(None, ge=0)
-    """Loader processes per worker; null: 0 on CPUs; on GPUs first the model config's (4), then as many as the measured
-    speed of mapper and step requires and the worker's CPUs allow."""
+    """Loader processes per worker; null: `DATALOADER.NUM_WORKERS` where you give it; else 0 on CPUs; on GPUs first the
+    model zoo's (4), then as many as the measured speed of mapper and step requires and the worker's CPUs allow."""
     num_nodes: int | None = Field(None, ge=1)
     """Hosts over which the workers of a trial are spread equally; null: the fewest hosts that allow it."""
     min_workers: int | None = Field(None, ge=1)
@@ -199,7 +209,7 @@ class Storage(_Model):
     checkpoints: str | None = None
     """Folder or URI (`s3://bucket/prefix`) for checkpoints; null: in the run's folder."""
     checkpoint_period_iterations: int | None = Field(None, ge=0)
-    """Iterations between checkpoints, at the reference world size; 0: only the last one; null: the config's."""
+    """Iterations between checkpoints, scaled as `eval_period_iterations` is; 0: the last only; null: the config's."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept, besides the best."""
 

@@ -1,13 +1,13 @@
-"""Checks an experiment's model without importing detectron2: config keys, classes and masks, start weights."""
+"""Checks an experiment's model without importing detectron2: classes and masks, start weights, sizes."""
 
 from __future__ import annotations
 
-import difflib
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.detectron_config import default_values, evaluate, model_value
+from orchestrator.experiment.config_keys import value_problem
+from orchestrator.experiment.detectron_config import default_values, model_value
 from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
@@ -20,29 +20,6 @@ BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.
 
 GROUPED_PARAMETERS = 86.7e6
 """Parameters of the model zoo's X-101-32x8d, taken for every backbone with grouped convolutions."""
-
-
-def check_overrides(experiment: Experiment) -> list[Finding]:
-    """Checks that every override is a key of detectron2 and its value of the default's type."""
-    findings, known = FindingList(), default_values()
-    for key, value in experiment.model.overrides.items():
-        if key not in known:
-            near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
-            hint = f"Did you mean {near[0]}" if near else "See detectron2/config/defaults.py for the known keys"
-            findings.error("config_key", "model.overrides", key, "detectron2 has no such key", hint)
-        elif not _has_type_of(value, known[key]):
-            what = f"its value {value!r} is not of the type of detectron2's default, {known[key]!r}"
-            findings.error("config_value", "model.overrides", key, what, f"Write a value like {known[key]!r}")
-    return findings.to_list()
-
-
-def _has_type_of(value: Any, default: Any) -> bool:
-    """Whether detectron2 can use a value in place of a default: by yacs's rule, and numbers in place of numbers."""
-    value = evaluate(value)
-    if isinstance(value, list | tuple) and isinstance(default, list | tuple):
-        have, need = (all(isinstance(item, int | float) for item in items) for items in (value, default))
-        return have or not need or not default
-    return default is None or value is None or type(value) is type(default)
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
@@ -145,6 +122,6 @@ def estimate_image_bytes(experiment: Experiment) -> float:
 
 
 def _value(experiment: Experiment, key: str) -> Any:
-    """A key's value, or detectron2's default where it is of another type, which `check_overrides` reports."""
-    value, default = model_value(experiment, key), default_values().get(key)
-    return value if _has_type_of(value, default) else default
+    """A key's value, or detectron2's default where it cannot be used, which `check_settings` reports."""
+    value = model_value(experiment, key)
+    return value if value_problem(key, value) is None else default_values()[key]
