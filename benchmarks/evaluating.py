@@ -32,8 +32,8 @@ def main(plan_path: str, result_path: str, side: str) -> None:
     torch.set_num_threads(plan.cpus_per_worker)
     torch.manual_seed(plan.seed)
     cfg = mask_rcnn.build_config(plan)
-    mask_rcnn.register(plan.train)
-    mask_rcnn.register(plan.val)
+    mask_rcnn.register(cfg, plan.train)
+    mask_rcnn.register(cfg, plan.val)
     if side == "ours":
         model = mask_rcnn.build_detector(cfg, plan)
     else:

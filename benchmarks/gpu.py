@@ -45,7 +45,7 @@ def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
         Floating-point operations (a multiplication and an addition are two), and waits (0 on a CPU).
     """
     cfg = mask_rcnn.build_config(plan)
-    mask_rcnn.register(plan.train)
+    mask_rcnn.register(cfg, plan.train)
     images = loading.training_images(cfg, plan, loading.training_records(cfg, plan))
     epoch = training_epoch(cfg, images.records, plan.seed)
     batch = next(iter(loading.training_loader(cfg, plan, images, epoch, rank=0, skip=0, num_processes=0)))

@@ -90,8 +90,8 @@ def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
     setup_logger(plan.trial_dir)
     cfg = mask_rcnn.build_config(plan)
-    mask_rcnn.register(plan.train)
-    mask_rcnn.register(plan.val)
+    mask_rcnn.register(cfg, plan.train)
+    mask_rcnn.register(cfg, plan.val)
     cfg.defrost()
     if not (plan.solver.evaluate_at_end or plan.solver.eval_period):
         cfg.DATASETS.TEST = ()

@@ -27,10 +27,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract.plan import ADDED_CONFIG_KEYS, DatasetPlan, TrialPlan
 from trainers.contract.problems import ConfigurationError
+from trainers.keypoints import set_keypoint_metadata
 from trainers.recipes import Recipe
 from trainers.speedups.apply import resolve_precision, tune_model
 from trainers.speedups.sgd import build_tuned_optimizer
 from trainers.weights import load_start_weights
+
+
+class ModelFile(CfgNode):
+    """A YAML file with its bases, of which only those of detectron2's package may compute values by code."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        """Reads a file; detectron2 calls it for each base. Raises yaml.YAMLError for code elsewhere."""
+        in_package = Path(filename).resolve().is_relative_to(Path(model_zoo.__file__).resolve().parent)
+        values: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=in_package)
+        return values
 
 
 def build_config(plan: TrialPlan) -> CfgNode:
@@ -44,11 +56,9 @@ def build_config(plan: TrialPlan) -> CfgNode:
         section, _, name = key.rpartition(".")
         cfg[section][name] = value
     try:
-        if Path(plan.config_file).is_absolute():
-            cfg.merge_from_file(plan.config_file, allow_unsafe=False)
-        else:
-            # Files of the installed package are code like the rest of it, and some compute their values.
-            cfg.merge_from_file(model_zoo.get_config_file(plan.config_file), allow_unsafe=True)
+        is_path = Path(plan.config_file).is_absolute()
+        file = plan.config_file if is_path else model_zoo.get_config_file(plan.config_file)
+        cfg.merge_from_other_cfg(CfgNode(ModelFile.load_yaml_with_base(file)))
         cfg.merge_from_list([part for item in plan.overrides.items() for part in item])
     except (KeyError, ValueError, AssertionError, RuntimeError, yaml.YAMLError) as error:
         raise ConfigurationError(str(error), key="model.config or model.overrides") from error
@@ -125,12 +135,18 @@ def refused_by_detectron2(key: str) -> Iterator[None]:
         raise ConfigurationError(f"detectron2 refuses these settings: {reason}", key=key) from error
 
 
-def register(dataset: DatasetPlan) -> None:
-    """Makes a data set known to detectron2 under its name, in place of one of that name."""
+def register(cfg: CfgNode, dataset: DatasetPlan) -> None:
+    """Makes a data set known to detectron2 under its name, in place of one of that name.
+
+    Raises:
+        ConfigurationError: Its keypoints are not those of a keypoint model.
+    """
     if dataset.name in DatasetCatalog:
         DatasetCatalog.remove(dataset.name)
         MetadataCatalog.remove(dataset.name)
     register_coco_instances(dataset.name, {}, dataset.annotations, dataset.images)
+    if cfg.MODEL.KEYPOINT_ON:
+        set_keypoint_metadata(cfg, dataset)
 
 
 def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:

@@ -122,7 +122,7 @@ def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
     torch.set_num_threads(plan.cpus_per_worker)
     cfg = mask_rcnn.build_config(plan)
     _settings.enter_context(process_settings(plan.recipe, device, cfg.CUDNN_BENCHMARK))
-    mask_rcnn.register(plan.val)
+    mask_rcnn.register(cfg, plan.val)
     model = mask_rcnn.build_detector(cfg, plan)
     _serving = model, _views(shared, model), Evaluator(cfg, plan)
 

@@ -74,9 +74,9 @@ def read_weights(weights: StartWeights) -> Checkpoint:
         what, hint = other
         again = f", or remove it so that it is fetched again: {path}" if weights.address else ""
         raise weights_error("placeholder", f"{path} is {what}", hint + again)
-    _refuse_other_formats(path, head, size)
+    _refuse_other_formats(weights, head, size)
     is_torchs = head.startswith((b"PK\x03\x04", LEGACY_MAGIC))
-    content = _read_torch(path) if is_torchs else _read_pickle(path)
+    content = _read_torch(weights) if is_torchs else _read_pickle(weights)
     return _checkpoint(content, path, weights.matching_heuristics, is_torchs)
 
 
@@ -85,15 +85,17 @@ def weights_error(kind: str, what: str, hint: str) -> ConfigurationError:
     return ConfigurationError(what, f"weights_{kind}", FIELD, hint)
 
 
-def _corrupt(path: Path, reason: object) -> ConfigurationError:
-    what = f"{path} is corrupt: {str(reason).strip().splitlines()[0][:200] if str(reason).strip() else 'it ends early'}"
-    return weights_error("corrupt", what, "Copy or download it again, or write it with torch.save")
+def _corrupt(weights: StartWeights, reason: object) -> ConfigurationError:
+    why = (str(reason).strip() or "it ends early").splitlines()[0][:200]
+    hint = "Remove it, so that it is fetched again" if weights.address else "Copy it again, or write it with torch.save"
+    return weights_error("corrupt", f"{weights.path} is corrupt: {why}", hint)
 
 
-def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
+def _refuse_other_formats(weights: StartWeights, head: bytes, size: int) -> None:
     """Names formats that are neither torch's nor a pickle."""
+    path = weights.path
     if not head:
-        raise weights_error("corrupt", f"{path} is empty", "Copy or download it again")
+        raise _corrupt(weights, "it is empty")
     for mark, name in COMPRESSED.items():
         if head.startswith(mark):
             raise weights_error("format", f"{path} is compressed ({name})", "Unpack it and give the file inside")
@@ -106,7 +108,7 @@ def _refuse_other_formats(path: Path, head: bytes, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _corrupt(path, error) from error
+        raise _corrupt(weights, error) from error
     if "constants.pkl" in names:
         hint = "Give the weights alone: torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
         raise weights_error("format", f"{path} is a TorchScript model", hint)
@@ -150,21 +152,21 @@ def _meaning(name: str) -> Any:
     return _PLAIN.get(name) or type(last, (_StandIn,), {})
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(weights: StartWeights) -> Any:
     """By torch's own safe reader; each name that it refuses is given a harmless meaning."""
     meanings: dict[str, Any] = {}
     while True:
         known = [*_DTYPES, *((meaning, name) for name, meaning in meanings.items())]
         try:
             with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(weights.path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             refused = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
             if refused is None or refused[1] in meanings:
-                raise _unsafe(path, str(error)) from error
+                raise _unsafe(weights.path, str(error)) from error
             meanings[refused[1]] = _meaning(refused[1])
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-            raise _corrupt(path, error) from error
+            raise _corrupt(weights, error) from error
 
 
 def _unsafe(path: Path, reason: str) -> ConfigurationError:
@@ -189,15 +191,15 @@ class _ArrayUnpickler(pickle.Unpickler):
         return meaning
 
 
-def _read_pickle(path: Path) -> Any:
-    with path.open("rb") as stream:
+def _read_pickle(weights: StartWeights) -> Any:
+    with weights.path.open("rb") as stream:
         unpickler = _ArrayUnpickler(stream)
         try:
             content = unpickler.load()
         except Exception as error:  # a damaged pickle raises anything
-            raise _corrupt(path, error) from error
+            raise _corrupt(weights, error) from error
     if isinstance(content, _StandIn):
-        what = f"reading {path} would run code in it ({', '.join(sorted(unpickler.stand_ins)[:MAX_NAMED])})"
+        what = f"reading {weights.path} would run code in it ({', '.join(sorted(unpickler.stand_ins)[:MAX_NAMED])})"
         hint = "Give weights that torch.save or detectron2 wrote; nothing in this file was run"
         raise weights_error("unsafe", what, hint)
     return content

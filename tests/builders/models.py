@@ -8,6 +8,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 MASK_RCNN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+KEYPOINT_RCNN = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml"
 
 
 def tiny_config(overrides: dict[str, Any], config: str = MASK_RCNN) -> CfgNode:

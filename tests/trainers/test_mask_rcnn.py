@@ -12,7 +12,7 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import TrialPlan
-from trainers.mask_rcnn import ConfigurationError, build_config, build_detector, check_weights
+from trainers.mask_rcnn import ConfigurationError, build_config, build_detector
 
 ZOO = [
     "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
@@ -80,15 +80,3 @@ def test_imagenet_weights_in_detectron2s_pickle_format_are_matched_by_name(tmp_p
     ours = plan(weights=str(path), weights_sha256=sha256, overrides=TINY_OVERRIDES)
     loaded = build_detector(build_config(ours), ours)
     assert torch.all(loaded.backbone.bottom_up.stem.conv1.weight == 0.5)
-
-
-def test_a_pickle_without_a_hash_or_with_another_one_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "mine.pkl"
-    path.write_bytes(b"not even a pickle")
-    with pytest.raises(ConfigurationError, match="would run code"):
-        check_weights(str(path), None)
-    with pytest.raises(ConfigurationError, match="has SHA-256"):
-        check_weights(str(path), "0" * 64)
-    with pytest.raises(ConfigurationError, match="no such file"):
-        check_weights(str(tmp_path / "missing.pth"), None)
-    check_weights("detectron2://ImageNetPretrained/MSRA/R-50.pkl", None)

@@ -140,7 +140,7 @@ def spoilt(folder: Path) -> dict[str, tuple[bytes, str, str]]:
     scripted = folder / "scripted.pt"
     torch.jit.script(nn.Linear(1, 1)).save(str(scripted))
     return {
-        "empty": (b"", "weights_corrupt", "is empty"),
+        "empty": (b"", "weights_corrupt", "it is empty"),
         "half": (good.read_bytes()[:-300], "weights_corrupt", "corrupt"),
         "half.pkl": (plain.read_bytes()[:-300], "weights_corrupt", "corrupt"),
         "page": (b"<!DOCTYPE html><html>Sign in</html>", "weights_placeholder", "web page"),
