@@ -186,7 +186,9 @@ class TrainingLoop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         window.learning_rate = self.optimizer.param_groups[self._logged_group]["lr"]
-        self.scheduler.step()
+        ends = self.iteration + 1 == self.plan.solver.max_iter
+        with contextlib.suppress(IndexError) if ends else contextlib.nullcontext():
+            self.scheduler.step()  # fvcore's step schedule has no rate after the last iteration, where none is needed
         self._add_losses(losses, total)
         self.iteration += 1
         self.activity.iteration = self.iteration

@@ -38,7 +38,7 @@ from trainers.loader_sizing import LoaderSizing
 from trainers.loop import NotFiniteError, Request, TrainingLoop
 from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
-from trainers.speedups.apply import process_settings
+from trainers.speedups.apply import process_settings, resolve_precision
 from trainers.training_order import Epoch, training_epoch
 
 logger = logging.getLogger(__name__)
@@ -119,8 +119,8 @@ class Rank:
         if placement.world_size > 1:
             comm.create_local_process_group(placement.local_world_size)
         torch.manual_seed(plan.seed)
-        mask_rcnn.register(plan.train)
-        mask_rcnn.register(plan.val)
+        mask_rcnn.register(cfg, plan.train)
+        mask_rcnn.register(cfg, plan.val)
         records = loading.training_records(cfg, plan)
         epoch = training_epoch(cfg, records, plan.seed)
         evaluator = Evaluator(cfg, plan)
@@ -155,6 +155,7 @@ class Rank:
             setup_seconds=time.time() - entered,
             config_yaml=config_yaml if placement.rank == 0 else "",
             restored_from=restored_from,
+            numerics={"precision": resolve_precision(plan.recipe.precision, self._device()), **machine.numerics()},
         )
         with overlap.process(plan, detector, placement.rank) as evaluation.overlap:
             if state and state[hooks.EVALUATION_PENDING_KEY]:

@@ -180,6 +180,8 @@ class TrialResult(_Record):
     hosts: list[str] = []
     num_train_images: int | None = None
     num_val_images: int | None = None
+    numerics: dict[str, bool | str] = {}
+    """What decided how the device computes: `precision`, and torch's switches by their names under `torch.backends`."""
     notes: list[str] = []
     """What is missing or must be known to read the figures, for a person."""
     mlflow_run_id: str | None = None

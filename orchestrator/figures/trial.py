@@ -130,6 +130,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "iterations": trial.iterations,
         "num_train_images": loop.num_train_images if loop else None,
         "num_val_images": loop.num_val_images if loop else None,
+        "numerics": loop.numerics if loop else {},
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
         "notes": [note] if fewer else [],
     }

@@ -22,13 +22,13 @@ from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTr
 from detectron2.engine import DefaultTrainer
 
 from tests.builders.experiments import TINY_OVERRIDES
-from tests.builders.training import plan_of, train
+from tests.builders.training import last, plan_of, train
 from trainers import machine, mask_rcnn
-from trainers.contract.events import StepsDone
+from trainers.contract.events import LoopFinished, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.loading import augmentation_seed
 from trainers.loop import step_seed
-from trainers.recipes import PLAIN, REFERENCE, Recipe
+from trainers.recipes import FAST, PLAIN, REFERENCE, Recipe
 from trainers.speedups.apply import process_settings
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -66,8 +66,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "MODEL.RESNETS.NORM": "GN",
         "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
         "MODEL.RESNETS.WIDTH_PER_GROUP": 32,
-        "SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR",
-        "SOLVER.NUM_DECAYS": 2,
         "SOLVER.RESCALE_INTERVAL": True,
         "SOLVER.CLIP_GRADIENTS.NORM_TYPE": float("inf"),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0.02,
@@ -80,7 +78,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "SOLVER.CLIP_GRADIENTS.ENABLED": False,
         "SOLVER.MOMENTUM": 0.0,
     },
+    "a C4 model": {
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[8, 16, 32, 64]],
+        "config": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 64,
+    },
+    "RetinaNet": {
+        "config": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "MODEL.RETINANET.NUM_CONVS": 1,
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "giou",
+    },
+    "boxes alone, without aspect ratio grouping, on empty images too": {
+        "config": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+        "DATALOADER.ASPECT_RATIO_GROUPING": False,
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlign",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2,
+        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": True,
+    },
 }
+"""Overrides of the tiny model's, and `config` for another one of the model zoo."""
 
 
 class Pinned(DefaultTrainer):
@@ -91,6 +108,11 @@ class Pinned(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         self.seen: list[dict[str, float]] = []
         super().__init__(cfg)
+
+        def seed(*_: Any) -> None:
+            torch.manual_seed(step_seed(self.plan.seed, 0, self.iter))
+
+        self.model.register_forward_pre_hook(seed)  # the loader draws a seed for itself before
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> Any:
@@ -121,10 +143,6 @@ class Pinned(DefaultTrainer):
         sampler = samplers[cfg.DATALOADER.SAMPLER_TRAIN]()
         return build_detection_train_loader(cfg, mapper=pinned, dataset=records, sampler=sampler)
 
-    def run_step(self) -> None:
-        torch.manual_seed(step_seed(self.plan.seed, 0, self.iter))
-        super().run_step()
-
     def after_step(self) -> None:
         super().after_step()
         self.seen.append({name: history.latest() for name, history in self.storage.histories().items()})
@@ -137,11 +155,13 @@ class Pinned(DefaultTrainer):
         return {}
 
 
-def prepared(folder: Path, overrides: dict[str, Any], recipe: Recipe) -> TrialPlan:
-    plan = plan_of(folder, "mask_rcnn")
-    solver = dataclasses.replace(plan.solver, max_iter=10, eval_period=0, evaluate_at_end=False)
+def prepared(folder: Path, overrides: dict[str, Any], recipe: Recipe, iterations: int = 10) -> TrialPlan:
+    plan, overrides = plan_of(folder, "mask_rcnn"), dict(overrides)
+    config = overrides.pop("config", plan.config_file)
+    solver = dataclasses.replace(plan.solver, max_iter=iterations, eval_period=0, evaluate_at_end=False)
+    overrides = {**TINY_OVERRIDES, **overrides}
     return dataclasses.replace(
-        plan, overrides={**TINY_OVERRIDES, **overrides}, recipe=recipe, solver=solver, log_period=1
+        plan, config_file=config, overrides=overrides, recipe=recipe, solver=solver, log_period=1
     )
 
 
@@ -153,10 +173,11 @@ def test_losses_and_weights_are_those_of_default_trainer(tmp_path: Path, setting
     ours = [event for event in train(plan) if isinstance(event, StepsDone)]
     Pinned.plan = plan
     trainer = Pinned(mask_rcnn.build_config(plan))
-    trainer.train()
+    with torch.jit.optimized_execution(False):  # as on our CPUs; RetinaNet's loss is TorchScript
+        trainer.train()
     for number, (our, their) in enumerate(zip(ours, trainer.seen, strict=True)):
         losses = {name: value for name, value in our.losses.items() if name != "total_loss"}
-        assert len(losses) >= 5 and losses == {name: their[name] for name in losses}, f"iteration {number}"
+        assert len(losses) >= 2 and losses == {name: their[name] for name in losses}, f"iteration {number}"
         assert our.learning_rate == their["lr"]
     (file,) = Path(plan.checkpoint_dir).glob("iter_0000010/state*")
     state = torch.load(file, weights_only=True)["model"]
@@ -164,12 +185,37 @@ def test_losses_and_weights_are_those_of_default_trainer(tmp_path: Path, setting
     assert len(ours) == 10 and not different
 
 
+@pytest.mark.train
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_fast_recipe_honours_the_same_settings(tmp_path: Path, settings: str) -> None:
+    """Its first losses are those of `plain` but for rounding, and it goes on."""
+    found = []
+    for name, recipe in (("plain", PLAIN), ("fast", dataclasses.replace(FAST, mapper="exact", precision="fp32"))):
+        plan = prepared(tmp_path / name, SETTINGS[settings], recipe, iterations=4)
+        found.append([event.losses for event in train(plan) if isinstance(event, StepsDone)])
+    plain, fast = found
+    assert len(plain) == len(fast) == 4
+    assert fast[0] == pytest.approx(plain[0], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.train
+def test_a_schedule_that_has_no_rate_after_the_last_iteration_trains_to_its_end(tmp_path: Path) -> None:
+    """detectron2's DefaultTrainer ends in an IndexError there, before its last checkpoint and evaluation."""
+    changes = {"SOLVER.LR_SCHEDULER_NAME": "WarmupStepWithFixedGammaLR", "SOLVER.NUM_DECAYS": 1, "SOLVER.GAMMA": 0.5}
+    plan = prepared(tmp_path, changes, PLAIN)
+    events = train(plan)
+    rates = [event.learning_rate for event in events if isinstance(event, StepsDone)]
+    base = plan.solver.base_lr
+    assert rates[2:] == [base] * 3 + [base / 2] * 5
+    assert last(events, LoopFinished).reason == "max_iter"
+
+
 def test_a_worker_computes_with_the_switches_of_a_process_that_runs_default_trainer(tmp_path: Path) -> None:
     # default_setup is what detectron2's tools call before DefaultTrainer; it sets the switches of its process.
     script = f"""
 import argparse, json
 from detectron2.config import get_cfg
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import default_setup
 from trainers import machine
 cfg = get_cfg()
 cfg.CUDNN_BENCHMARK, cfg.OUTPUT_DIR = True, {str(tmp_path)!r}

@@ -131,9 +131,13 @@ def test_an_augmented_image_and_its_annotations_are_detectron2s(
         {"INPUT__FORMAT": "RGB"},
         {"INPUT__MASK_FORMAT": "bitmask"},
         {"INPUT__MIN_SIZE_TRAIN": (0,)},
-        {"INPUT__CROP__ENABLED": True, "MODEL__MASK_ON": False},  # with masks it needs shapely
+        {"INPUT__CROP__ENABLED": True, "MODEL__MASK_ON": False},
+        {"INPUT__CROP__ENABLED": True, "INPUT__CROP__SIZE": [0.3, 0.4]},
+        {"INPUT__CROP__ENABLED": True, "INPUT__CROP__TYPE": "absolute", "INPUT__CROP__SIZE": [150, 5000]},
+        {"INPUT__CROP__ENABLED": True, "INPUT__MASK_FORMAT": "bitmask"},
+        {"INPUT__MIN_SIZE_TRAIN": (100, 300), "INPUT__MIN_SIZE_TRAIN_SAMPLING": "range"},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=str,
 )
 def test_other_settings_are_honoured(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "image.jpg"

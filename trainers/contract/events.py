@@ -81,6 +81,9 @@ class LoopStarted(Event):
     config_yaml: str
     """The resolved detectron2 config (rank 0 only, else empty)."""
     restored_from: str
+    numerics: dict[str, bool | str] = field(default_factory=dict)
+    """What decides how the device computes: `precision` (`fp32`, `amp` or `bf16`), and torch's switches by their names
+    under `torch.backends`."""
 
 
 @dataclass(frozen=True, kw_only=True)
