@@ -22,7 +22,8 @@ from pycocotools import mask as coco_mask
 from benchmarks.measure import Row, alternate, seconds, timed
 from trainers.contract.plan import DatasetPlan
 from trainers.dataset_cache import cached_records
-from trainers.scoring import IouType, score
+from trainers.scoring import score
+from trainers.scoring_input import IouType
 from trainers.speedups.fast_mapper import FastMapper
 from trainers.speedups.mask_targets import PackedPolygons
 

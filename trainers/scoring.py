@@ -169,7 +169,7 @@ def _score_with(
     return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}, list(truth.warnings)
 
 
-@functools.lru_cache(maxsize=3)
+@functools.lru_cache(maxsize=4)
 def _loaded(path: Path, size: int, mtime_ns: int, iou_type: IouType, scorer: Scorer) -> _Loaded:  # noqa: ARG001
     """The annotations; size and time are in the key of the cache alone."""
     truth = ground_truth(path, iou_type)
@@ -205,7 +205,6 @@ def _set_sigmas(
     evaluation: Any, sigmas: Sequence[float] | None, found: Sequence[Detection], num_keypoints: int, path: Path
 ) -> None:
     if sigmas:
-        # hotcoco takes a list, pycocotools computes with an array.
         evaluation.params.kpt_oks_sigmas = np.array(sigmas)
     numbers = {len(evaluation.params.kpt_oks_sigmas), *(len(detection["keypoints"]) // 3 for detection in found)}
     if num_keypoints:
@@ -255,19 +254,13 @@ def _with_hotcoco(truth: _Loaded, detections: Sequence[Detection], iou_type: Iou
         rows[:, 6] = [truth.category_ids[detection["category_id"]] for detection in detections]
         if iou_type != "segm":
             rows[:, 1:5] = [detection["bbox"] for detection in detections]
-    if iou_type == "bbox":
-        return COCOeval(truth.coco, truth.coco.load_res(rows), iou_type)
-    # load_res numbers detections from 1 in their order.
-    ids = np.arange(1, len(detections) + 1)
-    if iou_type == "keypoints":
-        found = truth.coco.load_res(rows)
-        if detections:
-            found.update_anns([{"id": n, "keypoints": d["keypoints"]} for n, d in enumerate(detections, start=1)])
-        return COCOeval(truth.coco, found, iou_type)
-    rles = [detection["segmentation"] for detection in detections]
+    rles = [detection["segmentation"] for detection in detections] if iou_type == "segm" else None
     found = truth.coco.load_res(rows, segmentation=rles)
+    # load_res numbers detections from 1 in their order, and gives them their boxes' areas.
     if rles:
-        found.update_anns(ids=ids, area=np.asarray(area(rles), dtype=np.float64))  # load_res takes those of the boxes
+        found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
+    elif detections and iou_type == "keypoints":
+        found.update_anns([{"id": n, "keypoints": d["keypoints"]} for n, d in enumerate(detections, start=1)])
     return COCOeval(truth.coco, found, iou_type)
 
 

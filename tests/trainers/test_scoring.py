@@ -1,86 +1,26 @@
-"""COCO's twelve figures: the native scorer gives what pycocotools gives, and both what detectron2 would."""
+"""COCO's figures: the native scorer gives what pycocotools gives, and both what detectron2 would."""
 
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from trainers.scoring import FIGURES, score
+from tests.builders.scoring import HEIGHT, NUM_KEYPOINTS, SCORERS, WIDTH, detections_near, write_truth
+from trainers.scoring import FIGURES, KEYPOINT_FIGURES, dry_score, score
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trainers.recipes import Scorer
-    from trainers.scoring import IouType
+    from trainers.scoring_input import IouType
 
-HEIGHT, WIDTH = 240, 320
-CATEGORIES = (1, 3, 17, 90)  # with gaps, as COCO's
-SCORERS: tuple[Scorer, ...] = ("pycocotools", "hotcoco")
 IOU_TYPES: tuple[IouType, ...] = ("bbox", "segm")
-
-
-def ellipse(box: np.ndarray[Any, Any], corners: int = 12) -> list[float]:
-    x, y, width, height = box
-    angle = np.linspace(0, 2 * np.pi, corners, endpoint=False)
-    return np.stack([x + width / 2 * (1 + np.cos(angle)), y + height / 2 * (1 + np.sin(angle))], 1).ravel().tolist()
-
-
-def random_box(rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    width, height = rng.uniform(5, 140, 2)
-    return np.array([rng.uniform(0, WIDTH - width), rng.uniform(0, HEIGHT - height), width, height])
-
-
-def write_truth(path: Path, num_images: int = 25, seed: int = 0) -> list[dict[str, Any]]:
-    """Writes annotations with crowds, gapped ids and images without any; returns the annotations."""
-    rng = np.random.default_rng(seed)
-    images = [{"id": 7 * i + 1, "height": HEIGHT, "width": WIDTH, "file_name": f"{i}.jpg"} for i in range(num_images)]
-    annotations: list[dict[str, Any]] = []
-    for image in images[:-2]:
-        for _ in range(rng.integers(1, 8)):
-            box = random_box(rng)
-            polygon = [ellipse(box)]
-            rle = coco_mask.merge(coco_mask.frPyObjects(polygon, HEIGHT, WIDTH))
-            crowd = bool(rng.random() < 0.15)
-            counts = {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image["id"],
-                    "category_id": int(rng.choice(CATEGORIES[:3])),
-                    "bbox": box.tolist(),
-                    "area": float(coco_mask.area(rle)),
-                    "iscrowd": int(crowd),
-                    "segmentation": counts if crowd else polygon,
-                }
-            )
-    categories = [{"id": category, "name": f"kind {category}"} for category in CATEGORIES]
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    return annotations
-
-
-def detections_near(annotations: list[dict[str, Any]], seed: int = 1) -> list[dict[str, Any]]:
-    """Detections around the annotations, some of them wrong, with many equal scores."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for annotation in annotations:
-        for _ in range(rng.integers(0, 5)):
-            box = np.clip(np.array(annotation["bbox"]) + rng.normal(0, 4, 4), [0, 0, 2, 2], [WIDTH, HEIGHT, 200, 200])
-            rle = coco_mask.merge(coco_mask.frPyObjects([ellipse(box)], HEIGHT, WIDTH))
-            same = rng.random() < 0.8
-            found.append(
-                {
-                    "image_id": annotation["image_id"],
-                    "category_id": annotation["category_id"] if same else int(rng.choice(CATEGORIES)),
-                    "bbox": box.tolist(),
-                    "score": round(float(rng.random()), 1),
-                    "segmentation": {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()},
-                }
-            )
-    return found
+SIGMAS = [0.05 + 0.01 * number for number in range(NUM_KEYPOINTS)]
 
 
 @pytest.mark.parametrize("iou_type", IOU_TYPES)
@@ -96,9 +36,11 @@ def test_both_scorers_give_the_same_twelve_figures(tmp_path: Path, iou_type: Iou
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize(("iou_type", "task"), [("bbox", "bbox"), ("segm", "segm")])
+@pytest.mark.parametrize(
+    ("iou_type", "sigmas"), [("bbox", None), ("segm", None), ("keypoints", None), ("keypoints", SIGMAS)]
+)
 def test_the_figures_are_those_of_detectron2s_evaluator(
-    tmp_path: Path, scorer: Scorer, iou_type: IouType, task: str
+    tmp_path: Path, scorer: Scorer, iou_type: IouType, sigmas: list[float] | None
 ) -> None:
     from detectron2.evaluation.coco_evaluation import _evaluate_predictions_on_coco
     from pycocotools.coco import COCO
@@ -106,9 +48,11 @@ def test_the_figures_are_those_of_detectron2s_evaluator(
     path = tmp_path / "truth.json"
     found = detections_near(write_truth(path))
     copies = json.loads(json.dumps(found))
-    theirs = _evaluate_predictions_on_coco(COCO(str(path)), copies, task).stats * 100
-    ours = score(path, found, iou_type, scorer)
-    assert [ours[name] for name in FIGURES] == pytest.approx(theirs.tolist(), abs=1e-6)
+    theirs = _evaluate_predictions_on_coco(COCO(str(path)), copies, iou_type, kpt_oks_sigmas=sigmas).stats * 100
+    ours = score(path, found, iou_type, scorer, sigmas)
+    assert list(ours) == list(KEYPOINT_FIGURES if iou_type == "keypoints" else FIGURES)
+    assert list(ours.values()) == pytest.approx(theirs.tolist(), abs=1e-6)
+    assert 1 < theirs[0] < 99
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -175,3 +119,90 @@ def test_a_detection_of_an_unknown_image_is_an_error(tmp_path: Path, scorer: Sco
     found = detections_near(write_truth(path))
     with pytest.raises(ValueError, match="not in it"):
         score(path, [found[0] | {"image_id": 12345}], "bbox", scorer)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_detections_of_classes_that_the_file_does_not_list_count_for_nothing(tmp_path: Path, scorer: Scorer) -> None:
+    path = tmp_path / "truth.json"
+    found = detections_near(write_truth(path))
+    unknown = [found[0] | {"category_id": 12345, "score": 1.0}]
+    assert score(path, found + unknown, "bbox", scorer) == score(path, found, "bbox", scorer)
+    assert score(path, unknown, "bbox", scorer)["ap"] == 0.0
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_keypoint_needs_a_sigma(tmp_path: Path, scorer: Scorer) -> None:
+    path = tmp_path / "truth.json"
+    found = detections_near(write_truth(path))
+    with pytest.raises(ValueError, match=r"17 keypoints, .*sigmas \[5, 17\].*TEST\.KEYPOINT_OKS_SIGMAS"):
+        score(path, found, "keypoints", scorer, SIGMAS[:5])
+    with pytest.raises(ValueError, match=r"TEST\.KEYPOINT_OKS_SIGMAS"):
+        dry_score(path, ["keypoints"], scorer, SIGMAS[:5])
+
+
+class PanicException(BaseException):
+    """What native code raises by that name."""
+
+
+class _BrokenScorer:
+    """Stands in for hotcoco: refuses the annotations, or fails when it evaluates."""
+
+    def __init__(self, error: BaseException, late: bool) -> None:
+        self.error, self.late = error, late
+        self.mask = SimpleNamespace(area=None)
+
+    def COCO(self, document: dict[str, Any]) -> Any:  # noqa: N802
+        if not self.late:
+            raise self.error
+        return self
+
+    def load_res(self, *_: Any, **__: Any) -> Any:
+        raise self.error
+
+    COCOeval = None
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("error", [ValueError("invalid type"), PanicException("index out of bounds")])
+def test_pycocotools_scores_what_hotcoco_refuses_and_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException, late: bool
+) -> None:
+    path = tmp_path / "truth.json"
+    found = detections_near(write_truth(path))
+    expected = score(path, found, "bbox", "pycocotools")
+    broken = _BrokenScorer(error, late)
+    monkeypatch.setitem(sys.modules, "hotcoco", broken)
+    monkeypatch.setitem(sys.modules, "hotcoco.mask", broken.mask)
+    assert score(path, found, "bbox", "hotcoco") == expected
+    reason = f"as hotcoco cannot ({type(error).__name__}: {error})"
+    assert reason in caplog.text
+    (warning,) = dry_score(path, ["bbox"], "hotcoco")
+    assert warning.startswith(str(path)) and reason in warning
+
+
+def test_an_interrupted_scoring_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "truth.json"
+    found = detections_near(write_truth(path))
+    monkeypatch.setitem(sys.modules, "hotcoco", _BrokenScorer(KeyboardInterrupt(), late=False))
+    with pytest.raises(KeyboardInterrupt):
+        score(path, found, "bbox", "hotcoco")
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_dry_scoring_of_a_good_file_has_nothing_to_say(tmp_path: Path, scorer: Scorer) -> None:
+    path = tmp_path / "truth.json"
+    write_truth(path)
+    assert dry_score(path, ["bbox", "segm", "keypoints"], scorer) == []
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_dry_scoring_says_what_cannot_be_scored(tmp_path: Path, scorer: Scorer) -> None:
+    path = tmp_path / "truth.json"
+    annotations = write_truth(path)
+    for annotation in annotations:
+        annotation["segmentation"] = []
+    document = json.loads(path.read_text()) | {"annotations": annotations}
+    path.write_text(json.dumps(document))
+    assert dry_score(path, ["bbox"], scorer) == []
+    with pytest.raises(ValueError, match="no object has a mask"):
+        dry_score(path, ["bbox", "segm"], scorer)
