@@ -58,6 +58,8 @@ class Request:
     """Print the result as JSON on stdout."""
     verify_images: bool
     """Decode every image while checking."""
+    strict: bool
+    """Treat warnings about the data as errors."""
 
 
 @app.command()
@@ -79,6 +81,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan of every trial and stop.")] = False,
     preflight: Annotated[bool, typer.Option("--preflight", help="Check everything and stop.")] = False,
     verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image while checking.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat every warning about the data as an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show failures and the closing table only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; the rest goes to stderr.")] = False,
 ) -> None:
@@ -97,7 +100,7 @@ def main(
         earlier = _read_earlier(resume, alone=not others) if resume is not None else None
         experiment = earlier.experiment if earlier else load_experiment(config, assignments)
         run_dir = earlier.run_dir if earlier else _new_run_dir(experiment, output)
-        request = Request(experiment, run_dir, earlier, console, quiet, as_json, verify_images)
+        request = Request(experiment, run_dir, earlier, console, quiet, as_json, verify_images, strict)
         raise typer.Exit(_show_plan(request) if dry_run else _check(request) if preflight else _run(request))
     except SpecError as error:
         Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -186,7 +189,7 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         from orchestrator.data.generate import generate
 
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
-    findings = preflight(experiment, plans, verify_images=request.verify_images)
+    findings = preflight(experiment, plans, verify_images=request.verify_images, strict=request.strict)
     if request.earlier:
         findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
     if not has_errors(findings):

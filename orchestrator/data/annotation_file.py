@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import orjson
 
-from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, Problem, is_id, shorten
+from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, is_id, shorten
 from orchestrator.data.objects import check_objects
+from trainers.contract.annotations import AnnotationFile, read_annotations, to_utf8
 
 if TYPE_CHECKING:
     from orchestrator.data.entries import SplitSummary
@@ -18,54 +19,61 @@ if TYPE_CHECKING:
 
 class _Document(msgspec.Struct):
     annotations: list[Annotation]
-    images: Any = None
-    categories: Any = None
+    images: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
 
 
-def parse_annotations(content: bytes) -> tuple[Any, bool] | Problem:
-    """Parses an annotation file; a Problem where it is not JSON, with the byte.
+def parse_annotations(content: bytes) -> tuple[AnnotationFile, bool]:
+    """Reads an annotation file as the common reader does, in a fifth of the memory where no id needs a conversion.
 
     Returns:
         What it holds, and whether that may include NaN or Infinity, which JSON does not have but Python reads.
+
+    Raises:
+        AnnotationFileError: It is not JSON.
     """
-    again = "Copy or download it again"
-    if not content.strip():
-        return Problem("json_invalid", "the file is empty", again)
+    text = to_utf8(content)
     try:
-        document = msgspec.json.decode(content, type=_Document)
-        return {key: getattr(document, key) for key in document.__struct_fields__}, False
+        parsed = msgspec.json.decode(text, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        pass  # Not JSON, or not a list of objects: Python's reader accepts more, and knows where it stopped.
-    try:
-        return json.loads(content), True
-    except UnicodeDecodeError as error:
-        return Problem("json_invalid", f"not UTF-8 text: byte {error.start:,} of {len(content):,}", again)
-    except RecursionError:
-        return Problem("json_invalid", "nested too deeply to be annotations", "Name another file")
-    except ValueError as error:
-        position, reason = getattr(error, "pos", 0), getattr(error, "msg", str(error))
-        text = content.decode("utf-8", errors="replace")
-        place = f"{reason} at byte {len(text[:position].encode()):,} of {len(content):,}"
-        # Cut in the middle of a text, or with no more than the beginning of a number or a word left.
-        rest = text[position:].strip()
-        if reason.startswith("Unterminated string") or (len(rest) <= 8 and not rest.endswith(("}", "]"))):
-            return Problem("json_truncated", f"the file ends in the middle: {place}", f"{again}: the end is missing")
-        return Problem("json_invalid", f"not JSON: {place}", "Correct that place")
+        pass  # Not JSON, or not lists of objects: Python's reader accepts more, and knows where it stopped.
+    else:
+        if _has_integers(parsed):
+            document = {key: getattr(parsed, key) for key in parsed.__struct_fields__}
+            return AnnotationFile(document, 0, ""), False
+        del parsed
+    return read_annotations(text, orjson.loads), True
+
+
+def _has_integers(document: _Document) -> bool:
+    """Whether all ids and sizes are integers already."""
+    return (
+        all(type(image.get(key)) is int for image in document.images for key in ("id", "width", "height"))
+        and all(type(category.get("id")) is int for category in document.categories)
+        and all(
+            type(each.id) is int and type(each.image_id) is int and type(each.category_id) is int
+            for each in document.annotations
+        )
+    )
 
 
 def check_annotations(
-    document: Any, summary: SplitSummary, findings: FindingList, *, may_hold_nan: bool, for_scoring: bool
+    parsed: AnnotationFile, summary: SplitSummary, findings: FindingList, *, may_hold_nan: bool, for_scoring: bool
 ) -> list[ImageEntry]:
     """Checks a parsed annotation file, fills in the counts of `summary`, and returns the well-formed image entries.
 
     Args:
-        document: What `parse_annotations` returned.
+        parsed: What `parse_annotations` returned.
         summary: Its paths are set.
         findings: Added to.
         may_hold_nan: Whether numbers have to be checked for NaN and infinity.
         for_scoring: Whether it is a validation set, for which COCO's scorer needs more.
     """
-    file = summary.annotations
+    file, document = summary.annotations, parsed.document
+    if parsed.num_converted:
+        what = f"{parsed.num_converted:,} ids or sizes are text or decimals, such as {parsed.example}; read as integers"
+        hint = "Nothing, for this program; other tools may refuse them, or sort them as text"
+        findings.warning("ids_converted", file, "ids", what, hint)
     if not isinstance(document, dict):
         hint = 'COCO\'s format is {"images": […], "annotations": […], "categories": […]}'
         findings.error("json_structure", file, "", f"holds a {type(document).__name__}, not an object", hint)
@@ -78,10 +86,10 @@ def check_annotations(
         findings.error("split_empty", file, "", "lists no image", "Name a file that does")
     elif not parts["annotations"]:
         purpose = "nothing can be scored" if for_scoring else "nothing can be learned"
-        findings.error("split_empty", file, "", f"lists no annotation: {purpose}", "Name a file that does")
+        findings.error("split_empty", file, "annotations", f"lists no annotation: {purpose}", "Name a file that does")
     fields = Annotation.__struct_fields__
     annotations = [
-        entry if isinstance(entry, Annotation) else Annotation(**{key: entry.get(key) for key in fields})
+        entry if isinstance(entry, Annotation) else Annotation(**{key: entry[key] for key in fields if key in entry})
         for entry in parts["annotations"]
     ]
     summary.num_annotations = len(annotations)
@@ -151,6 +159,14 @@ def _check_categories(entries: list[dict[str, Any]], file: str, findings: Findin
             findings.error("duplicate_category_id", file, f"category {category_id}", what, hint)
         else:
             categories[category_id] = name
+    by_name: defaultdict[str, list[int]] = defaultdict(list)
+    for category_id, name in categories.items():
+        by_name[name.strip().casefold()].append(category_id)
+    for same in by_name.values():
+        if len(same) > 1:
+            what = f"the categories {', '.join(map(str, same))} have the same name, {shorten(categories[same[0]])}"
+            hint = "Merge them, or rename one: the model learns to tell them apart, and their AP goes by one name"
+            findings.warning("category_name", file, f"category {same[1]}", what, hint)
     if not entries:
         findings.error("split_empty", file, "categories", "lists no category", "Name a file that does")
     return dict(sorted(categories.items()))

@@ -10,24 +10,26 @@ import hashlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from orchestrator.data.annotation_file import check_annotations, parse_annotations
-from orchestrator.data.entries import Problem, SplitSummary
+from orchestrator.data.entries import SplitSummary
 from orchestrator.data.image_files import check_images
 from orchestrator.data.image_names import FoundFile, list_files
+from orchestrator.data.overlap import find_overlap
 from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import cache_folder, file_sha256, write_atomically
-from orchestrator.findings import Finding, FindingList, sort_findings
+from orchestrator.findings import Finding, FindingList
+from trainers.contract.annotations import AnnotationFileError
 
 if TYPE_CHECKING:
     from orchestrator.data.layout import Split
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Raised with every change of the checks or their messages, so that no older result is taken from the cache."""
 
 CACHED_FROM = 2000
@@ -39,9 +41,6 @@ OFFICIAL_COUNTS = {"instances_train2017.json": (118_287, 860_001), "instances_va
 OFFICIAL_CATEGORIES = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 """COCO's 80 category ids."""
 
-PUBLISHED_QUIRKS = ("box_empty", "box_outside", "polygon_short", "annotation_id_zero", "area_missing")
-"""Errors that are warnings in COCO 2017 itself: the benchmark is defined on the file as it was published."""
-
 
 @dataclass
 class SplitReport:
@@ -52,6 +51,8 @@ class SplitReport:
     """None where the annotation file could not be read."""
     from_cache: bool = False
     """Whether it is the result of an earlier check."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Size in bytes of each image file that exists, by its path."""
 
 
 class _Cached(msgspec.Struct):
@@ -85,37 +86,45 @@ def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = 
         findings.error("annotations_missing", file, "", f"cannot be read: {error.strerror}", hint)
         return SplitReport(findings.to_list(), None)
     summary = SplitSummary(file, str(split.images), digest)
-    parsed = parse_annotations(content)
-    if isinstance(parsed, Problem):
-        findings.error(parsed.code, file, "", parsed.what, parsed.hint)
+    try:
+        parsed, may_hold_nan = parse_annotations(content)
+    except AnnotationFileError as error:
+        findings.error(error.code, file, "", error.what, error.hint)
         return SplitReport(findings.to_list(), None)
-    document, may_hold_nan = parsed
-    del content, parsed
-    images = check_annotations(document, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
-    del document
+    del content
+    images = check_annotations(parsed, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
+    del parsed
+    files: dict[str, int] = {}
     if listing is not None:
         with show_bar(f"checking {split.images.name}") as advance:
-            summary.num_images_checked = check_images(
+            files = check_images(
                 images, file, split.images, listing, findings, verify=verify_images, on_progress=advance
             )
+    summary.num_images_checked = len(files)
     _compare_with_official(split, summary, findings)
-    report = SplitReport(_soften_official(summary, findings.to_list()), summary)
+    report = SplitReport(findings.to_list(), summary, files=files)
     if entry is not None and summary.num_images >= CACHED_FROM:
         _write_cache(entry, report, verify_images=verify_images)
     return report
 
 
-def compare_splits(train: SplitSummary, val: SplitSummary) -> list[Finding]:
-    """Checks that a training and a validation set have the same categories, by id, name and order."""
+def compare_splits(train: SplitReport, val: SplitReport) -> list[Finding]:
+    """Checks that a training and a validation set have the same categories, by id and name, and no image in common."""
     findings = FindingList()
+    if train.summary and val.summary:
+        _compare_categories(train.summary, val.summary, findings)
+        find_overlap(train.files, val.files, val.summary.annotations, findings)
+    return findings.to_list()
+
+
+def _compare_categories(train: SplitSummary, val: SplitSummary, findings: FindingList) -> None:
     if train.categories == val.categories or not train.categories or not val.categories:
-        return []
+        return
     only_train = {key: name for key, name in train.categories.items() if val.categories.get(key) != name}
     only_val = {key: name for key, name in val.categories.items() if train.categories.get(key) != name}
     what = f"the categories differ from the training set's: {_show(only_train)} there, {_show(only_val)} here"
     hint = "Give both files the same categories: a class number would mean something else in each"
     findings.error("categories_disagree", val.annotations, "categories", what, hint)
-    return findings.to_list()
 
 
 def _compare_with_official(split: Split, summary: SplitSummary, findings: FindingList) -> None:
@@ -133,18 +142,6 @@ def _compare_with_official(split: Split, summary: SplitSummary, findings: Findin
         what = f"the category ids have gaps; detectron2 numbers the classes {_show(mapping)}"
         hint = "Nothing, if that is intended: results are written with the original ids"
         findings.warning("category_gaps", summary.annotations, "categories", what, hint)
-
-
-def _soften_official(summary: SplitSummary, findings: list[Finding]) -> list[Finding]:
-    is_official = (summary.num_images, summary.num_annotations) in OFFICIAL_COUNTS.values()
-    if not is_official or summary.categories.keys() != OFFICIAL_CATEGORIES:
-        return findings
-    return sort_findings(
-        replace(finding, level="warning", hint="Nothing: COCO 2017 was published with it, and detectron2 drops it")
-        if finding.code in PUBLISHED_QUIRKS
-        else finding
-        for finding in findings
-    )
 
 
 def _show(mapping: dict[int, Any]) -> str:

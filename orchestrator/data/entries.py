@@ -13,10 +13,15 @@ MAX_ID = 2**53
 REGENERATE = "Correct the entry, or remove it and write the file again"
 
 
-class Annotation(msgspec.Struct, gc=False):
-    """An annotation as it is in the file: any field may be missing (None) or of any type.
+NULL = msgspec.Raw(b"null")
+"""What a field holds that is missing, of those that are left as bytes."""
 
-    `segmentation` is left as bytes where msgspec read it: as Python numbers, COCO's polygons take 4 GiB.
+
+class Annotation(msgspec.Struct, gc=False):
+    """An annotation as it is in the file: any field may be of any type, or missing: the value then is that given here.
+
+    `segmentation` and `keypoints` are left as bytes where msgspec read them: as Python numbers, COCO's polygons take
+    4 GiB.
     """
 
     id: Any = None
@@ -24,8 +29,12 @@ class Annotation(msgspec.Struct, gc=False):
     category_id: Any = None
     bbox: Any = None
     area: Any = None
-    iscrowd: Any = None
-    segmentation: msgspec.Raw = msgspec.Raw(b"null")
+    iscrowd: Any = msgspec.UNSET
+    """Unlike a missing one, `null` makes detectron2 take an object for a crowd."""
+    ignore: Any = 0
+    segmentation: msgspec.Raw = NULL
+    keypoints: msgspec.Raw = NULL
+    num_keypoints: Any = None
 
 
 class Problem(NamedTuple):
@@ -75,6 +84,14 @@ class SplitSummary:
     """Id of the first object with a run-length encoded mask."""
     first_without_mask: int | None = None
     """Its id."""
+    objects_of_category: dict[int, int] = field(default_factory=dict)
+    """Objects that are trained on or scored, by category id."""
+    objects_of_points: dict[int, int] = field(default_factory=dict)
+    """Objects by the number of their keypoints."""
+    num_broken_keypoints: int = 0
+    """Objects whose keypoints are not triples of x, y and visibility."""
+    num_without_point_count: int = 0
+    """Annotations with keypoints and without `num_keypoints`, which COCO's scorer reads."""
     num_images_checked: int = 0
     """Image files that were opened."""
 

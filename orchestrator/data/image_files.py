@@ -1,8 +1,4 @@
-"""Checks image files against their annotation file: present, complete, of the given size, inside the image folder.
-
-By default only a file's head and its last two bytes are read; a JPEG that does not end as one is then decoded, as all
-files are with `verify`. Pillow decodes, as it does for detectron2, so that both refuse the same files.
-"""
+"""Checks all image files of an annotation file, in several processes where there are many."""
 
 from __future__ import annotations
 
@@ -10,13 +6,13 @@ import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from orchestrator.data.entries import Problem
+from orchestrator.data.image_content import WARNINGS, inspect_image
 from orchestrator.data.image_names import FoundFile, locate_images
 
 if TYPE_CHECKING:
@@ -29,12 +25,6 @@ if TYPE_CHECKING:
 CHUNK_FILES = 250
 PARALLEL_FROM = 1500
 """Files from which starting more processes (half a second) pays; a sixth of that where all are decoded."""
-
-EXIF_ORIENTATION = 0x0112
-TURNED = {5: "mirrored and turned by 90°", 6: "turned by 90°", 7: "mirrored and turned by 90°", 8: "turned by 90°"}
-FLIPPED = {2: "mirrored", 3: "turned by 180°", 4: "mirrored upside down"}
-
-FETCH_AGAIN = "Copy or download the image again, or remove it from the annotation file"
 
 Task = tuple[int, str, str, int, int]
 """Image id, file name, path, width, height."""
@@ -49,8 +39,8 @@ def check_images(
     *,
     verify: bool,
     on_progress: OnProgress,
-) -> int:
-    """Checks the files of an annotation file's images, and returns how many were opened.
+) -> dict[str, int]:
+    """Checks the files of an annotation file's images, and returns the size in bytes of each by its path.
 
     Args:
         images: Its image entries.
@@ -62,12 +52,19 @@ def check_images(
         on_progress: Called with the number of files done, and of all.
     """
     located = locate_images(images, file, root, listing, findings)
+    paths = {image.id: path for image, path in located}
     tasks: list[Task] = [(image.id, image.file_name, path, image.width, image.height) for image, path in located]
-    names = {task[0]: task[1] for task in tasks}
     for image_id, problem in _inspect_all(tasks, verify, on_progress):
-        level = findings.warning if problem.code == "exif_ambiguous" else findings.error
-        level(problem.code, f"{root}/{names[image_id]}", f"image {image_id}", problem.what, problem.hint)
-    return len(tasks)
+        report = findings.warning if problem.code in WARNINGS else findings.error
+        report(problem.code, paths[image_id], f"image {image_id}", problem.what, problem.hint, group=str(root))
+    sizes = {}
+    for image, path in located:
+        if known := listing.get(image.file_name):
+            sizes[path] = known[0]
+        else:
+            with suppress(OSError):
+                sizes[path] = Path(path).stat().st_size
+    return sizes
 
 
 def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress) -> Iterator[tuple[int, Problem]]:
@@ -97,59 +94,3 @@ def _inspect_chunk(chunk: tuple[list[Task], bool]) -> list[tuple[int, Problem]]:
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata in files that it reads nevertheless
         found = [(task[0], inspect_image(*task[2:], verify=verify)) for task in tasks]
     return [(image_id, problem) for image_id, problem in found if problem is not None]
-
-
-def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Problem | None:
-    """Checks one image file against its annotated width and height in pixels; decodes it in any case if `verify`."""
-    try:
-        with Path(path).open("rb") as stream:
-            if not stream.read(1):
-                return Problem("image_corrupt", "the file is empty", FETCH_AGAIN)
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2))
-            ends_well = stream.read() == b"\xff\xd9"
-            stream.seek(0)
-            with Image.open(stream) as image:
-                kind, size = image.format, image.size
-                orientation = _read_orientation(image)
-                if verify or (kind == "JPEG" and not ends_well):
-                    image.convert("RGB")  # decodes it, as detectron2 does
-    except MemoryError:
-        return Problem("image_corrupt", "the image does not fit into memory", FETCH_AGAIN)
-    except PermissionError as error:
-        return Problem("image_unreadable", f"cannot be read: {error.strerror}", "Give the user of the run read access")
-    except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything: OSError, SyntaxError, …
-        truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        what = f"the image is {'truncated' if truncated else 'corrupt'}: {_reason(error, path)}"
-        return Problem("image_truncated" if truncated else "image_corrupt", what, FETCH_AGAIN)
-    return _check_size(size, orientation, width, height)
-
-
-def _read_orientation(image: Image.Image) -> int:
-    if "exif" not in image.info:
-        return 1
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - detectron2 too ignores EXIF data that cannot be read
-        return 1
-
-
-def _reason(error: Exception, path: str) -> str:
-    text = str(error).replace(path, "the file").strip() or type(error).__name__
-    return "no image format is recognised" if text.startswith("cannot identify") else text[:120]
-
-
-def _check_size(size: tuple[int, int], orientation: int, width: int, height: int) -> Problem | None:
-    shown = size[::-1] if orientation in TURNED else size
-    if shown != (width, height):
-        turned = f" once turned as its EXIF orientation {orientation} says" if orientation in TURNED else ""
-        what = f"the image has {shown[0]} x {shown[1]} pixels{turned}; {width} x {height} are annotated"
-        if orientation in TURNED and size == (width, height):
-            hint = "Turn the pixels and drop the EXIF orientation, or annotate the turned image: detectron2 turns it"
-            return Problem("exif_orientation", what, hint)
-        return Problem("size_mismatch", what, "Correct width and height of its entry, or restore the annotated image")
-    if orientation in FLIPPED or (orientation in TURNED and width == height):
-        turn = FLIPPED.get(orientation) or TURNED[orientation]
-        what = f"detectron2 shows it {turn}, as its EXIF orientation {orientation} says"
-        hint = "Make sure that the annotations match, or save the image without EXIF orientation"
-        return Problem("exif_ambiguous", what, hint)
-    return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.data.entries import MAX_ID, REGENERATE, Problem, is_number, shorten
 
@@ -15,9 +16,20 @@ MIN_CODE, MAX_CODE = 48, 111
 MaskKind = Literal["polygons", "rle", "none", "unknown"]
 
 
-def check_mask(
-    segmentation: Any, image_size: tuple[int, int], *, may_hold_nan: bool
-) -> tuple[MaskKind, Problem | None]:
+class MaskCheck(NamedTuple):
+    """What `check_mask` found."""
+
+    kind: MaskKind
+    """How the mask is written."""
+    problem: Problem | None = None
+    """What is wrong with it."""
+    is_dropped: bool = False
+    """Whether detectron2 and the scorer leave out the polygons with the problem, and go on without them."""
+    drops_object: bool = False
+    """Whether detectron2 leaves out the whole object, as no polygon remains."""
+
+
+def check_mask(segmentation: Any, image_size: tuple[int, int], *, may_hold_nan: bool) -> MaskCheck:
     """Finds out how a mask is written, and what is wrong with it.
 
     Args:
@@ -28,18 +40,37 @@ def check_mask(
     if type(segmentation) is msgspec.Raw:
         raw = bytes(segmentation)
         if _are_valid_polygons(raw):
-            return "polygons", None
+            return MaskCheck("polygons")
         segmentation = msgspec.json.decode(raw)
-    if segmentation is None or segmentation == []:
-        return "none", None
+    if not segmentation:  # detectron2 takes all that is empty for none
+        return MaskCheck("none")
     if type(segmentation) is list:
-        return "polygons", _check_polygons(segmentation, may_hold_nan=may_hold_nan)
+        return _check_polygons(segmentation, may_hold_nan=may_hold_nan)
     if type(segmentation) is dict:
         hint = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
         what = check_rle(segmentation, image_size)
-        return "rle", Problem("rle_invalid", what, hint) if what else None
+        return MaskCheck("rle", Problem("rle_invalid", what, hint) if what else None)
     what = f"its segmentation is {shorten(segmentation)}: neither a list of polygons nor RLE"
-    return "unknown", Problem("mask_entry", what, REGENERATE)
+    return MaskCheck("unknown", Problem("mask_entry", what, REGENERATE))
+
+
+def mask_area(segmentation: Any) -> float | None:
+    """The area of a mask without problems, in pixels, polygons added up; None where there is none."""
+    if type(segmentation) is msgspec.Raw:
+        segmentation = msgspec.json.decode(segmentation)
+    if not segmentation:
+        return None
+    if type(segmentation) is list:
+        return sum(map(_polygon_area, segmentation))
+    counts = segmentation["counts"]
+    runs = decode_counts(counts) if type(counts) is str else np.array(counts, dtype=np.int64)
+    return None if runs is None else float(runs[1::2].sum())
+
+
+def _polygon_area(corners: list[float]) -> float:
+    """The shoelace formula; of an odd number of coordinates, the last does not count."""
+    x, y = np.array(corners[: len(corners) // 2 * 2], dtype=np.float64).reshape(-1, 2).T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
 def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
@@ -67,13 +98,19 @@ def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
 
 
 def sum_compressed_counts(text: str) -> int | None:
-    """Adds up the run lengths of compressed counts; None where the text is none, or holds a negative run.
+    """Adds up the run lengths of compressed counts; None where the text is none, or holds a negative run."""
+    runs = decode_counts(text)
+    return None if runs is None else int(runs.sum())
+
+
+def decode_counts(text: str) -> NDArray[np.int64] | None:
+    """The run lengths of compressed counts; None where the text is none, or holds a negative run.
 
     The encoding (pycocotools, `maskApi.c`, `rleToString`): each run is written in groups of five bits, lowest first,
     with a bit for "more follow"; from the fourth run on, the difference to the run two before.
     """
     if not text:
-        return 0
+        return np.zeros(0, dtype=np.int64)
     if not text.isascii():
         return None
     codes = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int64)
@@ -92,7 +129,7 @@ def sum_compressed_counts(text: str) -> int | None:
     # Undo the differences: runs 1, 3, 5 … and 2, 4, 6 … are two cumulative sums; run 0 stands alone.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
-    return None if (runs < 0).any() else int(runs.sum())
+    return None if (runs < 0).any() else runs
 
 
 def _are_valid_polygons(raw: bytes) -> bool:
@@ -106,19 +143,28 @@ def _are_valid_polygons(raw: bytes) -> bool:
     return True
 
 
-def _check_polygons(polygons: list[Any], *, may_hold_nan: bool) -> Problem | None:
+def _check_polygons(polygons: list[Any], *, may_hold_nan: bool) -> MaskCheck:
     for number, polygon in enumerate(polygons):
+        what = ""
         if type(polygon) is not list:
             flat = " (one polygon is [[x0, y0, …]], a list in a list)" if is_number(polygon) else ""
-            return Problem("polygon_entry", f"polygon {number} is {shorten(polygon)}, not a list{flat}", REGENERATE)
-        if not set(map(type, polygon)) <= {int, float}:
-            return Problem("polygon_entry", f"polygon {number} holds something that is not a number", REGENERATE)
-        if len(polygon) < 6:
-            what = f"polygon {number} has {len(polygon)} numbers: three corners take 6"
-            return Problem("polygon_short", what, "Remove the polygon, or the whole annotation if it is the only one")
-        if len(polygon) % 2:
-            what = f"polygon {number} has an odd number of coordinates ({len(polygon)})"
-            return Problem("polygon_odd", what, "Write x and y of every corner")
-        if may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
-            return Problem("polygon_not_finite", f"polygon {number} holds NaN, infinity or a huge number", REGENERATE)
-    return None
+            what = f"polygon {number} is {shorten(polygon)}, not a list{flat}"
+        elif not set(map(type, polygon)) <= {int, float}:
+            what = f"polygon {number} holds something that is not a number"
+        elif may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
+            what = f"polygon {number} holds NaN, infinity or a huge number"
+            return MaskCheck("polygons", Problem("polygon_not_finite", what, REGENERATE))
+        if what:
+            return MaskCheck("polygons", Problem("polygon_entry", what, REGENERATE))
+    lengths = [len(polygon) for polygon in polygons]
+    dropped = [number for number, length in enumerate(lengths) if length < 6 or length % 2]
+    if not dropped:
+        return MaskCheck("polygons")
+    number = dropped[0]
+    if lengths[number] < 6:
+        code, what = "polygon_short", f"polygon {number} has {lengths[number]} numbers: three corners take 6"
+    else:
+        code, what = "polygon_odd", f"polygon {number} has an odd number of coordinates ({lengths[number]})"
+    hint = "Remove the polygon, or the whole annotation if it is the only one"
+    drops_object = len(dropped) == len(lengths)
+    return MaskCheck("polygons", Problem(code, what, hint), is_dropped=True, drops_object=drops_object)

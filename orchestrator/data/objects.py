@@ -1,4 +1,7 @@
-"""Checks the annotations of a COCO file: ids, boxes, masks, and the fields that COCO's scorer reads.
+"""Checks the annotations of a COCO file: ids, boxes, masks, and what detectron2 and COCO's scorer make of their flaws.
+
+What detectron2 itself leaves out or cuts is a warning, with the number of objects; so is what COCO's scorer scores all
+the same. What ends either, or changes a result unseen, is an error.
 
 Values may be of any type. Each column is first reduced to the values of the right type and then checked as a whole:
 COCO's 860,000 annotations take seconds, and no input ends in a traceback.
@@ -6,16 +9,19 @@ COCO's 860,000 annotations take seconds, and no input ends in a traceback.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
-from orchestrator.data.entries import REGENERATE, Annotation, is_id, is_number, shorten
+from orchestrator.data.entries import NULL, REGENERATE, Annotation, is_id, is_number, shorten
 from orchestrator.data.masks import MaskKind, check_mask
+from orchestrator.data.scoring_fields import check_areas, check_scoring_fields
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from orchestrator.data.entries import ImageEntry, SplitSummary
     from orchestrator.findings import FindingList
 
@@ -32,8 +38,51 @@ def check_objects(
     may_hold_nan: bool,
     for_scoring: bool,
 ) -> None:
-    """Checks all annotation entries against their images and categories, and counts them in `summary`."""
+    """Checks all annotation entries against their images and categories, and counts them in `summary`.
+
+    Args:
+        entries: The annotations.
+        images: The well-formed image entries.
+        summary: Its categories are set.
+        findings: Added to.
+        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
+        for_scoring: Whether it is a validation set: COCO's scorer decides what a flaw is.
+    """
     file = summary.annotations
+    usable = _check_ids(entries, file, findings)
+    image_ids = np.array([entry.image_id for entry in usable], dtype=np.int64)
+    known = np.array(sorted({image.id for image in images}), dtype=np.int64)
+    is_orphan = ~np.isin(image_ids, known)
+    for index in np.flatnonzero(is_orphan).tolist():
+        what = f"its image_id {image_ids[index]} is not an image of this file; detectron2 leaves it out"
+        hint = "Add the image, or remove the annotation"
+        findings.warning("annotation_orphan", file, f"annotation {usable[index].id}", what, hint)
+    category_ids = np.array([entry.category_id for entry in usable], dtype=np.int64)
+    _check_categories(usable, category_ids, is_orphan, summary, findings)
+
+    crowd = np.array([entry.iscrowd in (1, True) for entry in usable], dtype=bool)
+    summary.num_crowd = int(crowd.sum())
+    check_scoring_fields(usable, file, findings, for_scoring=for_scoring)
+    size_of = {image.id: (image.width, image.height) for image in images}
+    sizes = [size_of.get(image_id, (0, 0)) for image_id in image_ids.tolist()]
+    has_box = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
+    is_dropped = _check_masks(
+        usable, crowd, sizes, summary, findings, may_hold_nan=may_hold_nan, for_scoring=for_scoring
+    )
+    _check_keypoints(usable, crowd, summary, findings)
+    if for_scoring:
+        check_areas(usable, file, findings)
+        is_used = ~crowd & ~is_orphan
+    else:
+        is_used = ~crowd & ~is_orphan & ~is_dropped
+    summary.num_images_with_objects = len(np.unique(image_ids[is_used]))
+    used_ids, counts = np.unique(category_ids[is_used & has_box], return_counts=True)
+    summary.objects_of_category = dict(zip(used_ids.tolist(), counts.tolist(), strict=True))
+    _check_use(summary, known, image_ids[crowd], image_ids[is_used], findings, for_scoring=for_scoring)
+
+
+def _check_ids(entries: list[Annotation], file: str, findings: FindingList) -> list[Annotation]:
+    """Checks that ids are integers and no annotation's comes twice; returns the entries with integers."""
     usable: list[Annotation] = []
     for index, entry in enumerate(entries):
         if is_id(entry.id) and is_id(entry.image_id) and is_id(entry.category_id):
@@ -45,117 +94,162 @@ def check_objects(
             )
             place = f"annotation {entry.id}" if is_id(entry.id) else f"annotations[{index}]"
             findings.error("annotation_entry", file, place, ", ".join(wrong), REGENERATE)
-    ids = [entry.id for entry in usable]
-    for annotation_id, times in Counter(ids).items():
+    for annotation_id, times in Counter(entry.id for entry in usable).items():
         if times > 1:
             what = f"{times} annotations have this id"
-            hint = "Give each annotation a different id: detectron2 and COCO's scorer treat two with one id as one"
+            hint = "Give each annotation a different id: detectron2 refuses a file in which one comes twice"
             findings.error("duplicate_annotation_id", file, f"annotation {annotation_id}", what, hint)
-    if for_scoring and 0 in ids:
-        what = "has id 0, which means 'no match' to COCO's scorer (pycocotools): its object can never be found"
-        findings.warning("annotation_id_zero", file, "annotation 0", what, "Number annotations from 1")
+    return usable
 
-    image_ids = np.array([entry.image_id for entry in usable], dtype=np.int64)
-    known = np.array(sorted({image.id for image in images}), dtype=np.int64)
-    for index in np.flatnonzero(~np.isin(image_ids, known)).tolist():
-        what = f"its image_id {image_ids[index]} is not an image of this file"
-        hint = "Add the image, or remove the annotation"
-        findings.error("annotation_orphan", file, f"annotation {ids[index]}", what, hint)
-    category_ids = np.array([entry.category_id for entry in usable], dtype=np.int64)
+
+def _check_categories(
+    entries: list[Annotation],
+    category_ids: NDArray[np.int64],
+    is_orphan: NDArray[np.bool_],
+    summary: SplitSummary,
+    findings: FindingList,
+) -> None:
     categories = np.array(list(summary.categories), dtype=np.int64)
     span = f"{len(categories)} ids, {categories.min()} to {categories.max()}" if len(categories) else "it has none"
-    for index in np.flatnonzero(~np.isin(category_ids, categories)).tolist():
+    for index in np.flatnonzero(~np.isin(category_ids, categories) & ~is_orphan).tolist():
         what = f"its category_id {category_ids[index]} is not a category of this file ({span})"
-        findings.error("category_unknown", file, f"annotation {ids[index]}", what, "Correct it, or add the category")
-
-    crowd = np.array([entry.iscrowd in (1, True) for entry in usable], dtype=bool)
-    summary.num_crowd = int(crowd.sum())
-    _check_counting(usable, file, findings, for_scoring=for_scoring, may_hold_nan=may_hold_nan)
-    size_of = {image.id: (image.width, image.height) for image in images}
-    sizes = [size_of.get(image_id, (0, 0)) for image_id in image_ids.tolist()]
-    _check_boxes(usable, sizes, file, findings)
-    _check_masks(usable, crowd.tolist(), sizes, summary, findings, may_hold_nan=may_hold_nan)
-
-    with_objects = np.unique(image_ids[~crowd])
-    summary.num_images_with_objects = int(np.isin(known, with_objects).sum())
-    only_crowd = np.setdiff1d(np.intersect1d(image_ids[crowd], known), with_objects)
-    if len(only_crowd) and not summary.num_images_with_objects:
-        what = "no image has an object that is not a crowd: detectron2 would have nothing to train on"
-        findings.error("crowd_only", file, f"image {only_crowd[0]}", what, "Add objects with iscrowd 0")
-    elif len(only_crowd):
-        what = f"{len(only_crowd):,} of {len(known):,} images have crowds only; detectron2 leaves them out of training"
-        findings.warning("crowd_only", file, f"image {only_crowd[0]}", what, "Nothing, if that is intended")
+        place = f"annotation {entries[index].id}"
+        findings.error("category_unknown", summary.annotations, place, what, "Correct it, or add the category")
 
 
-def _check_counting(
-    entries: list[Annotation], file: str, findings: FindingList, *, for_scoring: bool, may_hold_nan: bool
-) -> None:
-    """Checks `iscrowd` and `area`, which COCO's scorer needs of every annotation."""
-    report = findings.error if for_scoring else findings.warning
-    for entry in entries:
-        crowd, area = entry.iscrowd, entry.area
-        if crowd not in (0, 1) or type(crowd) not in (int, bool):
-            if crowd is not None:
-                what = f"its iscrowd is {shorten(crowd)}, not 0 or 1"
-                findings.error("annotation_entry", file, f"annotation {entry.id}", what, REGENERATE)
-            elif for_scoring:
-                hint = 'Write "iscrowd": 0'
-                findings.error("iscrowd_missing", file, f"annotation {entry.id}", "has no iscrowd", hint)
-        if not is_number(area) or (may_hold_nan and not math.isfinite(area)) or area < 0:
-            what = "has no area" if area is None else f"its area is {shorten(area)}"
-            hint = "Write the mask's area in pixels, or the box's: COCO's scorer sorts objects into sizes by it"
-            report("area_missing", file, f"annotation {entry.id}", what, hint)
-
-
-def _check_boxes(entries: list[Annotation], sizes: list[tuple[int, int]], file: str, findings: FindingList) -> None:
-    good: list[tuple[Annotation, tuple[int, int]]] = []
-    for entry, size in zip(entries, sizes, strict=True):
+def _check_boxes(
+    entries: list[Annotation], sizes: list[tuple[int, int]], file: str, findings: FindingList, *, for_scoring: bool
+) -> NDArray[np.bool_]:
+    """Checks the boxes; returns which of them are left of an object when detectron2 has cut them at the edge."""
+    good: list[int] = []
+    for index, entry in enumerate(entries):
         box = entry.bbox
         if type(box) is list and len(box) == 4 and all(map(is_number, box)):
-            good.append((entry, size))
+            good.append(index)
         else:
             what, hint = f"its bbox is {shorten(box)}, not four numbers", "Write [x, y, width, height] in pixels"
             findings.error("box_entry", file, f"annotation {entry.id}", what, hint)
-    values = np.array([entry.bbox for entry, _ in good], dtype=np.float64).reshape(-1, 4)
+    values = np.array([entries[index].bbox for index in good], dtype=np.float64).reshape(-1, 4)
+    bounds = np.array([sizes[index] for index in good], dtype=np.float64).reshape(-1, 2)
     x, y, width, height = values.T
-    finite = np.isfinite(values).all(axis=1)
-    for index in np.flatnonzero(~finite).tolist():
-        entry, _ = good[index]
-        what = f"its bbox holds NaN or infinity: {shorten(entry.bbox)}"
-        findings.error("box_not_finite", file, f"annotation {entry.id}", what, REGENERATE)
-    empty = finite & ((width <= 0) | (height <= 0))
-    for index in np.flatnonzero(empty).tolist():
-        entry, _ = good[index]
-        what = f"its bbox {shorten(entry.bbox)} has no area (x, y, width, height)"
-        hint = "Remove it, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
-        findings.error("box_empty", file, f"annotation {entry.id}", what, hint)
-    bounds = np.array([size for _, size in good], dtype=np.float64).reshape(-1, 2)
+    in_image = bounds[:, 0] > 0
+    finite: NDArray[np.bool_] = np.isfinite(values).all(axis=1)
     with np.errstate(invalid="ignore", over="ignore"):
         over = np.maximum.reduce([-x, -y, x + width - bounds[:, 0], y + height - bounds[:, 1]])
-    beyond = finite & ~empty & (bounds[:, 0] > 0) & (over > EDGE_TOLERANCE)
-    for index in np.flatnonzero(beyond).tolist():
-        entry, (w, h) = good[index]
-        what = f"its bbox {shorten(entry.bbox)} reaches out of its {w} x {h} image"
-        hint = "Cut it at the edge; are these corners (x0, y0, x1, y1), or for an image of another size?"
-        findings.error("box_outside", file, f"annotation {entry.id}", what, hint)
+        empty = finite & ((width <= 0) | (height <= 0))
+        outside = in_image & ((x >= bounds[:, 0]) | (y >= bounds[:, 1]) | (x + width <= 0) | (y + height <= 0))
+    beyond = finite & ~empty & in_image & (over > EDGE_TOLERANCE)
+
+    def report(code: str, found: NDArray[np.bool_], what: str, hint: str) -> None:
+        level = findings.error if code == "box_not_finite" and for_scoring else findings.warning
+        for place in np.flatnonzero(found).tolist():
+            index = good[place]
+            shown = what.format(box=shorten(entries[index].bbox), size="{} x {}".format(*sizes[index]))
+            level(code, file, f"annotation {entries[index].id}", shown, hint)
+
+    effect = "COCO's scorer would match it with anything" if for_scoring else "detectron2 leaves such an object out"
+    report("box_not_finite", ~finite, f"its bbox holds NaN or infinity: {{box}}; {effect}", REGENERATE)
+    effect = "it can never be found" if for_scoring else "detectron2 leaves the object out"
+    hint = "Remove it, or write width and height above 0; are these corners (x0, y0, x1, y1)?"
+    report("box_empty", empty, f"its bbox {{box}} has no area (x, y, width, height); {effect}", hint)
+    hint = "Cut it at the edge; are these corners (x0, y0, x1, y1), or for an image of another size?"
+    effect = "it can hardly be found" if for_scoring else "detectron2 leaves the object out"
+    report("box_outside", beyond & outside, f"its bbox {{box}} lies outside its {{size}} image; {effect}", hint)
+    effect = "it is scored with the part outside" if for_scoring else "detectron2 cuts it at the edge"
+    report("box_over_edge", beyond & ~outside, f"its bbox {{box}} reaches out of its {{size}} image; {effect}", hint)
+    has_box = np.zeros(len(entries), dtype=bool)
+    has_box[good] = finite & ~empty & ~outside
+    return has_box
 
 
 def _check_masks(
     entries: list[Annotation],
-    crowd: list[bool],
+    crowd: NDArray[np.bool_],
     sizes: list[tuple[int, int]],
     summary: SplitSummary,
     findings: FindingList,
     *,
     may_hold_nan: bool,
-) -> None:
+    for_scoring: bool,
+) -> NDArray[np.bool_]:
+    """Checks the masks; returns which objects detectron2 leaves out because no polygon of theirs is one."""
     ids: dict[MaskKind, list[int]] = {"polygons": [], "rle": [], "none": [], "unknown": []}
-    for entry, is_crowd, size in zip(entries, crowd, sizes, strict=True):
-        kind, problem = check_mask(entry.segmentation, size, may_hold_nan=may_hold_nan)
-        if problem is not None:
-            findings.error(problem.code, summary.annotations, f"annotation {entry.id}", problem.what, problem.hint)
-        if not is_crowd:
-            ids[kind].append(entry.id)
+    is_dropped = np.zeros(len(entries), dtype=bool)
+    for index, (entry, is_crowd, size) in enumerate(zip(entries, crowd.tolist(), sizes, strict=True)):
+        checked = check_mask(entry.segmentation, size, may_hold_nan=may_hold_nan)
+        is_dropped[index] = checked.drops_object
+        if not is_crowd and (for_scoring or not checked.drops_object):
+            ids[checked.kind].append(entry.id)
+        if (problem := checked.problem) is None:
+            continue
+        report, effect = findings.error, ""
+        if checked.is_dropped:
+            report = findings.warning
+            what = "object" if checked.drops_object else "polygon"
+            effect = f"; detectron2 leaves out the {what}"
+            if for_scoring:
+                effect = "; the object counts as missed" if checked.drops_object else "; it is scored without it"
+        report(problem.code, summary.annotations, f"annotation {entry.id}", problem.what + effect, problem.hint)
     summary.num_polygons = len(ids["polygons"])
     summary.num_rle, summary.first_rle = len(ids["rle"]), next(iter(ids["rle"]), None)
     summary.num_without_mask, summary.first_without_mask = len(ids["none"]), next(iter(ids["none"]), None)
+    return is_dropped
+
+
+def _check_keypoints(
+    entries: list[Annotation], crowd: NDArray[np.bool_], summary: SplitSummary, findings: FindingList
+) -> None:
+    """Checks that keypoints are numbers, and counts what a model of keypoints needs to know of them."""
+    num_points: Counter[int] = Counter()
+    for entry, is_crowd in zip(entries, crowd.tolist(), strict=True):
+        values: Any = entry.keypoints
+        if type(values) is msgspec.Raw:
+            values = None if values is NULL else msgspec.json.decode(values)
+        if not values:
+            num_points[0] += not is_crowd
+        elif type(values) is not list or not all(map(is_number, values)):
+            what = f"its keypoints are {shorten(values)}, not a list of numbers"
+            findings.error("keypoints_entry", summary.annotations, f"annotation {entry.id}", what, REGENERATE)
+        else:
+            summary.num_broken_keypoints += len(values) % 3 != 0
+            summary.num_without_point_count += not is_id(entry.num_keypoints)
+            num_points[len(values) // 3] += not is_crowd
+    summary.objects_of_points = {number: count for number, count in sorted(num_points.items()) if count}
+
+
+def _check_use(
+    summary: SplitSummary,
+    known: NDArray[np.int64],
+    crowd_images: NDArray[np.int64],
+    object_images: NDArray[np.int64],
+    findings: FindingList,
+    *,
+    for_scoring: bool,
+) -> None:
+    """Checks that images and classes have objects that are used."""
+    file = summary.annotations
+    without = np.setdiff1d(known, object_images)
+    only_crowd = np.intersect1d(without, crowd_images)
+    if not summary.num_images_with_objects:
+        if len(only_crowd):
+            what = "no image has an object that is not a crowd: detectron2 would have nothing to train on"
+            findings.error("crowd_only", file, f"image {only_crowd[0]}", what, "Add objects with iscrowd 0")
+        else:
+            what = "no image has a usable object: every annotation has one of the other faults"
+            findings.error("no_objects", file, "annotations", what, "Correct the annotations")
+        return
+    if len(without) and not for_scoring:
+        crowds = f", {len(only_crowd):,} of them crowds only" if len(only_crowd) else ""
+        what = (
+            f"{len(without):,} of {len(known):,} images have no object{crowds}; detectron2 leaves them out of training"
+        )
+        hint = "Nothing, if that is intended; DATALOADER.FILTER_EMPTY_ANNOTATIONS=false trains on all"
+        findings.warning("images_without_objects", file, f"image {without[0]}", what, hint)
+    empty = {key: name for key, name in summary.categories.items() if key not in summary.objects_of_category}
+    if empty:
+        shown = ", ".join(f"{key} {shorten(name)}" for key, name in list(empty.items())[:3])
+        more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
+        effect = "no AP of such a class is measured" if for_scoring else "no model can learn such a class"
+        what = f"{len(empty):,} of {len(summary.categories):,} categories have no object: {shown}{more}; {effect}"
+        hint = "Remove the category (and lower NUM_CLASSES), or add objects; nothing, if that is intended"
+        findings.warning("category_empty", file, "categories", what, hint)

@@ -6,12 +6,13 @@ import math
 import os
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.experiment.environment import cluster_address
 from orchestrator.files import redact
-from orchestrator.findings import Finding, FindingList, sort_findings
+from orchestrator.findings import Finding, FindingList, as_errors, sort_findings
 from orchestrator.preflight import model as model_checks
 from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
 from orchestrator.preflight.ray_setup import check_ray
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
 REMOTE_TIMEOUT_SECONDS = 20.0
 """Time for one small file; cloud clients search for credentials for some ten seconds before they give up."""
 
+UNLABELLED = ("split_empty", "annotations")
+"""Code and id of the finding that a file lists no annotation."""
 
-def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False) -> list[Finding]:
+
+def preflight(
+    experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False, strict: bool = False
+) -> list[Finding]:
     """Checks what can be checked on the driver without a cluster; returns all findings, errors first.
 
-    Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded.
+    Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded; with
+    `strict`, warnings about the data are errors.
     """
     findings = [
         *check_settings(experiment),
@@ -42,15 +49,18 @@ def preflight(experiment: Experiment, trials: Sequence[TrialPlan], *, verify_ima
         *check_nodes_asked(trials),
     ]
     if trials:
-        findings += check_data(experiment, trials[0], verify_images=verify_images)
+        findings += check_data(experiment, trials[0], verify_images=verify_images, strict=strict)
         findings += check_remote_storage(trials[0])
         if not joins_cluster(experiment):
             findings += check_this_machine(experiment, trials)
     return sort_findings(findings)
 
 
-def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool) -> list[Finding]:
-    """Checks the training and validation set, each alone, against each other, and against the model."""
+def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool, strict: bool = False) -> list[Finding]:
+    """Checks the training and validation set, each alone, against each other, and against the model.
+
+    With `verify_images`, every image is decoded; with `strict`, warnings are errors.
+    """
     from orchestrator.data.checks import check_split, compare_splits
     from orchestrator.data.exports import layout_finding
     from orchestrator.data.layout import Dataset, Split
@@ -63,11 +73,18 @@ def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool)
         # One finding with the whole tree, instead of one for each of its four parts.
         return [layout_finding(dataset.train.annotations.parent.parent, dataset)]
     train, val = (check_split(split, verify_images=verify_images) for split in dataset)
-    findings = train.findings + val.findings
+    evaluates = trial.solver.eval_period > 0 or trial.solver.evaluate_at_end
+    findings = train.findings + [each if evaluates else _without_scoring(each) for each in val.findings]
+    findings += compare_splits(train, val)
     if train.summary and val.summary:
-        findings += compare_splits(train.summary, val.summary)
         findings += model_checks.check_data_against_model(experiment, train.summary, val.summary)
-    return findings
+    return as_errors(findings) if strict else findings
+
+
+def _without_scoring(finding: Finding) -> Finding:
+    """A finding in a validation set that is never scored: without annotations, it is as good as any."""
+    is_unlabelled = finding.code in ("crowd_only", "no_objects") or (finding.code, finding.id) == UNLABELLED
+    return replace(finding, level="warning") if is_unlabelled else finding
 
 
 def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:

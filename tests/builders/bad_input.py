@@ -208,19 +208,34 @@ CASES = {
         "num_classes", "categories", "is 80, the data has 3",
     ),
     "truncated JSON": Case(truncate_json, "json_truncated", "", "of 1,000"),
-    "an annotation of no image": Case(put(image_id=12345), "annotation_orphan", "annotation 3", "12345"),
+    "an annotation of no image": Case(
+        put(image_id=12345), "annotation_orphan", "annotation 3", "12345", ("--strict",)
+    ),
     "a duplicate annotation id": Case(put(id=1), "duplicate_annotation_id", "annotation 1", "2 annotations"),
     "a duplicate image id": Case(
         lambda p: p.edit(lambda d: d["images"][1].update(id=1)), "duplicate_image_id", "image 1", "2 images"
     ),
-    "a box without area": Case(put(bbox=[3, 3, 0, 5]), "box_empty", "annotation 3", "no area"),
-    "a box of negative size": Case(put(bbox=[9, 9, -3, 5]), "box_empty", "annotation 3", "no area"),
-    "a box of NaN": Case(put(bbox=[float("nan"), 3, 4, 5]), "box_not_finite", "annotation 3", "NaN"),
-    "a box outside its image": Case(put(bbox=[50, 3, 40, 5]), "box_outside", "annotation 3", "out of its 64 x 64"),
+    "a box without area": Case(
+        put(bbox=[3, 3, 0, 5]), "box_empty", "annotation 3", "no area", ("--strict",)
+    ),
+    "a box of negative size": Case(
+        put(bbox=[9, 9, -3, 5]), "box_empty", "annotation 3", "no area", ("--strict",)
+    ),
+    "a box of NaN": Case(
+        put(bbox=[float("nan"), 3, 4, 5]), "box_not_finite", "annotation 3", "NaN", ("--strict",)
+    ),
+    "a box over the edge": Case(
+        put(bbox=[50, 3, 40, 5]), "box_over_edge", "annotation 3", "out of its 64 x 64", ("--strict",)
+    ),
+    "a box outside its image": Case(
+        put(bbox=[70, 3, 9, 5]), "box_outside", "annotation 3", "outside its 64 x 64", ("--strict",)
+    ),
     "no masks for Mask R-CNN": Case(without_masks, "mask_missing", "annotation 1", "have no mask"),
-    "a polygon of four numbers": Case(put(segmentation=[[1, 1, 5, 5]]), "polygon_short", "annotation 3", "4 numbers"),
+    "a polygon of four numbers": Case(
+        put(segmentation=[[1, 1, 5, 5]]), "polygon_short", "annotation 3", "4 numbers", ("--strict",)
+    ),
     "a polygon of seven numbers": Case(
-        put(segmentation=[[1, 1, 5, 5, 1, 5, 2]]), "polygon_odd", "annotation 3", "odd number"
+        put(segmentation=[[1, 1, 5, 5, 1, 5, 2]]), "polygon_odd", "annotation 3", "odd number", ("--strict",)
     ),
     "RLE with polygon format": Case(
         put(segmentation={"size": [64, 64], "counts": [0, 100, 64 * 64 - 100]}),
