@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from orchestrator.figures.catalog import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
-from orchestrator.replay.messages import ReplayError
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
 from orchestrator.replay.trial import Targets
+from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import closing_table
 

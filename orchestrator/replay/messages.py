@@ -13,20 +13,21 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from orchestrator.replay.console import BEGIN, printed_lines
+from orchestrator.replay.unpacking import ReplayError
+
 MAX_LINE_LENGTH = 1_000_000
 """Characters of a line that are examined; longer ones are no log lines."""
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+LOOKED_FOR = "expected detectron2's log.txt, a copy of what it printed, or its metrics.json"
+
 _HEAD = re.compile(
-    r"^\[(?P<month>\d\d)/(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
-    r"(?: (?P<short>[\w.]+))?\]:? *(?:(?P<name>[\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(?P<text>.*)$"
+    r"^(?:(?:WARNING|ERROR|CRITICAL) )?"
+    r"\[(?P<month>\d\d)/(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
+    r"(?: (?P<short>[\w.]+))?\]:? *(?:0m)?(?:(?P<name>[\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(?P<text>.*)$"
 )
-_HEAD_WITHIN = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d(?: [\w.]+)?\]")
+_HEAD_WITHIN = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL) )?\[\d\d/\d\d \d\d:\d\d:\d\d(?: [\w.]+)?\]")
 _WHOLE_SCORES = re.compile(r"copypaste: (?:(?:-?\d+\.\d{4}|nan),)+(?:-?\d+\.\d{4}|nan)$")
-
-
-class ReplayError(ValueError):
-    """A log cannot be read as a training run; the message says which and why."""
 
 
 @dataclass(slots=True)
@@ -37,62 +38,86 @@ class Message:
     """When (Unix seconds, taking the log's local time for UTC)."""
     text: str
     """Its first line, without date and logger."""
+    logger: str
+    """The logger that printed it, `d2.` for detectron2's own; empty where the line does not say."""
     more: list[str] = field(default_factory=list)
     """The lines without a date that follow it."""
 
 
-def read_messages(path: Path, year: int | None = None) -> tuple[list[Message], list[str]]:
+def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[Message], list[str]]:
     """Reads detectron2's log.txt, or what it printed; its first line is of that year, None for the newest that fits.
 
-    Returns the messages in order, and notes on what could not be read.
+    Args:
+        path: The file, which names the log in errors.
+        text: Its text.
+        year: Year of its first line.
+
+    Returns:
+        The messages in order, and notes on what could not be read.
 
     Raises:
-        ReplayError: The file cannot be read, or has no line of detectron2's form.
+        ReplayError: No line has detectron2's form.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ReplayError(f"{path}: cannot be read: {error}") from error
-    text = _ANSI.sub("", raw.decode("utf-8", errors="replace"))
-    notes = []
-    # splitlines() would also split at characters within messages.
-    lines, torn = _whole_lines(text.split("\n"))
+    printed, notes = printed_lines(text)
+    lines, torn = _whole_lines(printed)
     if torn:
         notes.append(f"{torn} lines that were interrupted by another line were left out")
     if lines and lines[-1] and not _WHOLE_SCORES.search(lines[-1]):
         notes.append("the last line is cut off and was left out")
         lines.pop()
-    heads = [
-        (match, line) for line in lines if len(line) < MAX_LINE_LENGTH for match in [_HEAD.match(line.rstrip("\r"))]
-    ]
+    heads = [(_HEAD.match(line), line) for line in lines if len(line) < MAX_LINE_LENGTH]
     dates = [(int(m["month"]), int(m["day"])) for m, _ in heads if m]
     if not dates:
-        raise ReplayError(f"{path}: not a detectron2 log: no line begins with [month/day hour:minute:second")
+        raise ReplayError(f"{path}: not a detectron2 log: {_why_not(text)}; {LOOKED_FOR}")
     clock = _Clock(year or _guess_year(path, dates))
     messages: list[Message] = []
     for match, line in heads:
         if match is None:
             if messages:
-                messages[-1].more.append(line.rstrip("\r"))
+                messages[-1].more.append(line)
             continue
         moment = clock.seconds(*(int(match[part]) for part in ("month", "day", "hour", "minute", "second")))
         if moment is None:
             notes.append(f"a line with an impossible date was left out: {line[:60]}")
         else:
-            messages.append(Message(moment, match["text"]))
+            messages.append(Message(moment, match["text"], match["short"] or match["name"] or ""))
     if not messages:
         raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
+    for message in messages:
+        _cut_unsure_number(message)
     return messages, notes
+
+
+def _why_not(text: str) -> str:
+    """What a file is instead, as far as it shows."""
+    start = text[:4096]
+    if sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\x1b\f") for c in start) * 20 > len(start):
+        return "it is binary"
+    if '"cells"' in start and start.lstrip().startswith("{"):
+        return "it is a notebook: copy the output of its cells"
+    if "blob data]" in text:
+        return "journalctl left out its coloured lines: print them with `journalctl --all`"
+    return "no line begins with [month/day hour:minute:second"
+
+
+def _cut_unsure_number(message: Message) -> None:
+    """Takes off a number at the end of a line where the next line may be the rest of it."""
+    more = message.more
+    if more and more[0][:1] in "0123456789.,-+e" and more[0] and not message.text.startswith("copypaste"):
+        rest = re.match(r"[\d.,e+-]+M?(?:\s|$)", more[0])
+        if rest and re.search(r"\d[\d.,e+-]*$", message.text):
+            message.text = re.sub(r"\S*$", "", message.text)
 
 
 def _whole_lines(lines: list[str]) -> tuple[list[str], int]:
     """The lines without the fragments that another dated line interrupted, and the number of fragments."""
     whole, torn = [], 0
     for line in lines:
-        heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:MAX_LINE_LENGTH])]
-        if heads and heads[-1] > 0:
-            torn += 1
-            line = line[heads[-1] :]
+        if line.find("[", 1) > 0 and BEGIN.search(line, 1):
+            heads = [match.start() for match in _HEAD_WITHIN.finditer(line[:MAX_LINE_LENGTH])]
+            if heads and heads[-1] > 0:
+                torn += 1
+                line = line[heads[-1] :]
         whole.append(line)
     return whole, torn
 

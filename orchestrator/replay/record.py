@@ -15,10 +15,11 @@ from orchestrator.figures.logged_plan import LoggedPlan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
-from orchestrator.replay.messages import ReplayError, read_messages
-from orchestrator.replay.metrics_json import read_metrics
+from orchestrator.replay.messages import read_messages
+from orchestrator.replay.metrics_json import is_metrics_json, read_metrics
 from orchestrator.replay.runs import LoggedRun, find_runs
 from orchestrator.replay.trial import RECIPE, Targets, gpu_name, known_targets, logged_plan, replayed_events
+from orchestrator.replay.unpacking import ReplayError, read_text
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlperf import write_mllog
 from orchestrator.report.writer import write_report
@@ -26,6 +27,9 @@ from trainers.contract.events import Event, RunEnded, RunStarted
 
 LOG_NAMES = ("log.txt", "metrics.json")
 """Files that detectron2 leaves in its output folder, the better one first."""
+
+PACKED = ("", ".gz", ".xz", ".bz2")
+"""What is added to their names where they were packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path)
         folder = run_dir / one.plan.name
         write_airank(one.plan, one.events, one.result, folder)
         write_mllog(one.plan, one.events, one.result, folder)
-        shutil.copyfile(one.source, folder / one.source.name if one.source.suffix == ".json" else folder / "log.txt")
+        plain = one.source.suffix not in (".json", *PACKED[1:])
+        shutil.copyfile(one.source, folder / ("log.txt" if plain else one.source.name))
 
 
 def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
@@ -116,14 +121,16 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
 
 def _runs(path: Path, year: int | None) -> list[LoggedRun]:
     if path.is_dir():
-        found = [path / name for name in LOG_NAMES if (path / name).is_file()]
+        files = [path / f"{name}{packed}" for name in LOG_NAMES for packed in PACKED]
+        found = [file for file in files if file.is_file()]
         if not found:
             raise ReplayError(f"{path}: holds neither {' nor '.join(LOG_NAMES)}")
         path = found[0]
-    if path.suffix == ".json":
-        return [read_metrics(path)]
-    messages, notes = read_messages(path, year)
-    return find_runs(path, messages, notes)
+    text, notes = read_text(path)
+    if is_metrics_json(text):
+        return read_metrics(path, text, notes)
+    messages, found = read_messages(path, text, year)
+    return find_runs(path, messages, [*notes, *found])
 
 
 def _names(runs: Sequence[LoggedRun]) -> list[str]:
@@ -131,7 +138,8 @@ def _names(runs: Sequence[LoggedRun]) -> list[str]:
     names: list[str] = []
     for run in runs:
         path = run.source.absolute()
-        stem = path.parent.name if path.name in LOG_NAMES else path.stem
+        name = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
+        stem = path.parent.name if name in LOG_NAMES else Path(name).stem
         base = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip(".-") or "run"
         taken = sum(name == base or name.startswith(f"{base}-run") for name in names)
         names.append(f"{base}-run{taken + 1}" if taken else base)

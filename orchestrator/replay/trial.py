@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.figures.logged_plan import LoggedDataset, LoggedPlan, LoggedSolver
-from orchestrator.replay.evaluations import LoggedEvaluation
-from orchestrator.replay.runs import Launch, LoggedRun, Progress
+from orchestrator.replay.iterations import LOG_PERIOD, evaluation_iterations
+from orchestrator.replay.launches import Launch, Progress
+from orchestrator.replay.runs import LoggedRun
 from trainers.contract.events import (
     Evaluated,
     Event,
@@ -27,9 +28,6 @@ COCO_TARGETS = (37.7, 33.9)
 
 RECIPE = "detectron2"
 """Recipe name of runs of other programs."""
-
-LOG_PERIOD = 20
-"""Iterations between detectron2's progress lines."""
 
 VERSIONS = {"PyTorch": "torch", "detectron2": "detectron2", "torchvision": "torchvision", "Python": "python"}
 """Rows of detectron2's environment table, and the packages whose versions they hold."""
@@ -112,6 +110,7 @@ class _EventWriter:
         self._run, self._plan = run, plan
         self._notes = list(run.notes)
         self._attempt = 0
+        self._found_nothing: list[int] = []
         self.events: list[Event] = []
         if run.launches[0].world_size is None:
             self._notes.append("the log does not say how many workers there were; it is listed as one")
@@ -127,7 +126,9 @@ class _EventWriter:
     def _unknown(self, first: Launch) -> tuple[str, ...]:
         if not self._run.dated:
             return ("times", "start")
-        if first.first_iteration is None:
+        if not first.has_training:
+            self._notes.append("the log is of an evaluation without training (--eval-only)")
+        elif first.first_iteration is None:
             self._notes.append("the log has no start of training: start-up and times from the start are not known")
         elif first.first_iteration > 0:
             self._notes.append(
@@ -156,6 +157,11 @@ class _EventWriter:
             },
             world_size=launch.world_size,
         )  # fmt: skip
+        if launch.has_training:
+            self._loop(launch)
+        self._evaluations(launch)
+
+    def _loop(self, launch: Launch) -> None:
         started = launch.loop_started if launch.loop_started is not None else launch.began
         first = launch.first_iteration
         if first is None:
@@ -169,7 +175,6 @@ class _EventWriter:
         )  # fmt: skip
         if self._run.dated:
             self._windows(launch, first, started)
-        self._evaluations(launch)
 
     def _windows(self, launch: Launch, first: int, started: float) -> None:
         before, since = first, started
@@ -199,48 +204,50 @@ class _EventWriter:
     def _evaluations(self, launch: Launch) -> None:
         names = [e.dataset for e in launch.evaluations if e.dataset]
         batch = self._plan.solver.global_batch_size
-        for evaluation in launch.evaluations:
-            if evaluation.box_scored is None:
+        iterations, notes = evaluation_iterations(launch) if launch.has_training else self._weights(launch)
+        self._notes += notes
+        for evaluation, iteration in zip(launch.evaluations, iterations, strict=True):
+            figures = evaluation.figures
+            if not figures and not evaluation.complete:
                 self._notes.append("the log breaks off in an evaluation, which was left out")
                 continue
             if evaluation.dataset and evaluation.dataset != names[0]:
                 self._notes.append(f"an evaluation on {evaluation.dataset} was left out: {names[0]} is the first one's")
                 continue
-            iteration = self._iteration(launch, evaluation)
+            if evaluation.found_nothing:
+                self._found_nothing.append(iteration)
+            elif not figures:
+                self._notes.append(f"the evaluation at iteration {iteration} has no AP that can be read")
             inference = evaluation.inference_seconds
+            scored = evaluation.box_scored
             self._emit(
-                Evaluated, evaluation.ended, iteration=iteration, figures=evaluation.figures,
+                Evaluated, evaluation.ended, iteration=iteration, figures={"box_ap": None, **figures},
                 epoch=iteration * batch / launch.num_train_images if batch and launch.num_train_images else None,
-                box_scored=evaluation.box_scored, mask_scored=evaluation.mask_scored,
+                box_scored=evaluation.ended if scored is None else scored, mask_scored=evaluation.mask_scored,
                 seconds=evaluation.ended - evaluation.started if self._run.dated else None,
                 part_seconds={"inference": inference} if inference is not None else {},
             )  # fmt: skip
 
-    def _iteration(self, launch: Launch, evaluation: LoggedEvaluation) -> int:
-        """Iterations trained at an evaluation: the multiple of its period between the progress lines around it.
-
-        An evaluation is printed before the progress line of its own iteration, so the line before it names an earlier
-        one.
-        """
-        after = evaluation.after_iteration
-        following = next((line.iteration for line in launch.progress if line.iteration > after), None)
-        period = launch.integer("TEST.EVAL_PERIOD")
-        if following is None and launch.overall:
-            return after
-        if period:
-            due = -(-after // period) * period
-            if due and due <= (following if following is not None else after + LOG_PERIOD):
-                return due
-        self._notes.append(f"an evaluation's iteration is known to {LOG_PERIOD} iterations only")
-        return following if following is not None else after
+    def _weights(self, launch: Launch) -> tuple[list[int], list[str]]:
+        """Iterations of evaluations without training: those of the checkpoint, where its name has them."""
+        weights = launch.config.get("MODEL.WEIGHTS", "")
+        checkpoint = re.search(r"model_(\d{7})\.pth", weights)
+        if checkpoint:
+            return [int(checkpoint[1]) + 1] * len(launch.evaluations), []
+        note = f"how far {weights or 'the model'} was trained is not known: its evaluation is listed at iteration 0"
+        return [0] * len(launch.evaluations), [note]
 
     def _close(self, last: Launch, unknown: tuple[str, ...]) -> None:
-        step_seconds = self._step_seconds(last)
+        step_seconds = self._step_seconds(last) if last.has_training else None
         launches = len(self._run.launches)
-        if launches > 1:
+        if launches > 1 and self._run.dated:
             self._notes.append(
                 f"started {launches} times: the throughput is of the last start, from iteration {last.first_iteration}"
             )
+        if self._found_nothing:
+            plural = "s" if len(self._found_nothing) > 1 else ""
+            where = ", ".join(map(str, dict.fromkeys(self._found_nothing)))
+            self._notes.append(f"the model found nothing at iteration{plural} {where}: no AP was measured there")
         whole = launches == 1 and last.first_iteration == 0
         self._emit(
             LogReplayed, last.ended, -1, step_seconds=step_seconds,
@@ -248,17 +255,18 @@ class _EventWriter:
             total_seconds=last.total_seconds if whole else None,
             unknown=unknown, notes=tuple(dict.fromkeys(self._notes)),
         )  # fmt: skip
-        if last.overall or not self._run.dated:
+        if last.has_training and (last.finished or not self._run.dated):
             # Without windows of steps, only the end shows how far it came.
-            end = "max_iter" if last.overall else "interrupted"
+            end = "max_iter" if last.finished else "interrupted"
             self._emit(LoopFinished, last.ended, iteration=last.iterations or 0, reason=end, state_sha256=None)
-        if last.overall:
+        if last.finished or (last.evaluations and not last.has_training and last.evaluations[-1].complete):
             self._emit(TrialEnded, last.ended, -1, status="FINISHED", reason="")
         else:
             planned = self._plan.solver.max_iter
             of = f" of {planned}" if planned else ""
-            reason = last.failed or f"the log ends after iteration {last.iterations}{of}"
-            self._emit(TrialEnded, last.ended, -1, status="FAILED" if last.failed else "KILLED", reason=reason)
+            after = f"after iteration {last.iterations}{of}" if last.has_training else "in an evaluation"
+            status = "FAILED" if last.failed else "KILLED"
+            self._emit(TrialEnded, last.ended, -1, status=status, reason=last.failed or f"the log ends {after}")
 
     def _step_seconds(self, last: Launch) -> float | None:
         """The mean step that the log closes with, else the one it had reached."""

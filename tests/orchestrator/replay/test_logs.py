@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.figures.records import TrialResult
-from orchestrator.replay.messages import ReplayError
+from orchestrator.replay.unpacking import ReplayError
 from orchestrator.replay.record import experiment_result, replay
 from orchestrator.replay.trial import Targets
 from tests.builders.logs import MadeLog, whole_run
