@@ -37,8 +37,8 @@ def file_sha256(path: Path) -> str:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    """The path itself, or the nearest folder above it that exists and can be seen."""
+    return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 - Path.exists() may raise
 
 
 def cache_folder() -> Path:

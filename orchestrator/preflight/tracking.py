@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from orchestrator.files import redact
+from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList
 from orchestrator.preflight.tracking_stores import (
     DATABASES,
-    Deleted,
     StoreError,
+    StoreState,
     ask_database,
     ask_server,
     ask_sqlite,
@@ -23,7 +24,6 @@ from orchestrator.tracking.driver import Tracker, restore_command, tracking_uri
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from orchestrator.experiment.spec import Experiment
 
@@ -50,19 +50,20 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
     _check_environment(experiment, findings)
     report = findings.warning if experiment.tracking.offline else findings.error
     try:
-        deleted = _ask(uri, experiment.name, runs)
+        state = _ask(uri, experiment.name, runs)
     except StoreError as problem:
         # Without a place to replay to, there is nothing to record for.
         report = findings.error if problem.code in ("tracking_store", "tracking_unwritable") else report
         report(problem.code, "tracking.uri", redact(uri), redact(problem.what), problem.hint)
     else:
-        if deleted.experiment:
-            hint = f"Restore it (`{restore_command('experiment', deleted.experiment, uri)}`), or take another name"
+        if state.deleted_experiment:
+            command = restore_command("experiment", state.deleted_experiment, uri)
             what = f"the experiment {experiment.name!r} was deleted there"
-            report("tracking_deleted", "name", redact(uri), what, hint)
-        for run in deleted.runs:
+            report("tracking_deleted", "name", redact(uri), what, f"Restore it (`{command}`), or take another name")
+        for run in state.deleted_runs:
             hint = f"Restore it (`{restore_command('run', run, uri)}`), or start a new run"
             report("tracking_deleted", "tracking.uri", redact(uri), f"the run {run} was deleted there", hint)
+        _check_artifacts(uri, state, findings)
     if uri.startswith("sqlite") and (experiment.resources.num_nodes or 1) > 1:
         what = "SQLite for a run on several hosts: only the driver's host sees the file, and it is lost with that host"
         hint = "Start `mlflow server` on a host that stays, and set tracking.uri to its address"
@@ -71,13 +72,24 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
     return findings.to_list()
 
 
+def _check_artifacts(uri: str, state: StoreState, findings: FindingList) -> None:
+    """Checks that this process can write artifacts, where the store leaves that to it."""
+    if state.artifacts is None and not uri.startswith(("sqlite", *DATABASES)):
+        return  # a server decides where those of a new experiment go
+    place = (state.artifacts or str(Path.cwd() / "mlruns")).removeprefix("file://")
+    if place.startswith("/") and not os.access(existing_parent(Path(place)), os.W_OK):
+        what = f"the experiment's artifacts go to {place}, which cannot be written"
+        hint = "Start the command in a folder that you may write, or take a server that stores artifacts"
+        findings.error("tracking_unwritable", "tracking.uri", redact(uri), what, hint)
+
+
 def check_earlier_tracking(experiment: Experiment, run_dir: Path) -> list[Finding]:
     """Checks that a run that is gone on with can be tracked in the MLflow runs it has already."""
     return check_tracking(experiment, list(Tracker(run_dir, tracking_uri(experiment.tracking.uri)).run_ids().values()))
 
 
-def _ask(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
-    """What of the experiment and the runs is deleted in the store.
+def _ask(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
+    """What a run will meet in the store.
 
     Raises:
         StoreError: It does not take runs.
@@ -97,7 +109,7 @@ def _ask(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
     plugins = {plugin.name for plugin in importlib.metadata.entry_points(group="mlflow.tracking_store")}
     if not plugins.union(UNCHECKED) & {scheme, uri}:
         raise _unknown_store(uri, scheme, plugins)
-    return Deleted()
+    return StoreState()
 
 
 def _unknown_store(uri: str, scheme: str, plugins: set[str]) -> StoreError:

@@ -38,17 +38,19 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Deleted:
-    """What of ours is deleted in a store, and can be restored."""
+class StoreState:
+    """What a run will meet in a store."""
 
-    experiment: str | None = None
-    """Id of the experiment; None where it is active, or not there."""
-    runs: Sequence[str] = ()
-    """Ids of runs."""
+    deleted_experiment: str | None = None
+    """Id of the experiment, if it is deleted and can be restored."""
+    deleted_runs: Sequence[str] = ()
+    """Ids of earlier runs that are deleted."""
+    artifacts: str | None = None
+    """Where the experiment's artifacts go; None for where MLflow puts those of a new one."""
 
 
-def ask_server(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
-    """Asks a tracking server, as a run will: what of an experiment (by name) and of runs (by id) is deleted there?
+def ask_server(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
+    """Asks a tracking server, as a run will, for an experiment (by name) and earlier runs (by id).
 
     Raises:
         StoreError: It does not answer, is no MLflow server, or refuses us.
@@ -56,9 +58,10 @@ def ask_server(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
     _call(uri, "experiments/search", max_results="1")
     found = _call(uri, "experiments/get-by-name", experiment_name=experiment).get("experiment", {})
     if found.get("lifecycle_stage") == "deleted":
-        return Deleted(experiment=str(found["experiment_id"]))
-    stages = {run: _call(uri, "runs/get", run_id=run).get("run", {}).get("info", {}) for run in runs}
-    return Deleted(runs=[run for run, info in stages.items() if info.get("lifecycle_stage") == "deleted"])
+        return StoreState(deleted_experiment=str(found["experiment_id"]))
+    infos = {run: _call(uri, "runs/get", run_id=run).get("run", {}).get("info", {}) for run in runs}
+    deleted = [run for run, info in infos.items() if info.get("lifecycle_stage") == "deleted"]
+    return StoreState(deleted_runs=deleted, artifacts=found.get("artifact_location"))
 
 
 def _call(uri: str, call: str, **values: str) -> dict[str, Any]:
@@ -127,8 +130,8 @@ def _credentials_file() -> tuple[str | None, str | None]:
     return user, password
 
 
-def ask_database(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
-    """Connects to a database and asks what of an experiment (by name) and of runs (by id) is deleted there.
+def ask_database(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
+    """Connects to a database and looks for an experiment (by name) and earlier runs (by id).
 
     Raises:
         StoreError: It does not answer, refuses us, or has another version's tables.
@@ -139,7 +142,7 @@ def ask_database(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
     try:
         with sqlalchemy.create_engine(uri, connect_args=limit).connect() as connection:
             if not sqlalchemy.inspect(connection).has_table("alembic_version"):
-                return Deleted()  # MLflow will make its tables
+                return StoreState()  # MLflow will make its tables
             return _look_up(
                 lambda sql, **values: connection.execute(sqlalchemy.text(sql), values), uri, experiment, runs
             )
@@ -154,8 +157,8 @@ def sqlite_file(uri: str) -> Path:
     return Path(uri.split("?")[0].partition(":///")[2]).absolute()
 
 
-def ask_sqlite(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
-    """Opens a SQLite file and asks what of an experiment (by name) and of runs (by id) is deleted there.
+def ask_sqlite(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
+    """Opens a SQLite file and looks for an experiment (by name) and earlier runs (by id).
 
     Raises:
         StoreError: It cannot be written, is locked, is no SQLite database, or has another version's tables.
@@ -170,15 +173,15 @@ def ask_sqlite(uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
     if path.is_dir():
         raise StoreError("tracking_store", f"{path} is a folder", f"Write {uri.rstrip('/')}/mlflow.db")
     for each in (existing_parent(path.parent), path):  # SQLite keeps its journal next to the file
-        if each.exists() and not os.access(each, os.W_OK):
+        if os.path.exists(each) and not os.access(each, os.W_OK):  # noqa: PTH110 - Path.exists() may raise
             raise StoreError(
                 "tracking_unwritable", f"{each} cannot be written", "Name a file in a folder you may write"
             )
     if not path.exists() or not path.stat().st_size:
-        return Deleted()  # MLflow will make it
+        return StoreState()  # MLflow will make it
     with _writable(path) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
-            return Deleted()
+            return StoreState()
         return _look_up(lambda sql, **values: connection.execute(sql, values), uri, experiment, runs)
 
 
@@ -197,7 +200,7 @@ def _writable(path: Path) -> Iterator[sqlite3.Connection]:
         raise StoreError("tracking_unreachable", f"{path}: {error}", hint) from error
 
 
-def _look_up(select: Callable[..., Any], uri: str, experiment: str, runs: Sequence[str]) -> Deleted:
+def _look_up(select: Callable[..., Any], uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
     """Looks into MLflow's tables, by `select(SQL, name=value)`."""
     (version,) = select("SELECT version_num FROM alembic_version").fetchone()
     latest, known = revisions()
@@ -207,10 +210,10 @@ def _look_up(select: Callable[..., Any], uri: str, experiment: str, runs: Sequen
     if latest and version != latest:
         hint = f"Back it up, then run `mlflow db upgrade {without_credentials(uri)}`, or name another database"
         raise StoreError("tracking_schema", "an older version of MLflow made its tables", hint)
-    found = select(
-        "SELECT experiment_id FROM experiments WHERE name = :name AND lifecycle_stage = 'deleted'", name=experiment
-    ).fetchone()
-    if found:
-        return Deleted(experiment=str(found[0]))
-    query = "SELECT 1 FROM runs WHERE run_uuid = :run AND lifecycle_stage = 'deleted'"
-    return Deleted(runs=[run for run in runs if select(query, run=run).fetchone()])
+    experiments = "SELECT experiment_id, lifecycle_stage, artifact_location FROM experiments WHERE name = :name"
+    id, stage, artifacts = select(experiments, name=experiment).fetchone() or (None, "", None)
+    if stage == "deleted":
+        return StoreState(deleted_experiment=str(id))
+    stages = "SELECT lifecycle_stage FROM runs WHERE run_uuid = :run"
+    deleted = [run for run in runs if select(stages, run=run).fetchone() == ("deleted",)]
+    return StoreState(deleted_runs=deleted, artifacts=artifacts)

@@ -23,7 +23,7 @@ from orchestrator.report.details import detail_tables
 from orchestrator.report.drawing import ReportInput
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS, anchor_of, section_of
-from orchestrator.report.samples import MIN_SCORE, Sample, sample_pictures
+from orchestrator.report.samples import MIN_SCORE, Samples, sample_pictures
 from orchestrator.report.table import table_cells, table_rows
 from orchestrator.runlog.folder import RunFolder
 from trainers.contract.events import LoopStarted
@@ -81,7 +81,8 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
         "result": result,
         "headings": headings,
         "rows": list(zip(table_rows(result), lines, strict=True)),
-        "samples": samples,
+        "samples": samples.pictures,
+        "legend": {name: "#{:02x}{:02x}{:02x}".format(*color) for name, color in samples.legend.items()},
         "samples_trial": trial,
         "samples_missing": missing,
         "experiment_yaml": to_yaml(run.experiment) if run.experiment else "",
@@ -91,7 +92,7 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
+def _samples(run: RunFolder) -> tuple[Samples, str, str]:
     """Pictures of the last trial that left any, its name, and the reason where there are none."""
     missing = "no evaluation left any"
     for trial in reversed(run.trials):
@@ -100,7 +101,7 @@ def _samples(run: RunFolder) -> tuple[list[Sample], str, str]:
                 return sample_pictures(trial), trial.trial.name, ""
             except (OSError, ValueError, KeyError) as error:
                 missing = f"{type(error).__name__}: {error}"
-    return [], "", missing
+    return Samples([], {}), "", missing
 
 
 def _definitions() -> list[tuple[str, str, list[tuple[str, str]]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -156,6 +157,41 @@ def test_a_new_an_empty_and_a_foreign_database_are_fit(tmp_path: Path) -> None:
     for name in ("new.db", "empty.db", "foreign.db", "folder/that/mlflow/makes.db"):
         assert check(f"sqlite:///{name}") == []
     assert not (tmp_path / "new.db").exists() and not (tmp_path / "folder").exists()
+
+
+@pytest.fixture
+def locked_folders(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Paths that cannot be written, as it would be for a user other than root."""
+    paths: set[str] = set()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in paths and access(path, mode))
+    return paths
+
+
+def test_a_database_that_cannot_be_written_is_named(store: Path, locked_folders: set[str]) -> None:
+    for place in (store, store.parent):
+        locked_folders.clear()
+        locked_folders.add(str(place))
+        finding = check(f"sqlite:///{store}")[0]
+        assert finding.code == "tracking_unwritable" and f"{place} cannot be written" in finding.what
+
+
+def test_a_folder_for_artifacts_that_cannot_be_written_is_found(
+    store: Path, tmp_path: Path, locked_folders: set[str], server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    locked_folders.add(str(elsewhere))
+    (finding,) = check(f"sqlite:///{tmp_path}/new.db")
+    assert finding.code == "tracking_unwritable" and f"artifacts go to {elsewhere}/mlruns" in finding.what
+    MlflowClient(f"sqlite:///{store}").restore_experiment("1")
+    assert check(f"sqlite:///{store}") == [], "the experiment's are where they were before"
+    assert check(server) == []
+    answer = {"experiment_id": "1", "lifecycle_stage": "active", "artifact_location": f"file://{elsewhere}/1"}
+    Server.answers["experiments/get-by-name"] = (200, {"experiment": answer})
+    (finding,) = check(server)
+    assert f"artifacts go to {elsewhere}/1" in finding.what
 
 
 class Server(BaseHTTPRequestHandler):
