@@ -162,7 +162,9 @@ def root_cause(error: BaseException) -> str:
     """What went wrong at first, in words: libraries wrap the reason in exceptions whose text is their own affair."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
+    file = getattr(error, "filename", None)
+    return f"{text}: {file}" if isinstance(file, str) and file not in text else text
 
 
 def printable(text: str) -> str:
