@@ -92,8 +92,7 @@ def dry_score(
         sigmas: As for `score`.
 
     Returns:
-        Warnings, each a sentence without a full stop: what objects lack and how they are scored nevertheless, and
-        that pycocotools has to step in for hotcoco.
+        Warnings, each a sentence without a full stop: that pycocotools has to step in for hotcoco, and why.
 
     Raises:
         OSError: The file cannot be read.
@@ -102,7 +101,7 @@ def dry_score(
     warnings: list[str] = []
     for iou_type in iou_types:
         warnings += _score(Path(annotations), None, iou_type, scorer, sigmas)[1]
-    return list(dict.fromkeys(warnings))
+    return warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,6 @@ class _Loaded:
     num_keypoints: int
     examples: list[Detection]
     """A few of its objects, as detections."""
-    warnings: tuple[str, ...]
 
 
 def _score(
@@ -127,7 +125,7 @@ def _score(
 ) -> tuple[dict[str, float | None], list[str]]:
     """Figures and warnings; detections None for examples of the annotations' own objects."""
     try:
-        return _score_with(scorer, annotations, detections, iou_type, sigmas)
+        return _score_with(scorer, annotations, detections, iou_type, sigmas), []
     except (OSError, ScoringInputError):
         raise
     except BaseException as error:
@@ -137,8 +135,7 @@ def _score(
         reason = f"{type(error).__name__}: {error}"
         problem = f"{annotations}: pycocotools scores it, with equal figures but slowly, as hotcoco cannot ({reason})"
         logger.warning("%s", problem)
-    figures, warnings = _score_with("pycocotools", annotations, detections, iou_type, sigmas)
-    return figures, [*warnings, problem]
+    return _score_with("pycocotools", annotations, detections, iou_type, sigmas), [problem]
 
 
 def _score_with(
@@ -147,7 +144,7 @@ def _score_with(
     detections: Sequence[Detection] | None,
     iou_type: IouType,
     sigmas: Sequence[float] | None,
-) -> tuple[dict[str, float | None], list[str]]:
+) -> dict[str, float | None]:
     path = annotations.absolute()
     stat = path.stat()
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
@@ -166,7 +163,7 @@ def _score_with(
         evaluation.accumulate()
         evaluation.summarize()
     figures = zip(KEYPOINT_FIGURES if iou_type == "keypoints" else FIGURES, evaluation.stats, strict=True)
-    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}, list(truth.warnings)
+    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}
 
 
 @functools.lru_cache(maxsize=4)
@@ -180,7 +177,7 @@ def _loaded(path: Path, size: int, mtime_ns: int, iou_type: IouType, scorer: Sco
         coco = importlib.import_module("hotcoco").COCO(truth.document)
     else:
         coco = _pycocotools_coco(truth.document)
-    return _Loaded(coco, truth.image_ids, truth.category_ids, num_keypoints, examples, truth.warnings)
+    return _Loaded(coco, truth.image_ids, truth.category_ids, num_keypoints, examples)
 
 
 def _examples(truth: GroundTruth) -> list[Detection]:

@@ -8,7 +8,6 @@ annotations of one id for both, and hotcoco reads no negative id.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,6 @@ from trainers.contract.annotations import AnnotationFileError, read_annotations
 IouType = Literal["bbox", "segm", "keypoints"]
 Entry = dict[str, Any]
 
-NO_MASK = "have no usable mask and count as missed in mask AP"
 MIN_POLYGON_NUMBERS = 6
 """Three points, as in detectron2's loader; pycocotools fails on an object that begins with fewer."""
 MAX_COORDINATE = 1e6
@@ -43,8 +41,6 @@ class GroundTruth:
     """The document's id of each image of the file."""
     category_ids: dict[Any, int]
     """The same of each category."""
-    warnings: tuple[str, ...]
-    """What the file lacks and how it is scored."""
 
 
 def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
@@ -72,28 +68,26 @@ def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
     image_ids, category_ids = _numbered(images), _numbered(categories)
     scored = {key: {"id": number, **_size(images[key], iou_type, path)} for key, number in image_ids.items()}
     annotations: list[Entry] = []
-    filled: Counter[str] = Counter()
     for index, entry in enumerate(_entries(content, "annotations", path)):
         try:
             image_id, category_id = entry["image_id"], entry["category_id"]
             if image_id in image_ids and category_id in category_ids:
                 ids = {"image_id": image_ids[image_id], "category_id": category_ids[category_id]}
-                fields = _fields(entry, scored[image_id], iou_type, filled)
+                fields = _fields(entry, scored[image_id], iou_type)
                 annotations.append({"id": len(annotations) + 1, **ids, **fields})
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ScoringInputError(f"{path}: annotations[{index}] cannot be scored: {reason}") from error
-    if annotations and filled[NO_MASK] == len(annotations):
-        raise ScoringInputError(f"{path}: no object has a mask (segmentation)")
-    if iou_type == "keypoints" and annotations:
-        _complete_keypoints(annotations, path)
     document = {
         "images": list(scored.values()),
         "annotations": annotations,
         "categories": [{"id": number, "name": str(number)} for number in category_ids.values()],
     }
-    warnings = tuple(f"{path}: {count:,} of {len(annotations):,} objects {what}" for what, count in filled.items())
-    return GroundTruth(document, image_ids, category_ids, warnings)
+    if iou_type == "segm":
+        _complete_masks(document, path)
+    elif iou_type == "keypoints":
+        _complete_keypoints(annotations, path)
+    return GroundTruth(document, image_ids, category_ids)
 
 
 def _entries(content: Any, key: str, path: Path) -> list[Any]:
@@ -128,17 +122,11 @@ def _size(image: Entry, iou_type: IouType, path: Path) -> Entry:
     return {}
 
 
-def _fields(entry: Entry, image: Entry, iou_type: IouType, filled: Counter[str]) -> Entry:
-    """The fields of an annotation that scoring needs; counts in `filled` what it lacks."""
+def _fields(entry: Entry, image: Entry, iou_type: IouType) -> Entry:
+    """The fields of an annotation that scoring needs; the mask is None where none can be used."""
     values: Entry = {"iscrowd": int(bool(_number(entry.get("iscrowd"))))}
-    if entry.get("iscrowd") is None:
-        filled["have no iscrowd and count as single objects"] += 1
     if iou_type == "segm":
-        mask = _mask(entry.get("segmentation"))
-        if mask is None:
-            filled[NO_MASK] += 1
-            mask = _compressed([image["height"], image["width"]], [image["height"] * image["width"]])
-        values["segmentation"] = mask
+        values["segmentation"] = _mask(entry.get("segmentation"))
     else:
         values["bbox"] = _box(entry)
     if iou_type == "keypoints":
@@ -146,11 +134,7 @@ def _fields(entry: Entry, image: Entry, iou_type: IouType, filled: Counter[str])
         labelled = _number(entry.get("num_keypoints"))
         values["num_keypoints"] = sum(value > 0 for value in keypoints[2::3]) if labelled is None else int(labelled)
     area = _number(entry.get("area"))
-    if area is None:
-        filled["have no area and count with that of their mask or box, for the sizes"] += 1
-        area = _measured_area(entry, image)
-    values["area"] = area
-    return values
+    return values | {"area": _measured_area(entry, image) if area is None else area}
 
 
 def _number(value: Any) -> float | None:
@@ -213,8 +197,21 @@ def _measured_area(entry: Entry, image: Entry) -> float:
     return width * height
 
 
+def _complete_masks(document: dict[str, list[Entry]], path: Path) -> None:
+    """Gives objects without a usable mask an empty one, which no detection matches."""
+    without = [annotation for annotation in document["annotations"] if annotation["segmentation"] is None]
+    if without and len(without) == len(document["annotations"]):
+        raise ScoringInputError(f"{path}: no object has a mask (segmentation)")
+    for annotation in without:
+        image = document["images"][annotation["image_id"] - 1]
+        size = [image["height"], image["width"]]
+        annotation["segmentation"] = _compressed(size, [size[0] * size[1]])
+
+
 def _complete_keypoints(annotations: list[Entry], path: Path) -> None:
     """Gives objects without keypoints as many as the others have, none of them labelled."""
+    if not annotations:
+        return
     lengths = {len(annotation["keypoints"]) for annotation in annotations} - {0}
     if len(lengths) != 1 or (length := lengths.pop()) % 3:
         raise ScoringInputError(f"{path}: objects have no keypoints, or of differing number: {sorted(lengths)}")
