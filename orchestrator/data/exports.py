@@ -36,6 +36,9 @@ MAX_FOLDERS = 5000
 NUM_SAMPLED = 8
 """File names of an annotation file that have to lead to files."""
 
+SPLIT_FOLDER = "split"
+"""Folder that `data split` is asked to write train.json and val.json to; they come before what they were made of."""
+
 ORDER = {"train": 0, "val": 1, "test": 2}
 """Order of the parts; what is named for none of them is called `all` and comes last."""
 
@@ -74,6 +77,9 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     findings, splits = FindingList(), {}
     if not by_part:
         return {}, [_nothing_found(root, contents)]
+    made = {part: root / SPLIT_FOLDER / f"{part}.json" for part in ("train", "val")}
+    if all(file in by_part.get(part, ()) for part, file in made.items()):
+        by_part |= {part: [file] for part, file in made.items()}
     if by_part.keys() & {"train", "val"}:
         by_part.pop("all", None)  # what they were split from
     for part in sorted(by_part, key=lambda part: ORDER.get(part, len(ORDER))):
@@ -86,7 +92,7 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     lone = [part for part in ("train", "val", "all") if part in by_part]
     if len(lone) == 1:
         what = f"there is no {'training' if lone == ['val'] else 'validation'} set"
-        hint = f"`python -m orchestrator.data split {by_part[lone[0]][0]} --val 0.2 --to {root / 'split'}` makes one"
+        hint = f"`python -m orchestrator.data split {by_part[lone[0]][0]} --val 0.2 --to {root / SPLIT_FOLDER}` makes one"
         findings.warning("layout", str(root), "", what, hint if lone != ["val"] else "Name its file train.json")
     return splits, findings.to_list()
 

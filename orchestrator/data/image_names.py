@@ -123,10 +123,10 @@ def _report(
     """Reports the images without a file: by where their files are, else by what is wrong with their names."""
     lost = missing + [image for image, problem in refused if problem.code != "path_invalid"]
     matches = _search([image.file_name for image in lost], file, root, listing, located) if lost else {}
-    groups: defaultdict[tuple[object, ...], list[tuple[ImageEntry, NameMatch]]] = defaultdict(list)
+    groups: defaultdict[tuple[str, ...], list[tuple[ImageEntry, NameMatch]]] = defaultdict(list)
     for image in lost:
         if match := matches.get(image.file_name):
-            groups[match.base, match.folder, match.differences].append((image, match))
+            groups[match.base, *match.differences].append((image, match))
     num_images = len(located) + len(missing) + len(refused)
     for group in groups.values():
         _report_group(group, file, root, findings, are_all=len(group) == num_images)
@@ -191,10 +191,10 @@ def walk_files(base: Path, max_entries: int) -> Iterator[str]:
 def _report_group(
     group: list[tuple[ImageEntry, NameMatch]], file: str, root: Path, findings: FindingList, *, are_all: bool
 ) -> None:
-    """Reports images whose files are in one folder, under names that differ in the same way."""
+    """Reports images whose files are elsewhere, under names that differ in the same way."""
     first = group[0][1]
-    folder = os.path.join(first.base, first.folder).rstrip("/")  # noqa: PTH118 - a text, no path object
-    if are_all and not first.differences:
+    if are_all and not first.differences and all(match.folder == first.folder for _, match in group):
+        folder = os.path.join(first.base, first.folder).rstrip("/")  # noqa: PTH118 - a text, no path object
         what = f"none of the {len(group):,} images is in this folder, {first.name!r} for one: they are in {folder}"
         hint = f"Set the image folder to {folder} ({SETTING})"
         findings.add(Finding("error", "image_missing", str(root), "all images", what, hint, count=len(group)))
@@ -206,7 +206,7 @@ def _report_group(
     for image, match in group:
         what = f"its file_name {match.name!r} {by}; there is {match.path!r}"
         what += f" in {match.base}" if match.base != str(root) else ""
-        findings.error("image_missing", file, f"image {image.id}", what, hint, group=f"{file} {folder} {by}")
+        findings.error("image_missing", file, f"image {image.id}", what, hint, group=f"{file} {match.base} {by}")
 
 
 def _report_missing(

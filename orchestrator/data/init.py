@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.data.checks import check_split, compare_splits
-from orchestrator.data.exports import find_splits
+from orchestrator.data.exports import SPLIT_FOLDER, find_splits
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _lone_part(folder: Path, splits: dict[str, Split]) -> Finding:
     file = splits.get("all") or splits.get("train")
     hint = "Name the file train.json, or its folder train"
     if file is not None:
-        to = folder / "split"
+        to = folder / SPLIT_FOLDER
         hint = (
             f"Run `python -m orchestrator.data split {file.annotations} --val 0.2 --to {to}`, "
             f"then `python -m orchestrator.data init {folder}` again"
@@ -255,7 +255,7 @@ def _list_classes(train: SplitSummary) -> str:
     """Names of the classes with the number of their objects, in one line."""
     counts = (f"{name} ({train.objects_of_category.get(key, 0):,})" for key, name in train.categories.items())
     text = printable(", ".join(counts))
-    return f"Classes, and their objects in the training set: {text if len(text) <= 400 else text[:400] + '…'}"
+    return f"Classes, with their objects: {text if len(text) <= 80 else text[:79] + '…'}"
 
 
 def _scalar(text: str) -> str:

@@ -146,6 +146,18 @@ def stratify(items: Sequence[Item], val_share: float, seed: int) -> list[int]:
         return all(numbers[label] > 1 for label in labels), _draw(seed, key)
 
     ranked = sorted(range(len(items)), key=rank)  # the only image of a class is dealt early, to train
+    sides = _deal(items, ranked, val_share)
+    counts: _Counts = defaultdict(Counter)
+    for index, side in sides.items():
+        for label in items[index][2]:
+            counts[label][side] += 1
+    _repair(items, counts, ranked, sides)
+    _trim(items, counts, ranked, sides, val_share)
+    return [sides[index] for index in range(len(items))]
+
+
+def _deal(items: Sequence[Item], ranked: list[int], val_share: float) -> dict[int, int]:
+    """Deals the items out, label by label; returns the side of each."""
     members: defaultdict[object, list[int]] = defaultdict(list)
     for index in ranked:
         for label in items[index][2]:
@@ -154,37 +166,32 @@ def stratify(items: Sequence[Item], val_share: float, seed: int) -> list[int]:
     wanted = [total * (1 - val_share), total * val_share]
     lacking = {}
     for label, indices in members.items():
-        on_val = len(indices) * val_share
-        on_val = min(max(on_val, 1.0), len(indices) - 1.0)  # of a single item, none
+        on_val = min(max(len(indices) * val_share, 1.0), len(indices) - 1.0)  # of a single item, none
         lacking[label] = [len(indices) - on_val, on_val]
     sides: dict[int, int] = {}
+    left = {label: len(indices) for label, indices in members.items()}
 
     def assign(index: int, side: int) -> None:
         sides[index] = side
         wanted[side] -= items[index][1]
         for label in items[index][2]:
             lacking[label][side] -= 1
+            left[label] -= 1
 
-    left = {label: len(indices) for label, indices in members.items()}
-    queue = [(number, _draw(0, repr(label)), label) for label, number in left.items()]
+    queue = [(len(indices), _draw(0, repr(label)), label) for label, indices in members.items()]
     heapq.heapify(queue)
     while queue:
         number, tie, label = heapq.heappop(queue)
-        open_items = [index for index in members[label] if index not in sides]
-        if len(open_items) != number:  # other labels took some: it is rarer now
-            if open_items:
-                heapq.heappush(queue, (len(open_items), tie, label))
+        if left[label] < number:  # other labels took some: it is rarer now
+            heapq.heappush(queue, (left[label], tie, label))
             continue
-        for index in open_items:
-            side = max((VAL, TRAIN), key=lambda side, label=label: (lacking[label][side], wanted[side]))  # type: ignore[misc]
-            assign(index, side)
+        for index in [index for index in members[label] if index not in sides]:
+            on_train, on_val = lacking[label]
+            assign(index, VAL if (on_val, wanted[VAL]) > (on_train, wanted[TRAIN]) else TRAIN)
     for index in ranked:
         if index not in sides:
-            assign(index, VAL if wanted[VAL] > wanted[TRAIN] * val_share / (1 - val_share) else TRAIN)
-    counts = {label: Counter(sides[index] for index in indices) for label, indices in members.items()}
-    _repair(items, counts, ranked, sides)
-    _trim(items, counts, ranked, sides, val_share)
-    return [sides[index] for index in range(len(items))]
+            assign(index, VAL if wanted[VAL] * (1 - val_share) > wanted[TRAIN] * val_share else TRAIN)
+    return sides
 
 
 def _repair(items: Sequence[Item], counts: _Counts, ranked: list[int], sides: dict[int, int]) -> None:

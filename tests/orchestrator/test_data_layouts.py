@@ -1,0 +1,132 @@
+"""Data sets are taken as labelling tools export them, and what is in no layout is described."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.data.__main__ import app
+from orchestrator.data.exports import find_splits, layout_finding
+from orchestrator.data.generate import generate
+from orchestrator.data.layout import coco_layout
+from tests.builders import layouts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("layouts") / "set"
+    generate(root, num_train=6, num_val=4, size=48, seed=5)
+    return root
+
+
+def check(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(app, ["check", str(path), "--json", *options])
+    return done.exit_code, json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("layout", layouts.TWO_PARTS, ids=lambda layout: layout.__name__)
+def test_a_layout_with_two_parts_is_checked_as_it_is(
+    layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
+) -> None:
+    layout(source, tmp_path / "data")
+    splits, findings = find_splits(tmp_path / "data")
+    assert list(splits)[:2] == ["train", "val"] and findings == []
+    assert [split.for_scoring for split in splits.values()][:2] == [False, True]
+    code, report = check(tmp_path / "data")
+    assert (code, [finding["code"] for finding in report["findings"] if finding["level"] == "error"]) == (0, [])
+    assert [split["num_images"] for split in report["splits"]][:2] == [6, 4]
+
+
+@pytest.mark.parametrize("layout", layouts.ONE_FILE, ids=lambda layout: layout.__name__)
+def test_a_layout_with_one_file_is_checked_and_the_command_that_splits_it_named(
+    layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
+) -> None:
+    layout(source, tmp_path / "data")
+    code, report = check(tmp_path / "data")
+    assert code == 0 and [split["num_images"] for split in report["splits"]] == [10]
+    (hint,) = [finding["hint"] for finding in report["findings"] if finding["code"] == "layout"]
+    assert f"python -m orchestrator.data split {tmp_path / 'data'}" in hint
+
+
+def test_the_test_part_of_an_export_is_checked_too(source: Path, tmp_path: Path) -> None:
+    layouts.roboflow(source, tmp_path / "data")
+    splits, _ = find_splits(tmp_path / "data")
+    assert {part: split.annotations.parent.name for part, split in splits.items()} == {
+        "train": "train", "val": "valid", "test": "test"
+    }  # fmt: skip
+
+
+def test_backslashes_of_an_export_are_reported_with_the_command_that_writes_slashes(
+    source: Path, tmp_path: Path
+) -> None:
+    layouts.label_studio_on_windows(source, tmp_path / "data")
+    code, report = check(tmp_path / "data")
+    (finding,) = [finding for finding in report["findings"] if finding["level"] == "error"]
+    assert code == 2 and "differs from the file's by backslashes" in finding["what"] and finding["count"] == 10
+    command = finding["hint"].split("`")[1].removeprefix("python -m orchestrator.data ")
+    assert CliRunner().invoke(app, command.split()).exit_code == 0
+    assert check(tmp_path / "data")[0] == 0  # the corrected file is taken instead of the other
+
+
+def test_a_folder_with_another_format_is_described_with_the_names_that_would_be_taken(tmp_path: Path) -> None:
+    for name in ("images/a.jpg", "images/b.jpg", "labels/a.txt", "labels/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"0 0.5 0.5 1 1")
+    code, report = check(tmp_path)
+    (finding,) = report["findings"]
+    assert code == 2 and "2 images" in finding["what"] and "_annotations.coco.json (Roboflow)" in finding["what"]
+    assert "look like YOLO's" in finding["hint"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.xml", "<annotation/>", "Pascal VOC"),
+        ("a.json", '{"version": "5.0.1", "flags": {}, "shapes": [], "imagePath": "a.jpg"}', "labelme2coco"),
+        ("export.zip", "PK", "Unpack"),
+        ("readme", "", "Name the folder"),
+    ],
+)
+def test_the_format_of_other_labels_is_recognised(tmp_path: Path, name: str, content: str, words: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert words in find_splits(tmp_path)[1][0].hint
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    assert "no such folder" in find_splits(tmp_path / "nowhere")[1][0].what
+
+
+def test_an_annotation_file_without_its_images_says_which_were_looked_for(source: Path, tmp_path: Path) -> None:
+    layouts.cvat(source, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/images")
+    code, report = check(tmp_path / "data")
+    assert code == 2 and "no folder in" in report["findings"][0]["what"]
+
+
+def test_of_two_files_of_one_part_the_nearer_is_taken_and_the_other_named(source: Path, tmp_path: Path) -> None:
+    layouts.roboflow(source, tmp_path / "data")
+    shutil.copytree(tmp_path / "data/train", tmp_path / "data/old/train")
+    splits, findings = find_splits(tmp_path / "data")
+    assert splits["train"].annotations == tmp_path / "data/train/_annotations.coco.json"
+    assert [finding.level for finding in findings] == ["warning"] and "not old/train" in findings[0].what
+
+
+def test_a_run_on_coco_2017_is_referred_to_what_is_there_instead(source: Path, tmp_path: Path) -> None:
+    layouts.roboflow(source, tmp_path / "coco")
+    finding = layout_finding(tmp_path / "coco", coco_layout(tmp_path / "coco"))
+    assert "Found test/_annotations.coco.json" in finding.hint and "use data.coco" in finding.hint
+
+
+def test_an_annotation_file_in_utf_16_is_recognised(source: Path, tmp_path: Path) -> None:
+    layouts.cvat(source, tmp_path / "data")
+    for file in (tmp_path / "data/annotations").iterdir():
+        file.write_text(file.read_text(encoding="utf-8"), encoding="utf-16")
+    assert list(find_splits(tmp_path / "data")[0]) == ["train", "val"]
