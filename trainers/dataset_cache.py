@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import msgspec
 import numpy as np
 import orjson
 import platformdirs
@@ -29,6 +30,7 @@ from detectron2.structures import BoxMode
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from trainers.contract.annotations import read_annotations
 from trainers.contract.plan import DatasetPlan
 
 logger = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 """One image in detectron2's dataset format."""
 
-FORMAT = b"records1"
+FORMAT = b"records2"
 """First bytes of a cache file; another number makes old files be rebuilt."""
 _HEADER_BYTES = 16  # FORMAT and the length of the JSON that follows
 _BOX_MODES = {mode.value: mode for mode in BoxMode}
@@ -161,8 +163,56 @@ def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -
     return CachedRecords(path)
 
 
+class _Image(msgspec.Struct):
+    id: int
+    width: int
+    height: int
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    id: int
+    image_id: int
+    category_id: int
+
+
+class _Category(msgspec.Struct):
+    id: int
+
+
+class _PlainFile(msgspec.Struct):
+    """A file that detectron2 reads as the common reader does: UTF-8 without a byte-order mark, integers for ids."""
+
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+def load_records(dataset: DatasetPlan) -> list[Record]:
+    """A COCO data set's records by detectron2's `load_coco_json`, whatever the encoding of the file and its ids.
+
+    detectron2 opens the file itself. Of one that it would not read as the common reader does, it gets a copy.
+
+    Raises:
+        OSError: The annotations cannot be read.
+        AnnotationFileError: They are not JSON; found by the checks before a run, unless they have changed since.
+    """
+    content = Path(dataset.annotations).read_bytes()
+    with contextlib.ExitStack() as stack:
+        file = dataset.annotations
+        try:
+            msgspec.json.decode(content, type=_PlainFile)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            document = read_annotations(content, orjson.loads).document
+            copy = Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(file).name)
+            copy.write_text(json.dumps(document), encoding="utf-8")
+            file = str(copy)
+        del content
+        records: list[Record] = load_coco_json(file, dataset.images, dataset.name)
+    return records
+
+
 def _parse(dataset: DatasetPlan, filter_empty: bool) -> list[Record]:
-    records: list[Record] = load_coco_json(dataset.annotations, dataset.images, dataset.name)
+    records = load_records(dataset)
     return filter_images_with_only_crowd_annotations(records) if filter_empty else records
 
 

@@ -6,6 +6,7 @@ The plan's figures are final: nothing here scales with the world size. detectron
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trainers.contract.plan import ADDED_CONFIG_KEYS, DatasetPlan, TrialPlan
 from trainers.contract.problems import ConfigurationError
+from trainers.dataset_cache import load_records
 from trainers.keypoints import set_keypoint_metadata
 from trainers.recipes import Recipe
 from trainers.speedups.apply import resolve_precision, tune_model
@@ -144,7 +145,10 @@ def register(cfg: CfgNode, dataset: DatasetPlan) -> None:
     if dataset.name in DatasetCatalog:
         DatasetCatalog.remove(dataset.name)
         MetadataCatalog.remove(dataset.name)
-    register_coco_instances(dataset.name, {}, dataset.annotations, dataset.images)
+    DatasetCatalog.register(dataset.name, functools.partial(load_records, dataset))
+    MetadataCatalog.get(dataset.name).set(
+        json_file=dataset.annotations, image_root=dataset.images, evaluator_type="coco"
+    )
     if cfg.MODEL.KEYPOINT_ON:
         set_keypoint_metadata(cfg, dataset)
 
