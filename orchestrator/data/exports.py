@@ -14,6 +14,7 @@ import re
 from collections import Counter, defaultdict, deque
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
@@ -90,11 +91,18 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
         else:
             splits[part] = Split(file, images, for_scoring=part != "train")
     lone = [part for part in ("train", "val", "all") if part in by_part]
-    if len(lone) == 1:
-        what = f"there is no {'training' if lone == ['val'] else 'validation'} set"
-        hint = f"`python -m orchestrator.data split {by_part[lone[0]][0]} --val 0.2 --to {root / SPLIT_FOLDER}` makes one"
-        findings.warning("layout", str(root), "", what, hint if lone != ["val"] else "Name its file train.json")
+    if lone == ["val"]:
+        hint = "Name its file train.json, or its folder train"
+        findings.warning("layout", str(root), "", "there is no training set", hint)
+    elif len(lone) == 1:
+        hint = f"`{split_command(by_part[lone[0]][0], root)}` makes one"
+        findings.warning("layout", str(root), "", "there is no validation set", hint)
     return splits, findings.to_list()
+
+
+def split_command(file: Path, root: Path) -> str:
+    """The command that splits an annotation file so that `find_splits` takes the parts."""
+    return f"python -m orchestrator.data split {quote(str(file))} --val 0.2 --to {quote(str(root / SPLIT_FOLDER))}"
 
 
 def layout_finding(root: Path, dataset: Dataset) -> Finding:
@@ -105,7 +113,8 @@ def layout_finding(root: Path, dataset: Dataset) -> Finding:
         contents = _scan(root)
         if files := [file for file in contents.jsons if _is_annotation_file(file)]:
             found = ", ".join(str(file.relative_to(root)) for file in files[:3])
-            hint = f"Found {found}: use data.coco (`python -m orchestrator.data init {root}` writes an experiment)"
+            command = f"python -m orchestrator.data init {quote(str(root))}"
+            hint = f"Found {found}: use data.coco (`{command}` writes an experiment)"
     return Finding("error", "layout", str(root), "", what, hint or FETCH)
 
 

@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections import defaultdict, deque
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from orchestrator.data.entries import Problem
@@ -200,7 +201,7 @@ def _report_group(
         findings.add(Finding("error", "image_missing", str(root), "all images", what, hint, count=len(group)))
         return
     new = Path(file).with_suffix(".fixed.json")
-    command = f"python -m orchestrator.data fix-names {file} --images {first.base} --to {new}"
+    command = f"python -m orchestrator.data fix-names {quote(file)} --images {quote(first.base)} --to {quote(str(new))}"
     hint = f"`{command}` writes the names as the files have them; use that file and the image folder {first.base}"
     by = f"differs from the file's by {' and '.join(first.differences)}" if first.differences else "is another folder's"
     for image, match in group:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.data.checks import check_split, compare_splits
-from orchestrator.data.exports import SPLIT_FOLDER, find_splits
+from orchestrator.data.exports import find_splits, split_command
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 
 if TYPE_CHECKING:
@@ -176,11 +176,7 @@ def _lone_part(folder: Path, splits: dict[str, Split]) -> Finding:
     file = splits.get("all") or splits.get("train")
     hint = "Name the file train.json, or its folder train"
     if file is not None:
-        to = folder / SPLIT_FOLDER
-        hint = (
-            f"Run `python -m orchestrator.data split {file.annotations} --val 0.2 --to {to}`, "
-            f"then `python -m orchestrator.data init {folder}` again"
-        )
+        hint = f"Run `{split_command(file.annotations, folder)}`, then this again"
     return Finding("error", "layout", str(folder), "", what, hint)
 
 

@@ -163,7 +163,7 @@ def _differences(name: str, path: str) -> Iterator[str]:
     if name == path:
         return
     if "\\" in name:
-        yield "backslashes"
+        yield "backslashes (write /)"
     plain = name.replace("\\", "/")
     if "://" in plain or "?d=" in plain:
         yield "a server's address"
@@ -184,7 +184,7 @@ def _letter_differences(name: str, path: str) -> Iterator[str]:
         return
     if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path):
         form = "NFD, from macOS" if unicodedata.is_normalized("NFD", path) else "NFC"
-        yield f"the Unicode form of accents (the file has {form})"
+        yield f"the Unicode form of the same letters (the file has {form})"
         return
     if name.casefold() == path.casefold():
         yield "upper and lower case"

@@ -261,8 +261,8 @@ def _groups(raw: RawFile, pattern: re.Pattern[str] | None) -> list[_Group]:
             raise ValueError(f"{raw.path}: two images have the id {image_id}; `data check` lists all such")
         group_of[image_id] = group
     for annotation in raw.annotations:
-        if group := group_of.get(annotation["image_id"]):
-            group.classes.add(annotation["category_id"])
+        if (owner := group_of.get(annotation["image_id"])) is not None:
+            owner.classes.add(annotation["category_id"])
     return list(groups.values())
 
 

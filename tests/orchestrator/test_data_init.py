@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,8 @@ def check(text: str, folder: Path) -> None:
 def test_the_experiment_of_a_layout_with_two_parts_passes_the_checks(
     layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    layout(source, tmp_path / "data")
-    text, _ = write_experiment(tmp_path / "data", CPU)
+    layout(source, tmp_path / "my data")
+    text, _ = write_experiment(tmp_path / "my data", CPU)
     check(text, tmp_path)
 
 
@@ -79,12 +80,12 @@ def test_the_experiment_of_a_layout_with_two_parts_passes_the_checks(
 def test_one_file_is_refused_with_the_command_after_which_it_is_taken(
     layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    layout(source, tmp_path / "data")
-    done = CliRunner().invoke(app, ["init", str(tmp_path / "data")])
+    layout(source, tmp_path / "my data")
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
     assert (done.exit_code, done.stdout) == (2, "")
-    command = next(part for part in done.stderr.split("`") if ".data split " in part).split()[3:]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    done = CliRunner().invoke(app, ["init", str(tmp_path / "data")])
+    command = next(part for part in done.stderr.split("`") if ".data split " in part)
+    assert CliRunner().invoke(app, shlex.split(command)[3:]).exit_code == 0
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
     assert done.exit_code == 0, done.stderr
     assert "split/train.json" in done.stdout
     check(done.stdout, tmp_path)
@@ -173,13 +174,13 @@ def test_errors_in_the_data_are_listed_and_no_file_is_written(roboflow: Path) ->
 
 
 def test_a_training_set_alone_is_split_and_then_taken_from_the_split(source: Path, tmp_path: Path) -> None:
-    layouts.cvat(source, tmp_path / "data")
-    (tmp_path / "data/annotations/instances_val.json").unlink()
-    done = CliRunner().invoke(app, ["init", str(tmp_path / "data")])
-    command = next(part for part in done.stderr.split("`") if ".data split " in part).split()[3:]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    text, findings = write_experiment(tmp_path / "data", CPU)
-    assert "data/split/train.json" in text and "data/split/val.json" in text and findings == []
+    layouts.cvat(source, tmp_path / "my data")
+    (tmp_path / "my data/annotations/instances_val.json").unlink()
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
+    command = next(part for part in done.stderr.split("`") if ".data split " in part)
+    assert CliRunner().invoke(app, shlex.split(command)[3:]).exit_code == 0
+    text, findings = write_experiment(tmp_path / "my data", CPU)
+    assert "my data/split/train.json" in text and "my data/split/val.json" in text and findings == []
 
 
 @pytest.mark.parametrize("part", ["train", "valid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +37,11 @@ def check(path: Path, *options: str) -> tuple[int, dict[str, Any]]:
 def test_a_layout_with_two_parts_is_checked_as_it_is(
     layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    layout(source, tmp_path / "data")
-    splits, findings = find_splits(tmp_path / "data")
+    layout(source, tmp_path / "my data")
+    splits, findings = find_splits(tmp_path / "my data")
     assert list(splits)[:2] == ["train", "val"] and findings == []
     assert [split.for_scoring for split in splits.values()][:2] == [False, True]
-    code, report = check(tmp_path / "data")
+    code, report = check(tmp_path / "my data")
     assert (code, [finding["code"] for finding in report["findings"] if finding["level"] == "error"]) == (0, [])
     assert [split["num_images"] for split in report["splits"]][:2] == [6, 4]
 
@@ -49,16 +50,16 @@ def test_a_layout_with_two_parts_is_checked_as_it_is(
 def test_a_layout_with_one_file_is_checked_and_the_command_that_splits_it_named(
     layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
-    layout(source, tmp_path / "data")
-    code, report = check(tmp_path / "data")
+    layout(source, tmp_path / "my data")
+    code, report = check(tmp_path / "my data")
     assert code == 0 and [split["num_images"] for split in report["splits"]] == [10]
     (hint,) = [finding["hint"] for finding in report["findings"] if finding["code"] == "layout"]
-    assert f"python -m orchestrator.data split {tmp_path / 'data'}" in hint
+    assert f"python -m orchestrator.data split '{tmp_path / 'my data'}" in hint
 
 
 def test_the_test_part_of_an_export_is_checked_too(source: Path, tmp_path: Path) -> None:
-    layouts.roboflow(source, tmp_path / "data")
-    splits, _ = find_splits(tmp_path / "data")
+    layouts.roboflow(source, tmp_path / "my data")
+    splits, _ = find_splits(tmp_path / "my data")
     assert {part: split.annotations.parent.name for part, split in splits.items()} == {
         "train": "train", "val": "valid", "test": "test"
     }  # fmt: skip
@@ -67,13 +68,13 @@ def test_the_test_part_of_an_export_is_checked_too(source: Path, tmp_path: Path)
 def test_backslashes_of_an_export_are_reported_with_the_command_that_writes_slashes(
     source: Path, tmp_path: Path
 ) -> None:
-    layouts.label_studio_on_windows(source, tmp_path / "data")
-    code, report = check(tmp_path / "data")
+    layouts.label_studio_on_windows(source, tmp_path / "my data")
+    code, report = check(tmp_path / "my data")
     (finding,) = [finding for finding in report["findings"] if finding["level"] == "error"]
     assert code == 2 and "differs from the file's by backslashes" in finding["what"] and finding["count"] == 10
-    command = finding["hint"].split("`")[1].removeprefix("python -m orchestrator.data ")
-    assert CliRunner().invoke(app, command.split()).exit_code == 0
-    assert check(tmp_path / "data")[0] == 0  # the corrected file is taken instead of the other
+    command = finding["hint"].split("`")[1]
+    assert CliRunner().invoke(app, shlex.split(command)[3:]).exit_code == 0
+    assert check(tmp_path / "my data")[0] == 0  # the corrected file is taken instead of the other
 
 
 def test_a_folder_with_another_format_is_described_with_the_names_that_would_be_taken(tmp_path: Path) -> None:
@@ -105,17 +106,17 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_an_annotation_file_without_its_images_says_which_were_looked_for(source: Path, tmp_path: Path) -> None:
-    layouts.cvat(source, tmp_path / "data")
-    shutil.rmtree(tmp_path / "data/images")
-    code, report = check(tmp_path / "data")
+    layouts.cvat(source, tmp_path / "my data")
+    shutil.rmtree(tmp_path / "my data/images")
+    code, report = check(tmp_path / "my data")
     assert code == 2 and "no folder in" in report["findings"][0]["what"]
 
 
 def test_of_two_files_of_one_part_the_nearer_is_taken_and_the_other_named(source: Path, tmp_path: Path) -> None:
-    layouts.roboflow(source, tmp_path / "data")
-    shutil.copytree(tmp_path / "data/train", tmp_path / "data/old/train")
-    splits, findings = find_splits(tmp_path / "data")
-    assert splits["train"].annotations == tmp_path / "data/train/_annotations.coco.json"
+    layouts.roboflow(source, tmp_path / "my data")
+    shutil.copytree(tmp_path / "my data/train", tmp_path / "my data/old/train")
+    splits, findings = find_splits(tmp_path / "my data")
+    assert splits["train"].annotations == tmp_path / "my data/train/_annotations.coco.json"
     assert [finding.level for finding in findings] == ["warning"] and "not old/train" in findings[0].what
 
 
@@ -126,7 +127,7 @@ def test_a_run_on_coco_2017_is_referred_to_what_is_there_instead(source: Path, t
 
 
 def test_an_annotation_file_in_utf_16_is_recognised(source: Path, tmp_path: Path) -> None:
-    layouts.cvat(source, tmp_path / "data")
-    for file in (tmp_path / "data/annotations").iterdir():
+    layouts.cvat(source, tmp_path / "my data")
+    for file in (tmp_path / "my data/annotations").iterdir():
         file.write_text(file.read_text(encoding="utf-8"), encoding="utf-16")
-    assert list(find_splits(tmp_path / "data")[0]) == ["train", "val"]
+    assert list(find_splits(tmp_path / "my data")[0]) == ["train", "val"]

@@ -36,19 +36,19 @@ FILES = (
     ("name", "path", "difference"),
     [
         ("train_1.png", FILES[0], None),
-        ("images\\train_1.png", FILES[0], "backslashes"),
+        ("images\\train_1.png", FILES[0], "backslashes (write /)"),
         ("sub/a%20b.jpg", FILES[1], "%-encoding"),
         ("http://host:8080/data/upload/1/0a1b2c3d-cat.jpg", FILES[2], "a server's address"),
         ("/data/local-files/?d=images/0a1b2c3d-cat.jpg", FILES[2], "a server's address"),
         ("../../data/upload/1/0a1b2c3d-cat.jpg", FILES[2], "the path in front"),
         ("s3://bucket/deep/scan.tiff", FILES[3], "a server's address"),
         ("scan.tif", FILES[3], "the extension"),
-        ("C:\\Users\\me\\JPEGImages\\0001.JPG", FILES[4], "backslashes and the path in front"),
+        ("C:\\Users\\me\\JPEGImages\\0001.JPG", FILES[4], "backslashes (write /) and the path in front"),
         ("/home/me/JPEGImages/0001.JPG", FILES[4], "the path in front"),
         ("jpegimages/0001.jpg", FILES[4], "upper and lower case"),
         ("0001.jpeg", FILES[4], "the extension"),
         ("SCAN.TIF", FILES[3], "letters and the extension"),
-        ("é x.jpg", FILES[5], "the Unicode form of accents (the file has NFD, from macOS)"),
+        ("é x.jpg", FILES[5], "the Unicode form of the same letters (the file has NFD, from macOS)"),
         ("train_1.png88123", FILES[0], "what a tool added to the name"),
         ("train_1.png-1", FILES[0], "what a tool added to the name"),
         ("0a1b2c3d-train_1.png", FILES[0], "what a tool added to the name"),
@@ -130,7 +130,10 @@ def test_a_kind_of_difference_is_one_finding_and_each_kind_has_its_own(tmp_path:
     names = [f"a\\{number}.jpg" for number in range(20)] + [f"A/{number}.JPG" for number in range(20, 30)]
     _, findings = locate(tmp_path, names)
     assert [(finding.code, finding.count) for finding in findings] == [("image_missing", 20), ("image_missing", 10)]
-    assert "by backslashes; there is 'a/0.jpg'" in findings[0].what and "upper and lower case" in findings[1].what
+    assert (
+        "by backslashes (write /); there is 'a/0.jpg'" in findings[0].what
+        and "upper and lower case" in findings[1].what
+    )
 
 
 def test_images_in_many_folders_are_one_finding(tmp_path: Path) -> None:
