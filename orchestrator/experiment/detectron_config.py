@@ -74,13 +74,15 @@ def file_settings(config: str) -> Mapping[str, Setting]:
     Raises:
         SpecError: There is no such config; a file of it cannot be read, or builds on itself.
     """
-    return _settings_of_file(zoo_path(config), ())
+    settings: dict[str, Setting] = {}
+    for file in _files(zoo_path(config)):
+        settings |= _read(file)[1]
+    return settings
 
 
 def config_files(config: str) -> list[Path]:
-    """The files that set something in a model config, outside of the model zoo. Raises SpecError as `file_settings`."""
-    settings = file_settings(config).values()
-    return list(dict.fromkeys(each.file for each in settings if each.file is not None and not each.in_zoo))
+    """The files of a model config that are not the model zoo's, bases first. Raises SpecError as `file_settings`."""
+    return list(dict.fromkeys(file for file in _files(zoo_path(config)) if not _in_zoo(file)))
 
 
 def evaluate(value: Any) -> Any:
@@ -184,21 +186,27 @@ def _package() -> Path:
     return Path(package.submodule_search_locations[0])
 
 
+def _files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """A YAML file after all that it builds on, each before what changes it; `above` are the files that build on it."""
+    if path.resolve() in (each.resolve() for each in above):
+        raise SpecError(f"{path}: _BASE_ goes round in a circle: {' -> '.join(map(str, (*above, path)))}")
+    bases, _ = _read(path)
+    return [*(file for base in bases for file in _files(base, (*above, path))), path]
+
+
 @cache
-def _settings_of_file(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
-    """The settings of a YAML file over those of its bases; `chain` are the files that build on it."""
-    if path.resolve() in (each.resolve() for each in chain):
-        raise SpecError(f"{path}: _BASE_ goes round in a circle: {' -> '.join(map(str, (*chain, path)))}")
+def _read(path: Path) -> tuple[list[Path], dict[str, Setting]]:
+    """The bases and the settings of one YAML file."""
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
     section = read_sections(path, ignore_code=(in_zoo := _in_zoo(path)))
     place = f"{path}:{section.lines.get('_BASE_')}: _BASE_"
-    settings: dict[str, Setting] = {}
-    for base in _bases(section.pop("_BASE_", []), place):
-        settings |= _settings_of_file(_base_path(path, base, place), (*chain, path))
-    for key, value, line in _flatten(section):
-        if not (in_zoo and value is None):  # computed by code
-            settings[key] = Setting(key, evaluate(value), path, line, in_zoo)
-    return settings
+    bases = [_base_path(path, base, place) for base in _bases(section.pop("_BASE_", []), place)]
+    settings = {
+        key: Setting(key, evaluate(value), path, line, in_zoo)
+        for key, value, line in _flatten(section)
+        if not (in_zoo and value is None)  # computed by code
+    }
+    return bases, settings
 
 
 def _bases(value: Any, place: str) -> list[str]:

@@ -13,8 +13,8 @@ from orchestrator.experiment.plan import Hardware, expand, scaled_solver
 from orchestrator.experiment.reading import load_experiment, parse_experiment
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
 from tests.builders.commands import run_command
-from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
-from trainers.contract.plan import ADDED_CONFIG_KEYS, SolverPlan, TrialPlan
+from tests.builders.experiments import tiny_experiment
+from trainers.contract.plan import ADDED_CONFIG_KEYS, TrialPlan
 
 
 def load(**changes: object) -> Experiment:
@@ -61,113 +61,6 @@ def test_weak_scaling_is_what_detectron2_computes(world_size: int) -> None:
     assert ours.warmup_iters == theirs.SOLVER.WARMUP_ITERS
     assert ours.eval_period == theirs.TEST.EVAL_PERIOD
     assert ours.checkpoint_period == theirs.SOLVER.CHECKPOINT_PERIOD
-
-
-SCHEDULE = (
-    "IMS_PER_BATCH",
-    "MAX_ITER",
-    "STEPS",
-    "WARMUP_ITERS",
-    "CHECKPOINT_PERIOD",
-    "BASE_LR",
-    "REFERENCE_WORLD_SIZE",
-)
-
-
-@pytest.mark.parametrize("name", SCHEDULE)
-@pytest.mark.parametrize(
-    "value",
-    ["abc", None, "(abc)", [1, "2"], "1e3", "two", -1, [-1], True, 10**20, float("inf"), float("nan"), {"A": 1}],
-    ids=repr,
-)
-def test_a_value_that_the_schedule_cannot_use_is_refused_with_its_key_and_the_value_wanted(
-    name: str, value: object
-) -> None:
-    values = tiny_experiment(storage={}, trials={"world_sizes": [1]})
-    values["model"] = {"overrides": {f"SOLVER.{name}": value}}
-    wanted = r"not of the type of detectron2's default, .+|out of range: at least \d.*|no finite number"
-    if name == "BASE_LR" and value == "1e3":
-        assert plans(parse_experiment(values, "test"))[0].solver.base_lr == 1000.0, "text of a number to detectron2"
-        return
-    with pytest.raises(
-        SpecError, match=f"^model.overrides.SOLVER.{name}: its value .* is ({wanted}). Write a value like .+"
-    ):
-        plans(parse_experiment(values, "test"))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [
-        ({"STEPS": 3}, r"not of the type of .*, .30000,.\. Write a value like .3.\.$"),
-        ({"MAX_ITER": 1000.0}, "not of the type of .*, 40000. Write a value like 1000.$"),
-        ({"BASE_LR": 1}, "not of the type of .*, 0.001. Write a value like 1.0.$"),
-        ({"STEPS": [6, 4]}, "STEPS .6, 4. of the plan do not ascend"),
-        ({"STEPS": [1, 2], "MAX_ITER": 2}, None),
-        ({"STEPS": "(2*1, 3)"}, "STEPS: its value '.2.1, 3.' is not of the type"),
-        ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 1.0}, "BASE_LR_END 1.0 is not between 0 and"),
-        ({"LR_SCHEDULER_NAME": "Cosine"}, "Cosine is not one of detectron2's. Take 'WarmupMultiStepLR' or"),
-    ],
-    ids=str,
-)
-def test_a_schedule_that_detectron2_could_not_use_is_refused(schedule: dict[str, object], message: str | None) -> None:
-    values = tiny_experiment()
-    values["model"]["overrides"] = TINY_OVERRIDES | {f"SOLVER.{name}": value for name, value in schedule.items()}
-    experiment = parse_experiment(values, "test")
-    if message is None:
-        assert plans(experiment)[0].solver.steps == (1,), "a step after the last iteration has no effect"
-        return
-    with pytest.raises(SpecError, match=message):
-        plans(experiment)
-
-
-def solver_of(world_sizes: list[int], overrides: dict[str, object], **changes: object) -> list[SolverPlan]:
-    values = tiny_experiment(trials={"world_sizes": world_sizes}, **{"protocol": {}, "storage": {}, **changes})
-    values["model"] = {"overrides": overrides}
-    return [plan.solver for plan in plans(parse_experiment(values, "test"))]
-
-
-def test_numbers_that_are_given_are_those_that_run_on_the_smallest_world_size() -> None:
-    own = {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.BASE_LR": 0.01, "SOLVER.MAX_ITER": 60, "SOLVER.STEPS": [40]}
-    one, two = solver_of([1, 2], own, protocol={"eval_period_iterations": 20})
-    assert (one.global_batch_size, one.base_lr, one.max_iter, one.steps, one.eval_period) == (2, 0.01, 60, (40,), 20)
-    assert (two.global_batch_size, two.base_lr, two.max_iter, two.steps, two.eval_period) == (4, 0.02, 30, (20,), 10)
-
-
-def test_numbers_of_the_model_zoo_are_for_eight_workers() -> None:
-    (solver,) = solver_of([1], {})
-    assert (solver.global_batch_size, solver.base_lr, solver.max_iter) == (2, 0.0025, 720_000)
-    (solver,) = solver_of([1], {"SOLVER.MAX_ITER": 60}, storage={"checkpoint_period_iterations": 30})
-    assert (solver.global_batch_size, solver.max_iter, solver.warmup_iters) == (2, 60, 1000)
-    assert solver.checkpoint_period == 30
-    (solver,) = solver_of([1], {"SOLVER.BASE_LR": 0.005})
-    assert (solver.global_batch_size, solver.base_lr, solver.max_iter) == (2, 0.005, 720_000)
-
-
-@pytest.mark.parametrize("kind", ["throughput", "time_to_train"])
-@pytest.mark.parametrize("reference", [None, 8])
-def test_the_iterations_of_the_protocol_are_those_of_every_trial(kind: str, reference: int | None) -> None:
-    protocol = {"kind": kind, "iterations": 60, "eval_period_iterations": 20}
-    experiment = load(
-        model={}, trials={"world_sizes": [1, 8], "reference_world_size": reference}, protocol=protocol, storage={}
-    )
-    solvers = [plan.solver for plan in plans(experiment)]
-    assert [(each.max_iter, each.eval_period, each.global_batch_size) for each in solvers] == [
-        (60, 20, 2),
-        (60, 20, 16),
-    ]
-
-
-def test_a_batch_that_does_not_divide_among_the_workers_it_is_for_names_both_ways_out() -> None:
-    with pytest.raises(SpecError, match=r"3 does not divide among the 2 .*reference_world_size, or trials.scaling="):
-        solver_of([2], {"SOLVER.IMS_PER_BATCH": 3})
-
-
-def test_loader_processes_that_the_config_gives_are_those_that_run() -> None:
-    values = tiny_experiment()
-    values["model"] = {"overrides": TINY_OVERRIDES | {"DATALOADER.NUM_WORKERS": 3}}
-    for hardware in (Hardware(), Hardware(num_gpus=1, num_cpus=16)):
-        (plan,) = plans(parse_experiment({**values, "resources": {}}, "test"), hardware)
-        assert (plan.loader_workers, plan.most_loader_workers) == (3, 0)
 
 
 def test_strong_scaling_keeps_the_global_batch_and_the_schedule() -> None:
