@@ -31,6 +31,9 @@ TAILS = {
 }  # fmt: skip
 """How whole files of a format end."""
 
+TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773)
+"""None, LZW, deflate and its older number, PackBits (TIFF 6.0, `Compression`)."""
+
 WARNINGS = ("exif_ambiguous", "image_large")
 """Codes of problems that do not keep detectron2 from reading the image."""
 
@@ -89,7 +92,8 @@ def _is_whole(image: Image.Image, kind: str, tail: bytes, head: bytes, num_bytes
         tags: Any = getattr(image, "tag_v2", {})
         starts, counts = (tags.get(strips) or tags.get(tiles) or () for strips, tiles in ((273, 324), (279, 325)))
         ends = [start + count for start, count in zip(starts, counts, strict=False)]
-        return bool(ends) and max(ends) <= num_bytes
+        # Of other compressions, such as JPEG's, parts lie outside of the strips.
+        return tags.get(259) in TIFF_COMPRESSIONS and bool(ends) and max(ends) <= num_bytes
     if kind == "BMP":
         (codec, _, offset, arguments), *_ = getattr(image, "tile", None) or [("", (), 0, ())]
         return bool(codec == "raw" and offset + arguments[1] * image.height <= num_bytes)
