@@ -133,7 +133,7 @@ def _check_boxes(
     bounds = np.array([sizes[index] for index in good], dtype=np.float64).reshape(-1, 2)
     x, y, width, height = values.T
     in_image = bounds[:, 0] > 0
-    finite: NDArray[np.bool_] = np.isfinite(values).all(axis=1)
+    finite = np.isfinite(x) & np.isfinite(y) & np.isfinite(width) & np.isfinite(height)
     with np.errstate(invalid="ignore", over="ignore"):
         over = np.maximum.reduce([-x, -y, x + width - bounds[:, 0], y + height - bounds[:, 1]])
         empty = finite & ((width <= 0) | (height <= 0))
