@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_few_keypoints
 from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
@@ -102,7 +103,10 @@ def _as_list(batch: list[Record]) -> list[Record]:
 
 
 def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
-    """The training images, without those of no usable object where the config says so; ValueError if none is left."""
+    """The training images, without those of no usable object where the config says so; ValueError if none is left.
+
+    A model of keypoints leaves out images with few of them (`MIN_KEYPOINTS_PER_IMAGE`), as in detectron2.
+    """
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records: Sequence[Record]
     if plan.recipe.cached_annotations:
@@ -112,6 +116,9 @@ def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
             records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
         except AssertionError as error:  # detectron2's way of saying that there are none
             raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
+    min_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    if min_keypoints > 0 and records:
+        records = filter_images_with_few_keypoints(records, min_keypoints)
     if not records:
         raise ValueError(f"{plan.train.name}: no image with a usable object: every image is empty or holds crowds only")
     return records
