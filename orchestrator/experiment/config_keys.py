@@ -276,7 +276,7 @@ def value_hint(key: str, value: Any) -> str:
     if key in CHOICES:
         return f"Take {' or '.join(repr(each) for each in CHOICES[key].allowed)}"
     default = default_values()[key]
-    example = list(default) if isinstance(default, tuple) else default
+    example: Any = list(default) if isinstance(default, tuple) else default
     if _is_number(value) and _is_finite(value):
         if isinstance(default, float) and abs(value) < 2**53:
             example = float(value)

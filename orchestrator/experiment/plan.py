@@ -99,22 +99,23 @@ def scaled_solver(
     def iterations(number: int, own: bool) -> int:
         return round(number / scale(own))
 
-    def period(number: int) -> int:
-        """A period that the experiment gives; it goes with the iterations."""
-        return max(1, number if protocol.iterations else iterations(number, own=True))
+    def period(number: int | None) -> int:
+        """A period that the experiment gives, 0 for none; it goes with the iterations."""
+        if not number:
+            return 0
+        return number if protocol.iterations else max(1, iterations(number, own=True))
 
     batch = _global_batch(experiment, world_size, scaling, own_batch)
-    eval_period = period(protocol.eval_period_iterations) if protocol.eval_period_iterations else 0
+    eval_period = period(protocol.eval_period_iterations)
     if protocol.eval_period_epochs:
         if not num_train_images:
             raise SpecError("protocol.eval_period_epochs: the number of training images is not known; give iterations")
         eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / batch))
-    checkpoints = experiment.storage.checkpoint_period_iterations
-    if checkpoints:
-        checkpoints = period(checkpoints)
-    elif checkpoints is None and (checkpoints := usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")):
+    checkpoint_period = period(experiment.storage.checkpoint_period_iterations)
+    if experiment.storage.checkpoint_period_iterations is None:
         own = own_batch or _is_own(experiment, "SOLVER.CHECKPOINT_PERIOD")
-        checkpoints = max(1, iterations(checkpoints, own))
+        number: int = usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")
+        checkpoint_period = max(1, iterations(number, own)) if number else 0
     max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
     steps = (iterations(step, own_schedule) for step in usable_value(experiment, "SOLVER.STEPS"))
     own_rate = own_batch or _is_own(experiment, "SOLVER.BASE_LR")
@@ -127,7 +128,7 @@ def scaled_solver(
         warmup_iters=iterations(usable_value(experiment, "SOLVER.WARMUP_ITERS"), own_schedule),
         eval_period=eval_period,
         evaluate_at_end=at_end if at_end is not None else protocol.kind == "time_to_train",
-        checkpoint_period=checkpoints or 0,
+        checkpoint_period=checkpoint_period,
     )
     _check_schedule(experiment, solver)
     return solver

@@ -72,7 +72,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         SpecError: The file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
-    return _read(path, _Loader)
+    values: dict[str, Any] = _read(path, _Loader)
+    return values
 
 
 def read_sections(path: Path, *, ignore_code: bool) -> Section:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.config_keys import CHOICES, CONDITIONS, REPLACED, class_of, value_hint, value_problem
@@ -120,7 +119,10 @@ def _plain(value: Any) -> Any:
 
 def _field(experiment: Experiment, path: str) -> Any:
     """A field of an experiment by its dotted name; None where a part of it is not given."""
-    return functools.reduce(lambda node, name: getattr(node, name, None), path.split("."), experiment)
+    node: Any = experiment
+    for name in path.split("."):
+        node = getattr(node, name, None)
+    return node
 
 
 def _done_anyway(experiment: Experiment) -> dict[str, Any]:
