@@ -131,9 +131,11 @@ def refused_by_detectron2(key: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        # An assertion may have no text; then its source line says what it wants.
-        reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ConfigurationError(f"detectron2 refuses these settings: {reason}", key=key) from error
+        source = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = (
+            f"{source} {error}" if isinstance(error, AssertionError) else str(error)
+        )  # its text may be a mere value
+        raise ConfigurationError(f"detectron2 refuses these settings: {reason.strip()}", key=key) from error
 
 
 def register(cfg: CfgNode, dataset: DatasetPlan) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,66 @@ def test_imagenet_weights_in_detectron2s_pickle_format_are_matched_by_name(tmp_p
     ours = plan(weights=str(path), weights_sha256=sha256, overrides=TINY_OVERRIDES)
     loaded = build_detector(build_config(ours), ours)
     assert torch.all(loaded.backbone.bottom_up.stem.conv1.weight == 0.5)
+
+
+REFUSED = {
+    "SOLVER.LR_SCHEDULER_NAME": ("CosineAnnealing", "Unknown LR scheduler"),
+    "SOLVER.WARMUP_METHOD": ("exponential", "Unknown warmup method"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("full_model", "full_model"),
+    "INPUT.RANDOM_FLIP": ("both", "At least one of horiz or vert"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("any", r"assert sample_style in .* any"),
+    "INPUT.CROP.TYPE": ("some", "relative_range"),
+    "INPUT.CROP.SIZE": ([1.5, 1.5], "assert h >= croph"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIMagic", "Unknown pooler type"),
+    "MODEL.ANCHOR_GENERATOR.SIZES": ([["8"], [16], [32], [64], [128]], "unsupported operand"),
+}
+"""For a key, a value that detectron2 would refuse once it trains, and words of the message."""
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_detectron2_refuses_is_a_configuration_error_before_anything_is_read(key: str) -> None:
+    value, words = REFUSED[key]
+    cropping = {"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "relative"} if "CROP" in key else {}
+    trial = dataclasses.replace(plan(weights=""), overrides={**TINY_OVERRIDES, **cropping, key: value})
+    with pytest.raises(ConfigurationError, match=words):
+        build_detector(build_config(trial), trial)
+
+
+def test_momentum_of_nesterov_is_needed() -> None:
+    with pytest.raises(ConfigurationError, match=r"SOLVER: .*Nesterov momentum requires a momentum"):
+        build_config(plan(overrides={"SOLVER.NESTEROV": True, "SOLVER.MOMENTUM": 0.0}))
+
+
+def test_crops_of_images_without_objects_are_refused_with_masks_alone() -> None:
+    crop = {"INPUT.CROP.ENABLED": True, "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False}
+    with pytest.raises(ConfigurationError, match="FILTER_EMPTY_ANNOTATIONS: true"):
+        build_config(plan(overrides=crop))
+    build_config(plan(config="COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", overrides=crop))
+
+
+def test_cropping_polygons_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shapely.geometry", None)
+    with pytest.raises(ConfigurationError, match=r"INPUT: .*shapely"):
+        build_config(plan(overrides={"INPUT.CROP.ENABLED": True}))
+    build_config(plan(overrides={}))
+
+
+@pytest.mark.parametrize("part", ["RESNETS", "FPN", "ROI_MASK_HEAD"])
+def test_synchronized_batch_norm_is_refused_on_cpus(part: str) -> None:
+    key = f"MODEL.{part}.NORM"
+    trial = plan(weights="", overrides={**TINY_OVERRIDES, key: "SyncBN"})
+    with pytest.raises(ConfigurationError, match="SyncBN needs GPUs"):
+        build_detector(build_config(trial), trial)
+    trial = plan(weights="", overrides={**TINY_OVERRIDES, key: "naiveSyncBN"})
+    build_detector(build_config(trial), trial)
+
+
+def test_the_recorded_config_says_what_is_in_force() -> None:
+    trial = plan(overrides={"SOLVER.AMP.ENABLED": True, "SEED": 3, "OUTPUT_DIR": "/elsewhere", "TEST.EVAL_PERIOD": 77})
+    cfg = build_config(trial)
+    recorded = cfg.SOLVER.AMP.ENABLED, cfg.SEED, cfg.OUTPUT_DIR
+    assert recorded == (False, trial.seed, trial.trial_dir)
+    assert cfg.TEST.EVAL_PERIOD == trial.solver.eval_period != 77
+    assert build_config(
+        dataclasses.replace(trial, recipe=dataclasses.replace(trial.recipe, precision="amp"))
+    ).SOLVER.AMP.ENABLED
