@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.files import without_credentials
+from orchestrator.process import LastingConsole
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlflow_links import mlflow_base, table_address
 from orchestrator.report.mlperf import write_mllog
@@ -144,7 +144,7 @@ class Publication:
 
     def print_json(self) -> None:
         """Prints the record on stdout."""
-        sys.stdout.write(self._result.model_dump_json(indent=2) + "\n")
+        LastingConsole().out(self._result.model_dump_json(indent=2), highlight=False)
 
     def show_untracked(self, console: Console) -> None:
         """Says that MLflow does not have all of the run, why, and how it gets it: the last line on the terminal."""

@@ -25,7 +25,7 @@ from rich.markup import escape
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
-from orchestrator.files import complete_user_environment
+from orchestrator.process import LastingConsole, prepare_process
 
 if TYPE_CHECKING:
     from orchestrator.findings import Finding
@@ -86,8 +86,8 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON; the rest goes to stderr.")] = False,
 ) -> None:
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
-    console = Console(stderr=as_json)
-    complete_user_environment()
+    prepare_process()
+    console = LastingConsole(stderr=as_json)
     # A thread that outlives its cluster must not join another one, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -171,10 +171,11 @@ def _run(request: Request) -> int:
 def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Finding], list[TrialPlan]]:
     """Generates data where asked for, starts or joins Ray, and checks; returns findings and final plans.
 
-    Ray is not started where something is wrong already.
+    Where something is wrong already, Ray is not started and the rehearsal not waited for.
     """
     from orchestrator.findings import has_errors, print_findings, sort_findings
-    from orchestrator.preflight.local import preflight
+    from orchestrator.preflight.local import joins_cluster, preflight
+    from orchestrator.preflight.rehearsal import Rehearsal
     from orchestrator.preflight.settings import check_settings
     from orchestrator.preflight.tracking import check_earlier_tracking
 
@@ -189,23 +190,31 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         from orchestrator.data.generate import generate
 
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
-    findings = preflight(experiment, plans, verify_images=request.verify_images, strict=request.strict)
-    if request.earlier:
-        findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
-    if not has_errors(findings):
-        from orchestrator.execution.cluster import start_ray
-        from orchestrator.preflight.cluster import preflight_cluster
-
-        if to_train:
-            _import_in_background("orchestrator.execution.workers")  # seconds, while Ray's daemons start
-        resources = experiment.resources
-        cluster = start_ray(resources.address, resources.network_interface, dashboard=resources.dashboard)
-        if cluster.dashboard and not request.quiet:
-            request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
-        plans = _plans(request, cluster.hardware)
-        findings = sort_findings([*findings, *preflight_cluster(experiment, plans)])
+    with Rehearsal(plans, elsewhere=joins_cluster(experiment)) as rehearsal:
+        checks = {"verify_images": request.verify_images, "strict": request.strict}
+        findings = preflight(experiment, plans, **checks, rehearsal=rehearsal)
+        if request.earlier:
+            findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
+        if not has_errors(findings):
+            plans, more = _check_cluster(request, to_train=to_train)
+            findings = sort_findings([*findings, *more, *rehearsal.findings()])
     print_findings(findings)
     return findings, plans
+
+
+def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan], list[Finding]]:
+    """Starts or joins Ray and checks the cluster; returns the final plans and the findings."""
+    from orchestrator.execution.cluster import start_ray
+    from orchestrator.preflight.cluster import preflight_cluster
+
+    if to_train:
+        _import_in_background("orchestrator.execution.workers")  # seconds, while Ray's daemons start
+    resources = request.experiment.resources
+    cluster = start_ray(resources.address, resources.network_interface, dashboard=resources.dashboard)
+    if cluster.dashboard and not request.quiet:
+        request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
+    plans = _plans(request, cluster.hardware)
+    return plans, preflight_cluster(request.experiment, plans)
 
 
 def _execute(request: Request, plans: list[TrialPlan]) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator.data.progress_bar import show_bar
+from orchestrator.process import prepare_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -251,4 +252,5 @@ def _fail(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    prepare_process()
     app()

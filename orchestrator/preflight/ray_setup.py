@@ -23,6 +23,9 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 
 ADDRESS = re.compile(r"(?P<scheme>ray://)?(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+"""How an HTTP/2 connection, and so one of gRPC, begins: the preface and an empty frame of settings (RFC 9113, 3.4)."""
+
 MAX_SOCKET_PATH = 107
 """Bytes of the name of a Unix socket on Linux, without the zero at its end."""
 
@@ -56,13 +59,23 @@ def _check_address(address: str, place: str, findings: FindingList) -> None:
         host = re.sub(r"^\w+://|:.*$|/.*$|\s", "", address) or "HOST"
         what = f"{address!r} is not the address of a Ray cluster"
         findings.error("ray_address", place, "", what, f"Write HOST:PORT, such as {host}:6379, or `auto`")
-    else:
-        try:
-            ends = found["host"].strip("[]"), int(found["port"])
-            socket.create_connection(ends, timeout=CONNECT_TIMEOUT_SECONDS).close()
-        except (OSError, UnicodeError) as error:
-            hint = "Start one there (`ray start --head`), correct the address, or leave it out for a local cluster"
-            findings.error("ray_unreachable", place, address, f"the cluster there cannot be joined: {error}", hint)
+    elif reason := _reason_silent(found["host"].strip("[]"), int(found["port"])):
+        hint = "Start one there (`ray start --head`), correct the address, or leave it out for a local cluster"
+        findings.error("ray_unreachable", place, address, f"the cluster there cannot be joined: {reason}", hint)
+
+
+def _reason_silent(host: str, port: int) -> str:
+    """Why no gRPC server answers, as Ray's are, or "": Ray itself would wait for minutes."""
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true"):
+                return ""
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)
+    except (OSError, UnicodeError) as error:
+        return f"{error}"
+    # The type of the first frame; HTTP/2 begins with its settings.
+    return "" if answer[3:4] == b"\x04" else "what listens there is not Ray (its dashboard has another port)"
 
 
 def _check_folder(findings: FindingList, *, dashboard: bool) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from orchestrator.figures.catalog import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
+from orchestrator.process import prepare_process
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
 from orchestrator.replay.trial import Targets
 from orchestrator.replay.unpacking import ReplayError
@@ -106,4 +107,5 @@ def _refusal(text: str) -> typer.Exit:
 
 
 if __name__ == "__main__":
+    prepare_process()
     typer.run(main)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.process import prepare_process
 from orchestrator.report.writer import write_comparison, write_run
 from orchestrator.runlog.folder import read_run_folder
 
@@ -30,4 +31,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare_process()
     typer.run(main)

@@ -22,7 +22,7 @@ from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
-from orchestrator.files import user_name
+from orchestrator.process import user_name
 from orchestrator.report.table import markdown_table
 from orchestrator.tracking import notes
 from orchestrator.tracking.models import dataset_inputs, log_model

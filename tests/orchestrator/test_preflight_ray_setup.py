@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -57,6 +59,21 @@ def test_an_address_where_nothing_listens_is_refused_before_ray_tries(address: s
     (finding,) = check(address=address)
     assert finding.code == "ray_unreachable" and finding.id == address and "cannot be joined" in finding.what
     assert "ray start --head" in finding.hint
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b""])
+def test_another_server_at_the_address_is_told_from_ray(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        Thread(target=_answer_once, args=[other, answer], daemon=True).start()
+        (finding,) = check(address=f"127.0.0.1:{other.getsockname()[1]}")
+    assert finding.code == "ray_unreachable" and "not Ray (its dashboard has another port)" in finding.what
+
+
+def _answer_once(server: socket.socket, answer: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(100)
+        connection.sendall(answer)
 
 
 def test_the_address_of_a_job_server_comes_with_the_command_that_sends_a_job_there() -> None:
