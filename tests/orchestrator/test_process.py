@@ -1,0 +1,99 @@
+"""Commands run for a user without a name, a home or a full locale, and go on when nobody reads them any more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.process import LastingConsole, user_name
+from tests.builders.commands import ROOT, run_command
+from tests.builders.experiments import tiny_experiment, write_experiment
+
+NAMELESS = 54321
+"""A user id that no system gives a name."""
+
+PREPARED = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from orchestrator.process import prepare_process
+if sys.argv[1:]:
+    os.setuid(int(sys.argv[1]))
+prepare_process()
+print(json.dumps(dict(os.environ)))
+"""
+
+
+def prepared(*user: int, **environment: str) -> dict[str, str]:
+    """The environment of a process that has been prepared, with just these variables before."""
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARED, *map(str, user)],
+        env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values: dict[str, str] = json.loads(done.stdout)
+    return values
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user id")
+@pytest.mark.parametrize("home", [None, "/", "/no/such/home"])
+def test_a_user_id_without_a_name_gets_its_number_and_room_for_caches(home: str | None, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:3]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    values = prepared(NAMELESS, TMPDIR=str(tmp_path), **({"HOME": home} if home else {}))
+    assert values["USER"] == str(NAMELESS) and values["HOME"] == (home or "/")
+    room = tmp_path / f"ray-detectron2-benchmark-{NAMELESS}"
+    assert Path(values["XDG_CACHE_HOME"]).parent == Path(values["MPLCONFIGDIR"]).parent == room
+    assert room.stat().st_mode & 0o777 == 0o700 and room.stat().st_uid == NAMELESS
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user id")
+def test_a_folder_for_caches_that_somebody_else_made_is_not_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:3]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    (tmp_path / f"ray-detectron2-benchmark-{NAMELESS}").mkdir(mode=0o777)
+    values = prepared(NAMELESS, TMPDIR=str(tmp_path))
+    room = Path(values["XDG_CACHE_HOME"]).parent
+    assert room.name != f"ray-detectron2-benchmark-{NAMELESS}" and room.stat().st_uid == NAMELESS
+
+
+def test_what_the_environment_names_stays(tmp_path: Path) -> None:
+    given = {"USER": "alice", "HOME": str(tmp_path), "XDG_CACHE_HOME": "/caches"}
+    assert prepared(**given).items() >= given.items() and "MPLCONFIGDIR" not in prepared(**given)
+    unwritable = {"HOME": "/no/such/home", "XDG_CACHE_HOME": "/caches", "TMPDIR": str(tmp_path)}
+    assert prepared(**unwritable)["XDG_CACHE_HOME"] == "/caches"
+
+
+def test_the_name_of_a_user_is_asked_for_and_missing_ones_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "alice")
+    assert user_name() == "alice"
+    for error in (KeyError("getpwuid(): uid not found: 12345"), OSError("No username set in the environment")):
+
+        def fail(error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr("getpass.getuser", fail)
+        assert user_name() == str(os.getuid())
+
+
+def test_letters_that_the_locale_lacks_are_replaced(tmp_path: Path) -> None:
+    config = write_experiment(tmp_path, tiny_experiment(description="größer → besser"))
+    done = run_command(config, "--dry-run", cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="20")
+    assert done.returncode == 0, done.stderr
+    done = run_command(config, "--dry-run", "--set", "name=ö/ö", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_ends_no_run() -> None:
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        console = LastingConsole(file=stream)
+        os.close(read)
+        console.print("to nobody")
+        console.print("still to nobody")
