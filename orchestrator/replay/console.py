@@ -9,7 +9,8 @@ import html
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 BEGIN = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d")
 """The date that every message of detectron2 begins with."""
@@ -34,11 +35,13 @@ _ODD_ESCAPE = re.compile(
 _ENTITY = re.compile(r"&(?:lt|gt|quot|amp|nbsp|#\d+|#x[0-9a-fA-F]+);")
 _TAG = re.compile(r"</?(?:span|pre|code|div|p|font|b|i|a|td|tr)\b[^<>\n]*>")
 _WHOLE_PROGRESS = re.compile(r"max_mem: \d+M\s*$")
+_ONE_LINE = ("iter: ", "copypaste:", "Rank of current process:")
 _RAY_REPEATED = re.compile(r" *\[repeated \d+x across cluster\][^\n]*")
 _LEVEL = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL) *)+$")
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_NUMBER = r"\d+(?:[.,]\d+)*"
 _MONTH_OR_DAY = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b"
-_SHAPED = re.compile(rf"{_NUMBER.pattern}|\b{_MONTH_OR_DAY}|[^\dA-Za-z]+|[A-Za-z]+")
+_PADDING = r"\s*"
+_PIECE = re.compile(rf"(?P<padding>(?:^\s+|\s\s+)(?=\d))|{_MONTH_OR_DAY} *|{_NUMBER}|[A-Za-z]+|\s+|[^\sA-Za-z\d]")
 _TIME = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?|\d{4}[-/]\d\d[-/]\d\d"
     rf"|{_MONTH_OR_DAY} +\d+ (?:\d{{4}} )?\d\d:\d\d:\d\d(?:[.,]\d+)?|\d\d:\d\d:\d\d(?:[.,]\d+)?|\b\d{{9,}}(?:\.\d+)?"
@@ -47,22 +50,32 @@ _TIME = re.compile(
 
 def printed_lines(text: str) -> tuple[list[str], list[str]]:
     """The lines of a log as detectron2 printed them, and notes on what was left out."""
-    lines, notes = _plain(text).split("\n"), list[str]()
+    text = _decoded(text)
+    notes: list[str] = []
+    if "\x1b" in text or _LOST_ESCAPE.search(text):
+        # What broke the lines may have counted the characters of colours.
+        text = "\n".join(_taken_apart(text.split("\n"), notes, whole_prefix=False))
+        text = _ODD_ESCAPE.sub("", _ANSI.sub("", text))
+    return _taken_apart(text.split("\n"), notes, whole_prefix=True), notes
+
+
+def _taken_apart(lines: list[str], notes: list[str], *, whole_prefix: bool) -> list[str]:
+    """The lines without what was added to them in one layer after the other."""
     for _ in range(MAX_LAYERS):
         shared, whole = _prefixes(lines)
         if shared:
-            lines = _one_process(lines, shared, notes)
+            lines = _outdented(_one_process(lines, shared, notes))
         elif unwrapped := _unwrapped(lines, whole):
             lines = unwrapped
-        elif whole:
+        elif whole and whole_prefix:
             lines = _one_process(lines, whole, notes)
         else:
             break
-    return lines, notes
+    return lines
 
 
-def _plain(text: str) -> str:
-    """The text without colours, markup and carriage returns."""
+def _decoded(text: str) -> str:
+    """The text without markup, and with plain line ends and blanks."""
     if text.lstrip().startswith('{"log":'):
         text = _docker_text(text)
     if "</span>" in text or "</pre>" in text or "<br" in text:
@@ -71,10 +84,6 @@ def _plain(text: str) -> str:
         if "&" not in text or not _ENTITY.search(text):
             break
         text = html.unescape(text)
-    if "\x1b" in text:
-        text = _ANSI.sub("", text)
-    if "\x1b" in text or _LOST_ESCAPE.search(text):
-        text = _ODD_ESCAPE.sub("", text)
     if "\r" in text:
         text = re.sub(r"\r+\n?", "\n", text)
     for odd, plain in (("\xa0", " "), ("\u200b", "")):
@@ -112,13 +121,21 @@ def _prefixes(lines: Sequence[str]) -> tuple[re.Pattern[str] | None, re.Pattern[
     most = max(_num_matches(whole, others), 0.98 * len(others) - 1)
     for words in range(max(map(len, common)) - 1, 0, -1):
         first = _pattern([shape[:words] for shape in common])
-        if common[0][:words][-1].isspace() and _num_matches(first, others) > most:
+        ends_word = not common[0][:words][-1].endswith((_PADDING, _NUMBER)) and not common[0][:words][-1].isalpha()
+        if ends_word and _num_matches(first, others) > most:
             return first, whole
     return None, whole
 
 
 def _num_matches(pattern: re.Pattern[str], lines: Sequence[str]) -> int:
     return sum(pattern.match(line) is not None for line in lines)
+
+
+def _outdented(lines: list[str]) -> list[str]:
+    """The lines without the blank that all of them begin with: a prefix's last character."""
+    if all(line.startswith(" ") for line in lines if line.strip()):
+        return [line[1:] for line in lines]
+    return lines
 
 
 def _prefix(line: str) -> str | None:
@@ -130,46 +147,57 @@ def _prefix(line: str) -> str | None:
 
 
 def _shape(prefix: str) -> tuple[str, ...]:
-    """Patterns of a prefix's words and gaps, the same for all times, numbers of processes and of lines."""
-    words = re.findall(r"\s+|\S+", prefix)
-    last = len(words) - 1
-    return tuple(
-        (re.escape(word) if i == last else r"\s+") if word.isspace() else _SHAPED.sub(_shape_of_piece, word)
-        for i, word in enumerate(words)
-    )
+    """Patterns of a prefix's pieces, the same for all times, numbers of processes and of lines."""
+    return tuple(map(_piece_shape, _PIECE.finditer(prefix)))
 
 
-def _shape_of_piece(piece: re.Match[str]) -> str:
-    if piece[0][0].isdigit():
-        return _NUMBER.pattern
-    return _MONTH_OR_DAY if re.fullmatch(_MONTH_OR_DAY, piece[0]) else re.escape(piece[0])
+def _piece_shape(piece: re.Match[str]) -> str:
+    if piece["padding"]:
+        return _PADDING
+    if re.match(_MONTH_OR_DAY, piece[0]):
+        return rf"{_MONTH_OR_DAY} *"
+    return _NUMBER if piece[0][0].isdigit() else re.escape(piece[0])
 
 
 def _pattern(shapes: Iterable[Sequence[str]]) -> re.Pattern[str]:
     """Matches a prefix of any of the shapes; an empty line has lost the blank at its end."""
-    return re.compile("|".join(f"{''.join(shape[:-1])}(?:{shape[-1]}|$)" for shape in shapes if shape))
+    return re.compile("|".join("".join(shape[:-1]) + _at_end(shape[-1]) for shape in shapes if shape))
+
+
+def _at_end(piece: str) -> str:
+    return f"(?:{piece}|$)" if piece.startswith(("\\ ", "\\\t")) else piece
 
 
 def _one_process(lines: Sequence[str], pattern: re.Pattern[str], notes: list[str]) -> list[str]:
     """The lines without their prefix: of the processes that train, where prefixes name several."""
-    stripped: list[str] = []
-    sources: list[str | None] = []
-    for line in lines:
-        prefix = pattern.match(line)
-        stripped.append(line[prefix.end() :] if prefix else line)
-        sources.append(_TIME.sub("", prefix[0]).strip() if prefix else None)
-    if len(set(sources)) * 2 > len(sources):  # numbers of lines
-        return stripped
+    found = [pattern.match(line) for line in lines]
+    stripped = [line[prefix.end() :] if prefix else line for prefix, line in zip(found, lines, strict=True)]
+    sources = _sources([prefix[0] for prefix in found if prefix])
+    named = [next(sources) if prefix else None for prefix in found]
     for sign in ("iter: ", "Rank of current process: 0.", "copypaste: "):
-        keep = {source for source, line in zip(sources, stripped, strict=True) if sign in line}
+        keep = {source for source, line in zip(named, stripped, strict=True) if sign in line}
         if keep:
             break
     else:
         return stripped
-    kept = [line for source, line in zip(sources, stripped, strict=True) if source is None or source in keep]
+    kept = [line for source, line in zip(named, stripped, strict=True) if source is None or source in keep]
     if dropped := len(stripped) - len(kept):
         notes.append(f"{dropped} lines of other processes were left out")
     return kept
+
+
+def _sources(prefixes: Sequence[str]) -> Iterator[str]:
+    """What each prefix says of the process that printed its line: all but times and numbers of lines."""
+    texts = [re.split(rf"({_NUMBER})", _TIME.sub("", prefix)) for prefix in prefixes]
+    columns = list(zip(*texts, strict=False))
+    counting = {j for j, column in enumerate(columns) if j % 2 and _is_counting(column)}
+    return ("".join(" ".join(text[j] for j in range(len(text)) if j not in counting).split()) for text in texts)
+
+
+def _is_counting(column: Sequence[str]) -> bool:
+    numbers = [float(text) for text in column if text.isdecimal()]
+    rising = sum(a <= b for a, b in pairwise(numbers))
+    return len(set(numbers)) * 2 > len(column) and rising >= 0.9 * (len(column) - 1)
 
 
 def _unwrapped(lines: Sequence[str], prefix: re.Pattern[str] | None) -> list[str] | None:
@@ -185,13 +213,20 @@ def _unwrapped(lines: Sequence[str], prefix: re.Pattern[str] | None) -> list[str
         return not line.strip() or bool(BEGIN.search(line)) or bool(prefix and prefix.match(line))
 
     full = [i for i, line in enumerate(lines[:-1]) if len(line) >= width - _GAP and _is_one_line(line)]
-    broken = sum(not begins(lines[i + 1]) for i in full)
+    broken = sum(not begins(lines[i + 1]) and _digits_alike(lines[i]) != _digits_alike(lines[i + 1]) for i in full)
     if broken < 2 or broken * 2 < len(full):
         return None
     whole: list[str] = []
     row = ""
     for line in lines:
-        if whole and len(row) >= width - _GAP and not begins(line) and _goes_on(whole[-1], row, line, width):
+        if (
+            whole
+            and len(row) >= width - _GAP
+            and not begins(line)
+            and _goes_on(whole[-1], row, line, width, has_prefix=prefix is not None)
+        ):
+            if len(row) < width and row[-1:].isdigit() and line[:1] in "0123456789.":
+                return None  # one number or two: not certain
             whole[-1] = _joined(whole[-1] + " " * (width - len(row)), line)
         else:
             whole.append(line)
@@ -199,21 +234,26 @@ def _unwrapped(lines: Sequence[str], prefix: re.Pattern[str] | None) -> list[str
     return whole
 
 
+def _digits_alike(line: str) -> str:
+    """How a line begins, as far as a prefix shows by it."""
+    return re.sub(r"\d", "0", line[:3])
+
+
 def _is_one_line(message: str) -> bool:
     """Whether a message is printed on one line, and this is not the whole of it: most of the others end in a colon."""
     if not BEGIN.search(message) or _WHOLE_PROGRESS.search(message):
         return False
-    return "iter: " in message or not message.rstrip().endswith(":")
+    return any(sign in message for sign in _ONE_LINE) or not message.rstrip().endswith(":")
 
 
-def _goes_on(message: str, row: str, following: str, width: int) -> bool:
+def _goes_on(message: str, row: str, following: str, width: int, *, has_prefix: bool) -> bool:
     """Whether a message whose last row is `row`, a full one or nearly so, goes on in the `following` one."""
     if len(row) < width:
-        return _is_one_line(message)
+        return has_prefix or _is_one_line(message)
     return not (row.endswith("|") and following.startswith("|")) and not _WHOLE_PROGRESS.search(row)
 
 
 def _joined(row: str, following: str) -> str:
     """Both as one line; where the first ends in a figure and the second begins with a name, a blank was lost."""
-    apart = re.search(r": \S+$", row) and re.match(r"[A-Za-z_][\w/.\[\]-]*: ", following)
+    apart = re.search(r": -?\d\S*$", row) and re.match(r"[A-Za-z_][\w/.\[\]-]*: ", following)
     return f"{row} {following}" if apart else row + following

@@ -83,6 +83,12 @@ def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[
             messages.append(Message(moment, match["text"], match["short"] or match["name"] or ""))
     if not messages:
         raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
+    broken = [message for message in messages if "iter: " in message.text and " lr: " not in message.text]
+    if sum(" lr: " in " ".join(message.more) for message in broken) * 2 > sum("iter: " in m.text for m in messages):
+        raise ReplayError(
+            f"{path}: its lines were broken by a terminal or mail, and cannot be put together with certainty; "
+            "take the file itself, or a copy of a wider terminal"
+        )
     for message in messages:
         _cut_unsure_number(message)
     return messages, notes

@@ -129,7 +129,7 @@ class _EventWriter:
         if not first.has_training:
             self._notes.append("the log is of an evaluation without training (--eval-only)")
         elif first.first_iteration is None:
-            self._notes.append("the log has no start of training: start-up and times from the start are not known")
+            self._notes.append("no start of training was found: start-up and times from the start are not known")
         elif first.first_iteration > 0:
             self._notes.append(
                 f"the run resumes at iteration {first.first_iteration}, and its beginning is not in this log: "
@@ -274,8 +274,8 @@ class _EventWriter:
             return last.overall[1]
         if last.progress and last.progress[-1].mean_step_seconds:
             self._notes.append(
-                f"no closing speed: the throughput is of the mean step printed at iteration {last.iterations}"
+                f"no closing speed was found: the throughput is of the mean step printed at iteration {last.iterations}"
             )
             return last.progress[-1].mean_step_seconds
-        self._notes.append("no step time in the log: the throughput is not known")
+        self._notes.append("no step time was found: the throughput is not known")
         return None

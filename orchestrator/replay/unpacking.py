@@ -28,7 +28,7 @@ _REFUSED = {
     b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it with `unzstd`",
 }
 
-_SAMPLE = 4096
+_SAMPLE = 128
 """Bytes at each end of a file that its encoding is found from."""
 
 
@@ -69,7 +69,7 @@ def _unpacked(path: Path, raw: bytes, notes: list[str]) -> bytes:
         if not unpacker.eof:
             notes.append("the packed file is cut off: what follows is not known")
             break
-        raw = unpacker.unused_data.strip(b"\0")
+        raw = unpacker.unused_data.lstrip(b"\0")
     return _unpacked(path, b"".join(parts), notes)
 
 
@@ -79,10 +79,17 @@ def _decoded(raw: bytes) -> str:
     first, last = (_wide_encoding(part) for part in (raw[:_SAMPLE], raw[-_SAMPLE - len(raw) % 2 :]))
     if first == last and first:
         text = raw.decode(first, errors="replace")
+    elif b"\0" in raw[: 10 * _SAMPLE] + raw[-_SAMPLE:]:
+        # PowerShell's >> appends UTF-16 to any file.
+        text = "\n".join(map(_decoded_line, raw.split(b"\n")))
     else:
-        # Also a file of which only a part is UTF-16, as PowerShell's >> leaves it: its ASCII is that without zeros.
-        text = raw.replace(b"\0", b"").decode("utf-8", errors="replace")
+        text = raw.decode("utf-8", errors="replace")
     return text.replace("\ufeff", "").replace("\0", "")
+
+
+def _decoded_line(line: bytes) -> str:
+    encoding = "utf-16-le" if _wide_encoding(line) else "utf-8"
+    return line.removeprefix(b"\0").decode(encoding, errors="replace")  # a zero that belongs to the line's end before
 
 
 def _wide_encoding(part: bytes) -> str | None:
