@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -18,6 +20,12 @@ from orchestrator.runlog.folder import TrialEvents
 from trainers.contract.events import StepsDone
 
 Points = Sequence[tuple[float, float]]
+
+PARTS: dict[str, dict[str, Any]] = {
+    "box": {"linestyle": "-", "marker": "o", "markersize": 3.5},
+    "mask": {"linestyle": "--", "marker": "s", "markersize": 6, "fillstyle": "none"},
+}
+"""How the curves of box and mask AP are drawn; both are seen where they are equal."""
 
 
 def throughput(data: ReportInput) -> Drawing:
@@ -72,6 +80,8 @@ def _scale_by_powers_of_two(axes: Axes, sizes: Sequence[int]) -> None:
         low, high = axes.get_ylim()
         if high < 8 * low:  # powers of 2 would be two labels, or one
             axes.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        drawing.start_at_zero(axes, both=False)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -101,7 +111,8 @@ def _by_part(data: ReportInput, box_x: str, mask_x: str) -> dict[tuple[int, str]
 
 
 def _known(points: Iterable[tuple[float | None, float | None]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if x is not None and y is not None]
+    """Without the points that were not measured, or are not finite."""
+    return [(x, y) for x, y in points if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
 
 
 def _accuracy(data: ReportInput, curves: Mapping[tuple[int, str], Points], xlabel: str) -> Drawing:
@@ -111,20 +122,17 @@ def _accuracy(data: ReportInput, curves: Mapping[tuple[int, str], Points], xlabe
     if not drawn:
         return ""
     for (position, part), points in drawn.items():
-        line = "o-" if part == "box" else "s--"
-        axes.plot(*drawing.thinned(points), line, color=drawing.color_of(position), markersize=3.5)
+        axes.plot(*drawing.thinned(points), color=drawing.color_of(position), **PARTS[part])
     _target_lines(axes, {(part, getattr(data.trials[at].trial, f"target_{part}_ap")) for at, part in drawn})
     positions = dict.fromkeys(position for position, _ in drawn)
     handles = [Line2D([], [], color=drawing.color_of(at), label=data.trials[at].label) for at in positions]
     if len(handles) <= drawing.MAX_NAMED - 2:
-        handles += [
-            Line2D([], [], color=drawing.MUTED, linestyle="-", marker="o", markersize=3.5, label="box AP"),
-            Line2D([], [], color=drawing.MUTED, linestyle="--", marker="s", markersize=3.5, label="mask AP"),
-        ]
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+        handles += [Line2D([], [], color=drawing.MUTED, label=f"{part} AP", **style) for part, style in PARTS.items()]
+    drawing.start_at_zero(axes)
     axes.set_title("AP, 0–100")
     axes.set_xlabel(xlabel)
+    if xlabel == "iterations":
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     drawing.legend(axes, handles)
     return figure
 
@@ -145,7 +153,7 @@ def _target_lines(axes: Axes, targets: Iterable[tuple[str, float | None]]) -> No
 
 def drift(data: ReportInput) -> Drawing:
     """Throughput along the run."""
-    curves = {t.label: [(float(p.iteration), p.images_per_second) for p in t.trial.rate_curve] for t in data.trials}
+    curves = {t.label: _known((p.iteration, p.images_per_second) for p in t.trial.rate_curve) for t in data.trials}
     return _over_iterations(curves, "images/s") or "no trial ran longer than its warm-up"
 
 
@@ -161,7 +169,7 @@ def loss_parts(data: ReportInput) -> Drawing:
     for event in _steps(data.trials[-1]) if data.trials else ():
         for name, value in event.losses.items():
             if name != "total_loss":
-                parts[name.removeprefix("loss_")].append((float(event.iteration), value))
+                parts[name.removeprefix("loss_")] += _known([(event.iteration, value)])
     title = f"loss of {data.trials[-1].label}" if data.trials else ""
     return _over_iterations(parts, title) or "no loss is known"
 
@@ -187,9 +195,10 @@ def _over_iterations(curves: Mapping[str, Points], title: str) -> Drawing:
             )  # fmt: skip
     if not any(curves.values()):
         return ""
-    axes.set_ylim(bottom=0)
+    drawing.start_at_zero(axes)
     axes.set_title(title)
     axes.set_xlabel("iterations")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     drawing.legend(axes)
     return figure
 

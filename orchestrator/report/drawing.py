@@ -98,6 +98,19 @@ def new_axes(height: float = HEIGHT_INCHES) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def start_at_zero(axes: Axes, *, both: bool = True) -> None:
+    """Begins the vertical axis at 0, or both, and leaves room beyond the last point, so that every marker is whole.
+
+    Where all values are 0, or none is finite, the axis ends at 1.
+    """
+    for line in axes.lines:
+        line.set_clip_on(False)
+    right, top = (1.06 * value if math.isfinite(value) and value > 0 else 1.0 for value in axes.dataLim.max)
+    axes.set_ylim(0, top)
+    if both:
+        axes.set_xlim(0, right)
+
+
 def color_of(position: int) -> str:
     """The colour of the n-th series."""
     return SERIES[position % len(SERIES)]
