@@ -40,6 +40,7 @@ NUM_SAMPLED = 8
 SPLIT_FOLDER = "split"
 """Folder that `data split` is asked to write train.json and val.json to; they come before what they were made of."""
 
+PARTS = ("train", "val")
 ORDER = {"train": 0, "val": 1, "test": 2}
 """Order of the parts; what is named for none of them is called `all` and comes last."""
 
@@ -78,10 +79,10 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     findings, splits = FindingList(), {}
     if not by_part:
         return {}, [_nothing_found(root, contents)]
-    made = {part: root / SPLIT_FOLDER / f"{part}.json" for part in ("train", "val")}
-    if all(file in by_part.get(part, ()) for part, file in made.items()):
-        by_part |= {part: [file] for part, file in made.items()}
-    if by_part.keys() & {"train", "val"}:
+    made = {part: [file for file in by_part.get(part, ()) if file.parent == root / SPLIT_FOLDER] for part in PARTS}
+    if all(made.values()):
+        by_part |= made
+    if by_part.keys() & set(PARTS):
         by_part.pop("all", None)  # what they were split from
     for part in sorted(by_part, key=lambda part: ORDER.get(part, len(ORDER))):
         file = _choose(by_part[part], root, part, findings)

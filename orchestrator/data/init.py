@@ -51,8 +51,8 @@ data:
 model:
   # {masks}. Other models: any of detectron2's MODEL_ZOO.md for boxes or instances, or your own YAML.
   config: {config}
-  # Trained on COCO; the layers that depend on the classes start from nothing. Downloaded once. Without a network, give
-  # the path of the downloaded file (and its weights_sha256); "" starts all layers from nothing and takes far longer.
+  # Trained on COCO: a small data set is not enough to train from nothing. The layers that depend on the classes begin
+  # untrained. Downloaded once; without a network, give the path of the file and its SHA-256 as weights_sha256.
   weights: {weights}
   overrides:
     # {classes}
@@ -154,12 +154,14 @@ def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str,
     Raises:
         NotFitError: There is no training or no validation set, or a check found an error in one.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - no link is resolved, and no ".." is kept
     splits, findings = find_splits(folder)
     if has_errors(findings):
         raise NotFitError(findings)
     if not {"train", "val"} <= splits.keys():
-        raise NotFitError([_lone_part(folder, splits)])
+        # What is wrong with the file comes first: its parts would inherit it.
+        errors = [finding for split in splits.values() for finding in check_split(split).findings]
+        raise NotFitError(errors if has_errors(errors) else [_lone_part(folder, splits)])
     reports = {part: check_split(splits[part]) for part in ("train", "val")}
     both = [finding for report in reports.values() for finding in report.findings]
     findings = sort_findings([*findings, *both, *compare_splits(reports["train"], reports["val"])])

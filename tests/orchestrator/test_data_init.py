@@ -173,6 +173,16 @@ def test_errors_in_the_data_are_listed_and_no_file_is_written(roboflow: Path) ->
     assert (done.exit_code, done.stdout) == (2, "") and "image_missing" in done.stderr
 
 
+def test_wrong_names_are_corrected_before_the_file_is_split(source: Path, tmp_path: Path) -> None:
+    layouts.label_studio_on_windows(source, tmp_path / "my data")
+    for command in ("fix-names", "split"):
+        done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
+        line = next(part for part in done.stderr.split("`") if f".data {command} " in part)
+        assert done.exit_code == 2 and CliRunner().invoke(app, shlex.split(line)[3:]).exit_code == 0
+    text, _ = write_experiment(tmp_path / "my data", CPU)
+    check(text, tmp_path)
+
+
 def test_a_training_set_alone_is_split_and_then_taken_from_the_split(source: Path, tmp_path: Path) -> None:
     layouts.cvat(source, tmp_path / "my data")
     (tmp_path / "my data/annotations/instances_val.json").unlink()
