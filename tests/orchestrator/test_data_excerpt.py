@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from orchestrator.data.__main__ import app
 from orchestrator.data.checks import check_split
 from orchestrator.data.excerpt import excerpt
-from orchestrator.data.generate import generate
 from orchestrator.data.exports import find_splits
+from orchestrator.data.generate import generate
 from orchestrator.data.layout import coco_layout
 
 if TYPE_CHECKING:

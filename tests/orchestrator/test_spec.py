@@ -50,8 +50,9 @@ def test_every_field_says_what_it_means() -> None:
         ("name=../evil", "name: String should match pattern"),
         ("trials.recipes=[quick]", "unknown recipe 'quick'; known: plain, reference, "),
         ("trials.seeds=[1,1]", "seeds holds a value twice"),
-        ("data.coco2017=true", "give exactly one of"),
-        ("protocol.eval_period_epochs=1", "give eval_period_iterations or eval_period_epochs, not both"),
+        ("data={coco2017: true, generated: {}}", "give exactly one of"),
+        ("data.generated=null", "give exactly one of"),
+        ("data.coco.name=mine", "data.coco.train_annotations: Field required"),
         ("name", "write it as KEY=VALUE"),
         ("name.first=x", "name has no fields to set"),
     ],
@@ -69,6 +70,35 @@ def test_an_assignment_sets_a_field_and_one_detectron2_key() -> None:
     assert experiment.trials.world_sizes == [4, 8]
     assert experiment.model.overrides["SOLVER.BASE_LR"] == 0.5
     assert experiment.protocol.target_box_ap == 1
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        (["data.coco2017=true"], {"coco2017": True}),
+        (["data.coco={train_annotations: a, train_images: b, val_annotations: c, val_images: d}"], {"coco": "a"}),
+        ([f"data.coco.{name}=x" for name in ("train_annotations", "train_images", "val_annotations", "val_images")],
+         {"coco": "x"}),
+        (["data.coco2017=true", "data.generated.num_train=8"], {"generated": 8}),
+        (["data.coco2017=false"], {"generated": 256}),
+    ],
+)  # fmt: skip
+def test_of_the_data_sources_the_one_set_last_replaces_the_others(
+    assignments: list[str], expected: dict[str, object]
+) -> None:
+    data = load_experiment(DEFAULT_CONFIG, assignments).data
+    found: dict[str, object] = {"coco2017": True} if data.coco2017 else {}
+    found |= {"coco": str(data.coco.train_annotations)} if data.coco else {}
+    found |= {"generated": data.generated.num_train} if data.generated else {}
+    assert found == expected
+
+
+def test_a_period_set_in_epochs_replaces_the_one_in_iterations_but_a_file_must_not_hold_both() -> None:
+    protocol = load_experiment(DEFAULT_CONFIG, ["protocol.eval_period_epochs=1"]).protocol
+    assert (protocol.eval_period_epochs, protocol.eval_period_iterations) == (1, None)
+    both = {"eval_period_epochs": 1, "eval_period_iterations": 5}
+    with pytest.raises(SpecError, match="give eval_period_iterations or eval_period_epochs, not both"):
+        parse_experiment(tiny_experiment(protocol=both), "x")
 
 
 def test_yaml_that_would_run_code_is_refused(tmp_path: Path) -> None:
