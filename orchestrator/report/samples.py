@@ -71,7 +71,7 @@ def sample_pictures(trial: TrialEvents) -> Samples:
     pictures, shown = [], set()
     for image in truth["images"]:
         if image["id"] in wanted:
-            photo = _read_photo(Path(trial.plan.val.images) / image["file_name"])
+            photo = read_photo(Path(trial.plan.val.images) / image["file_name"])
             objects = true[image["id"]]
             certain = [entry for entry in found[image["id"]] if entry["score"] >= MIN_SCORE]
             both = draw(photo, objects, names, colors), draw(photo, certain, names, colors)
@@ -88,7 +88,7 @@ def _by_image(entries: Iterable[dict[str, Any]], wanted: set[Any]) -> dict[Any, 
     return found
 
 
-def _read_photo(path: Path) -> Image.Image:
+def read_photo(path: Path) -> Image.Image:
     """An image as RGB; of 16 bits or of floats, its darkest value is black and its lightest is white."""
     with Image.open(path) as file:
         if not file.mode.startswith(("I", "F")):
