@@ -250,6 +250,7 @@ def _check_use(
         shown = ", ".join(f"{key} {shorten(name)}" for key, name in list(empty.items())[:3])
         more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
         effect = "no AP of such a class is measured" if for_scoring else "no model can learn such a class"
-        what = f"{len(empty):,} of {len(summary.categories):,} categories have no object: {shown}{more}; {effect}"
+        have = "has" if len(empty) == 1 else "have"
+        what = f"{len(empty):,} of {len(summary.categories):,} categories {have} no object: {shown}{more}; {effect}"
         hint = "Remove the category (and lower NUM_CLASSES), or add objects; nothing, if that is intended"
         findings.warning("category_empty", file, "categories", what, hint)
