@@ -119,6 +119,7 @@ CHOICES: Mapping[str, Choice] = {
     "MODEL.ROI_MASK_HEAD.NAME": Choice(("MaskRCNNConvUpsampleHead",), {}),
     "MODEL.ROI_KEYPOINT_HEAD.NAME": Choice(("KRCNNConvDeconvUpsampleHead",), {}),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": Choice(("choice", "range"), {}),
+    "INPUT.FORMAT": Choice(("BGR", "RGB", "L", "HSV", "LAB", "YCbCr", "YUV-BT.601", "CMYK", "RGBA"), {}),
     "INPUT.RANDOM_FLIP": Choice(("horizontal", "vertical", "none"), {}),
     "INPUT.MASK_FORMAT": Choice(("polygon", "bitmask"), {}),
     "INPUT.CROP.TYPE": Choice(("relative_range", "relative", "absolute", "absolute_range"), {}),

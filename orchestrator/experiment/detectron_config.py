@@ -106,7 +106,7 @@ def zoo_path(config: str) -> Path:
     if ".." not in config and (zoo / config).is_file():
         return zoo / config
     known = [path.relative_to(zoo).as_posix() for path in sorted(zoo.rglob("*.yaml"))]
-    near = difflib.get_close_matches(config, known, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(config, known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise SpecError(f"model.config: no such file or model zoo config: {config}{hint}")
 
