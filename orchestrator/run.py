@@ -25,10 +25,11 @@ from rich.markup import escape
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
+from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
+from orchestrator.preflight.settings import check_settings
 from orchestrator.process import LastingConsole, prepare_process
 
 if TYPE_CHECKING:
-    from orchestrator.findings import Finding
     from orchestrator.publish import Status
     from orchestrator.runlog.folder import EarlierRun
     from trainers.contract.events import Event
@@ -108,8 +109,6 @@ def main(
 
 
 def _show_plan(request: Request) -> int:
-    from orchestrator.findings import has_errors, print_findings, to_json
-    from orchestrator.preflight.settings import check_settings
     from orchestrator.report.plan_table import plan_table
 
     findings = check_settings(request.experiment)
@@ -131,8 +130,6 @@ def _show_plan(request: Request) -> int:
 
 def _check(request: Request) -> int:
     """Preflight alone: all findings, exit code 2 on errors."""
-    from orchestrator.findings import has_errors, to_json
-
     findings, _ = _preflight(request)
     _leave_ray()
     if request.as_json:
@@ -144,7 +141,6 @@ def _check(request: Request) -> int:
 
 def _run(request: Request) -> int:
     """Preflight, then every trial, then results and report."""
-    from orchestrator.findings import has_errors, to_json
     from orchestrator.report.plan_table import plan_table
     from orchestrator.runlog.folder import only_driver
 
@@ -173,10 +169,8 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
 
     Where something is wrong already, Ray is not started and the rehearsal not waited for.
     """
-    from orchestrator.findings import has_errors, print_findings, sort_findings
     from orchestrator.preflight.local import joins_cluster, preflight
     from orchestrator.preflight.rehearsal import Rehearsal
-    from orchestrator.preflight.settings import check_settings
     from orchestrator.preflight.tracking import check_earlier_tracking
 
     experiment = request.experiment

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 import pycocotools.mask
@@ -24,13 +24,18 @@ from torch import nn
 from trainers.contract.events import measured
 from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 from trainers.loading import evaluation_loader, evaluation_records
-from trainers.scoring import IouType, score
+from trainers.scoring import score
+from trainers.scoring_input import IouType
 
 NUM_SAMPLES = 6
 """Images, evenly spaced over the validation set, whose detections are written to a file for the report."""
 
 MAX_MASKS_PER_CALL = 255
 """Masks per call: pycocotools 2.0.11 counts some arrays in 8 bits."""
+
+
+PARTS: dict[IouType, str] = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+"""What the names of the figures begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,12 @@ class Scores:
     box_scored: float
     mask_scored: float | None
     part_seconds: dict[str, float]
+    keypoint_scored: float | None = None
+
+    @property
+    def scored(self) -> float:
+        """When all figures were known."""
+        return max(filter(None, (self.box_scored, self.mask_scored, self.keypoint_scored)))
 
 
 class Evaluator:
@@ -48,7 +59,6 @@ class Evaluator:
 
     def __init__(self, cfg: CfgNode, plan: TrialPlan) -> None:
         self._cfg, self._plan = cfg, plan
-        self._with_masks: bool = cfg.MODEL.MASK_ON
         records = evaluation_records(cfg, plan)
         self.num_images = len(records)
         """Validation images over all workers."""
@@ -86,13 +96,13 @@ class Evaluator:
         values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
         (folder / SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
         scoring_started = time.perf_counter()
-        figures = self._figures("box", everything)
-        box_scored, mask_scored = time.time(), None
-        if self._with_masks:
-            figures |= self._figures("mask", everything)
-            mask_scored = time.time()
+        figures: dict[str, float | None] = {}
+        known: dict[IouType, float] = {}
+        for iou_type in scored_types(self._cfg):
+            figures |= self._figures(iou_type, everything)
+            known[iou_type] = time.time()
         parts["score"] = time.perf_counter() - scoring_started
-        return Scores(figures, box_scored, mask_scored, parts)
+        return Scores(figures, known["bbox"], known.get("segm"), parts, known.get("keypoints"))
 
     def _detections(self, instances: Instances, image_id: int) -> list[dict[str, Any]]:
         if self._plan.recipe.batched_encoding:
@@ -102,24 +112,30 @@ class Evaluator:
             detection["category_id"] = self._category_ids[detection["category_id"]]
         return found
 
-    def _figures(self, part: Literal["box", "mask"], detections: list[dict[str, Any]]) -> dict[str, float | None]:
-        iou_type: IouType = "bbox" if part == "box" else "segm"
-        figures = score(self._plan.val.annotations, detections, iou_type, self._plan.recipe.scorer)
-        return {f"{part}_{name}": measured(value) for name, value in figures.items()}
+    def _figures(self, iou_type: IouType, detections: list[dict[str, Any]]) -> dict[str, float | None]:
+        sigmas = self._cfg.TEST.KEYPOINT_OKS_SIGMAS
+        figures = score(self._plan.val.annotations, detections, iou_type, self._plan.recipe.scorer, sigmas)
+        return {f"{PARTS[iou_type]}_{name}": measured(value) for name, value in figures.items()}
+
+
+def scored_types(cfg: CfgNode) -> list[IouType]:
+    """What is scored of a model's detections, in this order."""
+    types: dict[IouType, bool] = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    return [iou_type for iou_type, is_on in types.items() if is_on]
 
 
 def coco_detections(instances: Instances, image_id: int, category_ids: Mapping[int, int]) -> list[dict[str, Any]]:
     """An image's detections in COCO's result format: detectron2's `instances_to_coco_json`, byte for byte, only faster.
 
     Args:
-        instances: The model's output for one image: `pred_boxes`, `scores`, `pred_classes`, and `pred_masks`
-            ((N, height, width), bool) where it has masks; on any device.
+        instances: The model's output for one image: `pred_boxes`, `scores`, `pred_classes`, and where it has them
+            `pred_masks` ((N, height, width), bool) and `pred_keypoints` ((N, K, 3): x, y, score); on any device.
         image_id: The image.
         category_ids: The data set's category id for each class index.
 
     Returns:
-        For each detection `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, and `segmentation` (RLE,
-        counts as text).
+        For each detection `image_id`, `category_id`, `bbox` (x, y, width, height), `score`, `segmentation` (RLE,
+        counts as text), and `keypoints` (K times x, y, score).
     """
     if not len(instances):
         return []
@@ -132,6 +148,11 @@ def coco_detections(instances: Instances, image_id: int, category_ids: Mapping[i
     if instances.has("pred_masks"):
         for detection, rle in zip(found, encode(instances.pred_masks), strict=True):
             detection["segmentation"] = rle
+    if instances.has("pred_keypoints"):
+        # A model's coordinates are of a pixel's middle, COCO's are numbers of pixels.
+        keypoints = instances.pred_keypoints - instances.pred_keypoints.new_tensor([0.5, 0.5, 0.0])
+        for detection, numbers in zip(found, keypoints.flatten(start_dim=1).tolist(), strict=True):
+            detection["keypoints"] = numbers
     return found
 
 

@@ -183,8 +183,7 @@ class EvaluationHook:
             return
         scores, seconds = found
         stall = self._stall_seconds + time.perf_counter() - waiting_since
-        known = scores.mask_scored or scores.box_scored
-        self._emit(self._begun, scores, known, seconds, {**scores.part_seconds, "stall": stall})
+        self._emit(self._begun, scores, scores.scored, seconds, {**scores.part_seconds, "stall": stall})
         if (box_ap := scores.figures.get("box_ap")) is not None:
             self.rate(self._begun, box_ap)
 
@@ -201,6 +200,7 @@ class EvaluationHook:
             figures=scores.figures,
             box_scored=scores.box_scored,
             mask_scored=scores.mask_scored,
+            keypoint_scored=scores.keypoint_scored,
             seconds=seconds,
             part_seconds=part_seconds,
         )

@@ -156,7 +156,7 @@ def _read_torch(weights: StartWeights) -> Any:
     """By torch's own safe reader; each name that it refuses is given a harmless meaning."""
     meanings: dict[str, Any] = {}
     while True:
-        known = [*_DTYPES, *((meaning, name) for name, meaning in meanings.items())]
+        known: list[Any] = [*_DTYPES, *((meaning, name) for name, meaning in meanings.items())]
         try:
             with torch.serialization.safe_globals(known):
                 return torch.load(weights.path, map_location="cpu", weights_only=True)

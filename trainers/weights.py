@@ -44,9 +44,9 @@ def load_start_weights(model: nn.Module, name: str, sha256: str | None = None) -
     if not weights.path.is_file():
         where = f" ({weights.path})" if weights.address else ""
         raise weights_error("missing", f"no such file: {name}{where}", "Correct the path, or fetch it on every node")
-    if problem := weights.checksum_problem(sha256):
+    if wrong := weights.checksum_problem(sha256):
         hint = "Download it again, or correct model.weights_sha256"
-        raise weights_error("checksum", f"{weights.path} {problem}", hint)
+        raise weights_error("checksum", f"{weights.path} {wrong}", hint)
     loaded = _load(model, read_weights(weights))
     logger.info("Start weights %s: %d of the model's weights are in it.", name, len(loaded.fitting))
     for problem in fit_problems(loaded):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.data.progress_bar import show_bar
-from orchestrator.files import existing_parent, file_sha256, without_credentials
+from orchestrator.files import existing_parent, file_sha256, redact
 from orchestrator.findings import root_cause
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def fetch(
                 part = root / f"{archive.name}.part"
                 with show_bar(f"fetching {archive.name}", in_bytes=True) as advance:
                     url = f"{address.rstrip('/')}/{archive.path}"
-                    _download(url, part, archive, stall_seconds, wait_seconds, advance)
+                    waits = {"stall_seconds": stall_seconds, "wait_seconds": wait_seconds}
+                    download(url, part, archive.num_bytes, advance, **waits)
                 with show_bar(f"checking {archive.name}") as advance:
                     advance(0, None)
                     found = file_sha256(part)
@@ -140,37 +141,73 @@ def _check_room(root: Path, archives: Sequence[Archive]) -> None:
         raise FetchError(f"{parent} has {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed: free some")
 
 
-def _download(
-    url: str, part: Path, archive: Archive, stall_seconds: float, wait_seconds: float, on_progress: OnProgress
+def download(
+    url: str,
+    part: Path,
+    num_bytes: int | None,
+    on_progress: OnProgress,
+    *,
+    stall_seconds: float = STALL_SECONDS,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> None:
+    """Fetches a file into `part`, from where an earlier attempt ended; a lost connection is resumed over another one.
+
+    Args:
+        url: The file's address.
+        part: Where to; its folder exists.
+        num_bytes: Its size; None to take it from the server.
+        on_progress: Called with the bytes so far, and of how many.
+        stall_seconds: Silence of the server after which a connection is closed.
+        wait_seconds: Wait before the second attempt.
+
+    Raises:
+        FetchError: The server refuses or cannot be reached, sends something else, or `part` cannot be written.
+    """
     import requests
-    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     attempts = Retrying(
-        retry=retry_if_exception_type(requests.RequestException),
+        retry=retry_if_exception(_is_worth_another_attempt),
         stop=stop_after_attempt(ATTEMPTS_WITHOUT_PROGRESS),
         wait=wait_exponential(multiplier=wait_seconds),
         reraise=True,
     )
-    while (done := _size(part)) < archive.num_bytes:
+    place, total = redact(url), num_bytes
+    while total is None or _size(part) < total:
         try:
-            attempts(_append, url, part, archive, stall_seconds, on_progress)
+            total = attempts(_append, url, part, num_bytes, stall_seconds, on_progress)
         except requests.RequestException as error:
-            answer = error.response
+            answer, of = error.response, f" of {num_bytes:,}" if num_bytes else ""
+            if answer is not None and not _is_worth_another_attempt(error):
+                raise FetchError(f"{place}: the server answers {answer.status_code} {answer.reason}") from error
             reason = root_cause(error) if answer is None else f"the server answers {answer.status_code} {answer.reason}"
             raise FetchError(
-                f"{without_credentials(url)}: gave up after {ATTEMPTS_WITHOUT_PROGRESS} attempts without progress, at "
-                f"byte {done:,} of {archive.num_bytes:,}: {reason}. Run the same command again to resume from there"
+                f"{place}: gave up after {ATTEMPTS_WITHOUT_PROGRESS} attempts without progress, at byte "
+                f"{_size(part):,}{of}: {reason}. Run the same command again to resume from there"
             ) from error
         except OSError as error:
             raise FetchError(f"{part} cannot be written: {error.strerror}") from error
 
 
-def _append(url: str, part: Path, archive: Archive, stall_seconds: float, on_progress: OnProgress) -> None:
-    """Adds to a partial file until the connection ends; raises RequestException if that gave nothing."""
+def _is_worth_another_attempt(error: BaseException) -> bool:
+    """Whether a failed request may succeed later: not one that the server refuses, such as 404."""
     import requests
 
-    before = _size(part)
+    if not isinstance(error, requests.RequestException):
+        return False
+    status = error.response.status_code if error.response is not None else 0
+    wrong = (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema)
+    return not isinstance(error, wrong) and (not 400 <= status < 500 or status in (408, 416, 429))
+
+
+def _append(url: str, part: Path, num_bytes: int | None, stall_seconds: float, on_progress: OnProgress) -> int | None:
+    """Adds to a partial file until the connection ends; returns the file's size, None where more is to come.
+
+    Raises RequestException if the connection gave nothing.
+    """
+    import requests
+
+    before, total = _size(part), num_bytes
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={before}-"} if before else {})
     failure = requests.RequestException("the server ended the file early")
     try:
@@ -180,17 +217,22 @@ def _append(url: str, part: Path, archive: Archive, stall_seconds: float, on_pro
             answer.raise_for_status()
             # A server that does not know ranges sends the whole file: from the start again.
             is_partial = answer.status_code == requests.codes.partial_content
+            if total is None and (rest := answer.headers.get("Content-Length", "")).isdigit():
+                total = int(rest) + (before if is_partial else 0)
             with part.open("ab" if is_partial else "wb") as stream:
                 for block in answer.iter_content(BLOCK_BYTES):
                     stream.write(block)
-                    on_progress(stream.tell(), archive.num_bytes)
-                    if stream.tell() > archive.num_bytes:
-                        size = f"its {archive.num_bytes:,} bytes"
-                        raise FetchError(f"{archive.name}: the server sends more than {size}: not this file")
+                    on_progress(stream.tell(), total)
+                    if total is not None and stream.tell() > total:
+                        name = part.name.removesuffix(".part")
+                        raise FetchError(f"{name}: the server sends more than its {total:,} bytes: not this file")
+            if total is None:  # the server does not say: what it has sent is all
+                return _size(part)
     except requests.RequestException as error:
         failure = error
     if _size(part) <= before:
         raise failure
+    return total
 
 
 def _size(part: Path) -> int:

@@ -10,20 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.experiment.detectron_config import config_files
 from orchestrator.experiment.environment import cluster_address
 from orchestrator.files import redact
-from orchestrator.findings import Finding, FindingList, as_errors, sort_findings
+from orchestrator.findings import Finding, FindingList, as_errors, has_errors, sort_findings
 from orchestrator.preflight import model as model_checks
 from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
 from orchestrator.preflight.ray_setup import check_ray
 from orchestrator.preflight.settings import check_settings
 from orchestrator.preflight.tracking import check_tracking
+from orchestrator.preflight.weights import check_weights
 from trainers.contract.plan import PREFETCHED_BATCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from orchestrator.experiment.spec import Experiment
+    from orchestrator.preflight.rehearsal import Rehearsal
     from trainers.contract.plan import TrialPlan
 
 REMOTE_TIMEOUT_SECONDS = 20.0
@@ -34,16 +37,25 @@ UNLABELLED = ("split_empty", "annotations")
 
 
 def preflight(
-    experiment: Experiment, trials: Sequence[TrialPlan], *, verify_images: bool = False, strict: bool = False
+    experiment: Experiment,
+    trials: Sequence[TrialPlan],
+    *,
+    verify_images: bool = False,
+    strict: bool = False,
+    rehearsal: Rehearsal | None = None,
 ) -> list[Finding]:
     """Checks what can be checked on the driver without a cluster; returns all findings, errors first.
 
     Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded; with
-    `strict`, warnings about the data are errors.
+    `strict`, warnings about the data are errors. The rehearsal is started as soon as settings and start weights are
+    fit, and not waited for.
     """
-    findings = [
-        *check_settings(experiment),
-        *model_checks.check_weights(experiment),
+    findings = check_settings(experiment)
+    if trials and not has_errors(findings):
+        findings += check_weights(experiment)
+        if rehearsal and not has_errors(findings):
+            rehearsal.start()
+    findings += [
         *check_tracking(experiment),
         *check_ray(experiment),
         *check_nodes_asked(trials),
@@ -84,7 +96,8 @@ def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool,
 def _without_scoring(finding: Finding) -> Finding:
     """A finding in a validation set that is never scored: without annotations, it is as good as any."""
     is_unlabelled = finding.code in ("crowd_only", "no_objects") or (finding.code, finding.id) == UNLABELLED
-    return replace(finding, level="warning") if is_unlabelled else finding
+    hint = "Nothing: the protocol has no evaluation"
+    return replace(finding, level="warning", hint=hint) if is_unlabelled else finding
 
 
 def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
@@ -131,7 +144,7 @@ def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
     if trial.weights and "://" not in trial.weights:
         paths["the start weights"] = trial.weights
     if os.path.isabs(trial.config_file):  # noqa: PTH117 - a model zoo name is not a path
-        paths["the model config"] = trial.config_file
+        paths |= {f"the model config {file.name}": str(file) for file in config_files(trial.config_file)}
     # What the driver does not have either is reported once, by the checks of the data.
     present = {what: path for what, path in paths.items() if Path(path).exists()}
     checkpoints = "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)

@@ -1,14 +1,11 @@
-"""Checks an experiment's model without importing detectron2: classes and masks, start weights, sizes."""
+"""Checks an experiment's model without importing detectron2: classes, masks, keypoints, sizes."""
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.config_keys import value_problem
 from orchestrator.experiment.detectron_config import default_values, model_value
-from orchestrator.files import file_sha256, redact
 from orchestrator.findings import Finding, FindingList
 
 if TYPE_CHECKING:
@@ -23,19 +20,18 @@ GROUPED_PARAMETERS = 86.7e6
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
-    """Checks that a data set has the masks and classes that the experiment's model is built for."""
+    """Checks that a data set has the masks, keypoints and classes that the experiment's model is built for."""
     findings = FindingList()
-    if model_value(experiment, "MODEL.MASK_ON"):
+    with_masks = bool(model_value(experiment, "MODEL.MASK_ON"))
+    if with_masks:
+        _check_masks(experiment, train, val, findings)
+    elif experiment.protocol.target_mask_ap is not None:
+        hint = "Take a target of boxes alone, or a model with masks (COCO-InstanceSegmentation/…)"
+        what = "a model without masks (MODEL.MASK_ON: false) never reaches it"
+        findings.error("target_without_masks", "protocol.target_mask_ap", "", what, hint)
+    if model_value(experiment, "MODEL.KEYPOINT_ON"):
         for summary in (train, val):
-            if summary.num_without_mask:
-                what = f"{summary.num_without_mask:,} objects have no mask, and the model learns masks"
-                hint = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
-                place = f"annotation {summary.first_without_mask}"
-                findings.error("mask_missing", summary.annotations, place, what, hint)
-        if train.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
-            what = f"{train.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
-            hint = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
-            findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, hint)
+            _check_keypoints(experiment, summary, findings)
     if experiment.data.generated is None and train.categories:
         key = classes_key(experiment)
         asked = _value(experiment, key)
@@ -46,51 +42,46 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
     return findings.to_list()
 
 
+def _check_masks(experiment: Experiment, train: SplitSummary, val: SplitSummary, findings: FindingList) -> None:
+    for summary in (train, val):
+        if summary.num_without_mask:
+            what = f"{summary.num_without_mask:,} objects have no mask, and the model learns masks"
+            hint = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
+            place = f"annotation {summary.first_without_mask}"
+            findings.error("mask_missing", summary.annotations, place, what, hint)
+    if train.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
+        what = f"{train.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
+        hint = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
+        findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, hint)
+
+
+def _check_keypoints(experiment: Experiment, summary: SplitSummary, findings: FindingList) -> None:
+    """Every object needs as many keypoints as the model has; those that are not labelled have visibility 0."""
+    key = "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+    wanted, numbers, place = _value(experiment, key), summary.objects_of_points, (summary.annotations, "annotations")
+    if not any(numbers):
+        hint = "Take data with keypoints (COCO's are in person_keypoints_….json), or a box or mask model"
+        findings.error("keypoints_missing", *place, "no object has keypoints, and the model learns them", hint)
+        return
+    if summary.num_broken_keypoints:
+        what = f"{summary.num_broken_keypoints:,} objects have keypoints that are not triples of x, y and visibility"
+        findings.error("keypoints_entry", *place, what, "Write x, y and visibility (0 to 2) of each")
+    if none := numbers.get(0):
+        what = f"{none:,} objects have no keypoints, which detectron2 cannot train on among others that have"
+        hint = f"Write {3 * wanted} zeros, which stand for keypoints that are not labelled, or take the objects out"
+        findings.error("keypoints_missing", *place, what, hint)
+    others = {number: count for number, count in numbers.items() if number not in (0, wanted)}
+    if others:
+        counts = ", ".join(f"{count:,} objects have {number} keypoints" for number, count in others.items())
+        fits = len(numbers.keys() - {0}) == 1
+        hint = f"Set model.overrides.{key}={next(iter(others))}" if fits else "Give all objects the same keypoints"
+        findings.error("num_keypoints", *place, f"{counts}; {key} is {wanted}", hint)
+
+
 def classes_key(experiment: Experiment) -> str:
     """The key that holds the number of classes of the experiment's kind of model."""
     is_retinanet = model_value(experiment, "MODEL.META_ARCHITECTURE") == "RetinaNet"
     return "MODEL.RETINANET.NUM_CLASSES" if is_retinanet else "MODEL.ROI_HEADS.NUM_CLASSES"
-
-
-def check_weights(experiment: Experiment) -> list[Finding]:
-    """Checks start weights given by a path: they exist, are complete, and run no code when they are read."""
-    findings, weights, wanted = FindingList(), experiment.model.weights, experiment.model.weights_sha256
-    if not weights or weights.startswith("detectron2://"):
-        return []
-    path = Path(weights).expanduser().absolute()
-    if "://" in weights:
-        what = "start weights from an address are not fetched"
-        hint = "Download the file, give its path, and its SHA-256 as model.weights_sha256"
-        findings.error("weights_address", "model.weights", redact(weights), what, hint)
-    elif not path.is_file():
-        what = "the start weights do not exist"
-        findings.error("weights_missing", str(path), "model.weights", what, "Correct the path")
-    elif wanted is not None:
-        if (found := file_sha256(path)) != wanted:
-            what = f"has SHA-256 {found}, not {wanted}"
-            hint = "Download it again, or correct model.weights_sha256 if you trust this file"
-            findings.error("weights_checksum", str(path), "model.weights", what, hint)
-    elif path.suffix != ".pth":
-        what = f"reading weights from a {path.suffix or 'nameless'} file would run code in it"
-        hint = "Give model.weights_sha256 of a file you trust, or a .pth file, which is read without running anything"
-        findings.error("weights_unsafe", str(path), "model.weights", what, hint)
-    elif reason := _zip_problem(path):
-        hint = "Copy or download it again, or write it with torch.save"
-        findings.error("weights_corrupt", str(path), "model.weights", f"the start weights are corrupt: {reason}", hint)
-    return findings.to_list()
-
-
-def _zip_problem(path: Path) -> str:
-    """Checks a `.pth` as the zip archive that torch.save writes (since 1.6); returns what is wrong with it, or ""."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        return str(error) or type(error).__name__
-    if broken:
-        return f"the checksum of its part {broken} fails"
-    return "" if any(name.endswith("data.pkl") for name in names) else "it was not written by torch.save"
 
 
 def estimate_checkpoint_bytes(experiment: Experiment) -> float:

@@ -129,7 +129,8 @@ class Evaluated(Event):
     """The same in passes over the training data."""
     figures: dict[str, float | None]
     """COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`, `box_ar1`, `box_ar10`,
-    `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_`; None where COCO gives none."""
+    `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_` for a model with masks; for one with
+    keypoints `keypoint_ap`, `keypoint_ap50`, … (COCO's ten figures of keypoints). None where COCO gives none."""
     box_scored: float
     """When the box figures were known; `mask_scored` is None for a model without masks."""
     mask_scored: float | None
@@ -138,6 +139,8 @@ class Evaluated(Event):
     part_seconds: dict[str, float]
     """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
     was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
+    keypoint_scored: float | None = None
+    """When the keypoint figures were known; None for a model without keypoints."""
 
     @property
     def overlapped(self) -> bool:
