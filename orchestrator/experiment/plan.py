@@ -82,18 +82,23 @@ def scaled_solver(
     """The schedule of one world size, by detectron2's `auto_scale_workers` for weak scaling.
 
     Where no reference world size is given, numbers of the experiment's own are for the smallest of its world sizes, and
-    those of the model zoo for 8; with a batch of its own, all are its own. `protocol.iterations` is never scaled.
-    `num_train_images` (per epoch) is needed where the evaluation period is given in epochs.
+    those of the model zoo for 8; with a batch of its own, all are its own. With `trials.batch_per_worker`, all but
+    overrides are for the config's batch. `protocol.iterations` is never scaled. An epoch has `num_train_images`.
 
     Raises:
         SpecError: A batch does not divide among the workers, or a value of the schedule cannot be used.
     """
-    protocol = experiment.protocol
-    own_batch = _is_own(experiment, "SOLVER.IMS_PER_BATCH")
-    own_schedule = own_batch or protocol.iterations is not None
-    own_schedule |= any(_is_own(experiment, f"SOLVER.{name}") for name in ("MAX_ITER", "STEPS", "WARMUP_ITERS"))
+    protocol, per_worker = experiment.protocol, experiment.trials.batch_per_worker
+    batch = _global_batch(experiment, world_size, scaling)
+
+    def is_own(*names: str) -> bool:
+        if per_worker:
+            return any(f"SOLVER.{name}" in experiment.model.overrides for name in names)
+        return any(_is_own(experiment, f"SOLVER.{name}") for name in (*names, "IMS_PER_BATCH"))
 
     def scale(own: bool) -> float:
+        if per_worker and not own:
+            return batch / float(usable_value(experiment, "SOLVER.IMS_PER_BATCH"))
         return world_size / _reference(experiment, own=own) if scaling == "weak" else 1.0
 
     def iterations(number: int, own: bool) -> int:
@@ -101,11 +106,10 @@ def scaled_solver(
 
     def period(number: int | None) -> int:
         """A period that the experiment gives, 0 for none; it goes with the iterations."""
-        if not number:
-            return 0
-        return number if protocol.iterations else max(1, iterations(number, own=True))
+        scaled = number if protocol.iterations or not number else max(1, iterations(number, own=True))
+        return scaled or 0
 
-    batch = _global_batch(experiment, world_size, scaling, own_batch)
+    own_schedule = protocol.iterations is not None or is_own("MAX_ITER", "STEPS", "WARMUP_ITERS")
     eval_period = period(protocol.eval_period_iterations)
     if protocol.eval_period_epochs:
         if not num_train_images:
@@ -113,21 +117,19 @@ def scaled_solver(
         eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / batch))
     checkpoint_period = period(experiment.storage.checkpoint_period_iterations)
     if experiment.storage.checkpoint_period_iterations is None:
-        own = own_batch or _is_own(experiment, "SOLVER.CHECKPOINT_PERIOD")
         number: int = usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")
-        checkpoint_period = max(1, iterations(number, own)) if number else 0
+        checkpoint_period = max(1, iterations(number, is_own("CHECKPOINT_PERIOD"))) if number else 0
     max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
     steps = (iterations(step, own_schedule) for step in usable_value(experiment, "SOLVER.STEPS"))
-    own_rate = own_batch or _is_own(experiment, "SOLVER.BASE_LR")
-    at_end = protocol.evaluate_at_end
+    at_end = protocol.kind == "time_to_train" if protocol.evaluate_at_end is None else protocol.evaluate_at_end
     solver = SolverPlan(
         global_batch_size=batch,
-        base_lr=usable_value(experiment, "SOLVER.BASE_LR") * scale(own_rate),
+        base_lr=usable_value(experiment, "SOLVER.BASE_LR") * scale(is_own("BASE_LR")),
         max_iter=max_iter,
         steps=tuple(step for step in steps if step != max_iter),  # one at the end would change nothing
         warmup_iters=iterations(usable_value(experiment, "SOLVER.WARMUP_ITERS"), own_schedule),
         eval_period=eval_period,
-        evaluate_at_end=at_end if at_end is not None else protocol.kind == "time_to_train",
+        evaluate_at_end=at_end,
         checkpoint_period=checkpoint_period,
     )
     _check_schedule(experiment, solver)
@@ -147,10 +149,12 @@ def _reference(experiment: Experiment, *, own: bool) -> int:
     return given or (min(trials.world_sizes) if own else ZOO_WORLD_SIZE)
 
 
-def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling, own: bool) -> int:
+def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling) -> int:
+    if experiment.trials.batch_per_worker:
+        return experiment.trials.batch_per_worker * world_size
     batch: int = usable_value(experiment, "SOLVER.IMS_PER_BATCH")
     if scaling == "weak":
-        reference = _reference(experiment, own=own)
+        reference = _reference(experiment, own=_is_own(experiment, "SOLVER.IMS_PER_BATCH"))
         if batch % reference:
             raise SpecError(
                 f"SOLVER.IMS_PER_BATCH {batch} does not divide among the {reference} workers that it is for, and weak "
@@ -182,15 +186,30 @@ def _check_schedule(experiment: Experiment, solver: SolverPlan) -> None:
 
 def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
     """Images of an epoch, for an evaluation period in epochs; None where no such period is given."""
-    data = experiment.data
     if experiment.protocol.eval_period_epochs is None:
         return None
+    sampler, size = usable_value(experiment, "DATALOADER.SAMPLER_TRAIN"), _num_usable_images(experiment, annotations)
+    if sampler == "RepeatFactorTrainingSampler":
+        raise SpecError(
+            "protocol.eval_period_epochs: RepeatFactorTrainingSampler makes epochs of another length than the data; "
+            "give eval_period_iterations"
+        )
+    if sampler == "RandomSubsetTrainingSampler":
+        return max(1, int(size * usable_value(experiment, "DATALOADER.RANDOM_SUBSET_RATIO")))
+    return size
+
+
+def _num_usable_images(experiment: Experiment, annotations: str) -> int:
+    """Images that are trained on; those without an object are not, unless the config says so."""
+    data, filter_empty = experiment.data, usable_value(experiment, "DATALOADER.FILTER_EMPTY_ANNOTATIONS")
     if data.generated is not None:
         return data.generated.num_train
-    if data.coco2017:
+    if data.coco2017 and filter_empty:
         return COCO2017_TRAIN_IMAGES
     try:
         document = read_annotations(Path(annotations).read_bytes()).document
+        if not filter_empty:
+            return len(document["images"])
         return len({each["image_id"] for each in document["annotations"] if not each.get("iscrowd")})
     except (AnnotationFileError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SpecError(f"{annotations}: cannot count its images for eval_period_epochs: {error}") from error

@@ -11,7 +11,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.experiment.spec import EXCLUSIVE_FIELDS, Experiment, SpecError
+from orchestrator.experiment.spec import Experiment, SpecError
+
+EXCLUSIVE_FIELDS = (
+    ("data.coco2017", "data.coco", "data.generated"),
+    ("protocol.eval_period_iterations", "protocol.eval_period_epochs"),
+    ("trials.batch_per_worker", "model.overrides.SOLVER.IMS_PER_BATCH"),
+)
+"""Fields of which an experiment has at most one; a `--set` of one replaces the others."""
 
 
 def load_experiment(path: Path, assignments: list[str] | None = None) -> Experiment:

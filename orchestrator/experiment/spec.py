@@ -20,13 +20,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
 
-EXCLUSIVE_FIELDS = (
-    ("data.coco2017", "data.coco", "data.generated"),
-    ("protocol.eval_period_iterations", "protocol.eval_period_epochs"),
-)
-"""Fields of which an experiment has at most one; a `--set` of one replaces the others."""
-
-
 class SpecError(ValueError):
     """The experiment file or a `--set` is wrong; the message says what, where and how to fix it."""
 
@@ -113,6 +106,9 @@ class Trials(_Model):
     scaling: Literal["weak", "strong", "both"] = "weak"
     """`weak` keeps the batch per worker (learning rate up, iterations down with the world size, as detectron2's
     `SOLVER.REFERENCE_WORLD_SIZE` does); `strong` keeps the global batch; `both` runs every world size both ways."""
+    batch_per_worker: int | None = Field(None, ge=1)
+    """Images of a worker in a step, instead of `SOLVER.IMS_PER_BATCH`. Learning rate and schedule follow from the
+    config's by the linear rule; those given as overrides are for the smallest of `world_sizes`."""
     reference_world_size: int | None = Field(None, ge=1)
     """World size that batch, learning rate, iterations and periods are written for; weak scaling starts from it. null:
     the config's `SOLVER.REFERENCE_WORLD_SIZE` where that is not 0; else numbers that you give (overrides, a YAML of
@@ -131,6 +127,8 @@ class Trials(_Model):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} holds a value twice: {values}")
+        if self.batch_per_worker and self.scaling != "weak":
+            raise ValueError("batch_per_worker keeps the batch of a worker: scaling must be weak")
         return self
 
 
@@ -291,6 +289,12 @@ class Experiment(_Model):
     """Iterations between progress events, as in detectron2."""
     reference_rows: list[ReferenceRow] = []
     """Published figures to show next to the measured ones."""
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> Experiment:
+        if self.trials.batch_per_worker and "SOLVER.IMS_PER_BATCH" in self.model.overrides:
+            raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
+        return self
 
 
 def experiment_schema() -> dict[str, Any]:

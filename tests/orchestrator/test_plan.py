@@ -13,7 +13,7 @@ from orchestrator.experiment.plan import Hardware, expand, scaled_solver
 from orchestrator.experiment.reading import load_experiment, parse_experiment
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
 from tests.builders.commands import run_command
-from tests.builders.experiments import tiny_experiment
+from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import ADDED_CONFIG_KEYS, TrialPlan
 
 
@@ -200,6 +200,18 @@ def test_an_evaluation_period_in_epochs_becomes_iterations() -> None:
     assert plan.solver.eval_period == 8  # 2 epochs x 16 images / batch 4
 
 
+def test_an_epoch_is_as_long_as_the_sampler_makes_it() -> None:
+    def epochs(**overrides: object) -> Experiment:
+        model = {"weights": "", "overrides": {**TINY_OVERRIDES, **overrides}}
+        return load(model=model, protocol={"kind": "time_to_train", "eval_period_epochs": 2})
+
+    subset = {"DATALOADER.SAMPLER_TRAIN": "RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO": 0.5}
+    (plan,) = plans(epochs(**subset))
+    assert plan.solver.eval_period == 4  # 2 epochs x 8 images / batch 4
+    with pytest.raises(SpecError, match="RepeatFactorTrainingSampler makes epochs of another length"):
+        plans(epochs(**{"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}))
+
+
 def test_a_throughput_trial_runs_the_same_iterations_at_every_world_size() -> None:
     experiment = load(
         trials={"world_sizes": [1, 2, 4], "scaling": "weak", "reference_world_size": 2},
@@ -221,3 +233,41 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     shown = run_command("--dry-run", cwd=tmp_path).stdout
     for words in ("fast-1xcpu", "fast-2xcpu", "sqlite:///mlflow.db", str(tmp_path / "runs" / "demo")):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "expected"),
+    [(16, 1, (16, 0.02, 90000, 60000)), (2, 8, (16, 0.02, 90000, 60000)), (4, 1, (4, 0.005, 360000, 240000))],
+)
+def test_a_batch_for_each_worker_takes_the_learning_rate_and_schedule_with_it(
+    batch: int, world_size: int, expected: tuple[int, float, int, int]
+) -> None:
+    model = {"config": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"}
+    trials = {"world_sizes": [world_size], "batch_per_worker": batch}
+    (plan,) = plans(load(model=model, trials=trials, protocol={"kind": "time_to_train"}, storage={}))
+    solver = plan.solver
+    found = (solver.global_batch_size, solver.base_lr, solver.max_iter, solver.steps[0])
+    assert found == pytest.approx(expected)
+
+
+def test_with_a_batch_for_each_worker_numbers_that_are_given_are_for_the_smallest_world_size() -> None:
+    model = {"overrides": {"SOLVER.BASE_LR": 0.1, "SOLVER.MAX_ITER": 800, "SOLVER.STEPS": [600]}}
+    trials = {"world_sizes": [2, 4], "batch_per_worker": 3}
+    small, large = (plan.solver for plan in plans(load(model=model, trials=trials, storage={})))
+    assert (small.global_batch_size, small.base_lr, small.max_iter, small.steps) == (6, 0.1, 800, (600,))
+    assert (large.global_batch_size, large.base_lr, large.max_iter, large.steps) == (12, 0.2, 400, (300,))
+
+
+@pytest.mark.parametrize(
+    ("trials", "overrides", "words"),
+    [
+        ({"batch_per_worker": 2, "scaling": "strong"}, {}, "scaling must be weak"),
+        ({"batch_per_worker": 2}, {"SOLVER.IMS_PER_BATCH": 4}, "IMS_PER_BATCH, not both"),
+        ({"batch_per_worker": 0}, {}, "greater than or equal to 1"),
+    ],
+)
+def test_a_batch_for_each_worker_that_contradicts_another_field_is_refused(
+    trials: dict[str, object], overrides: dict[str, object], words: str
+) -> None:
+    with pytest.raises(SpecError, match=words):
+        load(trials=trials, model={"overrides": overrides})

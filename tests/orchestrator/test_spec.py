@@ -20,7 +20,9 @@ def test_there_are_shipped_experiments() -> None:
         "demo.yaml",
         "seed_1gpu_throughput.yaml",
         "seed_8gpu_time_to_train.yaml",
+        "seed_1gpu_throughput_batch16.yaml",
         "scale_out.yaml",
+        "own_data.yaml",
     }
 
 
@@ -91,6 +93,11 @@ def test_of_the_data_sources_the_one_set_last_replaces_the_others(
     found |= {"coco": str(data.coco.train_annotations)} if data.coco else {}
     found |= {"generated": data.generated.num_train} if data.generated else {}
     assert found == expected
+
+
+def test_a_batch_set_for_each_worker_replaces_the_files_batch() -> None:
+    experiment = load_experiment(DEFAULT_CONFIG, ["trials.batch_per_worker=3", "trials.scaling=weak"])
+    assert experiment.trials.batch_per_worker == 3 and "SOLVER.IMS_PER_BATCH" not in experiment.model.overrides
 
 
 def test_a_period_set_in_epochs_replaces_the_one_in_iterations_but_a_file_must_not_hold_both() -> None:
