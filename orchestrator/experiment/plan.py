@@ -190,10 +190,8 @@ def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
         return None
     sampler, size = usable_value(experiment, "DATALOADER.SAMPLER_TRAIN"), _num_usable_images(experiment, annotations)
     if sampler == "RepeatFactorTrainingSampler":
-        raise SpecError(
-            "protocol.eval_period_epochs: RepeatFactorTrainingSampler makes epochs of another length than the data; "
-            "give eval_period_iterations"
-        )
+        what = "RepeatFactorTrainingSampler makes epochs of another length than the data"
+        raise SpecError(f"protocol.eval_period_epochs: {what}; give eval_period_iterations")
     if sampler == "RandomSubsetTrainingSampler":
         return max(1, int(size * usable_value(experiment, "DATALOADER.RANDOM_SUBSET_RATIO")))
     return size

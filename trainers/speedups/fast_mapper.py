@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from trainers.speedups.mask_targets import PackedPolygons, pack
+
+logger = logging.getLogger(__name__)
 
 Pixels = NDArray[Any]
 """An image, (height, width, 3), in bytes."""
@@ -48,6 +51,15 @@ class FastMapper(DatasetMapper):
     def __init__(self, cfg: CfgNode, is_train: bool, packed_masks: bool = True, exact_pixels: bool = False) -> None:
         super().__init__(cfg, is_train=is_train)
         self.packed_masks, self.exact_pixels = packed_masks, exact_pixels
+        usual = augment.ResizeShortestEdge, augment.RandomFlip
+        slow = {
+            "crops": any(type(augmentation) not in usual for augmentation in self.augmentations.augs),
+            "keypoints": self.use_keypoint,
+            "bitmasks": self.use_instance_mask and self.instance_mask_format != "polygon",
+        }
+        if is_train and any(slow.values()):
+            names = ", ".join(name for name, is_on in slow.items() if is_on)
+            logger.info("mapper: detectron2's functions move the objects of an image one by one: %s.", names)
         cv2.setNumThreads(0)
 
     def __call__(self, dataset_dict: Mapping[str, Any]) -> dict[str, Any]:

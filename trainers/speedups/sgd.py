@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from trainers.recipes import Recipe
+
+logger = logging.getLogger(__name__)
 
 VECTOR_LENGTH = 16
 """Numbers of 32 bits in the widest vector of a CPU (AVX-512)."""
@@ -25,6 +28,8 @@ def build_tuned_optimizer(cfg: CfgNode, model: nn.Module, recipe: Recipe) -> tor
     """
     clips = cfg.SOLVER.CLIP_GRADIENTS
     batched_clipping = recipe.batched_clipping and clips.ENABLED and clips.CLIP_TYPE == "norm"
+    if recipe.batched_clipping and clips.ENABLED and not batched_clipping:
+        logger.info("batched_clipping: has no effect, detectron2 clips gradients by %s.", clips.CLIP_TYPE)
     without_clipping = cfg.clone()
     without_clipping.defrost()
     without_clipping.SOLVER.CLIP_GRADIENTS.ENABLED = False
