@@ -1,1 +1,1 @@
-"""COCO data sets: check, fetch, generate and excerpt."""
+"""COCO data sets: check, begin an experiment, split, correct names, fetch, generate and excerpt."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, NamedTuple
 
-from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
+from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, walk_files
 from orchestrator.data.layout import Split, coco_layout
 from orchestrator.data.name_matching import SUFFIXES, match_names, part_of
 from orchestrator.findings import Finding, FindingList
@@ -199,7 +199,7 @@ def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Pat
     usable = [name for name in names if check_name(name) is None]
     best, most = None, 0
     for folder in sorted(folders, key=likelihood):
-        found = sum((folder / name).is_file() for name in usable)
+        found = sum(is_file(folder / name) for name in usable)
         if found > most:
             best, most = folder, found
         if most == len(names):

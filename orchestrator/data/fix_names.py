@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
+from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, walk_files
 from orchestrator.data.name_matching import match_names, part_of
 from orchestrator.data.raw_file import RawFile
 from orchestrator.files import write_atomically
@@ -40,7 +40,7 @@ def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
         raise ValueError(f"{images} is not a folder")
     raw = RawFile(file)
     names = [image["file_name"] for image in raw.images]
-    right = {name for name in names if check_name(name) is None and (images / name).is_file()}
+    right = {name for name in names if check_name(name) is None and is_file(images / name)}
     wrong = [name for name in dict.fromkeys(names) if name not in right]
     spare = (path for path in walk_files(images, 10 * MAX_SEARCHED) if path not in right)
     part = part_of("/".join(file.absolute().parts[-2:]))

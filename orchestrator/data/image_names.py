@@ -67,6 +67,11 @@ def check_name(name: str) -> Problem | None:
     return None
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; unlike Path's, no for a name that cannot be one."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def locate_images(
     images: Sequence[ImageEntry], file: str, root: Path, listing: dict[str, FoundFile], findings: FindingList
 ) -> list[tuple[ImageEntry, str]]:
@@ -89,14 +94,14 @@ def locate_images(
     for image in images:
         name, place = image.file_name, f"image {image.id}"
         if problem := check_name(name):
-            inside = _is_inside(name, plain_root, real_root) and Path(name).is_file()
+            inside = _is_inside(name, plain_root, real_root) and is_file(name)
             if problem.code != "path_absolute" or not inside:
                 refused.append((image, problem))
                 continue
             findings.warning(problem.code, file, place, problem.what, f"{RELATIVE}: it is another on other machines")
         found = listing.get(name)
         path = os.path.join(root, name)  # noqa: PTH118 - as detectron2 does, 118,000 times
-        if found is None and not Path(path).is_file():
+        if found is None and not is_file(path):
             missing.append(image)
             continue
         located.append((image, path))
@@ -165,7 +170,7 @@ def _named_folders(names: list[str], root: Path) -> Iterator[Path]:
     outside = [
         os.path.normpath(root.absolute() / name) for name in names if ".." in name or PurePosixPath(name).is_absolute()
     ]
-    folders = [str(Path(path).parent) for path in outside if "\0" not in path and Path(path).is_file()]
+    folders = [str(Path(path).parent) for path in outside if is_file(path)]
     if folders:
         yield Path(os.path.commonpath(folders))
 
@@ -219,7 +224,7 @@ def _report_missing(
         if name.startswith(("http://", "https://")):
             what = f"its file_name {name!r} is an address; images are read from files"
             hint = "Download the images, and write their names relative to the image folder"
-        elif (root / name).is_symlink():
+        elif os.path.islink(root / name):  # noqa: PTH114 - Path's raises for a name that is too long
             what = f"its file is a link to {os.path.realpath(root / name)}, where nothing is"
             hint = "Fetch or mount what it leads to (`dvc pull`, `git annex get` …)"
         elif are_all and len(missing) > 1:

@@ -207,6 +207,21 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
         assert (done.exit_code, done.stdout) == (2, "") and "[layout]" in done.stderr
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize("layout", [*layouts.TWO_PARTS, *layouts.ONE_FILE], ids=lambda layout: layout.__name__)
+def test_the_real_excerpt_in_every_layout_becomes_an_experiment(
+    layout: Callable[[Path, Path], None], tmp_path: Path, shared_data: Path
+) -> None:
+    layout(shared_data / "coco", tmp_path / "data")
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "data")])
+    if layout in layouts.ONE_FILE:
+        command = next(part for part in done.stderr.split("`") if ".data split " in part)
+        assert CliRunner().invoke(app, shlex.split(command)[3:]).exit_code == 0
+        done = CliRunner().invoke(app, ["init", str(tmp_path / "data")])
+    assert done.exit_code == 0, done.stderr
+    check(done.stdout, tmp_path)
+
+
 def test_the_start_weights_are_those_of_the_model_zoo() -> None:
     for config, weights in WEIGHTS.items():
         address = model_zoo.get_checkpoint_url(config)

@@ -181,6 +181,20 @@ def test_addresses_of_images_that_are_not_here_say_to_download_them(tmp_path: Pa
     assert finding.count == 2 and "is an address" in finding.what and "Download the images" in finding.hint
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 300, "a/" * 500 + "x.jpg", "..", ".", "/", "//", "\\", "?d=", "://", "%", "a\0b", "\ud800.jpg", "C:", " "],
+)
+def test_no_name_ends_in_a_traceback(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "root/images/a.jpg", tmp_path / "root/b.jpg")
+    located, findings = locate(tmp_path / "root", [name, "b.jpg", name])
+    assert located == 1 and {finding.level for finding in findings} == {"error"}
+    write_file(tmp_path / "x.json", [name, "b.jpg"])
+    if "\ud800" not in name:
+        fixed = fix_names(tmp_path / "x.json", tmp_path / "root", tmp_path / "y.json")
+        assert (fixed.num_right, fixed.missing) == (1, [name])
+
+
 def test_the_work_of_matching_is_linear_in_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     # The worst case: one name in every folder.
     files = [f"sequence_{index}/image.png" for index in range(500)]
