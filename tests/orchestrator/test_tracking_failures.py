@@ -1,0 +1,148 @@
+"""A store that fails while a run is tracked is one line; what was deleted comes with the command that restores it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from orchestrator.runlog.outbox import FILE_NAME
+from orchestrator.tracking.driver import Tracker, TrackingError
+from tests.builders.commands import run_command
+from tests.builders.run_folder import make_run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without runs."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def run(made: Path, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run's folder, next to a store of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made, tmp_path / "run")
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return tmp_path / "run"
+
+
+def store(run: Path) -> str:
+    return f"sqlite:///{run.parent / 'mlflow.db'}"
+
+
+def first_lines(run: Path, number: int) -> str:
+    """Cuts the run's events off after some; returns the rest."""
+    lines = (run / FILE_NAME).read_text().splitlines(keepends=True)
+    (run / FILE_NAME).write_text("".join(lines[:number]))
+    return "".join(lines[number:])
+
+
+def failure(run: Path, tracker: Tracker | None = None) -> str:
+    with pytest.raises(TrackingError) as raised:
+        (tracker or Tracker(run, store(run))).sync()
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 700
+    return str(raised.value)
+
+
+def test_an_experiment_that_is_deleted_meanwhile_comes_with_the_command_that_restores_it(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rest = first_lines(run, 20)
+    tracker = Tracker(run, store(run))
+    tracker.sync()
+    client = MlflowClient(store(run))
+    client.delete_experiment(str(tracker.experiment_id()))
+    with (run / FILE_NAME).open("a") as file:
+        file.write(rest)
+    with caplog.at_level(logging.WARNING):
+        text = failure(run, tracker)
+    assert f"the experiment {tracker.experiment_id()} was deleted there" in text
+    assert f"MLFLOW_TRACKING_URI={store(run)} mlflow experiments restore -x {tracker.experiment_id()}" in text
+    assert not caplog.records, "a library's traceback"
+    client.restore_experiment(str(tracker.experiment_id()))
+    assert tracker.sync()
+
+
+def test_a_run_that_is_deleted_meanwhile_comes_with_the_command_that_restores_it(run: Path) -> None:
+    rest = first_lines(run, 20)
+    tracker = Tracker(run, store(run))
+    tracker.sync()
+    client, parent = MlflowClient(store(run)), tracker.run_ids()[""]
+    client.delete_run(parent)
+    with (run / FILE_NAME).open("a") as file:
+        file.write(rest)
+    assert f"mlflow runs restore --run-id {parent}" in failure(run, tracker)
+    client.restore_run(parent)
+    assert tracker.sync()
+
+
+def test_an_experiment_that_was_deleted_before_is_named(run: Path) -> None:
+    client = MlflowClient(store(run))
+    client.delete_experiment(client.create_experiment("demo"))
+    assert "mlflow experiments restore -x 1" in failure(run)
+
+
+def test_a_store_that_lost_its_run_for_good_says_how_to_track_it_again(run: Path) -> None:
+    rest = first_lines(run, 20)
+    Tracker(run, store(run)).sync()
+    with closing(sqlite3.connect(run.parent / "mlflow.db")) as connection:
+        for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+            connection.execute(f"DELETE FROM {table}")  # noqa: S608 - the names above
+        connection.commit()
+    with (run / FILE_NAME).open("a") as file:
+        file.write(rest)
+    state = run / "tracking.json"
+    assert f"remove {state} to track the run again" in failure(run)
+    state.unlink()
+    assert Tracker(run, store(run)).sync()
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://127.0.0.1:9", "Connection refused"),
+        ("http://user:s3cret@127.0.0.1:9", "Connection refused"),
+        ("sqlite:////proc/none/mlflow.db", "/proc/none"),
+        ("nonsense://somewhere", "nonsense"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_one_line_without_credentials(run: Path, uri: str, words: str) -> None:
+    text = failure(run, Tracker(run, uri))
+    assert words in text and "s3cret" not in text and "does not take events" in text
+
+
+def test_the_process_that_tracks_says_why_once_and_the_driver_keeps_it(run: Path) -> None:
+    tracker = Tracker(run, "http://127.0.0.1:9")
+    assert not tracker.finish(timeout=600)
+    assert tracker.failure == "MLflow at http://127.0.0.1:9 does not take events: Connection refused"
+
+
+def test_a_replay_that_fails_is_one_line_and_one_that_succeeds_notes_it_in_the_results(
+    tmp_path: Path, database: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.copy(database, tmp_path / "mlflow.db")
+    variables = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "COLUMNS": "80"}
+    done = run_command("--replay-outbox", run, cwd=run.parent, **variables)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines() == [
+        "error MLflow at http://127.0.0.1:9 does not take events: Connection refused"
+    ]
+    assert '"tracked": true' not in (run / "results.json").read_text()
+    done = run_command("--replay-outbox", run, cwd=run.parent, MLFLOW_TRACKING_URI=store(run))
+    assert done.returncode == 0, done.stderr
+    assert '"tracked": true' in (run / "results.json").read_text()
+    assert Tracker(run, store(run)).run_ids()[""] in (run / "results.json").read_text()
