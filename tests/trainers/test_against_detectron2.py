@@ -88,6 +88,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "MODEL.RETINANET.NUM_CONVS": 1,
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "giou",
     },
+    "keypoints": {
+        "config": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
+        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 3,
+        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (16,),
+        "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": 2,
+        "TEST.KEYPOINT_OKS_SIGMAS": [0.1, 0.1, 0.1],
+    },
     "boxes alone, without aspect ratio grouping, on empty images too": {
         "config": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
         "DATALOADER.ASPECT_RATIO_GROUPING": False,
@@ -121,7 +128,8 @@ class Pinned(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        few = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, few)
         seed, mapper, number = cls.plan.seed, DatasetMapper(cfg, is_train=True), iter(range(10**9))
         samplers = {
             "TrainingSampler": lambda: TrainingSampler(len(records), seed=seed),
@@ -155,9 +163,25 @@ class Pinned(DefaultTrainer):
         return {}
 
 
+def add_keypoints(annotations: Path) -> None:
+    """Three keypoints for every object, of which two change places in a mirrored image; none in image 1."""
+    document = json.loads(annotations.read_text())
+    for category in document["categories"]:
+        category["keypoints"] = ["left_corner", "right_corner", "middle"]
+    for each in document["annotations"]:
+        x, y, width, height = each["bbox"]
+        visible = 0 if each["image_id"] == 1 else 2
+        each["keypoints"] = [x, y, visible, x + width, y, visible, x + width / 2, y + height / 2, visible]
+        each["num_keypoints"] = 3 if visible else 0
+    annotations.write_text(json.dumps(document))
+
+
 def prepared(folder: Path, overrides: dict[str, Any], recipe: Recipe, iterations: int = 10) -> TrialPlan:
     plan, overrides = plan_of(folder, "mask_rcnn"), dict(overrides)
     config = overrides.pop("config", plan.config_file)
+    if "Keypoints" in config:
+        add_keypoints(Path(plan.train.annotations))
+        add_keypoints(Path(plan.val.annotations))
     solver = dataclasses.replace(plan.solver, max_iter=iterations, eval_period=0, evaluate_at_end=False)
     overrides = {**TINY_OVERRIDES, **overrides}
     return dataclasses.replace(
