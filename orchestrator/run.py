@@ -252,9 +252,12 @@ def _execute(request: Request, plans: list[TrialPlan]) -> int:
         publication.print_json()
     if not tracked:
         publication.show_untracked(request.console)
-        if status == "FINISHED" and not request.experiment.tracking.offline:
-            return NOT_TRACKED
-    return EXIT_CODES[status]
+    return exit_code(status, tracked=tracked or request.experiment.tracking.offline)
+
+
+def exit_code(status: Status, *, tracked: bool) -> int:
+    """The exit code of a run that ended so; `tracked` is whether MLflow has all that it is to have now."""
+    return NOT_TRACKED if status == "FINISHED" and not tracked else EXIT_CODES[status]
 
 
 def _final_plans(request: Request, plans: list[TrialPlan], run_id: str) -> list[TrialPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
 
+from orchestrator.run import NOT_TRACKED, exit_code
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
 from tests.builders.commands import run_command
@@ -146,3 +150,44 @@ def test_a_silent_server_at_the_start_is_an_error_within_seconds(tmp_path: Path)
         done = run_command(config, cwd=tmp_path)
     assert done.returncode == 2 and "no MLflow server answers within 3 s" in done.stdout + done.stderr
     assert not (tmp_path / "runs" / "tiny").exists() or not list((tmp_path / "runs" / "tiny").glob("*/events.jsonl"))
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A server that passes the checks before a run, and then takes nothing."""
+
+    def do_GET(self) -> None:
+        self._answer(200, {})
+
+    def do_POST(self) -> None:
+        self._answer(403, {"error_code": "PERMISSION_DENIED", "message": "you may\nnot write"})
+
+    def _answer(self, status: int, content: dict[str, str]) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_run_that_trained_and_is_not_tracked_says_so_last_and_by_its_exit_code(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_address[1]}"
+        config = write_experiment(tmp_path, experiment(tracking={"uri": uri}))
+        done = run_command(config, "--output", tmp_path / "run", "--json", "--quiet", cwd=tmp_path)
+        server.shutdown()
+    assert done.returncode == NOT_TRACKED, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("NOT TRACKED.") and "does not have any of it" in last and "you may not write" in last
+    assert last.endswith(f"python -m orchestrator.run --replay-outbox {tmp_path}/run")
+    result = json.loads(done.stdout)
+    assert (result["status"], result["tracked"], result["mlflow_run_id"]) == ("FINISHED", False, None)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["tracked"] is False
+
+
+def test_only_a_finished_run_that_is_to_be_tracked_now_has_the_exit_code_of_an_untracked_one() -> None:
+    assert exit_code("FINISHED", tracked=True) == 0 and exit_code("FINISHED", tracked=False) == NOT_TRACKED == 3
+    assert exit_code("FAILED", tracked=False) == 1 and exit_code("KILLED", tracked=False) == 130
