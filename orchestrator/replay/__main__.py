@@ -19,6 +19,7 @@ from orchestrator.replay.trial import Targets
 from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import closing_table
+from orchestrator.tracking.driver import TrackingError
 
 
 def main(
@@ -45,7 +46,10 @@ def main(
         write(result, replayed, run_dir)
         if mllog is not None:
             mllog.write_text(mllog_text(replayed[0].plan, replayed[0].events, replayed[0].result), encoding="utf-8")
-        store = track(result, replayed, run_dir, tracking_uri) if as_reference else None
+        try:
+            store = track(result, replayed, run_dir, tracking_uri) if as_reference else None
+        except TrackingError as error:
+            raise _refusal(str(error)) from error
     if as_json:
         print(result.model_dump_json(indent=2))
         return
