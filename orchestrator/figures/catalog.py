@@ -100,19 +100,27 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "all targets.", better="lower"),
         _ap("scored_box_ap", "Box AP at the targets", "Box AP of the evaluation that first met all targets, 0–100."),
         _ap("scored_mask_ap", "Mask AP at the targets", "Mask AP of the evaluation that first met all targets, 0–100."),
+        _ap("scored_keypoint_ap", "Keypoint AP at the targets", "Keypoint AP of the evaluation that first met all "
+            "targets, 0–100."),
     ),
     "Accuracy": (
         _ap("box_ap", "Box AP", "Box AP of the last evaluation, 0–100.", short="Box\nAP", mlflow="coco/final_box_ap"),
         _ap("mask_ap", "Mask AP", "Mask AP of the last evaluation, 0–100.", short="Mask\nAP",
             mlflow="coco/final_mask_ap"),
+        _ap("keypoint_ap", "Keypoint AP", "Keypoint AP of the last evaluation, 0–100; only models of keypoints have "
+            "one.", short="Key-\npt AP", mlflow="coco/final_keypoint_ap"),
         _ap("best_box_ap", "Best box AP", "Highest box AP of all evaluations, 0–100.", mlflow="coco/best_box_ap"),
         _ap("best_mask_ap", "Best mask AP", "Highest mask AP of all evaluations, 0–100.", mlflow="coco/best_mask_ap"),
+        _ap("best_keypoint_ap", "Best keypoint AP", "Highest keypoint AP of all evaluations, 0–100.",
+            mlflow="coco/best_keypoint_ap"),
         _ap("evaluations.box_ap", "Box AP", "Box AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
             mlflow="coco/box_ap"),
         _ap("evaluations.mask_ap", "Mask AP", "Mask AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
             mlflow="coco/mask_ap"),
-        _ap("evaluations.figures.*", "COCO figures", "COCO's figures of an evaluation for boxes and masks (`box_ap50`, "
-            "`mask_arl`, …), 0–100.", mlflow="coco/*"),
+        _ap("evaluations.keypoint_ap", "Keypoint AP", "Keypoint AP of an evaluation, 0–100: mean over OKS 0.50 to "
+            "0.95.", mlflow="coco/keypoint_ap"),
+        _ap("evaluations.figures.*", "COCO figures", "COCO's figures of an evaluation for boxes, masks and keypoints "
+            "(`box_ap50`, `mask_arl`, `keypoint_apm`, …), 0–100.", mlflow="coco/*"),
         Figure("evaluations.iteration", "Iteration", "Iterations trained at an evaluation."),
         Figure("evaluations.epoch", "Epoch", "Passes over the training data at an evaluation.", text=_two_decimals),
         _seconds("evaluations.seconds", "Evaluation (s)", "How long an evaluation took; training was stalled as long, "
@@ -123,6 +131,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "evaluation were known."),
         _seconds("evaluations.mask_elapsed_seconds", "Masks scored at (s)", "Seed clock when the mask figures of an "
             "evaluation were known."),
+        _seconds("evaluations.keypoint_elapsed_seconds", "Keypoints scored at (s)", "Seed clock when the keypoint "
+            "figures of an evaluation were known."),
     ),
     "Wall clock": (
         _seconds("startup_seconds", "Start-up (s)", "From the driver's start of the trial to the first batch request "

@@ -35,9 +35,11 @@ class Evaluation(_Record):
     epoch: float | None = None
     box_ap: float | None = None
     mask_ap: float | None = None
+    keypoint_ap: float | None = None
     seconds: float | None = None
     elapsed_seconds: float | None = None
     mask_elapsed_seconds: float | None = None
+    keypoint_elapsed_seconds: float | None = None
     figures: dict[str, float | None] = {}
     part_seconds: dict[str, float] = {}
 
@@ -156,6 +158,7 @@ class TrialResult(_Record):
     scored_iteration: int | None = None
     scored_box_ap: float | None = None
     scored_mask_ap: float | None = None
+    scored_keypoint_ap: float | None = None
     schedule_seconds: float | None = None
     startup_seconds: float | None = None
     evaluation_seconds: float | None = None
@@ -167,8 +170,10 @@ class TrialResult(_Record):
     restarts: list[Restart] = []
     box_ap: float | None = None
     mask_ap: float | None = None
+    keypoint_ap: float | None = None
     best_box_ap: float | None = None
     best_mask_ap: float | None = None
+    best_keypoint_ap: float | None = None
     target_box_ap: float | None = None
     target_mask_ap: float | None = None
     evaluations: list[Evaluation] = []

@@ -29,8 +29,8 @@ MIN_BATCHES = 4
 
 REPEATED_FIGURES = (
     "images_per_second", "wall_images_per_second", "time_to_train_seconds", "time_to_box_target_seconds",
-    "mlperf_seconds", "schedule_seconds", "startup_seconds", "box_ap", "mask_ap", "best_box_ap", "best_mask_ap",
-    "peak_memory_gib",
+    "mlperf_seconds", "schedule_seconds", "startup_seconds", "box_ap", "mask_ap", "keypoint_ap", "best_box_ap",
+    "best_mask_ap", "best_keypoint_ap", "peak_memory_gib",
 )  # fmt: skip
 """Figures of a trial that are summed up over repeats."""
 

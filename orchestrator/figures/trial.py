@@ -140,7 +140,7 @@ def _accuracy(trial: _Trial) -> dict[str, Any]:
     """AP of the last, the best and the scored evaluation, and every evaluation."""
     last = trial.evaluations[-1].figures if trial.evaluations else {}
     values: dict[str, Any] = {"scored_iteration": trial.scored.iteration if trial.scored else None}
-    for name in ("box_ap", "mask_ap"):
+    for name in ("box_ap", "mask_ap", "keypoint_ap"):
         measured = [ap for e in trial.evaluations if (ap := e.figures.get(name)) is not None]
         values[name] = last.get(name)
         values[f"best_{name}"] = max(measured, default=None)
@@ -151,9 +151,11 @@ def _accuracy(trial: _Trial) -> dict[str, Any]:
             epoch=event.epoch,
             box_ap=event.figures.get("box_ap"),
             mask_ap=event.figures.get("mask_ap"),
+            keypoint_ap=event.figures.get("keypoint_ap"),
             seconds=None if lacks(trial.events, "times") else event.seconds,
             elapsed_seconds=_between(trial.worker_start, event.box_scored),
             mask_elapsed_seconds=_between(trial.worker_start, event.mask_scored),
+            keypoint_elapsed_seconds=_between(trial.worker_start, event.keypoint_scored),
             figures=event.figures,
             part_seconds=event.part_seconds,
         )

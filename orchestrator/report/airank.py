@@ -48,14 +48,13 @@ def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
     lines = [_line(start, f"load_data, checksum:{_checksum(plan)}"), _line(start, "test_begin")]
     target = result.time_to_train_seconds
     for event in sorted((e for e in events if isinstance(e, Evaluated)), key=lambda e: e.time):
-        scored = event.box_scored if event.mask_scored is None else max(event.box_scored, event.mask_scored)
-        figures = ((name, event.figures.get(f"{name}_ap")) for name in ("box", "mask"))
+        figures = ((name, event.figures.get(f"{name}_ap")) for name in ("box", "mask", "keypoint"))
         shown = " ".join(f"{name}_ap {value:.4f}" for name, value in figures if value is not None)
         if shown:
             epoch = f", total_epoch_cnt:{event.epoch:.6g}" if event.epoch is not None else ""
-            lines.append(_line(scored, f"eval_accuracy:{shown}{epoch}"))
+            lines.append(_line(event.scored, f"eval_accuracy:{shown}{epoch}"))
         if target is not None and event.iteration == result.scored_iteration:
-            lines.append(_line(max(scored, start + target), f"target_quality_time:{target:.3f}sec"))
+            lines.append(_line(max(event.scored, start + target), f"target_quality_time:{target:.3f}sec"))
             target = None
     finished = next((e for e in reversed(events) if isinstance(e, LoopFinished)), None)
     if finished is not None:
@@ -100,6 +99,8 @@ def airank_table(result: ExperimentResult) -> str:
         if row.kind == "reference":
             continue
         accuracy = f"box ap: {number_text(row.box_ap, 2)} mask ap: {number_text(row.mask_ap, 2)}"
+        if row.keypoint_ap is not None:
+            accuracy += f" keypoint ap: {number_text(row.keypoint_ap, 2)}"
         lines.append(
             f"| {row.workers} | {number_text(row.time_to_train_seconds, 0)} | {number_text(row.images_per_second, 2)} "
             f"| {escape_markdown(accuracy)} | {number_text(row.speed_up, 2)} |"

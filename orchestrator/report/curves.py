@@ -24,8 +24,9 @@ Points = Sequence[tuple[float, float]]
 PARTS: dict[str, dict[str, Any]] = {
     "box": {"linestyle": "-", "marker": "o", "markersize": 3.5},
     "mask": {"linestyle": "--", "marker": "s", "markersize": 6, "fillstyle": "none"},
+    "keypoint": {"linestyle": ":", "marker": "^", "markersize": 9, "fillstyle": "none"},
 }
-"""How the curves of box and mask AP are drawn; both are seen where they are equal."""
+"""How the curves of box, mask and keypoint AP are drawn; all are seen where they are equal."""
 
 
 def throughput(data: ReportInput) -> Drawing:
@@ -88,25 +89,25 @@ def _scale_by_powers_of_two(axes: Axes, sizes: Sequence[int]) -> None:
 
 
 def accuracy_over_time(data: ReportInput) -> Drawing:
-    """Box and mask AP over the seed clock."""
+    """Box, mask and keypoint AP over the seed clock."""
     longest = max((e.elapsed_seconds or 0 for t in data.trials for e in t.trial.evaluations), default=0)
     unit, divisor = drawing.time_unit(longest)
-    curves = _by_part(data, "elapsed_seconds", "mask_elapsed_seconds")
+    curves = _by_part(data, "elapsed_seconds", "mask_elapsed_seconds", "keypoint_elapsed_seconds")
     curves = {key: [(x / divisor, ap) for x, ap in points] for key, points in curves.items()}
     return _accuracy(data, curves, f"{unit} on the seed clock") or "no evaluation whose time is known"
 
 
 def accuracy_over_iterations(data: ReportInput) -> Drawing:
-    """Box and mask AP over iterations."""
-    return _accuracy(data, _by_part(data, "iteration", "iteration"), "iterations") or "no evaluation"
+    """Box, mask and keypoint AP over iterations."""
+    return _accuracy(data, _by_part(data, *["iteration"] * 3), "iterations") or "no evaluation"
 
 
-def _by_part(data: ReportInput, box_x: str, mask_x: str) -> dict[tuple[int, str], list[tuple[float, float]]]:
-    """AP over two fields of the evaluations, by trial's position and part."""
+def _by_part(data: ReportInput, *fields: str) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    """AP over a field of the evaluations for each of `PARTS`, by trial's position and part."""
     return {
         (position, part): _known((getattr(e, x), getattr(e, f"{part}_ap")) for e in trial.trial.evaluations)
         for position, trial in enumerate(data.trials)
-        for part, x in (("box", box_x), ("mask", mask_x))
+        for part, x in zip(PARTS, fields, strict=True)
     }
 
 
@@ -123,11 +124,12 @@ def _accuracy(data: ReportInput, curves: Mapping[tuple[int, str], Points], xlabe
         return ""
     for (position, part), points in drawn.items():
         axes.plot(*drawing.thinned(points), color=drawing.color_of(position), **PARTS[part])
-    _target_lines(axes, {(part, getattr(data.trials[at].trial, f"target_{part}_ap")) for at, part in drawn})
+    _target_lines(axes, {(part, getattr(data.trials[at].trial, f"target_{part}_ap", None)) for at, part in drawn})
     positions = dict.fromkeys(position for position, _ in drawn)
     handles = [Line2D([], [], color=drawing.color_of(at), label=data.trials[at].label) for at in positions]
     if len(handles) <= drawing.MAX_NAMED - 2:
-        handles += [Line2D([], [], color=drawing.MUTED, label=f"{part} AP", **style) for part, style in PARTS.items()]
+        parts = {part: style for part, style in PARTS.items() if any(part == each for _, each in drawn)}
+        handles += [Line2D([], [], color=drawing.MUTED, label=f"{part} AP", **style) for part, style in parts.items()]
     drawing.start_at_zero(axes)
     axes.set_title("AP, 0–100")
     axes.set_xlabel(xlabel)

@@ -13,9 +13,12 @@ from orchestrator.runlog.folder import TrialEvents
 WALL_KEYS = ("sections.wall", *(f"sections.{name}" for name in SECTION_NAMES))
 EVALUATION_KEYS = (
     "evaluations.iteration", "evaluations.epoch", "evaluations.box_ap", "evaluations.mask_ap",
-    "evaluations.elapsed_seconds", "evaluations.seconds",
+    "evaluations.keypoint_ap", "evaluations.elapsed_seconds", "evaluations.seconds",
 )  # fmt: skip
-COCO_COLUMNS = {"box_ap50": "Box AP50", "mask_ap50": "Mask AP50"}
+COCO_COLUMNS = {"box_ap50": "Box AP50", "mask_ap50": "Mask AP50", "keypoint_ap50": "Keypoint AP50"}
+PARTS = ("mask", "keypoint")
+"""What not every model detects: its columns are there where an evaluation has its figures."""
+
 STEP_KEYS = (
     "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
     "rank_skew", "peak_memory_gib", "num_restarts",
@@ -28,13 +31,17 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
     """Headings and rows of every table that has rows, by its title; the trials' labels begin their rows."""
     wall, evaluations, steps, restarts = [], [], [], []
     coco = FIGURES["evaluations.figures.*"]
+    figures = {name for trial in trials for each in trial.trial.evaluations for name in each.figures}
+    absent = tuple(part for part in PARTS if f"{part}_ap" not in figures)
+    keys = [key for key in EVALUATION_KEYS if not key.removeprefix("evaluations.").startswith(absent)]
+    columns = {name: heading for name, heading in COCO_COLUMNS.items() if not name.startswith(absent)}
     for trial in trials:
         record = trial.trial
         if record.sections:
             wall.append([trial.label, *_texts(record, WALL_KEYS)])
         for evaluation in record.evaluations:
-            more = [coco.text(evaluation.figures.get(name)) for name in COCO_COLUMNS]
-            evaluations.append([trial.label, *_texts(evaluation, EVALUATION_KEYS), *more])
+            more = [coco.text(evaluation.figures.get(name)) for name in columns]
+            evaluations.append([trial.label, *_texts(evaluation, keys), *more])
         device = f"{record.world_size} × {record.device_name or record.device or NOT_MEASURED}"
         steps.append([trial.label, *_texts(record, STEP_KEYS), device])
         for restart in record.restarts:
@@ -42,7 +49,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS)])
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
-        "Evaluations": (["Trial", *_headings(EVALUATION_KEYS), *COCO_COLUMNS.values()], evaluations),
+        "Evaluations": (["Trial", *_headings(keys), *columns.values()], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts),
     }

@@ -167,18 +167,17 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
     for event in evaluations:
         at = {"epoch_num": event.epoch} if event.epoch is not None else None
         eval_start = event.time - (event.seconds or 0.0)
-        scored = max(event.box_scored, event.mask_scored or event.box_scored)
         if event.epoch is not None and event.epoch > epoch:  # one that a restart or the end repeats trains no block
             lines.block(since, eval_start, epoch, event.epoch - epoch)
             epoch = event.epoch
         lines.start("eval_start", eval_start, metadata=at)
         names = {"BBOX": "box_ap", "SEGM": "mask_ap"}
         values = {key: round(ap / 100, 8) for key, name in names.items() if (ap := event.figures.get(name)) is not None}
-        lines.point("eval_accuracy", scored, values, metadata=at)
+        lines.point("eval_accuracy", event.scored, values, metadata=at)
         # MLPerf's clock stops when the figures are known, not when they are printed.
-        lines.stop("eval_stop", scored, metadata=at)
+        lines.stop("eval_stop", event.scored, metadata=at)
         if event.iteration == result.scored_iteration:
-            return scored
+            return event.scored
         since = event.time
     ended = next((e.time for e in reversed(events) if isinstance(e, LoopFinished | TrialEnded)), since)
     if not evaluations and result.iterations and result.num_train_images and result.global_batch_size:

@@ -143,7 +143,8 @@ class ProgressDisplay:
         if self._plan is None:
             return
         parts = []
-        for name, target in (("box", self._plan.target_box_ap), ("mask", self._plan.target_mask_ap)):
+        targets = {"box": self._plan.target_box_ap, "mask": self._plan.target_mask_ap, "keypoint": None}
+        for name, target in targets.items():
             ap, before = event.figures.get(f"{name}_ap"), self._last_ap.get(f"{name}_ap")
             if ap is None:
                 continue

@@ -35,13 +35,15 @@ COLUMNS = tuple(
     FIGURES[key]
     for key in (
         "time_to_box_target_seconds", "time_to_train_seconds", "images_per_second", "box_ap", "mask_ap",
-        "scaling.speed_up", "scaling.efficiency", "cost", "cost_to_target",
+        "keypoint_ap", "scaling.speed_up", "scaling.efficiency", "cost", "cost_to_target",
     )
 )  # fmt: skip
 """Figures of the table after the name and the workers."""
 
-COSTS = ("cost", "cost_to_target")
-"""Columns that are there only where a price is known."""
+WHERE_KNOWN = ("keypoint_ap", "cost", "cost_to_target")
+"""Columns that are there only where a row has a figure: a model with keypoints, a price."""
+
+APS = ("box_ap", "mask_ap", "keypoint_ap")
 
 NARROW_OPTIONAL = ("time_to_box_target_seconds", "scaling.speed_up", "scaling.efficiency")
 """Columns that the seed's table does not have: a narrow table leaves them out where they are empty."""
@@ -65,8 +67,9 @@ class Row:
     time_to_train_seconds: float | None = None
     images_per_second: float | None = None
     box_ap: float | None = None
-    """Of the evaluation that met the targets, else of the last one (0–100); so is the mask AP."""
+    """Of the evaluation that met the targets, else of the last one (0–100); so are the next two."""
     mask_ap: float | None = None
+    keypoint_ap: float | None = None
     speed_up: float | None = None
     efficiency: float | None = None
     cost: float | None = None
@@ -97,9 +100,9 @@ def table_cells(result: ExperimentResult, *, narrow: bool = False) -> tuple[list
     """
     rows = table_rows(result)
     priced = any(row.cost is not None for row in rows)
-    columns = [column for column in COLUMNS if priced or column.key not in COSTS]
+    empty = {column.key for column in COLUMNS if all(row.text(column) == NOT_MEASURED for row in rows)}
+    columns = [column for column in COLUMNS if column.key not in empty.intersection(WHERE_KNOWN)]
     if narrow:
-        empty = {column.key for column in columns if all(row.text(column) == NOT_MEASURED for row in rows)}
         displaced = {"time_to_box_target_seconds", "scaling.speed_up"} if priced else set()
         left_out = (empty | displaced).intersection(NARROW_OPTIONAL)
         columns = [column for column in columns if column.key not in left_out]
@@ -170,11 +173,10 @@ def neutral_cell(value: object) -> object:
     return value
 
 
-def ap_to_show(trial: TrialResult) -> tuple[float | None, float | None]:
-    """Box and mask AP of the evaluation that first met all targets, as the seed shows them, else of the last one."""
-    if trial.scored_iteration is not None:
-        return trial.scored_box_ap, trial.scored_mask_ap
-    return trial.box_ap, trial.mask_ap
+def _aps_to_show(trial: TrialResult) -> dict[str, float | None]:
+    """APs of the evaluation that first met all targets, as the seed shows them, else of the last one."""
+    start = "" if trial.scored_iteration is None else "scored_"
+    return {name: getattr(trial, f"{start}{name}") for name in APS}
 
 
 def _reference(reference: ReferenceRow) -> Row:
@@ -195,7 +197,7 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
     key = (first.recipe, first.scaling, first.world_size)
     scaling = next((row for row in result.scaling if (row.recipe, row.kind, row.world_size) == key), None)
     # The seed's table leaves AP blank where nobody trained to it.
-    aps = [(None, None) if first.protocol == "throughput" else ap_to_show(trial) for trial in trials]
+    aps = [dict.fromkeys(APS) if first.protocol == "throughput" else _aps_to_show(trial) for trial in trials]
     return Row(
         name=name,
         kind="measured",
@@ -204,8 +206,7 @@ def _measured(result: ExperimentResult, name: str, trials: Sequence[TrialResult]
         time_to_box_target_seconds=_median_with_misses([t.time_to_box_target_seconds for t in trials]),
         time_to_train_seconds=_median_with_misses([t.time_to_train_seconds for t in trials]),
         images_per_second=_median(t.images_per_second for t in trials),
-        box_ap=_median(box_ap for box_ap, _ in aps),
-        mask_ap=_median(mask_ap for _, mask_ap in aps),
+        **{name: _median(each[name] for each in aps) for name in APS},
         speed_up=scaling.speed_up if scaling else None,
         efficiency=scaling.efficiency if scaling else None,
         cost=_median(t.cost for t in trials),
@@ -228,8 +229,9 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
             f"starved: {wait:.0%} of the step time went by waiting for data; "
             "give it more CPUs (resources.cpus_per_worker) or loader processes (resources.loader_workers)"
         )
-    if first.protocol == "throughput" and any(ap_to_show(trial) != (None, None) for trial in trials):
-        figures = f"box AP {number_text(first.box_ap, 2)}, mask AP {number_text(first.mask_ap, 2)}"
+    known = {name: ap for name in APS if (ap := getattr(first, name)) is not None}
+    if first.protocol == "throughput" and known:
+        figures = ", ".join(f"{name.replace('_ap', ' AP')} {number_text(ap, 2)}" for name, ap in known.items())
         notes.append(f"{figures} after {first.iterations} iterations run for speed, not for accuracy")
     return notes
 

@@ -80,6 +80,7 @@ def outcome(result: TrialResult) -> str:
     return (
         f"{rate_text(result.images_per_second)} images/s, {seconds_text(result.time_to_train_seconds)} s to train, "
         f"{number_text(result.box_ap, 2)} box AP, {number_text(result.mask_ap, 2)} mask AP"
+        + (f", {number_text(result.keypoint_ap, 2)} keypoint AP" if result.keypoint_ap is not None else "")
     )
 
 

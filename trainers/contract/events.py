@@ -143,6 +143,11 @@ class Evaluated(Event):
     """When the keypoint figures were known; None for a model without keypoints."""
 
     @property
+    def scored(self) -> float:
+        """When all of its figures were known."""
+        return max(filter(None, (self.box_scored, self.mask_scored, self.keypoint_scored)))
+
+    @property
     def overlapped(self) -> bool:
         """Whether it ran concurrently with training."""
         return "stall" in self.part_seconds

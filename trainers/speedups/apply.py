@@ -21,10 +21,12 @@ from detectron2.modeling.roi_heads import (
     Res5ROIHeads,
     StandardROIHeads,
 )
+from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 from torch import nn
 
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
+from trainers.speedups.keypoint_head import ContiguousKeypointHead
 from trainers.speedups.proposals import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedRPN, BatchedStandardROIHeads
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
 from trainers.speedups.roi_pooling import sparse_pooler
@@ -48,6 +50,7 @@ REPLACEMENTS: dict[str, Table] = {
     },
     "quiet_heads": {FastRCNNOutputLayers: QuietFastRCNNOutputLayers, MaskRCNNConvUpsampleHead: QuietMaskRCNNHead},
     "winograd": {Conv2d: winograd_conv},
+    "channels_last": {KRCNNConvDeconvUpsampleHead: ContiguousKeypointHead},
 }
 """For each switch of a recipe the classes of detectron2 that it exchanges."""
 
@@ -117,7 +120,9 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
     Checkpoints stay as they are, so that a trial can go on under another recipe.
     """
     on_cpu = device.type == "cpu"
+    with_keypoints = any(type(module) is KRCNNConvDeconvUpsampleHead for module in model.modules())
     switches = {
+        "channels_last": recipe.channels_last and with_keypoints,
         "sparse_pooling": recipe.sparse_pooling and on_cpu,
         "batched_proposals": recipe.batched_proposals,
         "quiet_heads": recipe.quiet_heads,
