@@ -150,13 +150,17 @@ def _score_with(
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
         truth = _loaded(path, stat.st_size, stat.st_mtime_ns, iou_type, scorer)
         found = truth.examples if detections is None else detections
-        if unknown := {detection["image_id"] for detection in found} - truth.image_ids.keys():
+        category_ids = [truth.category_ids.get(detection["category_id"], 0) for detection in found]
+        if 0 in category_ids:
+            found = [detection for detection, number in zip(found, category_ids, strict=True) if number]
+            category_ids = [number for number in category_ids if number]
+        image_ids = [truth.image_ids.get(detection["image_id"], 0) for detection in found]
+        if 0 in image_ids:
+            unknown = {detection["image_id"] for detection in found} - truth.image_ids.keys()
             raise ScoringInputError(f"{path}: detections of images that are not in it: {list(unknown)[:5]}")
-        if {detection["category_id"] for detection in found} - truth.category_ids.keys():
-            found = [detection for detection in found if detection["category_id"] in truth.category_ids]
-        evaluation = _SCORERS[scorer](truth, found, iou_type)
+        evaluation = _SCORERS[scorer](truth.coco, found, image_ids, category_ids, iou_type)
         if detections is None and scorer == "pycocotools":  # all 5,000 images of COCO would take 10 s
-            evaluation.params.imgIds = [truth.image_ids[detection["image_id"]] for detection in found]
+            evaluation.params.imgIds = image_ids
         if iou_type == "keypoints":
             _set_sigmas(evaluation, sigmas, found, truth.num_keypoints, path)
         evaluation.evaluate()
@@ -222,43 +226,43 @@ def _pycocotools_coco(document: dict[str, Any]) -> Any:
     return coco
 
 
-def _with_pycocotools(truth: _Loaded, detections: Sequence[Detection], iou_type: IouType) -> Any:
+def _with_pycocotools(
+    truth: Any, detections: Sequence[Detection], image_ids: list[int], category_ids: list[int], iou_type: IouType
+) -> Any:
     from pycocotools.cocoeval import COCOeval
 
     # loadRes writes into the dicts it is given, and takes a box's area before a mask's.
     copies = [
-        {
-            "image_id": truth.image_ids[detection["image_id"]],
-            "category_id": truth.category_ids[detection["category_id"]],
-            **{key: detection[key] for key in _USED[iou_type]},
-        }
-        for detection in detections
+        {"image_id": image_id, "category_id": category_id, **{key: detection[key] for key in _USED[iou_type]}}
+        for detection, image_id, category_id in zip(detections, image_ids, category_ids, strict=True)
     ]
     # loadRes looks at the first detection
-    found = truth.coco.loadRes(copies) if copies else _pycocotools_coco({**truth.coco.dataset, "annotations": []})
-    return COCOeval(truth.coco, found, iou_type)
+    found = truth.loadRes(copies) if copies else _pycocotools_coco({**truth.dataset, "annotations": []})
+    return COCOeval(truth, found, iou_type)
 
 
-def _with_hotcoco(truth: _Loaded, detections: Sequence[Detection], iou_type: IouType) -> Any:
+def _with_hotcoco(
+    truth: Any, detections: Sequence[Detection], image_ids: list[int], category_ids: list[int], iou_type: IouType
+) -> Any:
     from hotcoco import COCOeval
     from hotcoco.mask import area
 
     # Columns instead of a list of dicts: reading 100,000 dicts field by field takes longer than scoring them.
     rows = np.zeros((len(detections), 7), dtype=np.float64)
     if detections:
-        rows[:, 0] = [truth.image_ids[detection["image_id"]] for detection in detections]
+        rows[:, 0] = image_ids
         rows[:, 5] = [detection["score"] for detection in detections]
-        rows[:, 6] = [truth.category_ids[detection["category_id"]] for detection in detections]
+        rows[:, 6] = category_ids
         if iou_type != "segm":
             rows[:, 1:5] = [detection["bbox"] for detection in detections]
     rles = [detection["segmentation"] for detection in detections] if iou_type == "segm" else None
-    found = truth.coco.load_res(rows, segmentation=rles)
+    found = truth.load_res(rows, segmentation=rles)
     # load_res numbers detections from 1 in their order, and gives them their boxes' areas.
     if rles:
         found.update_anns(ids=np.arange(1, len(rles) + 1), area=np.asarray(area(rles), dtype=np.float64))
     elif detections and iou_type == "keypoints":
         found.update_anns([{"id": n, "keypoints": d["keypoints"]} for n, d in enumerate(detections, start=1)])
-    return COCOeval(truth.coco, found, iou_type)
+    return COCOeval(truth, found, iou_type)
 
 
 _USED: dict[IouType, tuple[str, ...]] = {
