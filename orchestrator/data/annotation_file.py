@@ -100,6 +100,8 @@ def check_annotations(
 
 def _entries(document: dict[str, Any], key: str, file: str, findings: FindingList) -> list[Any]:
     entries = document.get(key)
+    if entries is None and key == "annotations":
+        return []  # as good as an empty list, which is reported where it matters
     if not isinstance(entries, list):
         found = "is missing" if entries is None else f"is a {type(entries).__name__}"
         findings.error("json_structure", file, key, f"the list {key!r} {found}", f'Write "{key}": [{{…}}, …]')

@@ -62,7 +62,7 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
                 problem = _check_depth(image)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\((\d+) pixels", str(error))
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        limit = round(2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6)  # Pillow warns from its limit on, and refuses twice that
         what = f"the image has {f'{int(pixels[1]):,}' if pixels else 'too many'} pixels: too large for Pillow"
         return Problem("image_too_large", f"{what} (limit {limit} million), and so for detectron2", TILE_IT)
     except MemoryError:

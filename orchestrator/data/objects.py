@@ -157,6 +157,12 @@ def _check_boxes(
     report("box_outside", beyond & outside, f"its bbox {{box}} lies outside its {{size}} image; {effect}", hint)
     effect = "it is scored with the part outside" if for_scoring else "detectron2 cuts it at the edge"
     report("box_over_edge", beyond & ~outside, f"its bbox {{box}} reaches out of its {{size}} image; {effect}", hint)
+    if len(values) and finite.all() and (np.maximum(x + width, y + height) <= 1).all():
+        what = (
+            f"all {len(values):,} boxes lie in the first pixel of their image, {shorten(entries[good[0]].bbox)} for one"
+        )
+        hint = "Write pixels: these look like shares of the image's width and height"
+        findings.warning("box_normalised", file, "bbox", what, hint)
     has_box = np.zeros(len(entries), dtype=bool)
     has_box[good] = finite & ~empty & ~outside
     return has_box

@@ -86,6 +86,16 @@ def test_a_flaw_of_many_objects_is_one_warning_with_their_number(root: Path) -> 
     assert finding.count == num_annotations > 3 and f"{num_annotations - 1:,} more like this" in finding.what
 
 
+def test_boxes_in_shares_of_the_image_are_recognised(root: Path) -> None:
+    (finding,) = check(root, every(bbox=[0.25, 0.5, 0.25, 0.5]))
+    assert finding.code == "box_normalised" and "[0.25, 0.5, 0.25, 0.5] for one" in finding.what
+
+
+def test_a_file_without_the_list_of_annotations_is_unlabelled(root: Path) -> None:
+    (finding,) = check(root, lambda document: document.pop("annotations"))
+    assert (finding.code, finding.id) == ("split_empty", "annotations")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_every_encoding_of_annotations_passes(root: Path, encoding: str) -> None:
     assert check(root, lambda document: None, encoding=encoding) == []
