@@ -158,7 +158,8 @@ def _score_dry(plans: Sequence[TrialPlan], cfg: CfgNode | None) -> list[Problem]
     problems = []
     types: list[IouType] = scored_types(cfg) if cfg else ["bbox"]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS if cfg else None
-    for scorer, plan in {plan.recipe.scorer: plan for plan in plans}.items():
+    evaluating = [plan for plan in plans if plan.solver.eval_period or plan.solver.evaluate_at_end]
+    for scorer, plan in {plan.recipe.scorer: plan for plan in evaluating}.items():
         place = plan.val.annotations
         try:
             for warning in dry_score(place, types, scorer, sigmas):
