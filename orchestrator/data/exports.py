@@ -71,6 +71,7 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
         The complete parts by name (`train`, `val`, `test`, or `all` for an annotation file of no part), and what is
         wrong with the layout.
     """
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
     root = path / "coco" if not (path / "annotations").is_dir() and (path / "coco").is_dir() else path
     contents = _scan(root)
     by_part: defaultdict[str, list[Path]] = defaultdict(list)
@@ -187,32 +188,45 @@ def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> 
 
 
 def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Path | None:
-    """The folder in which an annotation file's names lead to files, or at least have their like; None for none."""
+    """The folder in which an annotation file's names lead to files, or at least have their like; None for none.
+
+    Folders below the data set's come first; then those next to it, where it is the annotations' own folder. One that is
+    named for another part is taken for what was split from that part only: its files may have the same names.
+    """
     names = _sample_names(file)
     if not names:
         return file.parent
+    takes_any = part == "all" or file.parent == root / SPLIT_FOLDER
+    others = frozenset() if takes_any else frozenset(ORDER) - {part}
+    if (folder := _folder_of(names, file, root, folders, others)) is not None:
+        return folder
+    matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
+    if found := Counter(match.folder for match in matches.values() if part_of(match.folder) not in others):
+        return root / found.most_common(1)[0][0]
+    above = root.parent
+    if file.parent != root or above == Path(above.anchor):
+        return None
+    return _folder_of(names, file, above, _scan(above).folders, others)
 
-    def likelihood(folder: Path) -> tuple[bool, int, Path]:
-        named_for = part_of(folder.relative_to(root).as_posix())
-        return bool(named_for) and named_for != part, len(_between(folder, file.parent)), folder
 
+def _folder_of(names: list[str], file: Path, root: Path, folders: list[Path], others: frozenset[str]) -> Path | None:
+    """The folder in which most of the names are files; of several, the one nearest to the annotation file."""
+    folders = [folder for folder in folders if part_of(folder.relative_to(root).as_posix()) not in others]
+    folders.sort(key=lambda folder: (len(_between(folder, file.parent)), folder))
     usable = [name for name in names if check_name(name) is None]
     best, most = None, 0
-    for folder in sorted(folders, key=likelihood):
+    for folder in folders:
         found = sum(is_file(folder / name) for name in usable)
         if found > most:
             best, most = folder, found
         if most == len(names):
             break
-    if best is not None:
-        return best
-    matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
-    return root / Counter(match.folder for match in matches.values()).most_common(1)[0][0] if matches else None
+    return best
 
 
 def _between(one: Path, other: Path) -> list[str]:
     """The names of the folders that lead from one to the other."""
-    shared = len(os.path.commonpath([one, other]).split("/")) if one != Path("/") else 1
+    shared = len(Path(os.path.commonpath([one, other])).parts)
     return [*one.parts[shared:], *other.parts[shared:]]
 
 

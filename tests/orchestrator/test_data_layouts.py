@@ -112,6 +112,32 @@ def test_an_annotation_file_without_its_images_says_which_were_looked_for(source
     assert code == 2 and "no folder in" in report["findings"][0]["what"]
 
 
+@pytest.mark.parametrize("layout", [layouts.coco, layouts.cvat], ids=lambda layout: layout.__name__)
+def test_the_folder_of_the_annotations_alone_will_do(
+    layout: Callable[[Path, Path], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout(source, tmp_path / "my data")
+    monkeypatch.chdir(tmp_path / "my data/annotations")
+    code, report = check(Path())
+    assert code == 0 and [split["num_images"] for split in report["splits"]] == [6, 4]
+
+
+def test_the_images_of_another_part_are_not_taken_for_those_that_are_missing(source: Path, tmp_path: Path) -> None:
+    layouts.fiftyone(source, tmp_path)
+    shutil.rmtree(tmp_path / "val/data")  # its names are those of training images, too
+    splits, (finding,) = find_splits(tmp_path)
+    assert list(splits) == ["train"] and finding.level == "error" and "val/labels.json" in finding.file
+
+
+def test_parts_are_recognised_whatever_their_case_and_depth(source: Path, tmp_path: Path) -> None:
+    for part, name in (("train", "Train"), ("val", "Validation")):
+        document, images = layouts.read(source, part)
+        layouts.write(tmp_path / f"export/project/annotations/instances_{name}.json", document)
+        shutil.copytree(images, tmp_path / f"export/project/images/{name}", copy_function=shutil.copyfile)
+    splits, findings = find_splits(tmp_path / "export")
+    assert findings == [] and [split.images.name for split in splits.values()] == ["Train", "Validation"]
+
+
 def test_of_two_files_of_one_part_the_nearer_is_taken_and_the_other_named(source: Path, tmp_path: Path) -> None:
     layouts.roboflow(source, tmp_path / "my data")
     shutil.copytree(tmp_path / "my data/train", tmp_path / "my data/old/train")
