@@ -141,6 +141,7 @@ class EvaluationHook:
         started = time.perf_counter()
         if self.prepare:
             self.prepare(loop.iteration)
+            loop.activity.enter("evaluation")  # it has a time-out of its own
         prepared = time.perf_counter() - started
         share_buffers(loop.model, self.plan.world_size)
         if self.plan.recipe.overlapped_evaluation and not last:
