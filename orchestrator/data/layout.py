@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Dataset(NamedTuple):
     val: Split
 
 
-def coco_layout(root: Path) -> Dataset:
-    """Where COCO's layout has the two splits below `root`; nothing is read."""
+def coco_layout(root: Path, files: Literal["instances", "person_keypoints"] = "instances") -> Dataset:
+    """Where COCO's layout has the two splits below `root`, in the annotation files of that kind; nothing is read."""
     annotations = root / "annotations"
     return Dataset(
-        Split(annotations / "instances_train2017.json", root / "train2017"),
-        Split(annotations / "instances_val2017.json", root / "val2017", for_scoring=True),
+        Split(annotations / f"{files}_train2017.json", root / "train2017"),
+        Split(annotations / f"{files}_val2017.json", root / "val2017", for_scoring=True),
     )

@@ -17,16 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.data.layout import Split, coco_layout
 from orchestrator.experiment.config_keys import usable_value
 from orchestrator.experiment.detectron_config import config_for_workers, given_setting
-from orchestrator.experiment.spec import Data, Experiment, SpecError
-from trainers.contract.annotations import AnnotationFileError, read_annotations
+from orchestrator.experiment.epochs import epoch_images
+from orchestrator.experiment.spec import Experiment, SpecError
 from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
 ZOO_WORLD_SIZE = 8
 """GPUs that the model zoo's batch sizes and learning rates are written for (detectron2, MODEL_ZOO.md)."""
-
-COCO2017_TRAIN_IMAGES = 117_266
-"""Images of COCO 2017's training set that have at least one object: what detectron2 trains on."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,15 +54,18 @@ def generated_root(experiment: Experiment) -> Path:
     return (Path(experiment.storage.path).expanduser() / ".generated" / name).absolute()
 
 
-def dataset_plans(data: Data, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
+def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
     """Training and validation set of an experiment, with absolute paths; nothing is read."""
+    data = experiment.data
     if data.coco is not None:
         pair, name = data.coco, data.coco.name
         train = Split(pair.train_annotations, pair.train_images)
         val = Split(pair.val_annotations, pair.val_images)
     elif data.coco2017:
         root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
-        name, (train, val) = "coco_2017", coco_layout(root)
+        with_keypoints = usable_value(experiment, "MODEL.KEYPOINT_ON")
+        layout = coco_layout(root, "person_keypoints" if with_keypoints else "instances")
+        name, (train, val) = "coco_2017", layout
     else:
         name, (train, val) = "generated", coco_layout(generated_root)
 
@@ -184,35 +184,6 @@ def _check_schedule(experiment: Experiment, solver: SolverPlan) -> None:
             raise SpecError(f"SOLVER.MAX_ITER {solver.max_iter} is too short for the SOLVER.STEPS {solver.steps}")
 
 
-def _num_train_images(experiment: Experiment, annotations: str) -> int | None:
-    """Images of an epoch, for an evaluation period in epochs; None where no such period is given."""
-    if experiment.protocol.eval_period_epochs is None:
-        return None
-    sampler, size = usable_value(experiment, "DATALOADER.SAMPLER_TRAIN"), _num_usable_images(experiment, annotations)
-    if sampler == "RepeatFactorTrainingSampler":
-        what = "RepeatFactorTrainingSampler makes epochs of another length than the data"
-        raise SpecError(f"protocol.eval_period_epochs: {what}; give eval_period_iterations")
-    if sampler == "RandomSubsetTrainingSampler":
-        return max(1, int(size * usable_value(experiment, "DATALOADER.RANDOM_SUBSET_RATIO")))
-    return size
-
-
-def _num_usable_images(experiment: Experiment, annotations: str) -> int:
-    """Images that are trained on; those without an object are not, unless the config says so."""
-    data, filter_empty = experiment.data, usable_value(experiment, "DATALOADER.FILTER_EMPTY_ANNOTATIONS")
-    if data.generated is not None:
-        return data.generated.num_train
-    if data.coco2017 and filter_empty:
-        return COCO2017_TRAIN_IMAGES
-    try:
-        document = read_annotations(Path(annotations).read_bytes()).document
-        if not filter_empty:
-            return len(document["images"])
-        return len({each["image_id"] for each in document["annotations"] if not each.get("iscrowd")})
-    except (AnnotationFileError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SpecError(f"{annotations}: cannot count its images for eval_period_epochs: {error}") from error
-
-
 def _recipe(experiment: Experiment, name: str) -> Recipe:
     switches = experiment.trials.switches
     known = {field.name for field in dataclasses.fields(Recipe)}
@@ -233,8 +204,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     Raises:
         SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config).
     """
-    train, val = dataset_plans(experiment.data, generated_root)
-    num_train_images = _num_train_images(experiment, train.annotations)
+    train, val = dataset_plans(experiment, generated_root)
+    num_train_images = epoch_images(experiment, train.annotations)
     resources, trials, protocol = experiment.resources, experiment.trials, experiment.protocol
     device = resources.device if resources.device != "auto" else ("cuda" if hardware.num_gpus else "cpu")
     cpus = resources.cpus_per_worker
