@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import logging
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,9 @@ def _score_with(
 ) -> dict[str, float | None]:
     path = annotations.absolute()
     stat = path.stat()
-    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print their progress
+    # Both libraries print their progress, and hotcoco warns of sigmas that are not COCO's.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="hotcoco: kpt_oks_sigmas")
         truth = _loaded(path, stat.st_size, stat.st_mtime_ns, iou_type, scorer)
         found = truth.examples if detections is None else detections
         category_ids = [truth.category_ids.get(detection["category_id"], 0) for detection in found]
