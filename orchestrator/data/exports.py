@@ -2,7 +2,7 @@
 
 COCO's own layout, Roboflow's, CVAT's, Label Studio's, VIA's, labelme2coco's and FiftyOne's are found by one rule: every
 JSON file with COCO's lists is an annotation file; its part is the one that its name or folder is named for; its images
-are in the folder, below or around it, in which its file names lead to files.
+are in the folder in which its file names lead to files.
 """
 
 from __future__ import annotations
