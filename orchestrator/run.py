@@ -28,6 +28,7 @@ from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.process import LastingConsole, prepare_process
+from orchestrator.report.plan_table import plan_table
 
 if TYPE_CHECKING:
     from orchestrator.publish import Status
@@ -109,8 +110,6 @@ def main(
 
 
 def _show_plan(request: Request) -> int:
-    from orchestrator.report.plan_table import plan_table
-
     findings = check_settings(request.experiment)
     print_findings(findings)
     if has_errors(findings):
@@ -141,7 +140,6 @@ def _check(request: Request) -> int:
 
 def _run(request: Request) -> int:
     """Preflight, then every trial, then results and report."""
-    from orchestrator.report.plan_table import plan_table
     from orchestrator.runlog.folder import only_driver
 
     if request.earlier:
