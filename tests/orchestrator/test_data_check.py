@@ -188,6 +188,13 @@ def test_a_linked_folder_is_followed_with_a_warning(root: Path, tmp_path: Path) 
     assert code == 0 and [(each["code"], each["level"]) for each in report["findings"]] == [("path_link", "warning")]
 
 
+def test_strictness_makes_errors_of_warnings(root: Path) -> None:
+    edit(coco_layout(root).train.annotations, lambda document: document["annotations"][0].update(bbox=[-9, 1, 20, 20]))
+    assert check(root)[0] == 0
+    code, report = check(root, "--strict")
+    assert code == 2 and codes(report) == ["box_over_edge"] and report["errors"] == 1
+
+
 def test_images_in_subfolders_and_of_other_formats_are_read(root: Path) -> None:
     paths = coco_layout(root)
     (paths.train.images / "sub").mkdir()
