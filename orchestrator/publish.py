@@ -17,7 +17,8 @@ from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
-from orchestrator.files import without_credentials
+from orchestrator.files import redact, without_credentials
+from orchestrator.preflight.tracking import check_store
 from orchestrator.process import LastingConsole
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlflow_links import mlflow_base, table_address
@@ -169,6 +170,8 @@ def track_folder(folder: Path) -> str:
     with only_driver(run.run_dir):
         uri = tracking_uri(run.experiment.tracking.uri)
         tracker = Tracker(run.run_dir, uri)
+        for finding in check_store(uri, run.experiment.name, list(tracker.run_ids().values())):
+            raise SpecError(f"MLflow at {redact(uri)}: {finding.what}. {finding.hint}")
         try:
             tracker.sync()
         except TrackingError as error:

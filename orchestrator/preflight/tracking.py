@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -48,22 +49,13 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
     findings = FindingList()
     uri = tracking_uri(experiment.tracking.uri)
     _check_environment(experiment, findings)
-    report = findings.warning if experiment.tracking.offline else findings.error
-    try:
-        state = _ask(uri, experiment.name, runs)
-    except StoreError as problem:
-        # Without a place to replay to, there is nothing to record for.
-        report = findings.error if problem.code in ("tracking_store", "tracking_unwritable") else report
-        report(problem.code, "tracking.uri", redact(uri), redact(problem.what), problem.hint)
-    else:
-        if state.deleted_experiment:
-            command = restore_command("experiment", state.deleted_experiment, uri)
-            what = f"the experiment {experiment.name!r} was deleted there"
-            report("tracking_deleted", "name", redact(uri), what, f"Restore it (`{command}`), or take another name")
-        for run in state.deleted_runs:
-            hint = f"Restore it (`{restore_command('run', run, uri)}`), or start a new run"
-            report("tracking_deleted", "tracking.uri", redact(uri), f"the run {run} was deleted there", hint)
-        _check_artifacts(uri, state, findings)
+    for finding in check_store(uri, experiment.name, runs):
+        if finding.code in ("tracking_store", "tracking_unwritable"):  # nothing can be replayed there later either
+            findings.add(finding)
+        elif experiment.tracking.offline:
+            findings.add(replace(finding, level="warning"))
+        else:
+            findings.add(replace(finding, hint=f"{finding.hint}; or set tracking.offline=true and replay later"))
     if uri.startswith("sqlite") and (experiment.resources.num_nodes or 1) > 1:
         what = "SQLite for a run on several hosts: only the driver's host sees the file, and it is lost with that host"
         hint = "Start `mlflow server` on a host that stays, and set tracking.uri to its address"
@@ -72,15 +64,33 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
     return findings.to_list()
 
 
-def _check_artifacts(uri: str, state: StoreState, findings: FindingList) -> None:
-    """Checks that this process can write artifacts, where the store leaves that to it."""
+def check_store(uri: str, experiment: str, runs: Sequence[str] = ()) -> list[Finding]:
+    """Checks that a store takes runs, and that an experiment (by name) and earlier runs (by id) are not deleted there.
+
+    Returns:
+        Errors.
+    """
+    findings, shown = FindingList(), redact(uri)
+    try:
+        state = _ask(uri, experiment, runs)
+    except StoreError as problem:
+        findings.error(problem.code, "tracking.uri", shown, redact(problem.what), problem.hint)
+        return findings.to_list()
+    if state.deleted_experiment:
+        command = restore_command("experiment", state.deleted_experiment, uri)
+        what = f"the experiment {experiment!r} was deleted there"
+        findings.error("tracking_deleted", "name", shown, what, f"Restore it (`{command}`), or take another name")
+    for run in state.deleted_runs:
+        hint = f"Restore it (`{restore_command('run', run, uri)}`), or start a new run"
+        findings.error("tracking_deleted", "tracking.uri", shown, f"the run {run} was deleted there", hint)
     if state.artifacts is None and not uri.startswith(("sqlite", *DATABASES)):
-        return  # a server decides where those of a new experiment go
+        return findings.to_list()  # a server decides where artifacts of a new experiment go
     place = (state.artifacts or str(Path.cwd() / "mlruns")).removeprefix("file://")
     if place.startswith("/") and not os.access(existing_parent(Path(place)), os.W_OK):
         what = f"the experiment's artifacts go to {place}, which cannot be written"
         hint = "Start the command in a folder that you may write, or take a server that stores artifacts"
-        findings.error("tracking_unwritable", "tracking.uri", redact(uri), what, hint)
+        findings.error("tracking_unwritable", "tracking.uri", shown, what, hint)
+    return findings.to_list()
 
 
 def check_earlier_tracking(experiment: Experiment, run_dir: Path) -> list[Finding]:

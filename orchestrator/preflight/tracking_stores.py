@@ -22,8 +22,7 @@ CONNECT_TIMEOUT_SECONDS = 3.0
 LOCK_TIMEOUT_SECONDS = 5.0
 """Other runs that are tracked in a SQLite file lock it for moments; MLflow itself waits for 20 s."""
 
-FIX = "correct tracking.uri, or set tracking.offline=true and replay later"
-START_HINT = f"Start it (`make mlflow-server`), {FIX}"
+START_HINT = "Start it (`make mlflow-server`), or correct the address"
 
 DATABASES = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}
 """Databases that MLflow writes to without a tracking server, and what their drivers call their time limit."""
@@ -149,7 +148,9 @@ def ask_database(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
         # Without what SQLAlchemy adds: the driver's class, and links to SQLAlchemy's manual.
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0][:200]
-        raise StoreError("tracking_unreachable", redact(reason), f"Start it, install its driver, {FIX}") from error
+        raise StoreError(
+            "tracking_unreachable", redact(reason), "Start it, install its driver, or correct the address"
+        ) from error
 
 
 def sqlite_file(uri: str) -> Path:
@@ -194,7 +195,7 @@ def _writable(path: Path) -> Iterator[sqlite3.Connection]:
             yield connection
             connection.execute("ROLLBACK")
     except sqlite3.Error as error:
-        hint = f"Name another file, {FIX}"
+        hint = "Name another file"
         if "locked" in str(error):
             hint = "End what uses it (`fuser` names it), or name another file"
         raise StoreError("tracking_unreachable", f"{path}: {error}", hint) from error

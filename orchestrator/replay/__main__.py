@@ -13,6 +13,8 @@ from rich.markup import escape
 
 from orchestrator.figures.catalog import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
+from orchestrator.findings import print_findings
+from orchestrator.preflight.tracking import check_store
 from orchestrator.process import prepare_process
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
 from orchestrator.replay.trial import Targets
@@ -20,6 +22,7 @@ from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import closing_table
 from orchestrator.tracking.driver import TrackingError
+from orchestrator.tracking.driver import tracking_uri as store_address
 
 
 def main(
@@ -39,6 +42,9 @@ def main(
     """Reads detectron2 logs of runs made without this program into its record, table and report."""
     given = target_box_ap is not None or target_mask_ap is not None
     targets = Targets(target_box_ap, target_mask_ap) if given else None
+    if as_reference and (findings := check_store(store_address(tracking_uri), experiment)):
+        print_findings(findings)
+        raise typer.Exit(2)
     with tempfile.TemporaryDirectory(prefix="replay-") as temporary:
         run_dir = (output or Path(temporary)).absolute()
         replayed = _read(logs, targets, year, single=mllog is not None)
