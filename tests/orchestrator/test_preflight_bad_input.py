@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,15 @@ def run(project: Project, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "RAY_"))}
     environment |= {
         "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(project.root / "cache"),
-        # Where Ray looks for a running cluster: it finds none here, whatever else runs on this machine.
-        "RAY_TMPDIR": str(project.root),
-    } | project.environment  # fmt: skip
+    }  # fmt: skip
     command = [sys.executable, "-m", "orchestrator.run", str(project.write()), *options]
-    return subprocess.run(
-        command, cwd=project.root, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
+    # Where Ray looks for a running cluster: it finds none here, whatever else runs on this machine. Its sockets need a
+    # short path.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment |= {"RAY_TMPDIR": folder} | project.environment
+        return subprocess.run(
+            command, cwd=project.root, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
 
 
 def files(root: Path) -> set[str]:
