@@ -49,12 +49,12 @@ def main(
         run_dir = (output or Path(temporary)).absolute()
         replayed = _read(logs, targets, year, single=mllog is not None)
         result = experiment_result(experiment, replayed, sys.argv)
-        write(result, replayed, run_dir)
-        if mllog is not None:
-            mllog.write_text(mllog_text(replayed[0].plan, replayed[0].events, replayed[0].result), encoding="utf-8")
         try:
+            write(result, replayed, run_dir)
+            if mllog is not None:
+                mllog.write_text(mllog_text(replayed[0].plan, replayed[0].events, replayed[0].result), encoding="utf-8")
             store = track(result, replayed, run_dir, tracking_uri) if as_reference else None
-        except TrackingError as error:
+        except (TrackingError, OSError) as error:
             raise _refusal(str(error)) from error
     if as_json:
         print(result.model_dump_json(indent=2))
@@ -92,6 +92,7 @@ def details(trial: TrialResult) -> list[str]:
         lines.append(
             f"final at iteration {last.iteration:,}: box AP {number_text(last.box_ap, 2)}, "
             f"mask AP {number_text(last.mask_ap, 2)}"
+            + (f", keypoint AP {number_text(last.keypoint_ap, 2)}" if last.keypoint_ap is not None else "")
         )
         lines.append(
             f"evaluations: {len(trial.evaluations)}, training stalled for {seconds_text(trial.evaluation_seconds)} s: "

@@ -53,9 +53,12 @@ def printed_lines(text: str) -> tuple[list[str], list[str]]:
     text = _decoded(text)
     notes: list[str] = []
     if "\x1b" in text or _LOST_ESCAPE.search(text):
-        # What broke the lines may have counted the characters of colours.
-        text = "\n".join(_taken_apart(text.split("\n"), notes, whole_prefix=False))
-        text = _ODD_ESCAPE.sub("", _ANSI.sub("", text))
+        rows = text.split("\n")
+        if max(map(len, rows)) <= MAX_WIDTH:  # what broke the lines may have counted the characters of colours
+            text = "\n".join(_taken_apart(rows, notes, whole_prefix=False))
+        text = _ANSI.sub("", text)
+        if "\x1b" in text or _LOST_ESCAPE.search(text):
+            text = _ODD_ESCAPE.sub("", text)
     return _taken_apart(text.split("\n"), notes, whole_prefix=True), notes
 
 

@@ -36,6 +36,8 @@ class LoggedEvaluation:
     """When the box figures were printed; None where they were not."""
     mask_scored: float | None = None
     """The same for masks."""
+    keypoint_scored: float | None = None
+    """The same for keypoints."""
     figures: dict[str, float | None] = field(default_factory=dict)
     """`box_ap`, `box_ap50`, …, `mask_apl`, 0–100; None for a printed nan or -1."""
     inference_seconds: float | None = None
@@ -108,10 +110,9 @@ class EvaluationReader:
         current = self._current
         if current is None:
             return
-        if task == "bbox" and current.box_scored is None:
-            current.box_scored = time
-        elif task == "segm" and current.mask_scored is None:
-            current.mask_scored = time
+        scored = f"{KINDS[task]}_scored"
+        if getattr(current, scored) is None:
+            setattr(current, scored, time)
         current.figures.update(figures)
 
     def _copypaste(self, text: str, time: float) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from orchestrator.experiment.detectron_config import printed_values
 from orchestrator.replay.evaluations import EvaluationReader, LoggedEvaluation
 from orchestrator.replay.messages import Message
 from orchestrator.replay.unpacking import ReplayError
-from trainers.contract.events import measured
 
 _RANK = re.compile(r"Rank of current process: (\d+)\. World size: (\d+)$")
 _START = re.compile(r"Starting training from iteration (\d+)\b")
 _ITERATION = re.compile(r"\biter: (\d+)(?:/\d+)?(?=[\s,;]|$)")
-_FIGURE = re.compile(r"([\w/.-]+): (-?\d\S*)")
+_FIGURE = re.compile(r"([\w/.-]+): (-?\d[^\s_]*)(?!\S)")
 _NAMED = re.compile(r"\s*(?:[A-Za-z_][\w/.\[\]-]*: \S+\s*)+")
 _OVERALL = re.compile(r"Overall training speed: (\d+) iterations in (.+?) \(([\d.]+) s / it\)")
 _TOTAL = re.compile(r"Total training time: (.+?) \((.+?) on hooks\)")
@@ -29,9 +30,9 @@ _CLOCK_TOLERANCE_SECONDS = 2.0
 """By how much lines of one process may be out of order."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
-    """One progress line."""
+    """One progress line, of which a log may have a million."""
 
     iteration: int
     time: float | None
@@ -132,8 +133,9 @@ class LaunchReader:
 
     def __init__(self, source: Path, messages: Sequence[Message]) -> None:
         self._source = source
-        lines = [match for message in messages if _is_progress(message) for match in [_ITERATION.search(message.text)]]
-        self._offset = 0 if counts_from_one([int(match[1]) for match in lines if match]) else 1
+        found = (_ITERATION.search(message.text) for message in messages if _is_progress(message))
+        first = [int(match[1]) for match in islice(found, 100) if match]
+        self._offset = 0 if counts_from_one(first) else 1
         self._current = Launch(messages[0].time, messages[0].time)
         self._evaluations = EvaluationReader()
         self.launches = [self._current]
@@ -142,7 +144,9 @@ class LaunchReader:
         self._finish()
 
     def _read(self, message: Message) -> None:
-        rank, start = _RANK.search(message.text), _START.search(message.text)
+        progress = _ITERATION.search(message.text) if _is_progress(message) else None
+        rank = None if progress else _RANK.search(message.text)
+        start = None if progress else _START.search(message.text)
         self._split(message, head=rank is not None, start=start is not None)
         launch = self._current
         launch.clock_jumped |= message.time < launch.ended - _CLOCK_TOLERANCE_SECONDS
@@ -151,8 +155,8 @@ class LaunchReader:
             launch.rank, launch.world_size = int(rank[1]), int(rank[2])
         elif start:
             launch.first_iteration, launch.loop_started = int(start[1]), message.time
-        elif _is_progress(message) and (iteration := _ITERATION.search(message.text)):
-            self._add_progress(int(iteration[1]) + self._offset, message)
+        elif progress:
+            self._add_progress(int(progress[1]) + self._offset, message)
             self._evaluations.interrupt()
         else:
             _add_facts(launch, message)
@@ -221,11 +225,11 @@ def _progress_figures(message: Message) -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, value in _FIGURE.findall(text):
         try:
-            number = measured(float(value.rstrip(",;").removesuffix("M").replace("_", "?")))
+            number = float(value if value[-1].isdigit() else value.rstrip(",;M"))
         except ValueError:
             continue
-        if number is not None:
-            figures.setdefault(name, number)
+        if math.isfinite(number) and name not in figures:
+            figures[name] = number
     return figures
 
 

@@ -22,10 +22,11 @@ MAX_LINE_LENGTH = 1_000_000
 LOOKED_FOR = "expected detectron2's log.txt, a copy of what it printed, or its metrics.json"
 
 _HEAD = re.compile(
-    r"^(?:(?:WARNING|ERROR|CRITICAL) )?"
-    r"\[(?P<month>\d\d)/(?P<day>\d\d) (?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d)"
-    r"(?: (?P<short>[\w.]+))?\]:? *(?:0m)?(?:(?P<name>[\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(?P<text>.*)$"
+    r"^(?:(?:WARNING|ERROR|CRITICAL) )?\[(\d\d)/(\d\d) (\d\d):(\d\d):(\d\d)(?: ([\w.]+))?\]:? *(?:0m)?"
+    r"(?:([\w.]+) (?:DEBUG|INFO|WARNING|ERROR|CRITICAL): )?(.*)$"
 )
+"""Month, day, hour, minute, second, logger in a console or a file, text."""
+
 _HEAD_WITHIN = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL) )?\[\d\d/\d\d \d\d:\d\d:\d\d(?: [\w.]+)?\]")
 _WHOLE_SCORES = re.compile(r"copypaste: (?:(?:-?\d+\.\d{4}|nan),)+(?:-?\d+\.\d{4}|nan)$")
 
@@ -66,7 +67,7 @@ def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[
         notes.append("the last line is cut off and was left out")
         lines.pop()
     heads = [(_HEAD.match(line), line) for line in lines if len(line) < MAX_LINE_LENGTH]
-    dates = [(int(m["month"]), int(m["day"])) for m, _ in heads if m]
+    dates = [(int(m[1]), int(m[2])) for m, _ in heads if m]
     if not dates:
         raise ReplayError(f"{path}: not a detectron2 log: {_why_not(text)}; {LOOKED_FOR}")
     clock = _Clock(year or _guess_year(path, dates))
@@ -76,11 +77,12 @@ def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[
             if messages:
                 messages[-1].more.append(line)
             continue
-        moment = clock.seconds(*(int(match[part]) for part in ("month", "day", "hour", "minute", "second")))
+        month, day, hour, minute, second, short, name, first = match.groups()
+        moment = clock.seconds(int(month), int(day), int(hour), int(minute), int(second))
         if moment is None:
             notes.append(f"a line with an impossible date was left out: {line[:60]}")
         else:
-            messages.append(Message(moment, match["text"], match["short"] or match["name"] or ""))
+            messages.append(Message(moment, first, short or name or ""))
     if not messages:
         raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
     broken = [message for message in messages if "iter: " in message.text and " lr: " not in message.text]
@@ -134,16 +136,21 @@ class _Clock:
     def __init__(self, year: int) -> None:
         self.year = year
         self.last_month = 0
+        self._days: dict[tuple[int, int, int], float] = {}
 
     def seconds(self, month: int, day: int, hour: int, minute: int, second: int) -> float | None:
         if month == 1 and self.last_month == 12:
             self.year += 1
-        try:
-            moment = datetime.datetime(self.year, month, day, hour, minute, second, tzinfo=datetime.UTC)
-        except ValueError:
+        date = self.year, month, day
+        if date not in self._days:
+            try:
+                self._days[date] = datetime.datetime(*date, tzinfo=datetime.UTC).timestamp()
+            except ValueError:
+                return None
+        if hour > 23 or minute > 59 or second > 59:
             return None
         self.last_month = month
-        return moment.timestamp()
+        return self._days[date] + hour * 3600 + minute * 60 + second
 
 
 def _guess_year(path: Path, dates: list[tuple[int, int]]) -> int:

@@ -135,10 +135,10 @@ def _is_after_training(line: _Line, launch: Launch, offset: int) -> bool:
 
 
 def _evaluation(figures: dict[str, float | None], done: int) -> LoggedEvaluation:
-    mask_scored = 0.0 if "mask_ap" in figures else None
+    box, mask, keypoint = (0.0 if f"{kind}_ap" in figures else None for kind in KINDS.values())
     found_nothing = all(value is None for value in figures.values())
     return LoggedEvaluation(
-        0.0, done, 0.0, 0.0, mask_scored, figures, found_nothing=found_nothing, complete=True, iteration=done
+        0.0, done, 0.0, box, mask, keypoint, figures, found_nothing=found_nothing, complete=True, iteration=done
     )
 
 

@@ -219,11 +219,11 @@ class _EventWriter:
             elif not figures:
                 self._notes.append(f"the evaluation at iteration {iteration} has no AP that can be read")
             inference = evaluation.inference_seconds
-            scored = evaluation.box_scored
+            scored = evaluation.box_scored if evaluation.box_scored is not None else evaluation.ended
             self._emit(
                 Evaluated, evaluation.ended, iteration=iteration, figures={"box_ap": None, **figures},
                 epoch=iteration * batch / launch.num_train_images if batch and launch.num_train_images else None,
-                box_scored=evaluation.ended if scored is None else scored, mask_scored=evaluation.mask_scored,
+                box_scored=scored, mask_scored=evaluation.mask_scored, keypoint_scored=evaluation.keypoint_scored,
                 seconds=evaluation.ended - evaluation.started if self._run.dated else None,
                 part_seconds={"inference": inference} if inference is not None else {},
             )  # fmt: skip

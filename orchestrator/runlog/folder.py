@@ -32,6 +32,10 @@ WORKING_DIRECTORY = "run.working_directory"
 """Tag with the folder the command was given in: an experiment file may hold relative paths."""
 
 
+REPLAYED = "`python -m orchestrator.replay LOG --track` tracks the run of a log"
+"""How to track what `--replay-outbox` and `--resume` cannot take."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrialEvents:
     """A trial with its record and events."""
@@ -126,11 +130,15 @@ def read_earlier_run(folder: Path) -> EarlierRun:
         raise SpecError(f"{folder / FILE_NAME}: {error}") from error
     starts = [event for event in events if isinstance(event, RunStarted)]
     if not starts:
-        raise SpecError(f"{folder}: no run was started in this folder (its {FILE_NAME} is missing or empty)")
+        # A replayed log has results and, before it is tracked, no events.
+        hint = f"; {REPLAYED}" if (folder / "results.json").exists() else ""
+        raise SpecError(f"{folder}: no run was started in this folder (its {FILE_NAME} is missing or empty){hint}")
     plans: dict[str, TrialPlan] = {}
     for plan in _plans(events):
         if isinstance(plan, LoggedPlan):
-            raise SpecError(f"{folder}: the run was replayed from a log ({plan.source}) and cannot be resumed")
+            raise SpecError(
+                f"{folder}: it was replayed from a log ({plan.source}) and has nothing to resume; {REPLAYED}"
+            )
         if Path(plan.trial_dir) != folder / plan.name:
             raise SpecError(f"{folder}: the run was made in {Path(plan.trial_dir).parent}; move it back there")
         plans[plan.name] = plan
