@@ -6,8 +6,11 @@ import logging
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils.file_io import PathManager
+from filelock import FileLock
 from torch import nn
 
 from trainers.contract.problems import Problem
@@ -34,16 +37,17 @@ def load_start_weights(model: nn.Module, name: str, sha256: str | None = None) -
 
     Args:
         model: A model of detectron2, not wrapped for several workers.
-        name: `MODEL.WEIGHTS`: a path, or an address that has been fetched.
+        name: `MODEL.WEIGHTS`: a path, or an address, which preflight has fetched on the nodes of then.
         sha256: Hash the file must have; None for not checked.
 
     Raises:
         ConfigurationError: The file is missing, has another hash, cannot be read, or holds nothing that fits.
     """
     weights = StartWeights.of(name)
+    if weights.address and not weights.path.is_file():
+        _fetch(weights)
     if not weights.path.is_file():
-        where = f" ({weights.path})" if weights.address else ""
-        raise weights_error("missing", f"no such file: {name}{where}", "Correct the path, or fetch it on every node")
+        raise weights_error("missing", f"no such file: {name}", "Correct the path")
     if wrong := weights.checksum_problem(sha256):
         hint = "Download it again, or correct model.weights_sha256"
         raise weights_error("checksum", f"{weights.path} {wrong}", hint)
@@ -52,6 +56,20 @@ def load_start_weights(model: nn.Module, name: str, sha256: str | None = None) -
     for problem in fit_problems(loaded):
         logger.warning("%s: %s", name, problem.what)
     return loaded
+
+
+def _fetch(weights: StartWeights) -> None:
+    """Fetches an address on a node that joined after preflight, once for all of its workers."""
+    path = weights.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not path.is_file():
+                folder = str(path.parent / f".{path.name}.fetched")
+                Path(PathManager.get_local_path(weights.address, force=True, cache_dir=folder)).replace(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        what = f"{weights.name} is not on this node, and cannot be fetched: {error}"
+        raise weights_error("download", what, f"Put it at {path} there, or on storage that all nodes share") from error
 
 
 def _load(model: nn.Module, checkpoint: Checkpoint) -> Loaded:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from orchestrator.execution.cluster import token_required
 from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
 from orchestrator.experiment.placement import equal_shares
-from orchestrator.files import existing_parent
+from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
 from orchestrator.preflight.node import NodeReport, inspect_node, judge_nodes
+from orchestrator.preflight.weights import prepare_weights
+from trainers.contract.weights import StartWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 NODE_TIMEOUT_SECONDS = 60.0
 """A node answers within seconds; a fresh one first starts a process."""
+
+WEIGHTS_TIMEOUT_SECONDS = 1800.0
+"""For a node to fetch start weights; some hundred megabytes."""
 
 CANARY_TIMEOUT_SECONDS = 90.0
 """A communicator over hosts that reach each other is up in seconds, NCCL's first one in some ten more."""
@@ -44,6 +49,8 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
     findings += check_every_node(experiment, trials, nodes)
+    if not any(finding.level == "error" for finding in findings):
+        findings += fetch_weights(trials[0], nodes)
     if len(nodes) > 1 and not any(finding.level == "error" for finding in findings):
         findings += check_communication(trials, nodes)
     return sort_findings(findings)
@@ -135,6 +142,25 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
         survives_storage=trials[0].survive_storage,
     )
     return [*findings.to_list(), *judged]
+
+
+def fetch_weights(trial: TrialPlan, nodes: Sequence[Node]) -> list[Finding]:
+    """Has every node fetch start weights that are at an address; its workers then find them there."""
+    if not StartWeights.of(trial.weights or "").address:
+        return []
+    arguments = dict.fromkeys(nodes, (trial.weights, trial.weights_sha256))
+    outcomes = call_on_nodes(prepare_weights, arguments, WEIGHTS_TIMEOUT_SECONDS)
+    findings = []
+    for node, outcome in outcomes.items():
+        if isinstance(outcome, Exception):
+            what = f"the start weights cannot be fetched there: {_last_line(outcome)}"
+            hint = "Put the file on storage that all nodes share, and set model.weights to its path"
+            findings.append(
+                Finding("error", "weights_download", redact(str(trial.weights)), f"host {node.host}", what, hint)
+            )
+        elif outcome:
+            findings.append(replace(outcome, id=f"host {node.host}"))
+    return findings
 
 
 def _write_probes(folders: Iterable[str], text: str) -> dict[str, str]:

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.findings import Finding
+from orchestrator.preflight import cluster
 from orchestrator.preflight import weights as preflight_weights
 from orchestrator.preflight.weights import check_weights, prepare_weights
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
+from tests.builders.trials import plan
 from tests.builders.web import Site, serving
 from trainers.contract.weights import StartWeights
 
@@ -127,3 +130,26 @@ def test_weights_are_taken_from_the_config_where_the_experiment_names_none(
     assert finding.code == "weights_missing" and "mine.pth" in finding.file
     random = parse_experiment(tiny_experiment(model={"overrides": overrides, "weights": ""}), "test")
     assert check_weights(random) == []
+
+
+def test_every_node_of_a_cluster_fetches_them_and_is_named_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node(id=host, host=host, address="127.0.0.1", num_gpus=0, num_cpus=2) for host in "abc"]
+    refusal = Finding(
+        "error", "weights_download", "https://example.org/a.pth", "model.weights", "no route", "Try again"
+    )
+    answers = dict(zip(nodes, (None, refusal, TimeoutError("no answer within 9 s")), strict=True))
+    called = []
+
+    def call_on_nodes(function: object, arguments: dict[Node, tuple[object, ...]], timeout: float) -> object:
+        called.append((function, set(arguments.values())))
+        return answers
+
+    monkeypatch.setattr(cluster, "call_on_nodes", call_on_nodes)
+    trial = plan(weights="https://example.org/a.pth", weights_sha256="0" * 64)
+    found = cluster.fetch_weights(trial, nodes)
+    assert called == [(prepare_weights, {("https://example.org/a.pth", "0" * 64)})]
+    assert [(finding.code, finding.id) for finding in found] == [
+        ("weights_download", "host b"), ("weights_download", "host c"),
+    ]  # fmt: skip
+    assert "no answer" in found[1].what
+    assert cluster.fetch_weights(plan(weights="/data/a.pth"), nodes) == [] and len(called) == 1

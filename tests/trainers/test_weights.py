@@ -20,6 +20,7 @@ from torch import nn
 
 from tests.builders.experiments import TINY_OVERRIDES
 from tests.builders.models import tiny_config
+from tests.builders.web import serving
 from trainers.contract.problems import ConfigurationError
 from trainers.contract.weights import StartWeights
 from trainers.weights import fit_problems, load_start_weights
@@ -222,6 +223,23 @@ def test_a_model_of_detectron2_gets_what_its_own_checkpointer_gives_it(tmp_path:
         models.append(build_model(cfg))
         load(models[-1])
     assert_loaded(models[0], models[1].state_dict())
+
+
+def test_a_node_that_joined_after_preflight_fetches_them_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    state = other_state()
+    with serving() as site:
+        site.answers["/start.pth"] = Path(save(tmp_path / "a.pth", {"model": state})).read_bytes()
+        for _ in range(2):
+            model = Model()
+            load_start_weights(model, f"{site.address}/start.pth")
+            assert_loaded(model, state)
+        assert site.requests["/start.pth"] == 1
+        with pytest.raises(ConfigurationError, match="is not on this node, and cannot be fetched") as caught:
+            load_start_weights(Model(), f"{site.address}/other.pth")
+    assert caught.value.problem.code == "weights_download"
 
 
 def test_an_address_has_a_place_of_its_own_and_detectron2s_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
