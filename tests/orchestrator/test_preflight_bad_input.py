@@ -91,7 +91,7 @@ def test_all_findings_come_at_once_and_in_words_on_stderr(project: Project) -> N
     assert done.returncode == 2
     for code in ("image_truncated", "path_absolute", "annotation_orphan", "tracking_unreachable"):
         assert done.stderr.count(f"[{code}]") == 1, done.stderr
-    assert "4 errors" in done.stderr
+    assert "3 errors, 1 warning" in done.stderr
 
 
 def test_a_misspelt_field_of_the_experiment_is_corrected(project: Project) -> None:
