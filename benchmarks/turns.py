@@ -142,8 +142,8 @@ def started(command: list[str], num_ranks: int, folder: Path, name: str, threads
                 process.terminate()  # Ray's driver ends its cluster
                 process.wait()
     if process.returncode:
-        output = log.read_text(errors="replace")[-3000:]
-        raise RuntimeError(f"{command!r} ended with {process.returncode}:\n{output}")
+        last = log.read_text(errors="replace")[-3000:]
+        raise RuntimeError(f"{command!r} ended with {process.returncode}:\n{last}")
 
 
 def in_turns(ours: list[str], peer: list[str], num_ranks: int = 1, threads: int = 1) -> tuple[Side, Side]:
