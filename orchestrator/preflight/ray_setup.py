@@ -29,7 +29,7 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 MAX_SOCKET_PATH = 107
 """Bytes of the name of a Unix socket on Linux, without the zero at its end."""
 
-SOCKETS = ("plasma_store", "dash_TaskEventsHead")
+SOCKETS = ("plasma_store", "dash_MetricsHead")
 """Longest of Ray's names of sockets, without and with its dashboard."""
 
 MIN_FREE_BYTES = 64 * 2**20

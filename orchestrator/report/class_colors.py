@@ -19,7 +19,7 @@ MIN_LIGHTNESS, MAX_LIGHTNESS, MIN_CHROMA = 0.5, 0.9, 0.12
 """In OKLab, 0–1: neither black, white nor grey, which photos are full of."""
 
 WIDEST_DISTANCE, NARROWEST_DISTANCE = 0.2, 0.02
-"""Distances in OKLab between two classes that are tried: 0.2 is red from orange, 0.02 can just be told."""
+"""Distances in OKLab between two classes that are tried: 0.2 is red from orange, 0.02 can just be seen."""
 
 
 def class_colors(names: Iterable[str]) -> dict[str, Color]:

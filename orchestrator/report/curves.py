@@ -167,7 +167,7 @@ def losses(data: ReportInput) -> Drawing:
 
 def loss_parts(data: ReportInput) -> Drawing:
     """The last trial's loss by its parts."""
-    parts = defaultdict(list)
+    parts: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for event in _steps(data.trials[-1]) if data.trials else ():
         for name, value in event.losses.items():
             if name != "total_loss":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from PIL import Image
 
@@ -93,9 +94,9 @@ def read_photo(path: Path) -> Image.Image:
     with Image.open(path) as file:
         if not file.mode.startswith(("I", "F")):
             return file.convert("RGB")
-        low, high = file.convert("F").getextrema()
-        scale = 255 / max(float(high) - float(low), 1e-9)
-        return file.convert("F").point(lambda value: value * scale - float(low) * scale).convert("L").convert("RGB")
+        values = np.nan_to_num(np.asarray(file.convert("F")))
+    low, high = values.min(), values.max()
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).round().astype(np.uint8)).convert("RGB")
 
 
 def _sample(name: str, true: Drawn, predicted: Drawn) -> Sample:

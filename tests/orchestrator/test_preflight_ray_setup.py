@@ -92,7 +92,7 @@ def socket_path(folder: Path, name: str) -> str:
     return f"{folder}/ray/session_2026-01-31_12-00-00_123456_{os.getpid()}/sockets/{name}"
 
 
-@pytest.mark.parametrize(("dashboard", "name"), [(False, "plasma_store"), (True, "dash_TaskEventsHead")])
+@pytest.mark.parametrize(("dashboard", "name"), [(False, "plasma_store"), (True, "dash_MetricsHead")])
 def test_a_temporary_folder_may_be_as_long_as_rays_sockets_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, dashboard: bool, name: str
 ) -> None:

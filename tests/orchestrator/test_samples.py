@@ -122,10 +122,9 @@ def test_a_picture_with_many_objects_is_larger() -> None:
 @pytest.mark.parametrize("size", [(5000, 250), (250, 5000), (20000, 40), (3000, 10)])
 def test_a_strip_is_cut_into_pieces_that_hold_all_of_it(size: tuple[int, int], labels: list[Any]) -> None:
     is_wide = size[0] > size[1]
-    objects = [
-        square(*(at, size[1] * 0.4) if is_wide else (size[0] * 0.4, at), min(size) * 0.3)
-        for at in range(0, max(size), max(size) // 9)
-    ]
+    thin, step = min(size), max(size) // 9
+    places = [(at, 0.4 * thin) if is_wide else (0.4 * thin, at) for at in range(0, max(size), step)]
+    objects = [square(x, y, 0.3 * thin) for x, y in places]
     drawn = draw(Image.new("RGB", size, (250, 250, 250)), objects, NAMES, COLORS)
     assert drawn.num_pieces == round((max(size) / min(size)) ** 0.5) > 1 and drawn.is_wide is is_wide
     assert max(drawn.picture.size) <= LARGE_SIDE + drawn.num_pieces * overlay.GAP
