@@ -99,11 +99,12 @@ def split(
     val: Annotated[float, typer.Option(help="Share of the images for validation, between 0 and 1.")] = 0.2,
     seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
     group_by: Annotated[
-        str | None,
+        str,
         typer.Option(
-            metavar="REGEX", help="Keep images together whose names begin alike: what it matches, or group 1."
+            metavar="REGEX",
+            help="Keep images together whose names begin alike: what it matches, or group 1. Default: Roboflow's copies.",
         ),
-    ] = None,
+    ] = r"(.*)\.rf\.",
 ) -> None:
     """Splits one annotation file into train.json and val.json, by image, with every class in both where possible."""
     from orchestrator.data.split import split as split_file
@@ -114,10 +115,6 @@ def split(
         _fail(str(error))
     _print_classes(result.classes)
     typer.echo(f"{result.train}: {result.num_train:,} images\n{result.val}: {result.num_val:,} images")
-    if result.num_copies:
-        what = f"{result.num_copies:,} images are copies of others by their names (Roboflow's augmentation)"
-        hint = r"--group-by '(.*)\.rf\.' keeps them together, so that no copy of a training image is validated on"
-        typer.echo(f"warning: {what}. {hint}.", err=True)
 
 
 @app.command()

@@ -75,13 +75,13 @@ def test_a_seed_draws_the_same_images_whatever_the_order_of_the_file(tmp_path: P
 @pytest.mark.parametrize("seed", range(20))
 def test_every_class_of_two_images_is_in_both_sets_and_a_common_one_in_its_share(seed: int) -> None:
     draw = random.Random(seed)  # noqa: S311 - a draw that repeats, no secret
-    items = [
-        (f"{index}.jpg", 1, {kind for kind in range(12) if draw.random() < 0.5 / (kind + 1)}) for index in range(300)
-    ]
-    sides = stratify(items, 0.2, seed)
-    assert 55 <= sum(sides) <= 65
-    total = Counter(kind for _, _, kinds in items for kind in kinds)
-    on_val = Counter(kind for (_, _, kinds), side in zip(items, sides, strict=True) if side for kind in kinds)
+    groups = {
+        f"{index}.jpg": (1, {kind for kind in range(12) if draw.random() < 0.5 / (kind + 1)}) for index in range(300)
+    }
+    chosen = stratify(groups, 0.2, seed)
+    assert 55 <= len(chosen) <= 65
+    total = Counter(kind for _, kinds in groups.values() for kind in kinds)
+    on_val = Counter(kind for key in chosen for kind in groups[key][1])
     for kind, number in total.items():
         if number > 1:
             assert 0 < on_val[kind] < number
@@ -90,21 +90,22 @@ def test_every_class_of_two_images_is_in_both_sets_and_a_common_one_in_its_share
 
 
 def test_the_only_image_of_a_class_is_trained_on() -> None:
-    items = [("rare.jpg", 1, {1}), *((f"{index}.jpg", 1, {2}) for index in range(9))]
+    groups = {"rare.jpg": (1, {1}), **{f"{index}.jpg": (1, {2}) for index in range(9)}}
     for seed in range(10):
-        assert stratify(items, 0.5, seed)[0] == 0
+        assert "rare.jpg" not in stratify(groups, 0.5, seed)
 
 
-def test_two_images_make_two_sets() -> None:
-    assert sorted(stratify([("a", 1, set()), ("b", 1, set())], 0.01, 0)) == [0, 1]
+@pytest.mark.parametrize("classes", [(set(), set()), ({1}, {2}), ({1}, {1})])
+def test_two_images_make_two_sets(classes: tuple[set[object], set[object]]) -> None:
+    assert len(stratify({"a": (1, classes[0]), "b": (1, classes[1])}, 0.01, 0)) == 1
 
 
 @pytest.mark.parametrize(
     ("pattern", "groups"),
-    [(r"(.*)\.rf\.", {"a", "b", "c", "d"}), ("[a-z]", {"a", "b", "c", "d"}), ("nothing", None)],
+    [(r"(.*)-\d", {"a", "b", "c", "d"}), ("[a-z]", {"a", "b", "c", "d"}), ("nothing", None)],
 )
 def test_images_whose_names_begin_alike_stay_together(tmp_path: Path, pattern: str, groups: set[str] | None) -> None:
-    copies = [f"{letter}.rf.{number}.jpg" for letter in "abcd" for number in range(5)]
+    copies = [f"{letter}-{number}.jpg" for letter in "abcd" for number in range(5)]
     write(tmp_path / "all.json", [[1]] * 20, copies)
     split(tmp_path / "all.json", tmp_path / "out", val_share=0.25, group_by=pattern)
     train, val = ({name[0] for name in names(tmp_path / f"out/{part}.json")} for part in ("train", "val"))
@@ -126,10 +127,10 @@ def test_the_command_prints_a_table_and_what_is_in_one_set_only(tmp_path: Path) 
     assert "2 in no image: class 4, class 5" in stdout
 
 
-def test_copies_of_an_image_in_both_sets_are_warned_of(tmp_path: Path) -> None:
-    write(tmp_path / "all.json", [[1]] * 4, ["a.rf.1.jpg", "a.rf.2.jpg", "b.rf.3.jpg", "c.jpg"])
-    code, _, stderr = command(tmp_path)
-    assert code == 0 and "2 images are copies" in stderr and "--group-by" in stderr
+def test_roboflows_copies_of_an_image_stay_together_unasked(tmp_path: Path) -> None:
+    write(tmp_path / "all.json", [[1]] * 20, [f"{letter}.rf.{number}.jpg" for letter in "abcd" for number in range(5)])
+    assert command(tmp_path, "--val", "0.25")[0] == 0
+    assert len({name[0] for name in names(tmp_path / "out/val.json")}) == 1
 
 
 @pytest.mark.parametrize(
