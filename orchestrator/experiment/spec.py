@@ -93,9 +93,10 @@ class Model(_Model):
     """detectron2's own dotted keys and their values, for example `MODEL.RESNETS.DEPTH: 18`. Each is honoured or
     refused (docs/settings.md)."""
     weights: str | None = None
-    """Start weights: `detectron2://…`, a path, or "" for random ones; null keeps the config's."""
+    """Start weights: `detectron2://…`, `https://…` (fetched once), a path, or "" for random ones; null keeps the
+    config's."""
     weights_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 that the weight file must have. Required for a `.pkl` file: unpickling runs code."""
+    """SHA-256 that the file must have; null: not checked, unless its name carries one (detectron2's model zoo)."""
 
 
 class Trials(_Model):

@@ -55,8 +55,8 @@ def test_a_model_with_keypoints_shows_their_ap_and_no_mask_ap() -> None:
     assert (result.keypoint_ap, result.best_keypoint_ap, result.scored_keypoint_ap) == (60.0, 61.0, 60.0)
     assert [(each.keypoint_ap, each.keypoint_elapsed_seconds) for each in result.evaluations] == [(61, 7), (60, 11)]
     assert result.time_to_train_seconds == 10.0, "known with the boxes, a second before the keypoints"
-    headings, ((*cells,),) = table_cells(run_of(made))
-    assert cells[headings.index("Keypoint AP")] == "60.00" and cells[headings.index("Mask AP")] == "–"
+    headings, ((*texts,),) = table_cells(run_of(made))
+    assert texts[headings.index("Keypoint AP")] == "60.00" and texts[headings.index("Mask AP")] == "–"
     assert "Keypoint AP50" in headings_of_evaluations(made) and "Mask AP" not in headings_of_evaluations(made)
     assert metrics(result)["coco/final_keypoint_ap"] == 60.0 and "60.00 keypoint AP" in outcome(result)
     assert metrics(made.events[-3], "evaluations.")["coco/keypoint_ap"] == 60.0
