@@ -113,7 +113,7 @@ def _read(logs: list[Path], targets: Targets | None, year: int | None, *, single
 
 
 def _refusal(text: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}")
+    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
     return typer.Exit(2)
 
 

@@ -18,6 +18,8 @@ BEGIN = re.compile(r"\[\d\d/\d\d \d\d:\d\d:\d\d")
 MIN_WIDTH, MAX_WIDTH = 40, 500
 """Columns of a terminal: longer lines were not wrapped by one."""
 
+WRAPPED = "the log was copied from a terminal that broke its lines, which were put together"
+
 MAX_LAYERS = 6
 """Prefixes and wraps that are taken off one after the other."""
 
@@ -37,11 +39,13 @@ _TAG = re.compile(r"</?(?:span|pre|code|div|p|font|b|i|a|td|tr)\b[^<>\n]*>")
 _WHOLE_PROGRESS = re.compile(r"max_mem: \d+M\s*$")
 _ONE_LINE = ("iter: ", "copypaste:", "Rank of current process:")
 _RAY_REPEATED = re.compile(r" *\[repeated \d+x across cluster\][^\n]*")
-_LEVEL = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL) *)+$")
+_LEVEL = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL|\x1b?\[[\d;]+m) *)+$")
 _NUMBER = r"\d+(?:[.,]\d+)*"
 _MONTH_OR_DAY = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec|Mon|Tue|Wed|Thu|Fri|Sat|Sun)\b"
 _PADDING = r"\s*"
-_PIECE = re.compile(rf"(?P<padding>(?:^\s+|\s\s+)(?=\d))|{_MONTH_OR_DAY} *|{_NUMBER}|[A-Za-z]+|\s+|[^\sA-Za-z\d]")
+_PIECE = re.compile(
+    rf"\x1b?\[[\d;]+m|(?P<padding>(?:^\s+|\s\s+)(?=\d))|{_MONTH_OR_DAY} *|{_NUMBER}|[A-Za-z]+|[^A-Za-z\d]"
+)
 _TIME = re.compile(
     r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|[+-]\d\d:?\d\d)?|\d{4}[-/]\d\d[-/]\d\d"
     rf"|{_MONTH_OR_DAY} +\d+ (?:\d{{4}} )?\d\d:\d\d:\d\d(?:[.,]\d+)?|\d\d:\d\d:\d\d(?:[.,]\d+)?|\b\d{{9,}}(?:\.\d+)?"
@@ -65,11 +69,14 @@ def printed_lines(text: str) -> tuple[list[str], list[str]]:
 def _taken_apart(lines: list[str], notes: list[str], *, whole_prefix: bool) -> list[str]:
     """The lines without what was added to them in one layer after the other."""
     for _ in range(MAX_LAYERS):
+        lines = _outdented(lines)
         shared, whole = _prefixes(lines)
         if shared:
-            lines = _outdented(_one_process(lines, shared, notes))
+            lines = _one_process(lines, shared, notes)
         elif unwrapped := _unwrapped(lines, whole):
             lines = unwrapped
+            if WRAPPED not in notes:
+                notes.append(WRAPPED)
         elif whole and whole_prefix:
             lines = _one_process(lines, whole, notes)
         else:
@@ -124,10 +131,19 @@ def _prefixes(lines: Sequence[str]) -> tuple[re.Pattern[str] | None, re.Pattern[
     most = max(_num_matches(whole, others), 0.98 * len(others) - 1)
     for words in range(max(map(len, common)) - 1, 0, -1):
         first = _pattern([shape[:words] for shape in common])
-        ends_word = not common[0][:words][-1].endswith((_PADDING, _NUMBER)) and not common[0][:words][-1].isalpha()
-        if ends_word and _num_matches(first, others) > most:
+        if _is_whole_word(common[0], words) and _num_matches(first, others) > most:
             return first, whole
     return None, whole
+
+
+def _is_whole_word(shape: Sequence[str], end: int) -> bool:
+    """Whether a prefix may end after so many pieces: within no word, number or time."""
+    before, last, following = shape[end - 2 : end - 1], shape[end - 1], shape[end]
+    if following == _PADDING or following.startswith("\\ ") or last.startswith("\\ "):
+        return True
+    if last in (_PADDING, _NUMBER) or last.isalpha():
+        return False
+    return not (list(before) == [_NUMBER] and following == _NUMBER)
 
 
 def _num_matches(pattern: re.Pattern[str], lines: Sequence[str]) -> int:
@@ -135,14 +151,14 @@ def _num_matches(pattern: re.Pattern[str], lines: Sequence[str]) -> int:
 
 
 def _outdented(lines: list[str]) -> list[str]:
-    """The lines without the blank that all of them begin with: a prefix's last character."""
-    if all(line.startswith(" ") for line in lines if line.strip()):
-        return [line[1:] for line in lines]
+    """The lines without the blanks that all of them begin with."""
+    while any(lines) and all(line[:1] in ("", " ") for line in lines):
+        lines = [line[1:] for line in lines]
     return lines
 
 
 def _prefix(line: str) -> str | None:
-    """What precedes the date of a message's first line, without its level; None for other lines."""
+    """What precedes the date of a message's first line, without its level and colour; None for other lines."""
     if line[:1] == "[" and line[3:4] == "/" and BEGIN.match(line):
         return ""
     begin = BEGIN.search(line)
@@ -238,8 +254,8 @@ def _unwrapped(lines: Sequence[str], prefix: re.Pattern[str] | None) -> list[str
 
 
 def _digits_alike(line: str) -> str:
-    """How a line begins, as far as a prefix shows by it."""
-    return re.sub(r"\d", "0", line[:3])
+    """How a line begins, as far as a prefix that is no indentation shows by it."""
+    return re.sub(r"\d", "0", line[:3]) if line[:1] != " " else line
 
 
 def _is_one_line(message: str) -> bool:

@@ -122,8 +122,9 @@ class EvaluationReader:
             self._names = text.strip().split(",")
         elif self._names and self._task in KINDS:
             figures = printed_figures(KINDS[self._task], self._names, text.strip().split(","))
-            if figures:
+            if figures and self._current is not None:
                 self._add(self._task, time, figures)
+                self._current.complete = True
 
     def interrupt(self) -> None:
         """Ends the current evaluation: training continues."""

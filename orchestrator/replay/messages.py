@@ -28,6 +28,7 @@ _HEAD = re.compile(
 """Month, day, hour, minute, second, logger in a console or a file, text."""
 
 _HEAD_WITHIN = re.compile(r"(?:(?:WARNING|ERROR|CRITICAL) )?\[\d\d/\d\d \d\d:\d\d:\d\d(?: [\w.]+)?\]")
+_ON_ONE_LINE = ("Start inference", "Starting training", "Total ", "Overall ", "copypaste: ", "Loaded ", "Removed ")
 _WHOLE_SCORES = re.compile(r"copypaste: (?:(?:-?\d+\.\d{4}|nan),)+(?:-?\d+\.\d{4}|nan)$")
 
 
@@ -85,8 +86,7 @@ def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[
             messages.append(Message(moment, first, short or name or ""))
     if not messages:
         raise ReplayError(f"{path}: not a detectron2 log: its dates are impossible")
-    broken = [message for message in messages if "iter: " in message.text and " lr: " not in message.text]
-    if sum(" lr: " in " ".join(message.more) for message in broken) * 2 > sum("iter: " in m.text for m in messages):
+    if _is_broken(messages):
         raise ReplayError(
             f"{path}: its lines were broken by a terminal or mail, and cannot be put together with certainty; "
             "take the file itself, or a copy of a wider terminal"
@@ -94,6 +94,14 @@ def read_messages(path: Path, text: str, year: int | None = None) -> tuple[list[
     for message in messages:
         _cut_unsure_number(message)
     return messages, notes
+
+
+def _is_broken(messages: list[Message]) -> bool:
+    """Whether much of what detectron2 prints on one line goes on in the next one."""
+    progress = [message for message in messages if "iter: " in message.text]
+    broken = sum(" lr: " in " ".join(m.more) for m in progress if m.more and " lr: " not in m.text)
+    others = [message for message in messages if message.text.startswith(_ON_ONE_LINE)]
+    return broken * 2 > len(progress) or sum(bool(m.more) for m in others) * 4 > max(len(others), 8)
 
 
 def _why_not(text: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.replay.console import BEGIN
 from orchestrator.replay.evaluations import KINDS, LoggedEvaluation, ap
 from orchestrator.replay.launches import Launch, Progress, counts_from_one
 from orchestrator.replay.runs import LoggedRun
@@ -48,7 +49,7 @@ class _Line:
 
 def is_metrics_json(text: str) -> bool:
     """Whether a text is a metrics.json, whatever the name of its file."""
-    return text.lstrip()[:1] in ("{", "[") and '"iteration"' in text
+    return '"iteration"' in text and not BEGIN.search(text)
 
 
 def read_metrics(path: Path, text: str, notes: list[str]) -> list[LoggedRun]:
@@ -114,7 +115,7 @@ def _launch(lines: list[_Line], offset: int, dataset: str, notes: list[str]) -> 
             launch.progress.append(Progress(done, None, losses, rate, None, data, None))
         figures = line.figures.get(dataset)
         if figures and line.is_training and figures == before:
-            # An evaluation that found the same to the last digit cannot be told from this.
+            # An evaluation with the same figures to the last digit looks no different.
             notes.append(
                 "lines that repeat the figures of the line before were left out; "
                 "an evaluation between two lines is listed at the later one"
@@ -136,10 +137,7 @@ def _is_after_training(line: _Line, launch: Launch, offset: int) -> bool:
 
 def _evaluation(figures: dict[str, float | None], done: int) -> LoggedEvaluation:
     box, mask, keypoint = (0.0 if f"{kind}_ap" in figures else None for kind in KINDS.values())
-    found_nothing = all(value is None for value in figures.values())
-    return LoggedEvaluation(
-        0.0, done, 0.0, box, mask, keypoint, figures, found_nothing=found_nothing, complete=True, iteration=done
-    )
+    return LoggedEvaluation(0.0, done, 0.0, box, mask, keypoint, figures, complete=True, iteration=done)
 
 
 def _lines(text: str, notes: list[str]) -> Iterator[_Line]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.figures.logged_plan import LoggedDataset, LoggedPlan, LoggedSolver
+from orchestrator.replay.evaluations import LoggedEvaluation
 from orchestrator.replay.iterations import LOG_PERIOD, evaluation_iterations
 from orchestrator.replay.launches import Launch, Progress
 from orchestrator.replay.runs import LoggedRun
@@ -49,7 +50,9 @@ def known_targets(run: LoggedRun) -> Targets:
     head = run.launches[0]
     if "coco_2017_val" not in head.config.get("DATASETS.TEST", "") or not head.integer("TEST.EVAL_PERIOD"):
         return Targets(None, None)
-    return Targets(COCO_TARGETS[0], COCO_TARGETS[1] if head.config.get("MODEL.MASK_ON") == "True" else None)
+    has_masks = any("mask_ap" in evaluation.figures for launch in run.launches for evaluation in launch.evaluations)
+    masks = head.config.get("MODEL.MASK_ON", str(has_masks)) == "True"
+    return Targets(COCO_TARGETS[0], COCO_TARGETS[1] if masks else None)
 
 
 def logged_plan(run: LoggedRun, name: str, targets: Targets) -> LoggedPlan:
@@ -65,7 +68,7 @@ def logged_plan(run: LoggedRun, name: str, targets: Targets) -> LoggedPlan:
         precision=PRECISIONS.get(head.config.get("SOLVER.AMP.ENABLED")),
         seed=head.seed,
         scaling="weak",
-        protocol=None if eval_period is None else "time_to_train" if eval_period else "throughput",
+        protocol=_protocol(head),
         weights=head.config.get("MODEL.WEIGHTS"),
         train=_dataset(head, "DATASETS.TRAIN"),
         val=_dataset(head, "DATASETS.TEST"),
@@ -85,6 +88,13 @@ def logged_plan(run: LoggedRun, name: str, targets: Targets) -> LoggedPlan:
     )
 
 
+def _protocol(launch: Launch) -> Literal["throughput", "time_to_train"] | None:
+    eval_period = launch.integer("TEST.EVAL_PERIOD")
+    if eval_period is None or not launch.has_training:
+        return None
+    return "time_to_train" if eval_period else "throughput"
+
+
 def _dataset(launch: Launch, key: str) -> LoggedDataset:
     name = re.search(r"[\w-]+", launch.config.get(key, ""))
     return LoggedDataset(name[0] if name else None)
@@ -96,6 +106,17 @@ def gpu_name(launch: Launch) -> str | None:
         if key.startswith("GPU ") and key != "GPU available":
             return re.sub(r" \(arch=.*", "", value)
     return None
+
+
+def _without_ap(evaluation: LoggedEvaluation, *, dated: bool) -> str:
+    """What to say of evaluations without any AP, with a gap for their iterations."""
+    if evaluation.found_nothing:
+        return "the model found nothing at {}: no AP was measured"
+    if not evaluation.figures:
+        return "no AP can be read of the evaluation at {}"
+    if dated:
+        return "no AP was measured at {}: the log has nan or -1 there"
+    return "the model found nothing at {}, or there was nothing to find: no AP was measured"
 
 
 def replayed_events(run: LoggedRun, plan: LoggedPlan) -> list[Event]:
@@ -110,7 +131,8 @@ class _EventWriter:
         self._run, self._plan = run, plan
         self._notes = list(run.notes)
         self._attempt = 0
-        self._found_nothing: list[int] = []
+        self._nothing: dict[str, list[int]] = {}
+        """What an evaluation says instead of an AP, and the iterations of those that do."""
         self.events: list[Event] = []
         if run.launches[0].world_size is None:
             self._notes.append("the log does not say how many workers there were; it is listed as one")
@@ -214,10 +236,8 @@ class _EventWriter:
             if evaluation.dataset and evaluation.dataset != names[0]:
                 self._notes.append(f"an evaluation on {evaluation.dataset} was left out: {names[0]} is the first one's")
                 continue
-            if evaluation.found_nothing:
-                self._found_nothing.append(iteration)
-            elif not figures:
-                self._notes.append(f"the evaluation at iteration {iteration} has no AP that can be read")
+            if all(value is None for value in figures.values()):
+                self._nothing.setdefault(_without_ap(evaluation, dated=self._run.dated), []).append(iteration)
             inference = evaluation.inference_seconds
             scored = evaluation.box_scored if evaluation.box_scored is not None else evaluation.ended
             self._emit(
@@ -244,10 +264,9 @@ class _EventWriter:
             self._notes.append(
                 f"started {launches} times: the throughput is of the last start, from iteration {last.first_iteration}"
             )
-        if self._found_nothing:
-            plural = "s" if len(self._found_nothing) > 1 else ""
-            where = ", ".join(map(str, dict.fromkeys(self._found_nothing)))
-            self._notes.append(f"the model found nothing at iteration{plural} {where}: no AP was measured there")
+        for what, iterations in self._nothing.items():
+            plural = "s" if len(iterations) > 1 else ""
+            self._notes.append(what.format(f"iteration{plural} {', '.join(map(str, dict.fromkeys(iterations)))}"))
         whole = launches == 1 and last.first_iteration == 0
         self._emit(
             LogReplayed, last.ended, -1, step_seconds=step_seconds,

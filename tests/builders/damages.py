@@ -97,8 +97,9 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "UTF-16": lambda raw: raw.decode().encode("utf-16"),
     "UTF-16, big end first": lambda raw: raw.decode().encode("utf-16-be"),
     "UTF-16 without mark": lambda raw: raw.decode().encode("utf-16-le"),
-    "appended by PowerShell": lambda raw: b"\n".join(raw.split(b"\n")[:9]) + b"\n\xff\xfe"
-    + b"\n".join(raw.split(b"\n")[9:]).decode().encode("utf-16-le"),
+    "appended by PowerShell": lambda raw: (
+        b"\n".join(raw.split(b"\n")[:9]) + b"\n\xff\xfe" + b"\n".join(raw.split(b"\n")[9:]).decode().encode("utf-16-le")
+    ),
 }
 """Encodings; one at a time."""
 

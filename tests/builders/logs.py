@@ -61,9 +61,10 @@ class MadeLog:
     def progress(self, step: float | None = None) -> "MadeLog":
         """Twenty iterations and their line."""
         self.wait(20 * self.step)
-        return self._line(step)
+        return self.line(step)
 
-    def _line(self, step: float | None = None) -> "MadeLog":
+    def line(self, step: float | None = None) -> "MadeLog":
+        """The progress line of the next twenty iterations, which take no time."""
         self.iteration += 20
         self.log(
             "d2.utils.events",
@@ -72,10 +73,8 @@ class MadeLog:
         )
         return self
 
-    def evaluate(self, box: float, mask: float | None, last: bool = False) -> "MadeLog":
-        """Twenty iterations, an evaluation (boxes known after 8 s, masks after 11, over after 12), and their line."""
-        if not last:
-            self.wait(20 * self.step)
+    def infer(self) -> "MadeLog":
+        """The first eight seconds of an evaluation, until its figures are printed."""
         self.log("d2.data.datasets.coco", "Loaded 10 images in COCO format from /x/val.json")
         self.wait(1)
         self.log("d2.evaluation.evaluator", "Start inference on 5 images")
@@ -84,6 +83,19 @@ class MadeLog:
             "d2.evaluation.evaluator", "Total inference time: 0:00:05.000000 (1.0 s / img per device, on 2 devices)"
         )
         self.wait(2)
+        return self
+
+    def paste(self, task: str, values: str, names: str = "AP,AP50,AP75,APs,APm,APl") -> "MadeLog":
+        """The figures of a task as detectron2 prints them for copying."""
+        for line in (f"Task: {task}", names, values):
+            self.log("d2.evaluation.testing", f"copypaste: {line}")
+        return self
+
+    def evaluate(self, box: float, mask: float | None, last: bool = False) -> "MadeLog":
+        """Twenty iterations, an evaluation (boxes known after 8 s, masks after 11, over after 12), and their line."""
+        if not last:
+            self.wait(20 * self.step)
+        self.infer()
         self._scores("bbox", box)
         self.wait(3)
         if mask is not None:
@@ -91,10 +103,8 @@ class MadeLog:
         self.wait(1)
         for task, ap in (("bbox", box), ("segm", mask)):
             if ap is not None:
-                self.log("d2.evaluation.testing", f"copypaste: Task: {task}")
-                self.log("d2.evaluation.testing", "copypaste: AP,AP50,AP75,APs,APm,APl")
-                self.log("d2.evaluation.testing", f"copypaste: {ap:.4f},60.0000,40.0000,nan,30.0000,50.0000")
-        return self if last else self._line()
+                self.paste(task, f"{ap:.4f},60.0000,40.0000,nan,30.0000,50.0000")
+        return self if last else self.line()
 
     def _scores(self, task: str, ap: float) -> None:
         self.log(

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.figures.records import TrialResult
-from orchestrator.replay.unpacking import ReplayError
 from orchestrator.replay.record import experiment_result, replay
 from orchestrator.replay.trial import Targets
+from orchestrator.replay.unpacking import ReplayError
 from tests.builders.logs import MadeLog, whole_run
 
 
