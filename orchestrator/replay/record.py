@@ -122,10 +122,10 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
 def _runs(path: Path, year: int | None) -> list[LoggedRun]:
     if path.is_dir():
         files = [path / f"{name}{packed}" for name in LOG_NAMES for packed in PACKED]
-        found = [file for file in files if file.is_file()]
-        if not found:
+        inside = next((file for file in files if file.is_file()), None)
+        if inside is None:
             raise ReplayError(f"{path}: holds neither {' nor '.join(LOG_NAMES)}")
-        path = found[0]
+        path = inside
     text, notes = read_text(path)
     if is_metrics_json(text):
         return read_metrics(path, text, notes)
