@@ -5,7 +5,7 @@ Exit codes: 0 success, 2 the input or the data set is wrong (every finding is li
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -59,7 +59,9 @@ def check(
         splits, findings = find_splits(path)
     reports = {part: check_split(split, verify_images=verify_images, use_cache=cache) for part, split in splits.items()}
     for part, report in reports.items():
-        findings += report.findings
+        # A test set without annotations is usual: a competition's.
+        is_bare = part == "test" and report.summary is not None and not report.summary.num_annotations
+        findings += [replace(each, level="warning") for each in report.findings] if is_bare else report.findings
         if part != "train" and "train" in reports:
             findings += compare_splits(reports["train"], report)
     findings = sort_findings(as_errors(findings) if strict else findings)
@@ -80,15 +82,13 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it.")],
 ) -> None:
     """Looks at a data set and prints an experiment that trains on it: `init FOLDER > my.yaml`, `run my.yaml`."""
-    from orchestrator.data.init import NotFitError, write_experiment
+    from orchestrator.data.init import write_experiment
     from orchestrator.findings import print_findings
 
-    try:
-        text, findings = write_experiment(folder)
-    except NotFitError as error:
-        print_findings(error.findings)
-        raise typer.Exit(EXIT_UNFIT) from None
+    text, findings = write_experiment(folder)
     print_findings(findings)
+    if text is None:
+        raise typer.Exit(EXIT_UNFIT)
     typer.echo(text, nl=False)
 
 
@@ -102,7 +102,7 @@ def split(
         str,
         typer.Option(
             metavar="REGEX",
-            help="Keep images together whose names begin alike: what it matches, or group 1. Default: Roboflow's copies.",
+            help="Keep images together for which this matches the same start of the name, or group 1.",
         ),
     ] = r"(.*)\.rf\.",
 ) -> None:
@@ -132,7 +132,7 @@ def fix_names(
         _fail(str(error))
     for name, path in list(fixed.changed.items())[:3]:
         typer.echo(f"{name!r} is now {path!r}")
-    typer.echo(f"{to}: {len(fixed.changed):,} names changed, {fixed.num_right:,} were right")
+    typer.echo(f"{to}: {len(fixed.changed):,} names changed")
     if fixed.missing:
         typer.echo(f"error: {len(fixed.missing):,} images have no file in {images}: {fixed.missing[:3]}", err=True)
         raise typer.Exit(EXIT_UNFIT)

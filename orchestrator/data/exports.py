@@ -1,8 +1,7 @@
 """Finds the annotation files and image folders of a data set as tools export it, and says what is there instead.
 
-COCO's own layout, Roboflow's, CVAT's, Label Studio's, VIA's, labelme2coco's and FiftyOne's are found by one rule: every
-JSON file with COCO's lists is an annotation file; its part is the one that its name or folder is named for; its images
-are in the folder in which its file names lead to files.
+Every tool's layout is found by one rule: each JSON file with COCO's lists is an annotation file; its part is the one
+that its name or folder is named for; its images are in the folder in which its file names lead to files.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import mmap
 import os
 import re
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from shlex import quote
@@ -24,8 +24,6 @@ from orchestrator.findings import Finding, FindingList
 from trainers.contract.annotations import AnnotationFileError, to_utf8
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from orchestrator.data.layout import Dataset
 
 MAX_DEPTH = 4
@@ -40,14 +38,10 @@ NUM_SAMPLED = 8
 SPLIT_FOLDER = "split"
 """Folder that `data split` is asked to write train.json and val.json to; they come before what they were made of."""
 
-PARTS = ("train", "val")
-ORDER = {"train": 0, "val": 1, "test": 2}
-"""Order of the parts; what is named for none of them is called `all` and comes last."""
+PARTS = ("train", "val", "test", "all")
+"""Parts of a data set in their order; `all` stands for an annotation file that is named for no part."""
 
-OTHER_TASKS = re.compile(r"^(captions|panoptic|stuff|image_info|person_keypoints|deepfashion)_")
-"""Annotation files next to COCO's `instances_…` that are for other tasks."""
-
-TAKEN_NAMES = (
+LAYOUTS = (
     "annotations/instances_train2017.json + train2017/ (COCO), train/_annotations.coco.json (Roboflow), "
     "annotations/instances_default.json + images/ (CVAT), result.json + images/ (Label Studio), "
     "via_project_…_coco.json (VIA), annotations.json + JPEGImages/ (labelme2coco), train.json and val.json"
@@ -65,82 +59,80 @@ class _Contents(NamedTuple):
 
 
 def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
-    """Finds the parts of a data set in a folder, in any tool's layout; or in `coco` below it (`DETECTRON2_DATASETS`).
+    """Finds the parts of a data set in a folder, in any tool's layout.
+
+    The folder may also be the one above `coco` (that of `DETECTRON2_DATASETS`), or the `annotations` in it.
 
     Returns:
         The complete parts by name (`train`, `val`, `test`, or `all` for an annotation file of no part), and what is
-        wrong with the layout.
+        wrong with the layout. Code `part_missing` is a warning that there is no training or no validation set.
     """
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
-    root = path / "coco" if not (path / "annotations").is_dir() and (path / "coco").is_dir() else path
+    root = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
+    if root.name == "annotations":
+        root = root.parent
+    elif (root / "coco").is_dir() and not (root / "annotations").is_dir():
+        root /= "coco"
     contents = _scan(root)
     by_part: defaultdict[str, list[Path]] = defaultdict(list)
     for file in filter(_is_annotation_file, contents.jsons):
         by_part[part_of(file.relative_to(root).as_posix()) or "all"].append(file)
-    findings, splits = FindingList(), {}
     if not by_part:
         return {}, [_nothing_found(root, contents)]
-    made = {part: [file for file in by_part.get(part, ()) if file.parent == root / SPLIT_FOLDER] for part in PARTS}
+    made = {part: [file for file in by_part[part] if file.parent == root / SPLIT_FOLDER] for part in ("train", "val")}
     if all(made.values()):
         by_part |= made
-    if by_part.keys() & set(PARTS):
+    if by_part["train"] or by_part["val"]:
         by_part.pop("all", None)  # what they were split from
-    for part in sorted(by_part, key=lambda part: ORDER.get(part, len(ORDER))):
+    findings, splits = FindingList(), {}
+    for part in filter(by_part.get, PARTS):
         file = _choose(by_part[part], root, part, findings)
         images = _image_folder(file, root, contents.folders, part)
-        if images is None:
-            findings.add(_no_images(file, root))
-        else:
+        if images is not None:
             splits[part] = Split(file, images, for_scoring=part != "train")
-    lone = [part for part in ("train", "val", "all") if part in by_part]
-    if lone == ["val"]:
+            continue
+        what = f"no folder in {root} holds its images, such as {', '.join(map(repr, _sample_names(file)[:3]))}"
+        hint = "Move or link the images there, or name their folder: `data check FILE --images DIR`, data.coco"
+        findings.error("layout", str(file), "", what, hint)
+    whole = splits.get("train") or splits.get("all")
+    if whole and not by_part["val"]:
+        what = f"there is no validation set: found {whole.annotations}"
+        command = f"python -m orchestrator.data split {quote(str(whole.annotations))} --val 0.2"
+        hint = f"Run `{command} --to {quote(str(root / SPLIT_FOLDER))}`, then this again"
+        findings.warning("part_missing", str(root), "", what, hint)
+    elif not (by_part["train"] or by_part["all"]):
         hint = "Name its file train.json, or its folder train"
-        findings.warning("layout", str(root), "", "there is no training set", hint)
-    elif len(lone) == 1:
-        hint = f"`{split_command(by_part[lone[0]][0], root)}` makes one"
-        findings.warning("layout", str(root), "", "there is no validation set", hint)
+        findings.warning("part_missing", str(root), "", "there is no training set", hint)
     return splits, findings.to_list()
-
-
-def split_command(file: Path, root: Path) -> str:
-    """The command that splits an annotation file so that `find_splits` takes the parts."""
-    return f"python -m orchestrator.data split {quote(str(file))} --val 0.2 --to {quote(str(root / SPLIT_FOLDER))}"
 
 
 def layout_finding(root: Path, dataset: Dataset) -> Finding:
     """The finding for a data set that is not in COCO's own layout, with the expected tree and what is there instead."""
-    what = f"not in COCO's layout; looked for:\n{_show_tree(root, dataset)}"
+    paths = (*(split.annotations for split in dataset), *(split.images for split in dataset))
+    tree = [f"├── {path.relative_to(root)}  {'found' if path.exists() else 'missing'}" for path in paths]
+    what = "\n".join(["not in COCO's layout; looked for:", str(root), *tree])
     hint = _suggest_datasets(root)
-    if not hint and root.is_dir():
-        contents = _scan(root)
-        if files := [file for file in contents.jsons if _is_annotation_file(file)]:
-            found = ", ".join(str(file.relative_to(root)) for file in files[:3])
-            command = f"python -m orchestrator.data init {quote(str(root))}"
-            hint = f"Found {found}: use data.coco (`{command}` writes an experiment)"
+    if not hint and (files := list(filter(_is_annotation_file, _scan(root).jsons))):
+        found = ", ".join(str(file.relative_to(root)) for file in files[:3])
+        command = f"python -m orchestrator.data init {quote(str(root))}"
+        hint = f"Found {found}: use data.coco (`{command}` writes an experiment)"
     return Finding("error", "layout", str(root), "", what, hint or FETCH)
 
 
 def _scan(root: Path) -> _Contents:
+    """Lists a folder, the near folders first, without hidden and unreadable ones."""
     contents = _Contents([], [], Counter())
     queue = deque([(root, 0)])
     while queue and len(contents.folders) < MAX_FOLDERS:
         folder, depth = queue.popleft()
         contents.folders.append(folder)
-        try:
-            with os.scandir(folder) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name):
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir():
-                        if depth < MAX_DEPTH:
-                            queue.append((folder / entry.name, depth + 1))
-                        continue
-                    suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a text, 118,000 times
-                    contents.suffixes[suffix] += 1
-                    if suffix == ".json":
-                        contents.jsons.append(folder / entry.name)
-        except OSError:
-            continue
+        _, folders, files = next(os.walk(folder), ("", [], []))
+        if depth < MAX_DEPTH:
+            queue.extend((folder / name, depth + 1) for name in sorted(folders) if not name.startswith("."))
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a text, 118,000 times
+            contents.suffixes[suffix] += 1
+            if suffix == ".json" and not name.startswith("."):
+                contents.jsons.append(folder / name)
     return contents
 
 
@@ -167,134 +159,94 @@ def _text(file: Path) -> bytes | mmap.mmap | None:
 
 
 def _sample_names(file: Path) -> list[str]:
-    """Some file names of an annotation file."""
-    text = _text(file) or b""
-    names = re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text)
-    return [json.loads(match[1]) for match in islice(names, NUM_SAMPLED)]
+    """Some file names of an annotation file, without those that are no JSON text."""
+    names = []
+    for match in islice(re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', _text(file) or b""), NUM_SAMPLED):
+        with suppress(ValueError):
+            names.append(json.loads(match[1]))
+    return names
 
 
 def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> Path:
-    """The annotation file of a part; a warning names the others."""
-    instances = {file.parent for file in files if file.name.startswith("instances_")}
-    files = [file for file in files if not (file.parent in instances and OTHER_TASKS.match(file.name))]
-    fixed = {file.name.replace(".fixed.json", ".json") for file in files if file.name.endswith(".fixed.json")}
-    files = [file for file in files if file.name not in fixed]
-    files.sort(key=lambda file: (len(file.parts), not file.name.startswith("instances_"), file))
+    """The annotation file of a part: the one nearest to the data set's folder; a warning names the others."""
+    instances = {file.parent for file in files if file.name.startswith("instances")}
+    # Next to COCO's `instances_…` are files for other tasks: captions, keypoints, panoptic.
+    files = [file for file in files if file.parent not in instances or file.name.startswith("instances")]
+    fixed = {file.with_name(file.name.replace(".fixed.json", ".json")) for file in files if ".fixed." in file.name}
+    files = sorted(set(files) - fixed, key=lambda file: (len(file.parts), len(file.name), file))
     if len(files) > 1:
-        others = ", ".join(str(file.relative_to(root)) for file in files[1:4]) + (", …" if len(files) > 4 else "")
-        what = f"{len(files)} annotation files of part {part!r}: {files[0].relative_to(root)} is taken, not {others}"
-        findings.warning("layout", str(root), part, what, "Merge them, or name the files in data.coco")
+        names = [str(file.relative_to(root)) for file in files]
+        others = ", ".join(names[1:4]) + (", …" if len(files) > 4 else "")
+        which = "" if part == "all" else f" of part {part!r}"
+        what = f"{len(files)} annotation files{which}: {names[0]} is taken, not {others}"
+        hint = "Export them as one file, or name those that are meant in data.coco"
+        findings.warning("layout", str(root), part, what, hint)
     return files[0]
 
 
 def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Path | None:
-    """The folder in which an annotation file's names lead to files, or at least have their like; None for none.
+    """The folder in which most of an annotation file's names are files, or at least have their like; None for none.
 
-    Folders below the data set's come first; then those next to it, where it is the annotations' own folder. One that is
-    named for another part is taken for what was split from that part only: its files may have the same names.
+    Of several, the one nearest to the annotation file. One that is named for another part is taken for what was split
+    from that part only: its files may have the same names.
     """
     names = _sample_names(file)
     if not names:
         return file.parent
     takes_any = part == "all" or file.parent == root / SPLIT_FOLDER
-    others = frozenset() if takes_any else frozenset(ORDER) - {part}
-    if (folder := _folder_of(names, file, root, folders, others)) is not None:
-        return folder
-    matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
-    if found := Counter(match.folder for match in matches.values() if part_of(match.folder) not in others):
-        return root / found.most_common(1)[0][0]
-    above = root.parent
-    if file.parent != root or above == Path(above.anchor):
-        return None
-    return _folder_of(names, file, above, _scan(above).folders, others)
-
-
-def _folder_of(names: list[str], file: Path, root: Path, folders: list[Path], others: frozenset[str]) -> Path | None:
-    """The folder in which most of the names are files; of several, the one nearest to the annotation file."""
-    folders = [folder for folder in folders if part_of(folder.relative_to(root).as_posix()) not in others]
-    folders.sort(key=lambda folder: (len(_between(folder, file.parent)), folder))
+    others = frozenset() if takes_any else frozenset(PARTS) - {part}
     usable = [name for name in names if check_name(name) is None]
-    best, most = None, 0
-    for folder in folders:
-        found = sum(is_file(folder / name) for name in usable)
-        if found > most:
-            best, most = folder, found
-        if most == len(names):
-            break
-    return best
 
+    def fitness(folder: Path) -> tuple[int, int]:
+        shared = len(Path(os.path.commonpath([folder, file.parent])).parts)
+        distance = len(folder.parts) + len(file.parent.parts) - 2 * shared
+        return sum(is_file(folder / name) for name in usable), -distance
 
-def _between(one: Path, other: Path) -> list[str]:
-    """The names of the folders that lead from one to the other."""
-    shared = len(Path(os.path.commonpath([one, other])).parts)
-    return [*one.parts[shared:], *other.parts[shared:]]
-
-
-def _no_images(file: Path, root: Path) -> Finding:
-    """The finding for an annotation file whose images are nowhere."""
-    expected = coco_layout(root)
-    for split in expected:
-        if split.annotations == file:
-            what = f"the set is not complete:\n{_show_tree(root, [split])}"
-            return Finding("error", "layout", str(root), part_of(file.name), what, FETCH)
-    names = ", ".join(map(repr, _sample_names(file)[:3]))
-    what = f"no folder in {root} holds its images, such as {names}"
-    hint = "Move or link the images there, or name their folder: `data check FILE --images DIR`, data.coco"
-    return Finding("error", "layout", str(file), "", what, hint)
+    allowed = [folder for folder in folders if part_of(folder.relative_to(root).as_posix()) not in others]
+    best = max(allowed, key=fitness, default=root)
+    if fitness(best)[0]:
+        return best
+    matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
+    found = Counter(match.folder for match in matches.values() if part_of(match.folder) not in others)
+    return root / found.most_common(1)[0][0] if found else None
 
 
 def _nothing_found(root: Path, contents: _Contents) -> Finding:
     """The finding for a folder without an annotation file: what it holds instead, and what to do."""
+    suggestion = _suggest_datasets(root)
     if not root.is_dir():
-        return Finding("error", "layout", str(root), "", "there is no such folder", _suggest_datasets(root) or FETCH)
-    if any((root / part).is_dir() for part in ("annotations", "train2017", "val2017")):
-        return layout_finding(root, coco_layout(root))
+        return Finding("error", "layout", str(root), "", "there is no such folder", suggestion or FETCH)
     counts = contents.suffixes
     images = sum(number for suffix, number in counts.items() if suffix in SUFFIXES)
     others = ", ".join(f"{number:,} {suffix or 'without extension'}" for suffix, number in counts.most_common(4))
     what = (
         f"no annotation file in COCO's format; the folder holds {len(contents.folders) - 1:,} folders and {images:,} "
-        f"images (files: {others or 'none'}). Taken would be: {TAKEN_NAMES}"
+        f"images (files: {others or 'none'}). Expected is one of: {LAYOUTS}"
     )
-    return Finding("error", "layout", str(root), "", what, _suggest_datasets(root) or _suggest_export(contents))
+    return Finding("error", "layout", str(root), "", what, suggestion or _suggest_export(contents))
 
 
 def _suggest_export(contents: _Contents) -> str:
     """What to do with labels in another format."""
     counts, again = contents.suffixes, 'export the data set again as "COCO" (JSON)'
-    if any(_is_labelme(file) for file in contents.jsons[:3]):
+    if any(b'"shapes"' in (_text(file) or b"")[:4096] for file in contents.jsons[:3]):
         return "These are labelme's files, one for each image: convert them with labelme2coco"
+    if any(counts[suffix] for suffix in (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar")):
+        return "Unpack the archive"
+    if contents.jsons:
+        return f"{contents.jsons[0].name} is in a tool's own format: {again}"
     if counts[".xml"]:
         return f"The .xml files look like Pascal VOC's: {again}, or convert them"
     if counts[".txt"] or counts[".yaml"] or counts[".yml"]:
         return f"The .txt files look like YOLO's labels: {again}, or convert them"
-    if counts[".zip"]:
-        return "Unpack the .zip"
     return f"Name the folder that holds the annotation file, or {again}"
-
-
-def _is_labelme(file: Path) -> bool:
-    head = (_text(file) or b"")[:4096]
-    return b'"shapes"' in head or (b'"flags"' in head and b'"version"' in head)
 
 
 def _suggest_datasets(root: Path) -> str:
     """Recognises the most common mistake: DETECTRON2_DATASETS names the folder `coco` instead of the one above it."""
-    for candidate in (root.parent, *root.parent.glob("*/coco"), *root.glob("*/coco"), *root.glob("*")):
+    for candidate in (root.parent, *root.glob("*/coco"), *root.glob("*")):
         if candidate != root and coco_layout(candidate).train.annotations.is_file():
             if candidate.name == "coco":
                 return f"Set DETECTRON2_DATASETS={candidate.parent}, the folder that holds `coco`"
             return f"A set in this layout is in {candidate}: name that folder, or link it to {root}"
     return ""
-
-
-def _show_tree(root: Path, splits: Sequence[Split]) -> str:
-    """Draws the expected files and folders, each with whether it was found."""
-    files = [(split.annotations, "", split.annotations.is_file()) for split in splits]
-    paths = files + [(split.images, "/", split.images.is_dir()) for split in splits]
-    lines = [str(root)]
-    for index, (path, slash, is_found) in enumerate(paths):
-        name = path.relative_to(root) if path.is_relative_to(root) else path
-        branch = "└──" if index == len(paths) - 1 else "├──"
-        lines.append(f"{branch} {name}{slash}  {'found' if is_found else 'missing'}")
-    return "\n".join(lines)

@@ -16,14 +16,12 @@ if TYPE_CHECKING:
 
 
 class FixedNames(NamedTuple):
-    """What became of the images of a file."""
+    """What became of the images whose name did not lead to a file."""
 
-    num_right: int
-    """Images whose name led to a file already."""
     changed: dict[str, str]
-    """The old name and the new one of the others whose file was found."""
+    """The old name and the new one of those whose file was found."""
     missing: list[str]
-    """Names that are as before because no file was found for them."""
+    """Names of the others, which are as before."""
 
 
 def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
@@ -46,18 +44,14 @@ def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
     part = part_of("/".join(file.absolute().parts[-2:]))
     matches = match_names(wrong, str(images), spare, whole_paths=False, part=part)
     changed = {name: match.path for name, match in matches.items()}
-    taken: dict[str, str] = {}
+    first_name: dict[str, str] = {}
     for name, path in changed.items():
-        if path in taken:
-            raise ValueError(
-                f"{taken[path]!r} and {name!r} would both become {path!r}: name the folder of this set alone"
-            )
-        taken[path] = name
-    entries = [
-        msgspec.Raw(msgspec.json.encode({**msgspec.json.decode(entry), "file_name": changed[name]}))
-        if name in changed
-        else entry
-        for entry, name in zip(raw.entries["images"], names, strict=True)
-    ]
+        if (other := first_name.setdefault(path, name)) != name:
+            raise ValueError(f"{other!r} and {name!r} would both become {path!r}: name the folder of this set alone")
+    entries = raw.entries["images"]
+    for index, name in enumerate(names):
+        if name in changed:
+            entry = {**msgspec.json.decode(entries[index]), "file_name": changed[name]}
+            entries[index] = msgspec.Raw(msgspec.json.encode(entry))
     write_atomically(to, raw.encode(entries, raw.entries["annotations"]))
-    return FixedNames(sum(name in right for name in names), changed, [name for name in wrong if name not in changed])
+    return FixedNames(changed, [name for name in wrong if name not in changed])

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.data.checks import check_split, compare_splits
-from orchestrator.data.exports import find_splits, split_command
+from orchestrator.data.exports import find_splits
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 
 if TYPE_CHECKING:
     from orchestrator.data.entries import SplitSummary
-    from orchestrator.data.layout import Split
 
 MASK_CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 BOX_CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"
@@ -58,13 +58,13 @@ model:
     # {classes}
     MODEL.ROI_HEADS.NUM_CLASSES: {num_classes}
 {more_overrides}\
-    # Images in a step, of all workers together: {batch_per_worker} each. If memory runs out, halve it and BASE_LR.
+    # Images in a step, of all workers together: {per_worker} each. If memory runs out, halve it and BASE_LR.
     SOLVER.IMS_PER_BATCH: {batch}
     # detectron2's 0.02 for 16 images, scaled to this batch. If the loss becomes infinite, take a tenth.
     SOLVER.BASE_LR: {base_lr:g}
-    # {epochs} epochs of the {num_with_objects:,} images with objects. The learning rate falls at 2/3 and 8/9 of them.
+    # {epochs} epochs of the {num_images:,} images with objects. The learning rate falls at 2/3 and 8/9 of them.
     SOLVER.MAX_ITER: {max_iter}
-    SOLVER.STEPS: [{first_step}, {second_step}]
+    SOLVER.STEPS: {steps}
     SOLVER.WARMUP_ITERS: {warmup}
 trials:
   # Workers: {workers_reason}. With `strong`, batch, learning rate and iterations are as above for any number of them.
@@ -121,65 +121,47 @@ class Machine(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How long and in which steps a model is trained."""
+    """How long and in which steps a model is trained; the fields are those of the template."""
 
+    num_images: int
+    """Training images with objects."""
+    workers: int
+    per_worker: int
+    """Images of a worker in a step."""
     batch: int
-    """Images of all workers together."""
     base_lr: float
     epochs: int
     max_iter: int
-    steps: tuple[int, int]
+    steps: list[int]
     """Iterations at which the learning rate falls: 2/3 and 8/9 of all, as in detectron2's 1x."""
     warmup: int
     eval_period: int
 
 
-class NotFitError(Exception):
-    """An experiment cannot be written; `findings` say why."""
+def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str | None, list[Finding]]:
+    """The text of an experiment that trains on the data set in a folder, and the findings of its checks.
 
-    def __init__(self, findings: list[Finding]) -> None:
-        super().__init__(findings)
-        self.findings = findings
-
-
-def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str, list[Finding]]:
-    """The text of an experiment that trains on the data set in a folder, and the warnings of its checks.
-
-    Paths in it are absolute, so that it can be moved and run from anywhere.
+    Paths in it are absolute, so that it can be moved and run from anywhere. The text is None where there is no training
+    or no validation set, or a check found an error.
 
     Args:
         folder: A data set in any layout that `find_splits` knows.
         machine: What it is made for; None for this one.
-
-    Raises:
-        NotFitError: There is no training or no validation set, or a check found an error in one.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - no link is resolved, and no ".." is kept
     splits, findings = find_splits(folder)
-    if has_errors(findings):
-        raise NotFitError(findings)
-    if not {"train", "val"} <= splits.keys():
-        # What is wrong with the file comes first: its parts would inherit it.
-        errors = [finding for split in splits.values() for finding in check_split(split).findings]
-        raise NotFitError(errors if has_errors(errors) else [_lone_part(folder, splits)])
-    reports = {part: check_split(splits[part]) for part in ("train", "val")}
-    both = [finding for report in reports.values() for finding in report.findings]
-    findings = sort_findings([*findings, *both, *compare_splits(reports["train"], reports["val"])])
-    train, val = reports["train"].summary, reports["val"].summary
-    if train is None or val is None or has_errors(findings):
-        raise NotFitError(findings)
-    return _experiment(folder, train, val, machine or Machine.local()), findings
-
-
-def _lone_part(folder: Path, splits: dict[str, Split]) -> Finding:
-    """The finding for a data set that has no two parts to train and evaluate on."""
-    missing = "training" if "train" not in splits and "all" not in splits else "validation"
-    what = f"there is no {missing} set: found {', '.join(str(split.annotations) for split in splits.values())}"
-    file = splits.get("all") or splits.get("train")
-    hint = "Name the file train.json, or its folder train"
-    if file is not None:
-        hint = f"Run `{split_command(file.annotations, folder)}`, then this again"
-    return Finding("error", "layout", str(folder), "", what, hint)
+    splits.pop("test", None)
+    reports = {part: check_split(split) for part, split in splits.items()}
+    findings += [finding for report in reports.values() for finding in report.findings]
+    if reports.keys() >= {"train", "val"}:
+        findings = sort_findings([*findings, *compare_splits(reports["train"], reports["val"])])
+        train, val = reports["train"].summary, reports["val"].summary
+        if train and val and not has_errors(findings):
+            return _experiment(folder, train, val, machine or Machine.local()), findings
+    missing = [replace(finding, level="error") for finding in findings if finding.code == "part_missing"]
+    findings = [finding for finding in findings if finding.code != "part_missing"]
+    # What is wrong with a lone file comes first: the two that it is split into would inherit it.
+    return None, sort_findings(findings if has_errors(findings) else [*findings, *missing])
 
 
 def schedule(num_images: int, machine: Machine) -> Schedule:
@@ -192,9 +174,10 @@ def schedule(num_images: int, machine: Machine) -> Schedule:
             per_worker = size
     batch = per_worker * workers
     epochs = next((epochs for below, epochs in EPOCHS if num_images < below), 12)
-    max_iter = max(10, -(-epochs * num_images // batch))
-    steps = (max_iter * 2 // 3, max_iter * 8 // 9)
-    return Schedule(batch, LR_PER_IMAGE * batch, epochs, max_iter, steps, min(1000, max_iter // 10), max_iter // 10)
+    iters = max(10, -(-epochs * num_images // batch))
+    steps = [iters * 2 // 3, iters * 8 // 9]
+    lr, tenth = LR_PER_IMAGE * batch, iters // 10
+    return Schedule(num_images, workers, per_worker, batch, lr, epochs, iters, steps, min(1000, tenth), tenth)
 
 
 def _num_cpus() -> int:
@@ -211,13 +194,13 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
     num_bare = train.num_without_mask + val.num_without_mask
     num_objects = sum(each.num_annotations - each.num_crowd for each in (train, val))
     config = BOX_CONFIG if num_bare else MASK_CONFIG
-    plan, workers = schedule(train.num_images_with_objects, machine), max(1, machine.num_gpus)
     more = BITMASKS.format(num_rle=train.num_rle) if train.num_rle and not num_bare else ""
     resources = "  device: cuda\n"
     if not machine.num_gpus:
         more += SMALL_IMAGES
         resources = f"  device: cpu\n  # All that this machine has.\n  cpus_per_worker: {machine.num_cpus}\n"
     return TEMPLATE.format(
+        **schedule(train.num_images_with_objects, machine)._asdict(),
         folder=printable(str(folder)),
         num_train=train.num_images,
         num_val=val.num_images,
@@ -233,18 +216,7 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
         classes=_list_classes(train),
         num_classes=len(train.categories),
         more_overrides=more,
-        batch=plan.batch,
-        batch_per_worker=plan.batch // workers,
-        base_lr=plan.base_lr,
-        epochs=plan.epochs,
-        num_with_objects=train.num_images_with_objects,
-        max_iter=plan.max_iter,
-        first_step=plan.steps[0],
-        second_step=plan.steps[1],
-        warmup=plan.warmup,
-        workers=workers,
         workers_reason="one for each GPU" if machine.num_gpus else "one, with all CPUs",
-        eval_period=plan.eval_period,
         resources=resources,
     )
 

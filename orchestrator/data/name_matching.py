@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, unquote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 SUFFIXES = frozenset(
     (
@@ -39,8 +39,7 @@ PARTS = {
 """Words for the parts of a data set."""
 
 
-@dataclass(frozen=True, slots=True)
-class NameMatch:
+class NameMatch(NamedTuple):
     """The file that an annotation's name means."""
 
     name: str
@@ -95,7 +94,7 @@ def match_names(
     for name, candidates in found.items():
         if candidates:
             folder, path = max(candidates, key=lambda each, name=name: likelihood(each, name))  # type: ignore[misc]
-            matches[name] = NameMatch(name, base, folder, path, tuple(_differences(name, path.removeprefix(folder))))
+            matches[name] = NameMatch(name, base, folder, path, _differences(name, path.removeprefix(folder)))
     return matches
 
 
@@ -133,9 +132,7 @@ def _look_up(parts: list[str], index: dict[str, list[tuple[str, str]]], most: in
 
 def _key(parts: list[str]) -> str:
     """What names of the same image have in common: without extension, %-encoding, case and Unicode form."""
-    stem, dot, suffix = parts[-1].rpartition(".")
-    last = stem if dot and f".{suffix.lower()}" in SUFFIXES else parts[-1]
-    text = "/".join([*parts[:-1], last])
+    text = _without_suffix("/".join(parts))
     if text.isascii():
         return (unquote(text) if "%" in text else text).lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(text)).casefold())
@@ -158,41 +155,39 @@ def _spellings(name: str) -> list[list[str]]:
     return [parts, *([*parts[:-1], other] for other in others if other and other != parts[-1])]
 
 
-def _differences(name: str, path: str) -> Iterator[str]:
+def _without_suffix(path: str) -> str:
+    stem, dot, suffix = path.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in SUFFIXES else path
+
+
+CHANGES: tuple[tuple[str, Callable[[str], str]], ...] = (
+    ("backslashes (write /)", lambda path: path.replace("\\", "/")),
+    ("%-encoding", unquote),
+    ("the Unicode form of the same letters (NFD, from macOS, or NFC)", partial(unicodedata.normalize, "NFC")),
+    ("upper and lower case", str.casefold),
+    ("the extension", _without_suffix),
+)
+"""Differences between a name and its file, and what makes them equal."""
+
+
+def _differences(name: str, path: str) -> tuple[str, ...]:
     """In what a name differs from the path, relative to the image folder, of the file it means."""
+    found = []
+    for what, change in CHANGES:
+        if name.endswith(path):
+            break
+        before = _common_end(name, path)
+        name, path = change(name), change(path)
+        if _common_end(name, path) > before:
+            found.append(what)
     if name == path:
-        return
-    if "\\" in name:
-        yield "backslashes (write /)"
-    plain = name.replace("\\", "/")
-    if "://" in plain or "?d=" in plain:
-        yield "a server's address"
-    elif plain.startswith(("/", "../")) or re.match(r"[A-Za-z]:/", plain):
-        yield "the path in front"
-    elif plain.count("/") > path.count("/"):
-        yield "a folder in front"
-    last, other = plain.rsplit("/", 1)[-1].split("?d=")[-1], path.rsplit("/", 1)[-1]
-    if last != other:
-        yield from _letter_differences(last, other)
-    elif plain != path and plain.count("/") == path.count("/"):
-        yield from _letter_differences(plain, path)
+        return tuple(found)
+    return (
+        (*found, "the path in front") if name.endswith((f"/{path}", f"={path}")) else ("what a tool added to the name",)
+    )
 
 
-def _letter_differences(name: str, path: str) -> Iterator[str]:
-    if unquote(name) == unquote(path):
-        yield "%-encoding"
-        return
-    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path):
-        form = "NFD, from macOS" if unicodedata.is_normalized("NFD", path) else "NFC"
-        yield f"the Unicode form of the same letters (the file has {form})"
-        return
-    if name.casefold() == path.casefold():
-        yield "upper and lower case"
-        return
-    stem, other = name.rpartition(".")[0], path.rpartition(".")[0]
-    if stem and stem == other and not name.startswith(path):
-        yield "the extension"
-    elif _key([stem]) == _key([other]) and not name.startswith(path):
-        yield "letters and the extension"
-    else:
-        yield "what a tool added to the name"
+def _common_end(one: str, other: str) -> int:
+    """Number of letters at the ends of two texts that agree."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

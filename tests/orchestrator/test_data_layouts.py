@@ -53,7 +53,7 @@ def test_a_layout_with_one_file_is_checked_and_the_command_that_splits_it_named(
     layout(source, tmp_path / "my data")
     code, report = check(tmp_path / "my data")
     assert code == 0 and [split["num_images"] for split in report["splits"]] == [10]
-    (hint,) = [finding["hint"] for finding in report["findings"] if finding["code"] == "layout"]
+    (hint,) = [finding["hint"] for finding in report["findings"] if finding["code"] == "part_missing"]
     assert f"python -m orchestrator.data split '{tmp_path / 'my data'}" in hint
 
 
