@@ -41,8 +41,8 @@ class ModelFile(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         """Reads a file; detectron2 calls it for each base. Raises yaml.YAMLError for code elsewhere."""
-        in_package = Path(filename).resolve().is_relative_to(Path(model_zoo.__file__).resolve().parent)
-        values: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe=in_package)
+        allow_unsafe = Path(filename).resolve().is_relative_to(Path(model_zoo.__file__).resolve().parent)
+        values: dict[str, Any] = super().load_yaml_with_base(filename, allow_unsafe)
         return values
 
 
@@ -165,7 +165,12 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
         model: nn.Module = build_model(cfg)
     if plan.device == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         hint = "Write naiveSyncBN, which does the same on CPUs, or BN, which keeps workers apart"
-        raise ConfigurationError("SyncBN needs GPUs", key="MODEL.….NORM", hint=hint)
+        keys = [
+            f"MODEL.{name}.NORM"
+            for name, part in cfg.MODEL.items()
+            if isinstance(part, CfgNode) and part.get("NORM") == "SyncBN"
+        ]
+        raise ConfigurationError("SyncBN needs GPUs", key=", ".join(keys), hint=hint)
     if cfg.MODEL.WEIGHTS:
         load_start_weights(model, cfg.MODEL.WEIGHTS, plan.weights_sha256)
     tune_model(model, plan.recipe, torch.device(plan.device))

@@ -7,7 +7,6 @@ key is taken and then ignored. A name that ends in "." stands for all keys under
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.experiment.detectron_config import default_values, given_setting
@@ -80,97 +79,87 @@ REFUSED: Mapping[str, str] = {
 """Keys that have no effect here, and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The values that a key may have."""
+FPN_BACKBONES = ("build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 
-    allowed: tuple[Any, ...]
-    reasons: Mapping[Any, str]
-    """Why a value that detectron2 knows is refused."""
-
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "VERSION": (2,),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet"),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.ROI_HEADS.NAME": ("Res5ROIHeads", "StandardROIHeads", "CascadeROIHeads"),
+    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
+    "MODEL.BACKBONE.NAME": ("build_resnet_backbone", *FPN_BACKBONES),
+    "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+    "MODEL.ROI_BOX_HEAD.NAME": ("", "FastRCNNConvFCHead"),
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "HSV", "LAB", "YCbCr", "YUV-BT.601", "CMYK", "RGBA"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+}
+"""Keys of which only some values can be used. What users register in code of their own is not known to workers."""
 
 PANOPTIC = "is not supported: boxes, masks and keypoints are trained and scored, no semantic or panoptic segmentation"
 PROPOSALS = "is not supported: precomputed proposals are not read"
 WEIGHTED = "is not supported: it weighs data sets, and an experiment has one"
 ROTATED = "is not supported: rotated boxes are neither read nor scored"
 
-CHOICES: Mapping[str, Choice] = {
-    "VERSION": Choice((2,), {0: "is of an old detectron2", 1: "is of an old detectron2"}),
-    "MODEL.META_ARCHITECTURE": Choice(
-        ("GeneralizedRCNN", "RetinaNet"),
-        {
-            "PanopticFPN": PANOPTIC,
-            "SemanticSegmentor": PANOPTIC,
-            "ProposalNetwork": "is not supported: proposals alone are no detections that could be scored",
-        },
-    ),
-    "MODEL.LOAD_PROPOSALS": Choice((False,), {True: PROPOSALS}),
-    "MODEL.PROPOSAL_GENERATOR.NAME": Choice(("RPN",), {"PrecomputedProposals": PROPOSALS, "RRPN": ROTATED}),
-    "MODEL.ANCHOR_GENERATOR.NAME": Choice(("DefaultAnchorGenerator",), {"RotatedAnchorGenerator": ROTATED}),
-    "MODEL.ROI_HEADS.NAME": Choice(("Res5ROIHeads", "StandardROIHeads", "CascadeROIHeads"), {"RROIHeads": ROTATED}),
-    "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": Choice(
-        (False,), {True: "is not supported: the data sets here have no class frequencies, as LVIS has"}
-    ),
-    "MODEL.BACKBONE.NAME": Choice(
-        ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone"), {}
-    ),
-    "MODEL.RPN.HEAD_NAME": Choice(("StandardRPNHead",), {}),
-    "MODEL.ROI_BOX_HEAD.NAME": Choice(("", "FastRCNNConvFCHead"), {}),
-    "MODEL.ROI_MASK_HEAD.NAME": Choice(("MaskRCNNConvUpsampleHead",), {}),
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": Choice(("KRCNNConvDeconvUpsampleHead",), {}),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": Choice(("choice", "range"), {}),
-    "INPUT.FORMAT": Choice(("BGR", "RGB", "L", "HSV", "LAB", "YCbCr", "YUV-BT.601", "CMYK", "RGBA"), {}),
-    "INPUT.RANDOM_FLIP": Choice(("horizontal", "vertical", "none"), {}),
-    "INPUT.MASK_FORMAT": Choice(("polygon", "bitmask"), {}),
-    "INPUT.CROP.TYPE": Choice(("relative_range", "relative", "absolute", "absolute_range"), {}),
-    "DATALOADER.SAMPLER_TRAIN": Choice(
-        ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"),
-        {"WeightedTrainingSampler": WEIGHTED, "WeightedCategoryTrainingSampler": WEIGHTED},
-    ),
-    "SOLVER.LR_SCHEDULER_NAME": Choice(("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"), {}),
-    **{
-        f"MODEL.{part}.BBOX_REG_LOSS_TYPE": Choice(("smooth_l1", "giou", "diou", "ciou"), {})
-        for part in ("RPN", "ROI_BOX_HEAD", "RETINANET")
-    },
-    "SOLVER.WARMUP_METHOD": Choice(("linear", "constant"), {}),
-    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Choice(("value", "norm"), {}),
+REASONS: Mapping[tuple[str, Any], str] = {
+    ("VERSION", 0): "is of an old detectron2",
+    ("VERSION", 1): "is of an old detectron2",
+    ("MODEL.META_ARCHITECTURE", "PanopticFPN"): PANOPTIC,
+    ("MODEL.META_ARCHITECTURE", "SemanticSegmentor"): PANOPTIC,
+    ("MODEL.META_ARCHITECTURE", "ProposalNetwork"): "is not supported: proposals alone are no detections to be scored",
+    ("MODEL.LOAD_PROPOSALS", True): PROPOSALS,
+    ("MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"): PROPOSALS,
+    ("MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"): ROTATED,
+    ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"): ROTATED,
+    ("MODEL.ROI_HEADS.NAME", "RROIHeads"): ROTATED,
+    ("MODEL.ROI_BOX_HEAD.USE_FED_LOSS", True): "is not supported: the data has no class frequencies, as LVIS has",
+    ("DATALOADER.SAMPLER_TRAIN", "WeightedTrainingSampler"): WEIGHTED,
+    ("DATALOADER.SAMPLER_TRAIN", "WeightedCategoryTrainingSampler"): WEIGHTED,
 }
-"""Keys of which only some values can be used. What users register in code of their own is not known to workers."""
+"""Why a value that detectron2 knows is none of the CHOICES of its key."""
 
 NOT_KNOWN = "is not one of detectron2's"
 
 NO_LIMIT = math.inf
-MAX_ITERATIONS = 10**9
 
 LIMITS: Mapping[str, tuple[float, float]] = {
     "SOLVER.IMS_PER_BATCH": (1, 10**6),
-    "SOLVER.MAX_ITER": (1, MAX_ITERATIONS),
-    "SOLVER.STEPS": (1, MAX_ITERATIONS),
-    "SOLVER.WARMUP_ITERS": (0, MAX_ITERATIONS),
-    "SOLVER.CHECKPOINT_PERIOD": (0, MAX_ITERATIONS),
+    "SOLVER.MAX_ITER": (1, 10**9),
+    "SOLVER.STEPS": (1, 10**9),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, 10**6),
-    "SOLVER.BASE_LR": (0, NO_LIMIT),
-    "SOLVER.BASE_LR_END": (0, NO_LIMIT),
-    "SOLVER.MOMENTUM": (0, NO_LIMIT),
-    "SOLVER.WEIGHT_DECAY": (0, NO_LIMIT),
-    "SOLVER.NUM_DECAYS": (1, MAX_ITERATIONS),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0, NO_LIMIT),
+    "SOLVER.NUM_DECAYS": (1, 10**9),
     "DATALOADER.NUM_WORKERS": (0, 10**4),
-    "DATALOADER.REPEAT_THRESHOLD": (0, NO_LIMIT),
     "DATALOADER.RANDOM_SUBSET_RATIO": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (1, 10**5),
     "INPUT.MAX_SIZE_TRAIN": (1, 10**6),
     "INPUT.MIN_SIZE_TEST": (0, 10**5),
     "INPUT.MAX_SIZE_TEST": (1, 10**6),
-    "INPUT.CROP.SIZE": (0, 10**6),
+    "MODEL.BACKBONE.FREEZE_AT": (-1, 10**9),
+    "MODEL.PIXEL_MEAN": (-NO_LIMIT, NO_LIMIT),
     "MODEL.ROI_HEADS.NUM_CLASSES": (1, 10**6),
     "MODEL.RETINANET.NUM_CLASSES": (1, 10**6),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, 10**9),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, 10**9),
     "TEST.DETECTIONS_PER_IMAGE": (1, 10**6),
     "TEST.AUG.MIN_SIZES": (1, 10**5),
     "TEST.AUG.MAX_SIZE": (1, 10**6),
-    "TEST.PRECISE_BN.NUM_ITER": (1, MAX_ITERATIONS),
+    "TEST.PRECISE_BN.NUM_ITER": (1, 10**9),
 }
-"""Smallest and largest value of a number, or of each number of a list."""
+"""Smallest and largest value of a number, or of each number of a list, where `limits` does not say it."""
 
 NONEMPTY = ("INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES")
 """Lists that must hold something."""
@@ -181,21 +170,29 @@ INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)
 NULLABLE = ("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.WEIGHT_DECAY_NORM")
 """Keys to which null means: as SOLVER.WEIGHT_DECAY."""
 
-CONDITIONS: Mapping[str, tuple[str, Any]] = {
-    "DATALOADER.REPEAT_": ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
-    "DATALOADER.RANDOM_SUBSET_RATIO": ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
-    "INPUT.CROP.": ("INPUT.CROP.ENABLED", True),
-    "SOLVER.CLIP_GRADIENTS.": ("SOLVER.CLIP_GRADIENTS.ENABLED", True),
-    "SOLVER.STEPS": ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
-    "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
-    "SOLVER.NUM_DECAYS": ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
-    "TEST.AUG.": ("TEST.AUG.ENABLED", True),
-    "TEST.PRECISE_BN.": ("TEST.PRECISE_BN.ENABLED", True),
-    "MODEL.RETINANET.": ("MODEL.META_ARCHITECTURE", "RetinaNet"),
-    "MODEL.ROI_": ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
-    "MODEL.RPN.": ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+CONDITIONS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "MODEL.RETINANET.": ("MODEL.META_ARCHITECTURE", ("RetinaNet",)),
+    "MODEL.RPN.": ("MODEL.META_ARCHITECTURE", ("GeneralizedRCNN",)),
+    "MODEL.ROI_": ("MODEL.META_ARCHITECTURE", ("GeneralizedRCNN",)),
+    "MODEL.ROI_MASK_HEAD.": ("MODEL.MASK_ON", (True,)),
+    "MODEL.ROI_KEYPOINT_HEAD.": ("MODEL.KEYPOINT_ON", (True,)),
+    "MODEL.ROI_BOX_CASCADE_HEAD.": ("MODEL.ROI_HEADS.NAME", ("CascadeROIHeads",)),
+    "MODEL.FPN.": ("MODEL.BACKBONE.NAME", FPN_BACKBONES),
+    "INPUT.MASK_FORMAT": ("MODEL.MASK_ON", (True,)),
+    "INPUT.CROP.": ("INPUT.CROP.ENABLED", (True,)),
+    "DATALOADER.REPEAT_": ("DATALOADER.SAMPLER_TRAIN", ("RepeatFactorTrainingSampler",)),
+    "DATALOADER.RANDOM_SUBSET_RATIO": ("DATALOADER.SAMPLER_TRAIN", ("RandomSubsetTrainingSampler",)),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("norm",)),
+    "SOLVER.CLIP_GRADIENTS.": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
+    "SOLVER.STEPS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR",)),
+    "SOLVER.GAMMA": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")),
+    "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupCosineLR",)),
+    "SOLVER.NUM_DECAYS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupStepWithFixedGammaLR",)),
+    "TEST.AUG.": ("TEST.AUG.ENABLED", (True,)),
+    "TEST.PRECISE_BN.": ("TEST.PRECISE_BN.ENABLED", (True,)),
+    "TEST.KEYPOINT_OKS_SIGMAS": ("MODEL.KEYPOINT_ON", (True,)),
 }
-"""Keys, by the start of their names, that detectron2 itself uses only where another key has a certain value."""
+"""Keys, by the start of their names, that detectron2 itself uses only where another key has one of certain values."""
 
 
 def class_of(key: str) -> tuple[KeyClass, str]:
@@ -231,26 +228,40 @@ def value_problem(key: str, value: Any) -> str | None:
     """What is wrong with a value for one of detectron2's keys; None where it can be used.
 
     The types are those that detectron2 takes: the default's own, a list for a tuple, no integer for a float. Lists of
-    numbers hold numbers, numbers are finite and within LIMITS, names are those of CHOICES.
+    numbers hold numbers, numbers are finite and within `limits`, names are those of CHOICES.
     """
     default = default_values()[key]
     if key in NULLABLE and value is None:
         return None
     if not _has_type_of(value, default):
         return f"its value {value!r} is not of the type of detectron2's default, {default!r}"
-    numbers = [item for item in (value if isinstance(value, list | tuple) else [value]) if _is_number(item)]
+    numbers = numbers_of(value)
     if key not in INFINITE and not all(map(_is_finite, numbers)):
         return f"its value {value!r} is no finite number"
-    low, high = LIMITS.get(key, (-NO_LIMIT, NO_LIMIT))
+    low, high = limits(key)
     if not all(low <= number <= high for number in numbers):
         upper = "" if high == NO_LIMIT else f" and at most {high:,}"
         return f"its value {value!r} is out of range: at least {low:,}{upper}"
     if key in NONEMPTY and not value:
         return f"its value {value!r} is empty"
-    choice = CHOICES.get(key)
-    if choice is not None and value not in choice.allowed:
-        return f"{value} {choice.reasons.get(value, NOT_KNOWN)}"
+    if key in CHOICES and value not in CHOICES[key]:
+        return f"{value} {REASONS.get((key, value), NOT_KNOWN)}"
     return None
+
+
+def limits(key: str) -> tuple[float, float]:
+    """Smallest and largest value of a key's numbers: none is negative where detectron2's default is not."""
+    numbers = numbers_of(default_values()[key])
+    lowest = -NO_LIMIT if any(number < 0 for number in numbers) else 0
+    largest = 10**9 if any(isinstance(number, int) for number in numbers) else NO_LIMIT
+    return LIMITS.get(key, (lowest, largest))
+
+
+def numbers_of(value: Any) -> list[float]:
+    """The numbers in a value, also those of lists in lists."""
+    if isinstance(value, list | tuple):
+        return [number for item in value for number in numbers_of(item)]
+    return [value] if _is_number(value) else []
 
 
 def _has_type_of(value: Any, default: Any) -> bool:
@@ -275,7 +286,7 @@ def value_hint(key: str, value: Any) -> str:
     Names the number in the key's type where one is given, else detectron2's default as an example.
     """
     if key in CHOICES:
-        return f"Take {' or '.join(repr(each) for each in CHOICES[key].allowed)}"
+        return f"Take {' or '.join(map(repr, CHOICES[key]))}"
     default = default_values()[key]
     example: Any = list(default) if isinstance(default, tuple) else default
     if _is_number(value) and _is_finite(value):
@@ -285,7 +296,7 @@ def value_hint(key: str, value: Any) -> str:
             example = int(value)
         elif isinstance(default, list | tuple) and default and all(map(_is_number, default)):
             example = [value]
-    low, high = LIMITS.get(key, (-NO_LIMIT, NO_LIMIT))
+    low, high = limits(key)
     if _is_number(example) and not low <= example <= high:
         example = default
     return f"Write a value like {example!r}"

@@ -132,7 +132,7 @@ def scaled_solver(
         evaluate_at_end=at_end,
         checkpoint_period=checkpoint_period,
     )
-    _check_schedule(experiment, solver)
+    _check_schedule(experiment, solver, world_size)
     return solver
 
 
@@ -169,8 +169,11 @@ def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling) -> 
     return batch
 
 
-def _check_schedule(experiment: Experiment, solver: SolverPlan) -> None:
+def _check_schedule(experiment: Experiment, solver: SolverPlan, world_size: int) -> None:
     """Refuses what detectron2's schedulers refuse once they are built, after minutes."""
+    where = f"the plan for world size {world_size}"
+    if solver.max_iter < 1:
+        raise SpecError(f"SOLVER.MAX_ITER is 0 in {where}: scaled to it, nothing is left; take smaller world sizes")
     scheduler = usable_value(experiment, "SOLVER.LR_SCHEDULER_NAME")
     if scheduler == "WarmupCosineLR":
         end = usable_value(experiment, "SOLVER.BASE_LR_END")
@@ -179,9 +182,7 @@ def _check_schedule(experiment: Experiment, solver: SolverPlan) -> None:
     elif scheduler == "WarmupMultiStepLR":
         steps = [step for step in solver.steps if step < solver.max_iter]
         if any(first >= second for first, second in pairwise((0, *steps))):
-            raise SpecError(f"SOLVER.STEPS {solver.steps} of the plan do not ascend from 1")
-        if solver.max_iter <= len(steps):
-            raise SpecError(f"SOLVER.MAX_ITER {solver.max_iter} is too short for the SOLVER.STEPS {solver.steps}")
+            raise SpecError(f"SOLVER.STEPS {solver.steps} of {where} do not ascend from 1")
 
 
 def _recipe(experiment: Experiment, name: str) -> Recipe:

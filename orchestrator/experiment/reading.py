@@ -102,7 +102,12 @@ def _read(path: Path, loader: type[_Loader]) -> Any:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SpecError(f"{path}{line}: not valid YAML: {error.problem or error}") from error
+        problem = f"not valid YAML: {error.problem or error}"
+        if "tag:yaml.org,2002:python/" in problem:
+            problem = (
+                "a value that code computes (!!python/…), which runs in the installed model zoo only; write it out"
+            )
+        raise SpecError(f"{path}{line}: {problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2024-13-45
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.config_keys import CHOICES, CONDITIONS, REPLACED, class_of, value_hint, value_problem
+from orchestrator.experiment.config_keys import (
+    CHOICES,
+    CONDITIONS,
+    REPLACED,
+    class_of,
+    numbers_of,
+    value_hint,
+    value_problem,
+)
 from orchestrator.experiment.detectron_config import default_values, file_settings, given_setting, model_value
 from orchestrator.findings import FindingList
 from trainers.recipes import RECIPES
@@ -29,10 +37,12 @@ def check_settings(experiment: Experiment) -> list[Finding]:
     findings = FindingList()
     files = file_settings(experiment.model.config)
     overrides = [setting for key in experiment.model.overrides if (setting := given_setting(experiment, key))]
+    unknown: set[str] = set()
     for setting in (*overrides, *(each for each in files.values() if not each.in_zoo)):
-        if _check_key(setting, findings) and _check_value(setting, findings):
+        if _check_key(setting, unknown, findings) and _check_value(setting, findings):
             _check_effect(experiment, setting, findings)
     _check_conditions(experiment, overrides, findings)
+    _check_schedule(experiment, findings)
     for key in CHOICES:
         if (chosen := given_setting(experiment, key)) and chosen.in_zoo:
             _check_value(chosen, findings)
@@ -47,7 +57,8 @@ def _place(setting: Setting) -> tuple[str, str]:
     return str(setting.file), f"line {setting.line}: {setting.key}"
 
 
-def _check_key(setting: Setting, findings: FindingList) -> bool:
+def _check_key(setting: Setting, unknown: set[str], findings: FindingList) -> bool:
+    """Whether detectron2 has a key; of a group that it does not have, one key is reported and the group remembered."""
     key, known = setting.key, default_values()
     if key in known:
         return True
@@ -62,25 +73,30 @@ def _check_key(setting: Setting, findings: FindingList) -> bool:
     elif '"' in key:
         what, hint = "a key with dots, which detectron2 does not read in files", "Nest it: SOLVER: {BASE_LR: 0.01}"
         findings.error("config_key", *place, what, hint)
+    elif group := _unknown_group(key):
+        if group not in unknown:
+            findings.error("config_key", *place, f"detectron2 has no {group} and no keys in it", _meant(group))
+        unknown.add(group)
     else:
-        findings.error("config_key", *place, *_unknown(key))
+        findings.error("config_key", *place, "detectron2 has no such key", _meant(key))
     return False
 
 
-def _unknown(key: str) -> tuple[str, str]:
-    """What is wrong with a key that detectron2 does not have, and how to fix it."""
-    known = set(default_values())
-    groups = {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
-    parts = key.split(".")
-    group = next((name for size in range(1, len(parts)) if (name := ".".join(parts[:size])) not in groups), None)
-    parent, _, last = (group or key).rpartition(".")
-    names = groups if group else known
-    siblings = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == parent}
-    near = [siblings[name] for name in difflib.get_close_matches(last.upper(), siblings, n=1, cutoff=0.6)]
-    if not near and not group:
-        near = sorted(name for name in known if name.rpartition(".")[2] == last.upper())
-    hint = f"Did you mean {near[0]}" if near else "Leave it out; what other projects add is not known here"
-    return f"detectron2 has no such key{f': there is no {group}' if group else ''}", hint
+def _unknown_group(key: str) -> str | None:
+    """The first part of a key's name that detectron2 has no group of keys for; None where only its end is unknown."""
+    groups = [key[:dot] for dot, letter in enumerate(key) if letter == "."]
+    return next((group for group in groups if not any(name.startswith(f"{group}.") for name in default_values())), None)
+
+
+def _meant(key: str) -> str:
+    """What to do about a key that detectron2 does not have."""
+    parent, _, last = key.rpartition(".")
+    parts = len(key.split("."))
+    known = dict.fromkeys(".".join(name.split(".")[:parts]) for name in default_values())
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == parent}
+    near = [siblings[name] for name in difflib.get_close_matches(last.upper(), siblings, n=1, cutoff=0.8)]
+    near = near or [name for name in default_values() if name.rpartition(".")[2] == last.upper()]
+    return f"Did you mean {' or '.join(near)}?" if near else "Leave it out; what other projects add is not known here"
 
 
 def _check_value(setting: Setting, findings: FindingList) -> bool:
@@ -141,31 +157,55 @@ def _done_anyway(experiment: Experiment) -> dict[str, Any]:
 
 def _as_field(key: str, value: Any) -> str:
     """How a mapped key's value is written in our field, such as `=[7]`; "" where it has no such form."""
-    if value == default_values()[key]:
+    if value == default_values()[key] or isinstance(value, list | tuple):
         return ""
-    forms = {
-        "MODEL.DEVICE": f"={value}",
-        "SOLVER.AMP.ENABLED": "=amp",
-        "TEST.EVAL_PERIOD": f"={value}",
-        "SEED": f"=[{value}]",
-        "OUTPUT_DIR": f"={value}",
-    }
-    return forms.get(key, "")
+    forms = {"SOLVER.AMP.ENABLED": "=amp", "SEED": f"=[{value}]", "MODEL.DEVICE": f"={str(value).partition(':')[0]}"}
+    return forms.get(key, f"={value}")
 
 
 def _check_conditions(experiment: Experiment, overrides: list[Setting], findings: FindingList) -> None:
     """Reports overrides that detectron2 itself does not use because of another key's value."""
-    unused: dict[tuple[str, Any], list[str]] = {}
-    for start, (key, wanted) in CONDITIONS.items():
-        if model_value(experiment, key) != wanted:
-            keys = [each.key for each in overrides if each.key.startswith(start) and each.key != key]
-            unused[key, wanted] = unused.get((key, wanted), []) + keys
-    for (key, wanted), keys in unused.items():
-        value = model_value(experiment, key)
-        if keys and value_problem(key, value) is None:
-            what = f"no effect: detectron2 uses this only where {key} is {wanted!r}, and it is {value!r}"
-            hint = f"Leave out what has no effect, or set model.overrides.{key}={wanted}"
+    unused: dict[str, list[str]] = {}
+    for key in (setting.key for setting in overrides):
+        for start, (other, wanted) in CONDITIONS.items():
+            if key.startswith(start) and key != other and model_value(experiment, other) not in wanted:
+                unused[start] = [*unused.get(start, []), key]
+                break
+    for start, keys in unused.items():
+        other, wanted = CONDITIONS[start]
+        value = model_value(experiment, other)
+        if value_problem(other, value) is None:
+            needed = " or ".join(map(repr, wanted))
+            what = f"no effect: detectron2 uses this only where {other} is {needed}, and it is {value!r}"
+            hint = f"Leave out what has no effect, or set model.overrides.{other}={wanted[0]}"
             findings.warning("config_unused", "model.overrides", ", ".join(keys), what, hint)
+
+
+def _check_schedule(experiment: Experiment, findings: FindingList) -> None:
+    """Reports what the experiment asks for at iterations that it does not reach."""
+    protocol, trials = experiment.protocol, experiment.trials
+    if trials.scaling == "strong" and trials.reference_world_size:
+        what, hint = "no effect: strong scaling scales nothing", "Leave it out, or set trials.scaling=weak"
+        findings.warning("config_unused", "trials.reference_world_size", "", what, hint)
+    own = {
+        name: setting
+        for name in ("MAX_ITER", "STEPS", "WARMUP_ITERS")
+        if (setting := given_setting(experiment, f"SOLVER.{name}")) and not setting.in_zoo
+    }
+    length = protocol.iterations or (own["MAX_ITER"].value if "MAX_ITER" in own else None)
+    if length is None or any(value_problem(each.key, each.value) for each in own.values()):
+        return
+    wanted = {("protocol.eval_period_iterations", ""): protocol.eval_period_iterations or 0}
+    if protocol.kind == "throughput":
+        if protocol.warmup_iterations >= length:
+            what = f"no throughput is measured: it is that of the iterations after these, and the run has {length:,}"
+            findings.warning("not_measured", "protocol.warmup_iterations", "", what, "Take fewer, or more iterations")
+    else:
+        wanted |= {_place(own[name]): max(numbers_of(own[name].value), default=0) for name in own if name != "MAX_ITER"}
+    for place, iteration in wanted.items():
+        if iteration > length:
+            what = f"iteration {iteration:,} is not reached: the run has {length:,}"
+            findings.warning("config_unused", *place, what, "Take a smaller number, or more iterations")
 
 
 def _check_learning_rate(experiment: Experiment, findings: FindingList) -> None:

@@ -16,6 +16,7 @@ from orchestrator.experiment.config_keys import (
     MAPPED,
     NONEMPTY,
     NULLABLE,
+    REASONS,
     REFUSED,
     REPLACED,
     class_of,
@@ -51,9 +52,11 @@ def test_no_table_names_a_key_that_detectron2_does_not_have(table: dict[str, obj
     keys = default_values()
     assert [name for name in table if not any(key == name or key.startswith(f"{name}") for key in keys)] == []
     assert [name for name in table if not name.endswith(".") and name not in keys] == []
-    for start, (key, value) in CONDITIONS.items():
-        assert key in keys and value_problem(key, value) is None
+    for start, (key, wanted) in CONDITIONS.items():
+        assert key in keys and all(value_problem(key, value) is None for value in wanted)
         assert any(name.startswith(start) for name in keys)
+    for key, value in REASONS:
+        assert value not in CHOICES[key]
 
 
 @pytest.mark.parametrize("field", sorted({*MAPPED.values(), *REPLACED.values()}))
@@ -98,7 +101,7 @@ def test_the_parts_that_can_be_named_are_those_that_detectron2_registers() -> No
     }
     for key, registry in registries.items():
         known = {name for name, part in registry if part.__module__.startswith("detectron2.")}
-        ours = {*CHOICES[key].allowed, *CHOICES[key].reasons}
+        ours = {*CHOICES[key], *(value for name, value in REASONS if name == key)}
         assert known <= ours, key
         assert ours - known <= {"", "PrecomputedProposals"}, key  # "" and a name that is handled without a registry
 
@@ -116,6 +119,12 @@ def test_the_parts_that_can_be_named_are_those_that_detectron2_registers() -> No
         ("MODEL.WEIGHTS", None, "its value None is not of the type", "Write a value like ''"),
         ("MODEL.MASK_ON", 1, "its value 1 is not of the type", "Write a value like False"),
         ("INPUT.RANDOM_FLIP", "both", "both is not one of detectron2's", "Take 'horizontal' or 'vertical' or 'none'"),
+        ("SOLVER.GAMMA", -0.1, "is out of range: at least 0", "Write a value like 0.1"),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", -1, "is out of range: at least 1", "Write a value like 512"),
+        ("MODEL.RPN.POST_NMS_TOPK_TEST", 10**30, "at least 0 and at most 1,000,000,000", "Write a value like 1000"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [-16]], "at least 0", "Write a value like [[32, 64, 128, 256, 512]]"),
+        ("MODEL.RPN.CONV_DIMS", [-1, 64], None, None),
+        ("MODEL.BACKBONE.FREEZE_AT", -1, None, None),
         ("SOLVER.CLIP_GRADIENTS.NORM_TYPE", float("inf"), None, None),
         ("SOLVER.WEIGHT_DECAY_BIAS", None, None, None),
         ("SOLVER.WEIGHT_DECAY_BIAS", 0.0, None, None),

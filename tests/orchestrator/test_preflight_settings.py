@@ -24,6 +24,11 @@ def check(overrides: dict[str, Any] | None = None, config: str = MASK_RCNN, **ch
     return check_settings(parse_experiment(values, "test"))
 
 
+def problems(overrides: dict[str, Any] | None = None, config: str = MASK_RCNN) -> list[Finding]:
+    """What is found but for overrides of the tiny model that a config's model does not use."""
+    return [each for each in check(overrides, config) if each.code != "config_unused"]
+
+
 def own(tmp_path: Path, text: str) -> str:
     path = tmp_path / "own.yaml"
     path.write_text(f"_BASE_: {zoo_folder()}/{MASK_RCNN}\n{text}", encoding="utf-8")
@@ -122,7 +127,7 @@ def test_a_config_that_detectron2_dumped_is_taken(tmp_path: Path) -> None:
 
     path = tmp_path / "config.yaml"
     path.write_text(get_cfg().dump(), encoding="utf-8")
-    assert check(config=str(path)) == []
+    assert problems(config=str(path)) == []
 
 
 WRONG = """\
@@ -147,7 +152,7 @@ VERSION: 1
 def test_everything_wrong_in_a_file_is_found_at_once_with_key_and_line(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(WRONG, encoding="utf-8")
-    findings = check(config=str(path))
+    findings = problems(config=str(path))
     assert [(each.id, each.code) for each in findings if each.level == "error"] == [
         ("line 2: MODEL.FCOS.NUM_CLASSES", "config_key"),
         ("line 3: MODEL.WEIGHT", "config_key"),
@@ -163,7 +168,7 @@ def test_everything_wrong_in_a_file_is_found_at_once_with_key_and_line(tmp_path:
         ("line 15: VERSION", "config_value"),
     ]
     hints = {each.id.split(": ")[1]: each.hint for each in findings}
-    assert hints["MODEL.WEIGHT"] == "Did you mean MODEL.WEIGHTS"
+    assert hints["MODEL.WEIGHT"] == "Did you mean MODEL.WEIGHTS?"
     assert hints["MODEL.ROI_HEADS.SCORE_THRESH_TEST"] == "Write a value like 1.0"
     assert hints["SOLVER.STEPS"] == "Write a value like [3]"
     assert hints["SOLVER.MAX_ITER"] == "Write a value like 1000"
@@ -174,7 +179,7 @@ def test_a_value_of_a_base_that_is_changed_is_not_looked_at(tmp_path: Path) -> N
     (tmp_path / "base.yaml").write_text("SOLVER: {MAX_ITER: many}\nFOO: 1\n")
     path = tmp_path / "own.yaml"
     path.write_text("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 9}\n")
-    (finding,) = check(config=str(path))
+    (finding,) = problems(config=str(path))
     assert (finding.file, finding.id) == (str(tmp_path / "base.yaml"), "line 2: FOO")
 
 
@@ -210,7 +215,7 @@ def test_a_model_of_the_zoo_that_is_not_trained_here_is_refused_by_name(config: 
     ],
 )
 def test_other_models_of_the_zoo_can_be_trained(config: str) -> None:
-    assert check(config=config) == []
+    assert problems(config=config) == []
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_value_that_cannot_be_used_says_why(key: str, value: object, words: st
     ids=lambda each: next(iter(each)),
 )
 def test_what_is_honoured_has_no_finding(overrides: dict[str, object]) -> None:
-    assert [each for each in check(overrides) if each.code != "config_unused"] == []
+    assert problems(overrides) == []
 
 
 def test_an_override_that_detectron2_would_not_use_either_is_a_warning() -> None:
@@ -258,8 +263,58 @@ def test_a_batch_of_ones_with_the_learning_rate_of_the_zoos_is_a_warning() -> No
     (finding,) = check_settings(parse_experiment(values, "test"))
     assert (finding.level, finding.code) == ("warning", "config_learning_rate")
     assert "learning rate 0.02" in finding.what and finding.what.endswith("for 16") and "0.0025" in finding.hint
-    values["protocol"] = {"kind": "throughput", "iterations": 5}
+    values["protocol"] = {"kind": "throughput", "iterations": 5, "warmup_iterations": 2}
     assert check_settings(parse_experiment(values, "test")) == [], "a throughput does not depend on it"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "needed"),
+    [
+        ({"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 5}, None, "MODEL.KEYPOINT_ON is True"),
+        ({"MODEL.ROI_BOX_CASCADE_HEAD.IOUS": [0.4, 0.5, 0.6]}, None, "MODEL.ROI_HEADS.NAME is 'CascadeROIHeads'"),
+        ({"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "value", "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 1.0},
+         "SOLVER.CLIP_GRADIENTS.NORM_TYPE", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE is 'norm'"),
+        ({"SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER.STEPS": []}, "SOLVER.STEPS", "is 'WarmupMultiStepLR'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_override_of_a_part_that_the_model_does_not_have_is_a_warning(
+    overrides: dict[str, Any], key: str | None, needed: str
+) -> None:
+    (finding,) = check(overrides)
+    assert (finding.code, finding.id) == ("config_unused", key or next(iter(overrides))) and needed in finding.what
+
+
+def test_what_other_projects_add_is_one_error_for_each_group_of_keys(tmp_path: Path) -> None:
+    text = "MODEL:\n  ROI_MASK_HEAD: {NUM_FC: 3}\n  ROI_DENSEPOSE_HEAD: {NAME: a, NUM: 1, LOSS: {NAME: b}}\n"
+    assert [(each.id, each.what, each.hint) for each in check(config=own(tmp_path, text))] == [
+        ("line 3: MODEL.ROI_MASK_HEAD.NUM_FC", "detectron2 has no such key", "Did you mean MODEL.ROI_BOX_HEAD.NUM_FC?"),
+        (
+            "line 4: MODEL.ROI_DENSEPOSE_HEAD.NAME",
+            "detectron2 has no MODEL.ROI_DENSEPOSE_HEAD and no keys in it",
+            "Leave it out; what other projects add is not known here",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "place", "words"),
+    [
+        ({}, {"SOLVER.STEPS": [6, 100]}, "SOLVER.STEPS", "iteration 100 is not reached: the run has 8"),
+        ({}, {"SOLVER.WARMUP_ITERS": 9}, "SOLVER.WARMUP_ITERS", "iteration 9 is not reached: the run has 8"),
+        ({"protocol": {"eval_period_iterations": 9}}, {}, "protocol.eval_period_iterations", "iteration 9 is not"),
+        (
+            {"protocol": {"kind": "throughput", "iterations": 20}}, {},
+            "protocol.warmup_iterations", "no throughput is measured: it is that of the iterations after these",
+        ),
+        ({"trials": {"scaling": "strong", "reference_world_size": 2}}, {}, "trials.reference_world_size", "no effect"),
+    ],
+)  # fmt: skip
+def test_what_is_never_reached_is_a_warning(
+    changes: dict[str, Any], overrides: dict[str, Any], place: str, words: str
+) -> None:
+    (finding,) = check(overrides, **changes)
+    assert finding.level == "warning" and place in (finding.file, finding.id) and words in finding.what
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--preflight"])

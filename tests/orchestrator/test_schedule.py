@@ -55,7 +55,7 @@ def test_a_value_that_the_schedule_cannot_use_is_refused_with_its_key_and_the_va
         ({"STEPS": 3}, r"not of the type of .*, .30000,.\. Write a value like .3.\.$"),
         ({"MAX_ITER": 1000.0}, "not of the type of .*, 40000. Write a value like 1000.$"),
         ({"BASE_LR": 1}, "not of the type of .*, 0.001. Write a value like 1.0.$"),
-        ({"STEPS": [6, 4]}, "STEPS .6, 4. of the plan do not ascend"),
+        ({"STEPS": [6, 4]}, "STEPS .6, 4. of the plan for world size 1 do not ascend"),
         ({"STEPS": [1, 2], "MAX_ITER": 2}, None),
         ({"STEPS": "(2*1, 3)"}, "STEPS: its value '.2.1, 3.' is not of the type"),
         ({"LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 1.0}, "BASE_LR_END 1.0 is not between 0 and"),
@@ -113,6 +113,11 @@ def test_the_iterations_of_the_protocol_are_those_of_every_trial(kind: str, refe
 def test_a_batch_that_does_not_divide_among_the_workers_it_is_for_names_both_ways_out() -> None:
     with pytest.raises(SpecError, match=r"3 does not divide among the 2 .*reference_world_size, or trials.scaling="):
         solver_of([2], {"SOLVER.IMS_PER_BATCH": 3})
+
+
+def test_a_world_size_that_leaves_no_iteration_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"MAX_ITER is 0 in the plan for world size 32: .* take smaller world sizes"):
+        solver_of([1, 32], {"SOLVER.MAX_ITER": 8, "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"})
 
 
 def test_loader_processes_that_the_config_gives_are_those_that_run() -> None:
