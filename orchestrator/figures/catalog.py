@@ -85,6 +85,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _rate("wall_images_per_second", "Images/s with hooks", "Images of the final state over the seconds from the "
             "first batch request to the end of training, with evaluations, checkpoints and restarts.",
             mlflow="throughput/wall_images_per_second"),
+        _rate("windows.images_per_second", "Images/s, by window", "Images of all workers over the wall time of the "
+            "slowest, by window of steps.", mlflow="throughput/window_images_per_second"),
         Figure("throughput_warmup_iters", "Warm-up", "Iterations left out of the throughput."),
     ),
     "Time to train": (
@@ -184,12 +186,18 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _step_seconds("data_seconds.*", "Wait for data (s)", "Quantiles of a step's wait for the loader."),
         _step_seconds("part_seconds.*", "Step by part (s)", "Quantiles of the other parts of a step: forward, "
             "backward, communication, optimizer."),
+        _step_seconds("windows.step_seconds.p50", "Step, median (s)", "Median wall time of a step, all ranks together, "
+            "by window of steps.", mlflow="time/window_step_seconds_p50"),
+        _step_seconds("windows.step_seconds.p95", "Step, 95th percentile (s)", "95th percentile of the wall time of a "
+            "step, all ranks together, by window of steps.", mlflow="time/window_step_seconds_p95"),
         _step_seconds("windows.data_seconds", "Wait for data (s)", "Mean wait of a step for the loader, by window of "
             "steps.", mlflow="time/data_seconds"),
         Figure("data_wait_share", "Waiting for data", "Waiting for the loader over the wall time of the steps after "
             "the warm-up, 0–1.", text=percent_text, better="lower"),
         Figure("peak_memory_gib", "Memory (GiB)", "Most memory any worker used: allocated on its GPU, or resident in "
             "its process on CPU.", unit="GiB", text=_two_decimals, better="lower", mlflow="memory/peak_gib"),
+        Figure("windows.peak_memory_gib", "Memory so far (GiB)", "Most memory any worker had used by the end of a "
+            "window of steps.", unit="GiB", text=_two_decimals, better="lower", mlflow="memory/window_peak_gib"),
     ),
     "Rank skew": (
         Figure("rank_skew", "Slowest rank", "Step time of the slowest worker over the median worker's, both without "
@@ -248,11 +256,8 @@ FIGURES = {row.key: row for rows in SECTIONS.values() for row in rows}
 IN_LISTS = ("evaluations.", "scaling.", "windows.")
 """Beginnings of the keys of figures in MLflow that a trial has many of."""
 
-SHARED = {
-    "windows.": ("images_per_second", "step_seconds.p50", "step_seconds.p95", "peak_memory_gib"),
-    "references.": ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap"),
-}
-"""Figures of other groups that a window of steps and a published row have under the same names."""
+PUBLISHED = ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap")
+"""Figures that a published row has under the names of a trial's."""
 
 
 def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
@@ -265,7 +270,7 @@ def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     for key, row in FIGURES.items():
         group = next((start for start in IN_LISTS if key.startswith(start)), "")
-        if row.mlflow is None or (group != prefix and key not in SHARED.get(prefix, ())):
+        if row.mlflow is None or not (key in PUBLISHED if prefix == "references." else group == prefix):
             continue
         name = key.removeprefix(group)
         if name.endswith(".*"):

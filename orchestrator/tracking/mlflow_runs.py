@@ -26,6 +26,7 @@ from orchestrator.process import user_name
 from orchestrator.report.table import markdown_table
 from orchestrator.tracking import notes
 from orchestrator.tracking.models import dataset_inputs, log_model
+from orchestrator.tracking.text import fit
 from trainers.contract.events import (
     Evaluated,
     Event,
@@ -43,8 +44,8 @@ from trainers.contract.events import (
 RUN_KEY = "benchmark.key"
 """Tag by which a run is found again."""
 
-MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 6000
-"""MLflow's limits per call and per value."""
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
+"""MLflow's limits per call."""
 
 
 class MlflowRuns:
@@ -139,7 +140,7 @@ class MlflowRuns:
             if value is not None and (trial, name, step) not in self._seen:
                 self._seen.add((trial, name, step))
                 if trial in self._runs:
-                    self._metrics[self._runs[trial]].append(Metric(name, value, int(when * 1000), step))
+                    self._metrics[self._runs[trial]].append(Metric(fit(name, "key"), value, int(when * 1000), step))
 
     def _start_run(self, event: RunStarted) -> None:
         name, description = event.experiment["name"], event.experiment.get("description", "")
@@ -149,7 +150,7 @@ class MlflowRuns:
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, notes.run_tags(event))
         self._runs[""] = run_id
         for key, value in notes.experiment_tags(description).items():
-            self._client.set_experiment_tag(self._experiment_id, key, value)
+            self._client.set_experiment_tag(self._experiment_id, key, fit(value, "tag"))
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
         self._params(run_id, dict(flatten(event.experiment)))
@@ -186,7 +187,10 @@ class MlflowRuns:
         run_id, plan, events = self._runs[event.trial], self._plans[event.trial], self._events[event.trial]
         self.flush()
         result = trial_result(plan, events, run_id)
-        self._figures(run_id, metrics(result), event.time, result.iterations or 0)
+        # A resumed trial may end at the iteration at which it ended before: its summary is one step later, as a metric
+        # has one point per step.
+        ends = sum(isinstance(earlier, TrialEnded) for earlier in events) - 1
+        self._figures(run_id, metrics(result), event.time, (result.iterations or 0) + ends)
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         logs = [Path(plan.source)] if isinstance(plan, LoggedPlan) else sorted(Path(plan.trial_dir).glob("log.txt*"))
         for log in logs:
@@ -194,7 +198,7 @@ class MlflowRuns:
         started = next(e for e in self._events[""] if isinstance(e, RunStarted))
         if started.experiment["tracking"]["log_model"]:
             log_model(self._client, self._experiment(), run_id, plan, events)
-        self._client.set_tag(run_id, "mlflow.note.content", f"{notes.about(plan)}; {notes.outcome(result)}")
+        self._tag(run_id, {"mlflow.note.content": f"{notes.about(plan)}; {notes.outcome(result)}"})
         self._tag(run_id, notes.outcome_tags(result, events))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
 
@@ -204,11 +208,12 @@ class MlflowRuns:
         results = self._run_dir / "results.json"
         if results.exists():
             result = ExperimentResult.model_validate_json(results.read_text(encoding="utf-8"))
+            ends = sum(isinstance(earlier, RunEnded) for earlier in self._events[""]) - 1
             for row in result.scaling:
                 for trial in result.trials:
                     if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
-                        self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time)
-            self._client.set_tag(run_id, "mlflow.note.content", markdown_table(result)[: notes.MAX_NOTE_LENGTH])
+                        self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time, ends)
+            self._tag(run_id, {"mlflow.note.content": markdown_table(result)})
         for name in ("results.json", "report.md", "report.html", "table.csv"):
             if (self._run_dir / name).exists():
                 self._client.log_artifact(run_id, str(self._run_dir / name))
@@ -216,11 +221,14 @@ class MlflowRuns:
 
     def _run(self, key: str, name: str, started: float, tags: dict[str, str]) -> str:
         """The run with this key, created if there is none."""
+        key = fit(key, "filter")
         found = self._client.search_runs([self._experiment()], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        tags = {RUN_KEY: key, "mlflow.user": user_name(), **tags}
-        run = self._client.create_run(self._experiment(), start_time=int(started * 1000), tags=tags, run_name=name)
+        tags = _fit_tags({"mlflow.user": user_name(), **tags}) | {RUN_KEY: key}
+        run = self._client.create_run(
+            self._experiment(), start_time=int(started * 1000), tags=tags, run_name=fit(name, "name")
+        )
         return str(run.info.run_id)
 
     def _experiment(self) -> str:
@@ -230,14 +238,21 @@ class MlflowRuns:
 
     def _figures(self, run_id: str, values: dict[str, float | None], when: float = 0.0, step: int = 0) -> None:
         """Logs the known ones of some figures at once."""
-        points = [Metric(name, value, int(when * 1000), step) for name, value in values.items() if value is not None]
+        known = {fit(name, "key"): value for name, value in values.items() if value is not None}
+        points = [Metric(name, value, int(when * 1000), step) for name, value in known.items()]
         self._client.log_batch(run_id, metrics=points)
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
-        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in values.items()]
+        fitting = {fit(key, "key"): fit(value, "param") for key, value in values.items()}
+        params = [Param(key, value) for key, value in fitting.items()]
         for start in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
-        if tags:
-            self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        fitting = [RunTag(key, value) for key, value in _fit_tags(tags).items()]
+        for start in range(0, len(fitting), MAX_TAGS):
+            self._client.log_batch(run_id, tags=fitting[start : start + MAX_TAGS])
+
+
+def _fit_tags(tags: dict[str, str]) -> dict[str, str]:
+    return {fit(key, "key"): fit(value, "tag") for key, value in tags.items()}

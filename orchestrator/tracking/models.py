@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.files import file_sha256
+from orchestrator.tracking.text import fit
 from trainers.contract.events import CheckpointSaved, Evaluated, Event, LoopStarted
 from trainers.contract.plan import DatasetPlan, TrialPlan
 
@@ -51,7 +52,7 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan,
     if not saved or not configs or not isinstance(plan, TrialPlan):
         return
     last = saved[-1]
-    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{fit(run_id, 'filter')}'")
     model = found[0] if found else client.create_logged_model(
         experiment_id, plan.name, run_id, tags={"checkpoint": last.path, "iteration": str(last.iteration)},
         params={"config": plan.config_file, "recipe": plan.recipe_name, "workers": str(plan.world_size)},
@@ -71,7 +72,7 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan,
     val, digest = (data.name, data.digest) if data else (None, None)
     metrics = [
         Metric(f"coco/{name}", value, int(event.time * 1000), event.iteration, model.model_id, val, digest, run_id)
-        for event in evaluated[-1:]
+        for event in evaluated[:1]  # one that a restart repeats is in the run once, with its first time
         for name, value in event.figures.items()
         if value is not None
     ]

@@ -14,9 +14,6 @@ from orchestrator.figures.records import TrialResult
 from orchestrator.report.mlflow_links import VIEW_KEY
 from trainers.contract.events import Event, RunStarted, WorkerStarted
 
-MAX_NOTE_LENGTH = 5000
-"""Characters that MLflow takes for a tag's value."""
-
 HEADLINE = (
     "images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap",
     "scaling.efficiency", "scaling.speed_up", "cost", "cost_to_target",
@@ -33,7 +30,7 @@ def experiment_tags(description: str) -> dict[str, str]:
     order = {"orderByKey": "metrics.`throughput/images_per_second`", "orderByAsc": True}
     view = json.dumps({"selectedColumns": columns, "searchFilter": "tags.kind != 'experiment'", **order})
     return {
-        "mlflow.note.content": f"{description}\n\n{meanings}"[:MAX_NOTE_LENGTH],
+        "mlflow.note.content": f"{description}\n\n{meanings}",
         "mlflow.experimentKind": "custom_model_development",
         f"mlflow.sharedViewState.{VIEW_KEY}": "deflate;" + base64.b64encode(zlib.compress(view.encode())).decode(),
     }

@@ -1,0 +1,45 @@
+"""Text as MLflow takes it: what somebody typed becomes a filter, a name, a key or a value here and nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Literal
+
+MAX_LENGTHS = {"filter": 250, "name": 250, "key": 250, "param": 6000, "tag": 5000}
+"""Characters that every store takes, in MLflow's rules and in the columns of its tables."""
+
+_UNFIT = {
+    "filter": re.compile(r"""[\x00-\x1f\x7f\ud800-\udfff'"`\\%]"""),
+    "key": re.compile(r"[^\w.\- :/]|[\ud800-\udfff]"),
+}
+"""Characters that cannot be used; MLflow's filters have no way to write a quote."""
+
+_UNFIT_ANYWHERE = re.compile(r"[\x00\ud800-\udfff]")
+"""Of every text: what PostgreSQL and UTF-8 do not have."""
+
+
+def fit(text: object, use: Literal["filter", "name", "key", "param", "tag"]) -> str:
+    """A text for one use in MLflow: unchanged wherever it can be used as it is, cut where it is too long.
+
+    Args:
+        text: Anything with a text.
+        use: `filter` for a value that is searched for, which must be stored in this form as well; `key` for the name of
+            a metric, param or tag; `name` for a run's; `param` and `tag` for their values.
+
+    Returns:
+        For `filter`, different texts stay different.
+    """
+    whole = _UNFIT.get(use, _UNFIT_ANYWHERE).sub(_escaped if use != "key" else "_", str(text))
+    limit = MAX_LENGTHS[use]
+    if use == "key":  # MLflow takes a key for a path as well
+        path = "/".join(part for part in whole.split("/") if part.strip("."))
+        return path.lstrip(".")[:limit].rstrip("/") or "_"
+    if use != "filter" or len(whole) <= limit:
+        return whole[:limit]
+    digest = hashlib.sha256(whole.encode()).hexdigest()
+    return f"{whole[: limit - len(digest)]}{digest}"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
