@@ -40,4 +40,6 @@ def mlflow_links(run: RunFolder) -> list[tuple[str, str]]:
     links = [("Table of all runs", table), ("Compare these trials and the references", compared)]
     if run.result.mlflow_run_id:
         ids = {"This run (parent)": run.result.mlflow_run_id, **ids}
-    return links + [(name, f"{base}/experiments/{quote(experiment)}/runs/{quote(i)}") for name, i in ids.items()]
+    runs = f"{base}/experiments/{quote(experiment)}/runs"
+    # Without the type, MLflow shows a run among the evaluations of language models.
+    return links + [(name, f"{runs}/{quote(i)}?workflowType=machine_learning") for name, i in ids.items()]
