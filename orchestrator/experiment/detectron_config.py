@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.experiment.reading import Section, read_sections
+from orchestrator.experiment.reading import Section, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
 from trainers.contract.plan import ADDED_CONFIG_KEYS
 
@@ -198,7 +198,7 @@ def _files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
 def _read(path: Path) -> tuple[list[Path], dict[str, Setting]]:
     """The bases and the settings of one YAML file."""
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
-    section = read_sections(path, ignore_code=(in_zoo := _in_zoo(path)))
+    section = read_yaml(path, ignore_code=(in_zoo := _in_zoo(path)))
     place = f"{path}:{section.lines.get('_BASE_')}: _BASE_"
     bases = [_base_path(path, base, place) for base in _bases(section.pop("_BASE_", []), place)]
     settings = {

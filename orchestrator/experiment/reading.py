@@ -37,18 +37,6 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
     return parse_experiment(values, where=str(path))
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice in one mapping: YAML's rule would be to drop the first without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for (tag, name), times in Counter(keys).items():
-            if times > 1 and tag != "tag:yaml.org,2002:merge":
-                second = [key for key, _ in node.value if key.value == name][1]
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", second.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 class Section(dict[str, Any]):
     """A mapping of a YAML file that knows where its keys are."""
 
@@ -56,61 +44,50 @@ class Section(dict[str, Any]):
     """Line of each key, from 1."""
 
 
-class _LineLoader(_Loader):
-    """Makes Sections of mappings."""
+class _Loader(yaml.SafeLoader):
+    """Makes Sections of mappings, and refuses a key that is given twice in one: YAML's rule is to drop the first."""
 
     def construct_section(self, node: yaml.MappingNode) -> Section:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for (tag, name), times in Counter(keys).items():
+            if times > 1 and tag != "tag:yaml.org,2002:merge":
+                second = [key for key, _ in node.value if key.value == name][1]
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", second.start_mark)
         section = Section(self.construct_mapping(node, deep=True))
         section.lines = {self.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in node.value}
         return section
 
 
-class _CodeIgnored(_LineLoader):
+class _CodeIgnored(_Loader):
     """Reads a value with a `!!python/…` tag as null instead of running it."""
 
 
-_LineLoader.add_constructor("tag:yaml.org,2002:map", _LineLoader.construct_section)
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_section)
 _CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that holds a mapping, without running anything in it.
-
-    Raises:
-        SpecError: The file cannot be read, is not YAML, gives a key twice, or holds no mapping.
-    """
-    values: dict[str, Any] = _read(path, _Loader)
-    return values
-
-
-def read_sections(path: Path, *, ignore_code: bool) -> Section:
-    """Reads a YAML file as `read_yaml` does, with the line of every key.
+def read_yaml(path: Path, *, ignore_code: bool = False) -> Section:
+    """Reads a YAML file that holds a mapping, with the line of every key, without running anything in it.
 
     With `ignore_code`, a value that code would compute is read as null instead of refusing the file.
 
     Raises:
-        SpecError: As for `read_yaml`.
+        SpecError: The file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
-    section: Section = _read(path, _CodeIgnored if ignore_code else _LineLoader)
-    return section
-
-
-def _read(path: Path, loader: type[_Loader]) -> Any:
+    loader = _CodeIgnored if ignore_code else _Loader
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - made of the safe loader
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = f"not valid YAML: {error.problem or error}"
+        problem = error.problem or str(error)
         if "tag:yaml.org,2002:python/" in problem:
-            problem = (
-                "a value that code computes (!!python/…), which runs in the installed model zoo only; write it out"
-            )
-        raise SpecError(f"{path}{line}: {problem}") from error
+            problem = "code (!!python/…) is run in the installed model zoo only; write out what it computes"
+        raise SpecError(f"{path}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2024-13-45
         raise SpecError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, Section):
         raise SpecError(f"{path}: must hold a mapping of keys to values, such as NAME: VALUE")
     return values
 
