@@ -61,14 +61,14 @@ class _Contents(NamedTuple):
 def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     """Finds the parts of a data set in a folder, in any tool's layout.
 
-    The folder may also be the one above `coco` (that of `DETECTRON2_DATASETS`), or the `annotations` in it.
+    It may also be the folder above `coco` (that of `DETECTRON2_DATASETS`), the `annotations` in it, or a file in it.
 
     Returns:
         The complete parts by name (`train`, `val`, `test`, or `all` for an annotation file of no part), and what is
         wrong with the layout. Code `part_missing` is a warning that there is no training or no validation set.
     """
     root = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
-    if root.name == "annotations":
+    if root.name == "annotations" or root.is_file():
         root = root.parent
     elif (root / "coco").is_dir() and not (root / "annotations").is_dir():
         root /= "coco"
@@ -177,10 +177,9 @@ def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> 
     if len(files) > 1:
         names = [str(file.relative_to(root)) for file in files]
         others = ", ".join(names[1:4]) + (", …" if len(files) > 4 else "")
-        which = "" if part == "all" else f" of part {part!r}"
-        what = f"{len(files)} annotation files{which}: {names[0]} is taken, not {others}"
+        what = f"{len(files)} annotation files: {names[0]} is taken, not {others}"
         hint = "Export them as one file, or name those that are meant in data.coco"
-        findings.warning("layout", str(root), part, what, hint)
+        findings.warning("layout", str(root), part.replace("all", ""), what, hint)
     return files[0]
 
 

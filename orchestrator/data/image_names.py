@@ -88,27 +88,24 @@ def locate_images(
         The images whose file exists, each with the path of the file.
     """
     located: list[tuple[ImageEntry, str]] = []
-    missing: list[ImageEntry] = []
-    refused: list[tuple[ImageEntry, Problem]] = []
+    lost: list[tuple[ImageEntry, Problem | None]] = []
     real_root, plain_root = os.path.realpath(root), os.path.abspath(root)  # noqa: PTH100 - no link is resolved
     for image in images:
         name, place = image.file_name, f"image {image.id}"
-        if problem := check_name(name):
-            inside = _is_inside(name, plain_root, real_root) and is_file(name)
-            if problem.code != "path_absolute" or not inside:
-                refused.append((image, problem))
-                continue
+        problem = check_name(name)
+        if problem and problem.code == "path_absolute" and _is_inside(name, plain_root, real_root) and is_file(name):
             findings.warning(problem.code, file, place, problem.what, f"{RELATIVE}: it is another on other machines")
-        found = listing.get(name)
-        path = os.path.join(root, name)  # noqa: PTH118 - as detectron2 does, 118,000 times
-        if found is None and not is_file(path):
-            missing.append(image)
+            problem = None
+        found, path = listing.get(name), os.path.join(root, name)  # noqa: PTH118 - as detectron2 does, 118,000 times
+        if problem or (found is None and not is_file(path)):
+            lost.append((image, problem))
             continue
         located.append((image, path))
         if (found is None or found[2]) and not _is_inside(real := os.path.realpath(path), real_root):
             what = f"file_name {name!r} is a link out of {root}, to {real}"
             findings.warning("path_link", file, place, what, "Nothing, where every node of a run has that file")
-    _report(missing, refused, located, file, root, listing, findings)
+    if lost:
+        _report(lost, located, file, root, listing, findings)
     return located
 
 
@@ -118,8 +115,7 @@ def _is_inside(path: str, *roots: str) -> bool:
 
 
 def _report(
-    missing: list[ImageEntry],
-    refused: list[tuple[ImageEntry, Problem]],
+    lost: list[tuple[ImageEntry, Problem | None]],
     located: list[tuple[ImageEntry, str]],
     file: str,
     root: Path,
@@ -127,20 +123,21 @@ def _report(
     findings: FindingList,
 ) -> None:
     """Reports the images without a file: by where their files are, else by what is wrong with their names."""
-    lost = missing + [image for image, problem in refused if problem.code != "path_invalid"]
-    matches = _search([image.file_name for image in lost], file, root, listing, located) if lost else {}
+    names = [image.file_name for image, problem in lost if problem is None or problem.code != "path_invalid"]
+    matches = _search(names, file, root, listing, located)
     groups: defaultdict[tuple[str, ...], list[tuple[ImageEntry, NameMatch]]] = defaultdict(list)
-    for image in lost:
+    missing = []
+    for image, problem in lost:
         if match := matches.get(image.file_name):
             groups[match.base, *match.differences].append((image, match))
-    num_images = len(located) + len(missing) + len(refused)
+        elif problem:
+            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.hint)
+        else:
+            missing.append(image)
+    num_images = len(located) + len(lost)
     for group in groups.values():
         _report_group(group, file, root, findings, are_all=len(group) == num_images)
-    rest = [image for image in missing if image.file_name not in matches]
-    _report_missing(rest, root, listing, findings, are_all=len(rest) == num_images)
-    for image, problem in refused:
-        if image.file_name not in matches:
-            findings.error(problem.code, file, f"image {image.id}", problem.what, problem.hint)
+    _report_missing(missing, root, listing, findings, are_all=len(missing) == num_images)
 
 
 def _search(

@@ -178,13 +178,12 @@ def _differences(name: str, path: str) -> tuple[str, ...]:
             break
         before = _common_end(name, path)
         name, path = change(name), change(path)
-        if _common_end(name, path) > before:
+        if name.endswith(path) or _common_end(name, path) > before:
             found.append(what)
     if name == path:
         return tuple(found)
-    return (
-        (*found, "the path in front") if name.endswith((f"/{path}", f"={path}")) else ("what a tool added to the name",)
-    )
+    is_below = name.endswith((f"/{path}", f"\\{path}", f"={path}"))
+    return (*found, "the path in front") if is_below else ("what a tool added to the name",)
 
 
 def _common_end(one: str, other: str) -> int:

@@ -157,3 +157,47 @@ def test_an_annotation_file_in_utf_16_is_recognised(source: Path, tmp_path: Path
     for file in (tmp_path / "my data/annotations").iterdir():
         file.write_text(file.read_text(encoding="utf-8"), encoding="utf-16")
     assert list(find_splits(tmp_path / "my data")[0]) == ["train", "val"]
+
+
+def test_the_images_of_a_neighbouring_data_set_are_not_taken(source: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        layouts.label_studio(source, tmp_path / name)
+    shutil.rmtree(tmp_path / "one/images")
+    splits, (finding,) = find_splits(tmp_path / "one")
+    assert not splits and finding.level == "error" and "no folder in" in finding.what
+
+
+def test_of_copies_in_one_folder_the_shortest_name_is_taken_and_instances_before_other_tasks(
+    source: Path, tmp_path: Path
+) -> None:
+    layouts.roboflow(source, tmp_path / "a")
+    shutil.copyfile(tmp_path / "a/train/_annotations.coco.json", tmp_path / "a/train/_annotations.coco.backup.json")
+    assert find_splits(tmp_path / "a")[0]["train"].annotations.name == "_annotations.coco.json"
+    for part in layouts.PARTS:  # Supervisely's export
+        document, images = layouts.read(source, part)
+        for name in ("instances", "captions"):
+            layouts.write(tmp_path / f"b/{part}/annotations/{name}.json", document)
+        shutil.copytree(images, tmp_path / f"b/{part}/images", copy_function=shutil.copyfile)
+    splits, findings = find_splits(tmp_path / "b")
+    assert [split.annotations.name for split in splits.values()] == ["instances.json"] * 2 and findings == []
+
+
+def test_a_test_set_without_annotations_is_a_warning(source: Path, tmp_path: Path) -> None:
+    layouts.roboflow(source, tmp_path / "my data")
+    file = tmp_path / "my data/test/_annotations.coco.json"
+    layouts.write(file, {**json.loads(file.read_text()), "annotations": []})
+    code, report = check(tmp_path / "my data")
+    assert code == 0 and [finding["code"] for finding in report["findings"]] == ["split_empty"]
+
+
+def test_names_that_are_no_json_text_are_left_to_the_checks(source: Path, tmp_path: Path) -> None:
+    layouts.roboflow(source, tmp_path / "my data")
+    file = tmp_path / "my data/valid/_annotations.coco.json"
+    file.write_text(file.read_text().replace("valid_", "a\\Users_"))
+    code, report = check(tmp_path / "my data")
+    assert code == 2 and "json" in report["findings"][0]["code"]
+
+
+def test_the_annotation_file_in_the_place_of_its_folder_will_do(source: Path, tmp_path: Path) -> None:
+    layouts.label_studio(source, tmp_path / "my data")
+    assert find_splits(tmp_path / "my data/result.json") == find_splits(tmp_path / "my data")

@@ -43,6 +43,8 @@ FILES = (
         ("../../data/upload/1/0a1b2c3d-cat.jpg", FILES[2], "the path in front"),
         ("s3://bucket/deep/scan.tiff", FILES[3], "the path in front"),
         ("scan.tif", FILES[3], "the extension"),
+        ("train_1.jpg", FILES[0], "the extension"),
+        ("..\\media\\upload\\4\\0a1b2c3d-cat.jpg", FILES[2], "the path in front"),
         ("C:\\Users\\me\\JPEGImages\\0001.JPG", FILES[4], "backslashes (write /) and the path in front"),
         ("/home/me/JPEGImages/0001.JPG", FILES[4], "the path in front"),
         ("jpegimages/0001.jpg", FILES[4], "upper and lower case"),
