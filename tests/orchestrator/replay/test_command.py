@@ -112,10 +112,34 @@ def test_metrics_json_gives_mlflow_ap_and_no_time(tmp_path):
     assert "times are known" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_replayed_run_cannot_be_resumed(tmp_path):
+def test_a_replayed_run_is_not_resumed_and_the_command_that_tracks_it_is_named(tmp_path):
     _tracked(whole_run(), tmp_path)
-    with pytest.raises(SpecError, match="replayed from a log"):
+    with pytest.raises(SpecError, match=r"replayed from a log .* --track` tracks the run of a log"):
         read_earlier_run(tmp_path / "out")
+
+
+def test_a_replayed_run_that_was_not_tracked_names_the_command_too(tmp_path):
+    replayed = replay([whole_run().write(tmp_path / "log.txt")])
+    write(experiment_result("seen", replayed, []), replayed, tmp_path / "out")
+    with pytest.raises(SpecError, match=r"no run was started .* --track` tracks the run of a log"):
+        read_earlier_run(tmp_path / "out")
+
+
+def test_what_cannot_be_written_is_one_line_with_exit_code_2(tmp_path):
+    log = whole_run().write(tmp_path / "log.txt")
+    (tmp_path / "file").write_text("")
+    done = run_command(log, "--output", tmp_path / "file" / "out", module="orchestrator.replay", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error:")
+
+
+def test_an_evaluation_that_found_nothing_has_no_ap_in_mlflow_table_and_record(tmp_path):
+    rows = [{"iteration": 19, "total_loss": 1.0}, {"iteration": 39, "total_loss": 0.9, "bbox/AP": -1.0}]
+    log = tmp_path / "metrics.json"
+    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    _, run = _tracked_file(log, tmp_path)
+    assert not [name for name in run.data.metrics if name.startswith("coco/")]
+    assert "-1" not in (tmp_path / "out" / "table.csv").read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["trials"][0]["box_ap"] is None
 
 
 @pytest.mark.shared
