@@ -81,6 +81,7 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     made = {part: [file for file in by_part[part] if file.parent == root / SPLIT_FOLDER] for part in ("train", "val")}
     if all(made.values()):
         by_part |= made
+    others = [file.name for file in by_part["all"]]
     if by_part["train"] or by_part["val"]:
         by_part.pop("all", None)  # what they were split from
     findings, splits = FindingList(), {}
@@ -98,6 +99,8 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
         what = f"there is no validation set: found {whole.annotations}"
         command = f"python -m orchestrator.data split {quote(str(whole.annotations))} --val 0.2"
         hint = f"Run `{command} --to {quote(str(root / SPLIT_FOLDER))}`, then this again"
+        if others and by_part["train"]:
+            hint += f"; if {others[0]} is one, name it val.json"
         findings.warning("part_missing", str(root), "", what, hint)
     elif not (by_part["train"] or by_part["all"]):
         hint = "Name its file train.json, or its folder train"
@@ -205,6 +208,8 @@ def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Pat
     best = max(allowed, key=fitness, default=root)
     if fitness(best)[0]:
         return best
+    if all(os.path.isabs(name) and is_file(name) for name in names):  # noqa: PTH117 - a text, no path object
+        return Path(os.path.commonpath([Path(name).parent for name in names]))
     matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
     found = Counter(match.folder for match in matches.values() if part_of(match.folder) not in others)
     return root / found.most_common(1)[0][0] if found else None

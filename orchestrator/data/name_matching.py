@@ -33,7 +33,7 @@ MAX_CANDIDATES = 8
 
 PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Words for the parts of a data set."""
@@ -101,7 +101,8 @@ def match_names(
 def part_of(path: str) -> str:
     """The part of a data set that a file or folder is named for: `train`, `val`, `test`, or "" for none of them."""
     for name in reversed(path.split("/")):
-        parts = {PARTS[word] for word in re.findall(r"[a-z]+", name.lower()) if word in PARTS}
+        words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+        parts = {PARTS[word] for word in words if word in PARTS}
         if parts:
             return parts.pop() if len(parts) == 1 else ""
     return ""

@@ -201,3 +201,16 @@ def test_names_that_are_no_json_text_are_left_to_the_checks(source: Path, tmp_pa
 def test_the_annotation_file_in_the_place_of_its_folder_will_do(source: Path, tmp_path: Path) -> None:
     layouts.label_studio(source, tmp_path / "my data")
     assert find_splits(tmp_path / "my data/result.json") == find_splits(tmp_path / "my data")
+
+
+def test_absolute_names_lead_to_their_folder(source: Path, tmp_path: Path) -> None:
+    document, images = layouts.read(source, "train")
+    layouts.write(tmp_path / "x/all.json", layouts.rename(document, lambda name: f"{images}/{name}"))
+    assert find_splits(tmp_path / "x")[0]["all"].images == images
+
+
+def test_a_file_of_no_part_next_to_a_training_set_is_named(source: Path, tmp_path: Path) -> None:
+    layouts.yolo_like(source, tmp_path)
+    (tmp_path / "val.json").rename(tmp_path / "Validierung.json")
+    (finding,) = find_splits(tmp_path)[1]
+    assert finding.code == "part_missing" and "if Validierung.json is one, name it val.json" in finding.hint

@@ -86,6 +86,8 @@ def test_of_equal_files_the_one_in_the_folder_of_the_same_part_is_meant() -> Non
         ("train_val.json", ""),
         ("annotations/instances_default.json", ""),
         ("trains.json", ""),
+        ("labelsTrain.json", "train"),
+        ("VAL/eval.json", "val"),
     ],
 )
 def test_a_part_is_told_by_whole_words(path: str, part: str) -> None:
