@@ -125,7 +125,15 @@ def stratify(groups: Mapping[str, Group], val_share: float, seed: int) -> set[st
             on_val.update(labels[key])
 
     for label, keys in sorted(members.items(), key=lambda pair: (len(pair[1]), repr(pair[0]))):
-        for key in sorted(keys, key=lambda key: sum(on_val[each] >= wanted[each] for each in labels[key])):
+        # Of a class that needs one image there, one with many classes: else such images make the set too large.
+        costs = {
+            key: (
+                sum(on_val[each] >= wanted[each] for each in labels[key]),
+                -len(labels[key]) if wanted[label] == 1 else 0,
+            )
+            for key in keys
+        }
+        for key in sorted(keys, key=costs.__getitem__):
             if on_val[label] < wanted[label]:
                 choose(key)
     room = val_share * sum(size for size, _ in groups.values()) - sum(groups[key][0] for key in chosen)
