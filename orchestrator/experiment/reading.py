@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.experiment.limits import endless
 from orchestrator.experiment.spec import Experiment, SpecError
 
 EXCLUSIVE_FIELDS = (
@@ -19,6 +20,9 @@ EXCLUSIVE_FIELDS = (
     ("trials.batch_per_worker", "model.overrides.SOLVER.IMS_PER_BATCH"),
 )
 """Fields of which an experiment has at most one; a `--set` of one replaces the others."""
+
+MAX_SHOWN = 300
+"""Characters of a wrong value that a message shows."""
 
 
 def load_experiment(path: Path, assignments: list[str] | None = None) -> Experiment:
@@ -87,6 +91,10 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> Section:
         raise SpecError(f"{path}{line}: not valid YAML: {problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2024-13-45
         raise SpecError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise SpecError(f"{path}: it is nested too deeply to be read") from error
+    if problem := endless(values):
+        raise SpecError(f"{path}: {problem}")
     if not isinstance(values, Section):
         raise SpecError(f"{path}: must hold a mapping of keys to values, such as NAME: VALUE")
     return values
@@ -128,7 +136,11 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - made of the safe loader
     except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+        raise SpecError(f"--set {assignment[:MAX_SHOWN]}: the value is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise SpecError(f"--set {key}: it is nested too deeply to be read") from error
+    if problem := endless(value):
+        raise SpecError(f"--set {key}: {problem}")
     if value is not None and value is not False:
         _drop_alternatives(values, key)
     path = _parts(key)
@@ -162,7 +174,7 @@ def _drop_alternatives(values: dict[str, Any], key: str) -> None:
 def _explain(problem: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        given = "" if isinstance(problem["input"], dict) else f" (given: {repr(problem['input'])[:MAX_SHOWN]})"
         return f"{place or 'experiment'}: {problem['msg'].removeprefix('Value error, ')}{given}"
     known = _fields_at(problem["loc"][:-1])
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)

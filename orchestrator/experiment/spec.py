@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from orchestrator.experiment.limits import usable_numbers
 from trainers.contract.events import FailureKind
 from trainers.recipes import RECIPES
 
@@ -26,6 +27,7 @@ class SpecError(ValueError):
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    _usable_numbers = field_validator("*")(usable_numbers)
 
 
 def _known_recipe(name: str) -> str:
@@ -78,8 +80,7 @@ class Data(_Model):
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
-        given = [self.coco2017, self.coco is not None, self.generated is not None]
-        if sum(given) != 1:
+        if sum([self.coco2017, self.coco is not None, self.generated is not None]) != 1:
             raise ValueError("give exactly one of coco2017: true, coco: {…} and generated: {…}")
         return self
 

@@ -1,0 +1,37 @@
+"""What an experiment file may hold at most: no library has to take an endless number, nobody an endless structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MAX_NUMBER = 2**31 - 1
+"""Largest number of an experiment file; as seconds, it is 68 years."""
+
+MAX_VALUES, MAX_DEPTH = 100_000, 50
+"""Most values of a YAML file, each counted as often as it is referred to, and deepest nesting."""
+
+
+def usable_numbers(value: Any) -> Any:
+    """The value of a field. Raises ValueError where it is, or lists, a number above MAX_NUMBER."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and abs(number) > MAX_NUMBER:
+            raise ValueError(f"must be at most {MAX_NUMBER:,}")
+    return value
+
+
+def endless(values: Any) -> str:
+    """Why a structure of YAML is too large to be meant, as aliases make it in a few lines; "" where it is not."""
+    waiting, number = [(values, 1)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        number += 1
+        if depth > MAX_DEPTH:
+            return f"it is nested more than {MAX_DEPTH} levels deep"
+        if number > MAX_VALUES:
+            return f"it holds more than {MAX_VALUES:,} values"
+        if isinstance(value, Mapping | list | tuple | set):
+            waiting += [(part, depth + 1) for part in (value.values() if isinstance(value, Mapping) else value)]
+        elif isinstance(value, int) and value.bit_length() > 1000:
+            return "it holds a number of more than 300 digits"
+    return ""
