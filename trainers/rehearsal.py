@@ -178,7 +178,8 @@ def _with_key(plan: TrialPlan, attempt: Attempt, problem: Problem) -> Problem:
     that the failing file of detectron2 is built from.
     """
     cause = attempt.cause
-    what = f"detectron2 knows no {cause} here" if isinstance(cause, KeyError) else problem.what
+    is_name = isinstance(cause, KeyError) and " " not in str(cause)
+    what = f"detectron2 knows no {cause} here" if is_name else problem.what
     problem = dataclasses.replace(problem, what=_in_short(what))
     if problem.file not in WHOLE or attempt.cfg is None or cause is None:
         return problem

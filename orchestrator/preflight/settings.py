@@ -110,22 +110,20 @@ def _check_effect(experiment: Experiment, setting: Setting, findings: FindingLis
     """Reports a setting that another one replaces, or that nothing here heeds."""
     key, value, is_override = setting.key, setting.value, setting.file is None
     kind, text = class_of(key)
+    is_default = _plain(value) == _plain(default_values()[key])
+    report = findings.error if is_override else findings.warning
     if kind == "honoured":
         ours = _field(experiment, REPLACED[key]) if key in REPLACED else None
-        if is_override and ours is not None and ours != value:
+        if ours not in (None, value) and (is_override or not is_default):
             what = f"{value!r} has no effect: {REPLACED[key]} is {ours!r} and replaces it"
-            findings.error("config_replaced", *_place(setting), what, f"Set {REPLACED[key]}, or leave one of them out")
+            report("config_replaced", *_place(setting), what, f"Set {REPLACED[key]}, or leave one of them out")
+    elif is_default and (kind == "refused" or not is_override):
         return
-    if kind == "mapped" and value == _done_anyway(experiment).get(key):
-        return
-    if _plain(value) == _plain(default_values()[key]) and (kind == "refused" or not is_override):
-        return
-    report = findings.error if is_override else findings.warning
-    if kind == "mapped":
+    elif kind == "refused":
+        report("config_refused", *_place(setting), f"{value!r} has no effect here: {text}", "Leave it out")
+    elif value != _done_anyway(experiment).get(key):
         what = f"{value!r} has no effect here: {text} decides"
         report("config_mapped", *_place(setting), what, f"Leave it out and set {text}{_as_field(key, value)}")
-    else:
-        report("config_refused", *_place(setting), f"{value!r} has no effect here: {text}", "Leave it out")
 
 
 def _plain(value: Any) -> Any:
@@ -157,10 +155,14 @@ def _done_anyway(experiment: Experiment) -> dict[str, Any]:
 
 def _as_field(key: str, value: Any) -> str:
     """How a mapped key's value is written in our field, such as `=[7]`; "" where it has no such form."""
-    if value == default_values()[key] or isinstance(value, list | tuple):
-        return ""
-    forms = {"SOLVER.AMP.ENABLED": "=amp", "SEED": f"=[{value}]", "MODEL.DEVICE": f"={str(value).partition(':')[0]}"}
-    return forms.get(key, f"={value}")
+    forms = {
+        "MODEL.DEVICE": f"={str(value).partition(':')[0]}",
+        "SOLVER.AMP.ENABLED": "=amp" if value else "=fp32",
+        "TEST.EVAL_PERIOD": f"={value or 'null'}",
+        "SEED": f"=[{value}]" if value != -1 else "",
+        "OUTPUT_DIR": f"={value}",
+    }
+    return forms.get(key, "")
 
 
 def _check_conditions(experiment: Experiment, overrides: list[Setting], findings: FindingList) -> None:

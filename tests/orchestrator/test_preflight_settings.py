@@ -48,7 +48,7 @@ IGNORED = {
     "TEST.EXPECTED_RESULTS": ([["bbox", "AP", 38.5, 0.2]], "protocol.target_box_ap"),
     "SOLVER.AMP.ENABLED": (True, "trials.switches.precision=amp"),
     "SEED": (7, "trials.seeds=[7]"),
-    "MODEL.DEVICE": ("cuda", "resources.device"),
+    "MODEL.DEVICE": ("cuda", "resources.device=cuda"),
     "OUTPUT_DIR": ("/tmp/elsewhere", "storage.path=/tmp/elsewhere"),
     "DATASETS.TRAIN": (["my_train"], "data"),
     "DATASETS.TEST": (["my_val"], "data"),
@@ -61,6 +61,19 @@ def test_an_override_without_effect_is_an_error_that_names_our_field(key: str) -
     (finding,) = check({key: value})
     assert (finding.level, finding.code, finding.file, finding.id) == ("error", "config_mapped", "model.overrides", key)
     assert MAPPED[key] in finding.what and finding.hint == f"Leave it out and set {field}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("TEST.EVAL_PERIOD", 0, "protocol.eval_period_iterations=null"),
+        ("MODEL.DEVICE", "cuda:1", "resources.device=cuda"),
+        ("SEED", -1, "trials.seeds"),
+    ],
+)
+def test_the_field_named_takes_the_value_that_is_shown(key: str, value: object, field: str) -> None:
+    (finding,) = check({key: value})
+    assert finding.hint == f"Leave it out and set {field}"
 
 
 @pytest.mark.parametrize("key", [key for key in default_values() if any(key.startswith(name) for name in REFUSED)])
@@ -119,7 +132,13 @@ def test_what_a_file_sets_without_effect_is_a_warning_with_its_line(tmp_path: Pa
         ("warning", ["line 5", "TEST.EVAL_PERIOD"]),
         ("warning", ["line 6", "VIS_PERIOD"]),
     ], "OUTPUT_DIR is detectron2's default"
-    assert all(each.file == str(tmp_path / "own.yaml") for each in findings)
+
+
+def test_what_a_field_of_ours_replaces_in_a_file_is_a_warning_unless_it_is_the_default(tmp_path: Path) -> None:
+    path = own(tmp_path, "MODEL: {RETINANET: {NUM_CLASSES: 7}, ROI_HEADS: {NUM_CLASSES: 80}}\n")
+    (finding,) = check(config=path)
+    assert (finding.level, finding.code) == ("warning", "config_replaced")
+    assert finding.id == "line 2: MODEL.RETINANET.NUM_CLASSES"
 
 
 def test_a_config_that_detectron2_dumped_is_taken(tmp_path: Path) -> None:
