@@ -157,6 +157,11 @@ def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str 
         findings = sort_findings([*findings, *compare_splits(reports["train"], reports["val"])])
         train, val = reports["train"].summary, reports["val"].summary
         if train and val and not has_errors(findings):
+            num_bare, num_objects = _count_bare(train, val)
+            if 0 < num_bare < num_objects:
+                what = f"{num_bare:,} of {num_objects:,} objects have no mask: a model of boxes is taken"
+                hint = "Add their masks, or remove them, for a model of masks; nothing, if boxes are intended"
+                findings.append(Finding("warning", "masks_missing", str(folder), "", what, hint))
             return _experiment(folder, train, val, machine or Machine.local()), findings
     missing = [replace(finding, level="error") for finding in findings if finding.code == "part_missing"]
     findings = [finding for finding in findings if finding.code != "part_missing"]
@@ -191,8 +196,7 @@ def _num_cpus() -> int:
 
 
 def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: Machine) -> str:
-    num_bare = train.num_without_mask + val.num_without_mask
-    num_objects = sum(each.num_annotations - each.num_crowd for each in (train, val))
+    num_bare, num_objects = _count_bare(train, val)
     config = BOX_CONFIG if num_bare else MASK_CONFIG
     more = BITMASKS.format(num_rle=train.num_rle) if train.num_rle and not num_bare else ""
     resources = "  device: cuda\n"
@@ -219,6 +223,12 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
         workers_reason="one for each GPU" if machine.num_gpus else "one, with all CPUs",
         resources=resources,
     )
+
+
+def _count_bare(train: SplitSummary, val: SplitSummary) -> tuple[int, int]:
+    """Objects without a mask, and all objects."""
+    num_objects = sum(each.num_annotations - each.num_crowd for each in (train, val))
+    return train.num_without_mask + val.num_without_mask, num_objects
 
 
 def _list_classes(train: SplitSummary) -> str:

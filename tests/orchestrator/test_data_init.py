@@ -20,7 +20,7 @@ from orchestrator.data.generate import generate
 from orchestrator.data.init import WEIGHTS, Machine, schedule, write_experiment
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import load_experiment
-from orchestrator.findings import has_errors
+from orchestrator.findings import Finding, has_errors
 from orchestrator.preflight.local import preflight
 from tests.builders import layouts
 from tests.builders.commands import run_command
@@ -42,6 +42,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def roboflow(source: Path, tmp_path: Path) -> Path:
     layouts.roboflow(source, tmp_path / "fruit set")
     return tmp_path / "fruit set"
+
+
+def write(folder: Path, machine: Machine) -> tuple[str, list[Finding]]:
+    text, findings = write_experiment(folder, machine)
+    assert text is not None, findings
+    return text, findings
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -72,7 +78,7 @@ def test_the_experiment_of_a_layout_with_two_parts_passes_the_checks(
     layout: Callable[[Path, Path], None], source: Path, tmp_path: Path
 ) -> None:
     layout(source, tmp_path / "my data")
-    text, _ = write_experiment(tmp_path / "my data", CPU)
+    text, _ = write(tmp_path / "my data", CPU)
     check(text, tmp_path)
 
 
@@ -104,24 +110,31 @@ def test_the_file_runs_from_any_folder_and_its_name_is_the_data_sets(roboflow: P
 
 
 def test_masks_decide_the_model(roboflow: Path, tmp_path: Path) -> None:
-    text, _ = write_experiment(roboflow, CPU)
+    text, _ = write(roboflow, CPU)
     assert "mask_rcnn_R_50_FPN_3x" in text and "Every object has a mask" in text
     edit(roboflow, without_masks)
-    text, _ = write_experiment(roboflow, CPU)
+    text, _ = write(roboflow, CPU)
     assert "faster_rcnn_R_50_FPN_3x" in text and "objects have no mask" in text
     check(text, tmp_path)
 
 
+def test_a_box_model_for_a_few_objects_without_a_mask_is_warned_of(roboflow: Path) -> None:
+    edit(roboflow / "train", lambda document: document["annotations"][0].update(segmentation=[]))
+    text, findings = write(roboflow, CPU)
+    assert "faster_rcnn" in text
+    assert [finding.code for finding in findings] == ["masks_missing"] and "1 of " in findings[0].what
+
+
 def test_run_length_encoded_masks_are_read_as_bitmaps(tmp_path: Path) -> None:
     generate(tmp_path / "set", num_train=4, num_val=2, size=48, mask_format="rle")
-    text, _ = write_experiment(tmp_path / "set", CPU)
+    text, _ = write(tmp_path / "set", CPU)
     assert yaml.safe_load(text)["model"]["overrides"]["INPUT.MASK_FORMAT"] == "bitmask"
     check(text, tmp_path)
 
 
 def test_the_classes_are_counted_and_named(roboflow: Path) -> None:
     edit(roboflow, lambda document: document["categories"].append({"id": 9, "name": "a: b # \n - c"}))
-    text, findings = write_experiment(roboflow, CPU)
+    text, findings = write(roboflow, CPU)
     assert yaml.safe_load(text)["model"]["overrides"]["MODEL.ROI_HEADS.NUM_CLASSES"] == 4
     assert "a: b # \\n - c (0)" in text
     assert "category_empty" in {finding.code for finding in findings}
@@ -130,7 +143,7 @@ def test_the_classes_are_counted_and_named(roboflow: Path) -> None:
 @pytest.mark.parametrize("name", ["null", "12", "# x", 'it\'s: "so"', "größe", "-", " ", "a\tb", "*x", "é́"])
 def test_any_folder_name_is_written_so_that_it_is_read_again(source: Path, tmp_path: Path, name: str) -> None:
     layouts.yolo_like(source, tmp_path / name)
-    text, _ = write_experiment(tmp_path / name, CPU)
+    text, _ = write(tmp_path / name, CPU)
     check(text, tmp_path)
     assert yaml.safe_load(text)["data"]["coco"]["train_annotations"] == str(tmp_path / name / "train.json")
 
@@ -157,7 +170,7 @@ def test_the_schedule_fits_the_data_and_the_machine(
 
 
 def test_on_gpus_there_is_a_worker_for_each_and_the_batch_is_theirs_together(roboflow: Path, tmp_path: Path) -> None:
-    text, _ = write_experiment(roboflow, Machine(4, 24.0, 32))
+    text, _ = write(roboflow, Machine(4, 24.0, 32))
     (tmp_path / "my.yaml").write_text(text)
     (plan,) = expand(load_experiment(tmp_path / "my.yaml"), Hardware(4, 32), "/runs", Path("/unused"))
     assert (plan.device, plan.world_size, plan.solver.global_batch_size) == ("cuda", 4, 8)
@@ -178,7 +191,7 @@ def test_wrong_names_are_corrected_before_the_file_is_split(source: Path, tmp_pa
         done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
         line = next(part for part in done.stderr.split("`") if f".data {command} " in part)
         assert done.exit_code == 2 and CliRunner().invoke(app, shlex.split(line)[3:]).exit_code == 0
-    text, _ = write_experiment(tmp_path / "my data", CPU)
+    text, _ = write(tmp_path / "my data", CPU)
     check(text, tmp_path)
 
 
@@ -188,7 +201,7 @@ def test_a_training_set_alone_is_split_and_then_taken_from_the_split(source: Pat
     done = CliRunner().invoke(app, ["init", str(tmp_path / "my data")])
     command = next(part for part in done.stderr.split("`") if ".data split " in part)
     assert CliRunner().invoke(app, shlex.split(command)[3:]).exit_code == 0
-    text, findings = write_experiment(tmp_path / "my data", CPU)
+    text, findings = write(tmp_path / "my data", CPU)
     assert "my data/split/train.json" in text and "my data/split/val.json" in text and findings == []
 
 
