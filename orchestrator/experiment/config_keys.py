@@ -144,6 +144,7 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "SOLVER.NUM_DECAYS": (1, 10**9),
     "DATALOADER.NUM_WORKERS": (0, 10**4),
     "DATALOADER.RANDOM_SUBSET_RATIO": (0, 1),
+    "DATALOADER.REPEAT_THRESHOLD": (0, 10**6),
     "INPUT.MIN_SIZE_TRAIN": (1, 10**5),
     "INPUT.MAX_SIZE_TRAIN": (1, 10**6),
     "INPUT.MIN_SIZE_TEST": (0, 10**5),

@@ -186,8 +186,10 @@ def _check_conditions(experiment: Experiment, overrides: list[Setting], findings
 def _check_schedule(experiment: Experiment, findings: FindingList) -> None:
     """Reports what the experiment asks for at iterations that it does not reach."""
     protocol, trials = experiment.protocol, experiment.trials
-    if trials.scaling == "strong" and trials.reference_world_size:
-        what, hint = "no effect: strong scaling scales nothing", "Leave it out, or set trials.scaling=weak"
+    reference = given_setting(experiment, "SOLVER.REFERENCE_WORLD_SIZE")
+    if trials.scaling == "strong" and (trials.reference_world_size or (reference and reference.value)):
+        what = "a reference world size has no effect: strong scaling scales nothing"
+        hint = "Leave it out (SOLVER.REFERENCE_WORLD_SIZE too), or set trials.scaling=weak"
         findings.warning("config_unused", "trials.reference_world_size", "", what, hint)
     own = {
         name: setting

@@ -65,6 +65,7 @@ def test_an_override_of_a_part_that_the_model_does_not_have_is_a_warning(
             "protocol.warmup_iterations", "no throughput is measured: it is that of the iterations after these",
         ),
         ({"trials": {"scaling": "strong", "reference_world_size": 2}}, {}, "trials.reference_world_size", "no effect"),
+        ({}, {"SOLVER.REFERENCE_WORLD_SIZE": 2}, "trials.reference_world_size", "no effect: strong scaling"),
     ],
 )  # fmt: skip
 def test_what_is_never_reached_is_a_warning(
