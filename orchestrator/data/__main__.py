@@ -5,6 +5,7 @@ Exit codes: 0 success, 2 the input or the data set is wrong (every finding is li
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from orchestrator.data.checks import SplitReport
-    from orchestrator.data.split import ClassCount
     from orchestrator.findings import Finding
 
 EXIT_UNFIT = 2
 
-MAX_CLASSES = 20
-"""Classes in the table of `split`."""
+PARTS_OF_CLASSES = {
+    (True, True): "in both sets",
+    (True, False): "in the training set only, so never scored",
+    (False, True): "in the validation set only, so never learned",
+    (False, False): "in no image",
+}
+"""What is said of classes by whether they are in the training and in the validation set."""
 
 app = typer.Typer(
     help="Data sets in COCO's format: check, split, begin an experiment, fetch, generate, excerpt.",
@@ -108,13 +113,20 @@ def split(
 ) -> None:
     """Splits one annotation file into train.json and val.json, by image, with every class in both where possible."""
     from orchestrator.data.split import split as split_file
+    from orchestrator.findings import printable
 
     try:
         result = split_file(file, to, val_share=val, seed=seed, group_by=group_by)
     except (ValueError, OSError) as error:
         _fail(str(error))
-    _print_classes(result.classes)
     typer.echo(f"{result.train}: {result.num_train:,} images\n{result.val}: {result.num_val:,} images")
+    by_parts = defaultdict(list)
+    for name, (num_train, num_val) in result.images_of_class.items():
+        by_parts[num_train > 0, num_val > 0].append(printable(name))
+    for parts, where in PARTS_OF_CLASSES.items():
+        if names := by_parts[parts]:
+            shown = ", ".join([*names[:5], *("…" for _ in names[5:6])])
+            typer.echo(f"classes {where}: {len(names):,} ({shown})")
 
 
 @app.command()
@@ -222,25 +234,6 @@ def _print_summaries(reports: Iterable[SplitReport]) -> None:
                 f"{summary.annotations}: {summary.num_images:,} images, {summary.num_annotations:,} annotations "
                 f"({summary.num_crowd:,} crowds), {len(summary.categories)} categories; {effort}"
             )
-
-
-def _print_classes(classes: list[ClassCount]) -> None:
-    """Prints how often each class is in both sets, the rarest first."""
-    rows = [row for row in classes if row.train_images + row.val_images]
-    width = max([5, *(len(row.name) for row in rows[:MAX_CLASSES])])
-    typer.echo(f"{'class':{width}}  {'train: images':>13} {'objects':>8}  {'val: images':>11} {'objects':>8}")
-    for row in rows[:MAX_CLASSES]:
-        counts = f"{row.train_images:>13,} {row.train_objects:>8,}  {row.val_images:>11,} {row.val_objects:>8,}"
-        typer.echo(f"{row.name:{width}}  {counts}")
-    if len(rows) > MAX_CLASSES:
-        typer.echo(f"… and {len(rows) - MAX_CLASSES:,} classes that are in more images")
-    for what, names in (
-        ("in no image", [row.name for row in classes if row not in rows]),
-        ("in the training set only, so never scored", [row.name for row in rows if not row.val_images]),
-        ("in the validation set only, so never learned", [row.name for row in rows if not row.train_images]),
-    ):
-        if names:
-            typer.echo(f"{len(names):,} {what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}")
 
 
 def _fail(message: str) -> NoReturn:

@@ -6,13 +6,12 @@ import random
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from orchestrator.data.exports import find_splits
 from orchestrator.data.image_names import check_name
 from orchestrator.data.layout import coco_layout
+from orchestrator.data.raw_file import RawFile
 
 if TYPE_CHECKING:
     from orchestrator.data.layout import Split
@@ -52,28 +51,25 @@ def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[s
 
 
 def _copy_part(source: Split, target: Split, num_images: int, seed: int) -> tuple[int, int]:
-    try:
-        document: dict[str, Any] = msgspec.json.decode(source.annotations.read_bytes(), type=dict[str, Any])
-        with_objects = {entry["image_id"] for entry in document["annotations"] if not entry.get("iscrowd")}
+    raw = RawFile(source.annotations)
+    with_objects = {seen["image_id"] for seen in raw.annotations if not seen["iscrowd"]}
+
+    def rank(index: int) -> tuple[bool, float]:
         # Each image has its own key, so that adding images to the source does not change which others are taken.
-        images = sorted(
-            document["images"],
-            key=lambda image: (image["id"] not in with_objects, random.Random(f"{seed} {image['id']}").random()),  # noqa: S311 - a choice that repeats, no secret
-        )[:num_images]
-        names = [str(image["file_name"]) for image in images]
-        chosen = {image["id"] for image in images}
-        annotations = [entry for entry in document["annotations"] if entry["image_id"] in chosen]
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source.annotations} is not a COCO file (`data check` shows where): {error!r}") from None
-    images.sort(key=lambda image: int(image["id"]))
+        image_id = raw.images[index]["id"]
+        return image_id not in with_objects, random.Random(f"{seed} {image_id}").random()  # noqa: S311 - no secret
+
+    taken = sorted(sorted(range(len(raw.images)), key=rank)[:num_images], key=lambda index: raw.images[index]["id"])
+    ids = {raw.images[index]["id"] for index in taken}
     target.images.mkdir(parents=True)
     target.annotations.parent.mkdir(exist_ok=True)
-    for name in names:
-        file = source.images / name
+    for index in taken:
+        name = raw.images[index]["file_name"]
         if problem := check_name(name):
             raise ValueError(f"{source.annotations}: {problem.what}")
         (target.images / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target.images / name)
-    taken = {**document, "images": images, "annotations": annotations}
-    target.annotations.write_bytes(msgspec.json.encode(taken))
-    return len(images), len(annotations)
+        shutil.copyfile(source.images / name, target.images / name)
+    pairs = zip(raw.entries["annotations"], raw.annotations, strict=True)
+    annotations = [entry for entry, seen in pairs if seen["image_id"] in ids]
+    target.annotations.write_bytes(raw.encode([raw.entries["images"][index] for index in taken], annotations))
+    return len(taken), len(annotations)

@@ -11,7 +11,11 @@ from trainers.contract.annotations import read_annotations, to_utf8
 if TYPE_CHECKING:
     from pathlib import Path
 
-SEEN_FIELDS = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
+SEEN_FIELDS = {
+    "images": ("id", "file_name"),
+    "annotations": ("image_id", "category_id", "iscrowd"),
+    "categories": ("id", "name"),
+}
 """Lists of a COCO file, and the fields of their entries that are read."""
 
 
@@ -39,7 +43,7 @@ class RawFile:
         self.images: list[dict[str, Any]] = seen["images"]
         """Id and file name of each image."""
         self.annotations: list[dict[str, Any]] = seen["annotations"]
-        """Image and category id of each annotation."""
+        """Image id, category id and iscrowd of each annotation."""
         self.categories: list[dict[str, Any]] = seen["categories"]
         """Id and name of each category."""
         if any(not isinstance(image.get("file_name"), str) for image in self.images):

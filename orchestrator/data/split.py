@@ -21,16 +21,6 @@ Group = tuple[int, "set[object]"]
 """Images that stay together: their number, and the classes that occur in them."""
 
 
-class ClassCount(NamedTuple):
-    """How often a class occurs in the two sets."""
-
-    name: str
-    train_images: int
-    val_images: int
-    train_objects: int
-    val_objects: int
-
-
 class SplitResult(NamedTuple):
     """What `split` wrote."""
 
@@ -40,8 +30,8 @@ class SplitResult(NamedTuple):
     """Images."""
     num_val: int
     """Images."""
-    classes: list[ClassCount]
-    """Those with the fewest images first."""
+    images_of_class: dict[str, tuple[int, int]]
+    """By name, the number of images with the class in the training and in the validation set."""
 
 
 def split(file: Path, to: Path, *, val_share: float, seed: int = 0, group_by: str = ROBOFLOW_COPIES) -> SplitResult:
@@ -74,12 +64,15 @@ def split(file: Path, to: Path, *, val_share: float, seed: int = 0, group_by: st
     if len(set(key_of.values())) < 2:
         what = f"{len(raw.images)} images in one group" if raw.images else "no image"
         raise ValueError(f"{file} holds {what}: there is nothing to split")
-    classes: defaultdict[str, set[object]] = defaultdict(set)
+    images_of: defaultdict[object, set[object]] = defaultdict(set)
+    classes_of: defaultdict[str, set[object]] = defaultdict(set)
     for annotation in raw.annotations:
-        if annotation["image_id"] in key_of:
-            classes[key_of[annotation["image_id"]]].add(annotation["category_id"])
+        image_id, category = annotation["image_id"], annotation["category_id"]
+        if image_id in key_of:
+            images_of[category].add(image_id)
+            classes_of[key_of[image_id]].add(category)
     sizes = Counter(key_of.values())
-    val_keys = stratify({key: (size, classes[key]) for key, size in sizes.items()}, val_share, seed)
+    val_keys = stratify({key: (size, classes_of[key]) for key, size in sizes.items()}, val_share, seed)
     val_ids = {image_id for image_id, key in key_of.items() if key in val_keys}
     images = list(zip(raw.entries["images"], raw.images, strict=True))
     annotations = list(zip(raw.entries["annotations"], raw.annotations, strict=True))
@@ -90,7 +83,11 @@ def split(file: Path, to: Path, *, val_share: float, seed: int = 0, group_by: st
             [entry for entry, seen in annotations if (seen["image_id"] in val_ids) == is_val],
         )
         write_atomically(target, content)
-    return SplitResult(*targets, len(key_of) - len(val_ids), len(val_ids), _count_classes(raw, val_ids))
+    counts = {
+        str(category["name"]): (len(images_of[category["id"]] - val_ids), len(images_of[category["id"]] & val_ids))
+        for category in raw.categories
+    }
+    return SplitResult(*targets, len(key_of) - len(val_ids), len(val_ids), counts)
 
 
 def stratify(groups: Mapping[str, Group], val_share: float, seed: int) -> set[str]:
@@ -159,23 +156,3 @@ def _group_keys(raw: RawFile, group_by: str) -> dict[object, str]:
         match = pattern.match(name)
         keys[image_id] = name if match is None else (match[1] if pattern.groups else match[0]) or ""
     return keys
-
-
-def _count_classes(raw: RawFile, val_ids: set[object]) -> list[ClassCount]:
-    images: defaultdict[tuple[object, bool], set[object]] = defaultdict(set)
-    objects: Counter[tuple[object, bool]] = Counter()
-    known = {image["id"] for image in raw.images}
-    for annotation in raw.annotations:
-        image_id = annotation["image_id"]
-        if image_id in known:
-            images[annotation["category_id"], image_id in val_ids].add(image_id)
-            objects[annotation["category_id"], image_id in val_ids] += 1
-    rows = [
-        ClassCount(
-            str(category["name"]),
-            *(len(images[category["id"], is_val]) for is_val in (False, True)),
-            *(objects[category["id"], is_val] for is_val in (False, True)),
-        )
-        for category in raw.categories
-    ]
-    return sorted(rows, key=lambda row: row.train_images + row.val_images)
