@@ -134,40 +134,42 @@ REASONS: Mapping[tuple[str, Any], str] = {
 
 NOT_KNOWN = "is not one of detectron2's"
 
-NO_LIMIT = math.inf
+MAX_NUMBER = 10**9
+ABOVE_ZERO = (1e-9, MAX_NUMBER)
 
 LIMITS: Mapping[str, tuple[float, float]] = {
     "SOLVER.IMS_PER_BATCH": (1, 10**6),
-    "SOLVER.MAX_ITER": (1, 10**9),
-    "SOLVER.STEPS": (1, 10**9),
+    "SOLVER.MAX_ITER": (1, MAX_NUMBER),
+    "SOLVER.STEPS": (1, MAX_NUMBER),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, 10**6),
-    "SOLVER.NUM_DECAYS": (1, 10**9),
+    "SOLVER.NUM_DECAYS": (1, MAX_NUMBER),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (0.1, math.inf),
     "DATALOADER.NUM_WORKERS": (0, 10**4),
     "DATALOADER.RANDOM_SUBSET_RATIO": (0, 1),
-    "DATALOADER.REPEAT_THRESHOLD": (0, 10**6),
     "INPUT.MIN_SIZE_TRAIN": (1, 10**5),
     "INPUT.MAX_SIZE_TRAIN": (1, 10**6),
     "INPUT.MIN_SIZE_TEST": (0, 10**5),
     "INPUT.MAX_SIZE_TEST": (1, 10**6),
-    "MODEL.BACKBONE.FREEZE_AT": (-1, 10**9),
-    "MODEL.PIXEL_MEAN": (-NO_LIMIT, NO_LIMIT),
-    "MODEL.PIXEL_STD": (1e-9, NO_LIMIT),
+    "MODEL.BACKBONE.FREEZE_AT": (-1, MAX_NUMBER),
+    "MODEL.PIXEL_MEAN": (-MAX_NUMBER, MAX_NUMBER),
+    "MODEL.PIXEL_STD": ABOVE_ZERO,
+    "MODEL.RPN.BBOX_REG_WEIGHTS": ABOVE_ZERO,
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS": ABOVE_ZERO,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": ABOVE_ZERO,
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ABOVE_ZERO,
     "MODEL.ROI_HEADS.NUM_CLASSES": (1, 10**6),
     "MODEL.RETINANET.NUM_CLASSES": (1, 10**6),
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, 10**9),
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, 10**9),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, MAX_NUMBER),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, MAX_NUMBER),
     "TEST.DETECTIONS_PER_IMAGE": (1, 10**6),
     "TEST.AUG.MIN_SIZES": (1, 10**5),
     "TEST.AUG.MAX_SIZE": (1, 10**6),
-    "TEST.PRECISE_BN.NUM_ITER": (1, 10**9),
+    "TEST.PRECISE_BN.NUM_ITER": (1, MAX_NUMBER),
 }
 """Smallest and largest value of a number, or of each number of a list, where `limits` does not say it."""
 
 NONEMPTY = ("INPUT.MIN_SIZE_TRAIN", "TEST.AUG.MIN_SIZES")
 """Lists that must hold something."""
-
-INFINITE = ("SOLVER.CLIP_GRADIENTS.NORM_TYPE",)
-"""Numbers that may be infinite: the maximum norm."""
 
 NULLABLE = ("SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.WEIGHT_DECAY_NORM")
 """Keys to which null means: as SOLVER.WEIGHT_DECAY."""
@@ -230,19 +232,16 @@ def value_problem(key: str, value: Any) -> str | None:
     """What is wrong with a value for one of detectron2's keys; None where it can be used.
 
     The types are those that detectron2 takes: the default's own, a list for a tuple, no integer for a float. Lists of
-    numbers hold numbers, numbers are finite and within `limits`, names are those of CHOICES.
+    numbers hold numbers, numbers are within `limits`, names are those of CHOICES.
     """
     default = default_values()[key]
     if key in NULLABLE and value is None:
         return None
     if not _has_type_of(value, default):
         return f"its value {value!r} is not of the type of detectron2's default, {default!r}"
-    numbers = numbers_of(value)
-    if key not in INFINITE and not all(map(_is_finite, numbers)):
-        return f"its value {value!r} is no finite number"
     low, high = limits(key)
-    if not all(low <= number <= high for number in numbers):
-        upper = "" if high == NO_LIMIT else f" and at most {high:,}"
+    if not all(low <= number <= high for number in numbers_of(value)):  # NaN is in no range
+        upper = "" if high == math.inf else f" and at most {high:,}"
         return f"its value {value!r} is out of range: at least {low:,}{upper}"
     if key in NONEMPTY and not value:
         return f"its value {value!r} is empty"
@@ -253,10 +252,8 @@ def value_problem(key: str, value: Any) -> str | None:
 
 def limits(key: str) -> tuple[float, float]:
     """Smallest and largest value of a key's numbers: none is negative where detectron2's default is not."""
-    numbers = numbers_of(default_values()[key])
-    lowest = -NO_LIMIT if any(number < 0 for number in numbers) else 0
-    largest = 10**9 if any(isinstance(number, int) for number in numbers) else NO_LIMIT
-    return LIMITS.get(key, (lowest, largest))
+    lowest = -MAX_NUMBER if any(number < 0 for number in numbers_of(default_values()[key])) else 0
+    return LIMITS.get(key, (lowest, MAX_NUMBER))
 
 
 def numbers_of(value: Any) -> list[float]:
@@ -271,15 +268,11 @@ def _has_type_of(value: Any, default: Any) -> bool:
     if isinstance(value, list | tuple) and isinstance(default, list | tuple):
         have, need = (all(_is_number(item) for item in items) for items in (value, default))
         return have or not need or not default
-    return type(value) is type(default) or (default is None and isinstance(value, float | int))
+    return type(value) is type(default) or (default is None and _is_number(value))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_finite(number: float) -> bool:
-    return isinstance(number, int) or math.isfinite(number)  # an integer may be too large for a float
 
 
 def value_hint(key: str, value: Any) -> str:
@@ -291,8 +284,8 @@ def value_hint(key: str, value: Any) -> str:
         return f"Take {' or '.join(map(repr, CHOICES[key]))}"
     default = default_values()[key]
     example: Any = list(default) if isinstance(default, tuple) else default
-    if _is_number(value) and _is_finite(value):
-        if isinstance(default, float) and abs(value) < 2**53:
+    if _is_number(value) and abs(value) <= MAX_NUMBER:
+        if isinstance(default, float):
             example = float(value)
         elif type(default) is int and value == int(value):
             example = int(value)

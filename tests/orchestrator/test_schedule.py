@@ -39,7 +39,7 @@ def test_a_value_that_the_schedule_cannot_use_is_refused_with_its_key_and_the_va
 ) -> None:
     values = tiny_experiment(storage={}, trials={"world_sizes": [1]})
     values["model"] = {"overrides": {f"SOLVER.{name}": value}}
-    wanted = r"not of the type of detectron2's default, .+|out of range: at least \d.*|no finite number"
+    wanted = r"not of the type of detectron2's default, .+|out of range: at least \d.*"
     if name == "BASE_LR" and value == "1e3":
         assert plans(parse_experiment(values, "test"))[0].solver.base_lr == 1000.0, "text of a number to detectron2"
         return
@@ -126,3 +126,12 @@ def test_loader_processes_that_the_config_gives_are_those_that_run() -> None:
     for hardware in (Hardware(), Hardware(num_gpus=1, num_cpus=16)):
         (plan,) = plans(parse_experiment({**values, "resources": {}}, "test"), hardware)
         assert (plan.loader_workers, plan.most_loader_workers) == (3, 0)
+
+
+def test_a_step_at_the_end_of_the_schedule_is_left_out_at_every_world_size() -> None:
+    values = tiny_experiment(storage={}, trials={"world_sizes": [1]}, protocol={"iterations": 60})
+    values["model"] = {"overrides": {"SOLVER.STEPS": [30, 60]}}
+    assert plans(parse_experiment(values, "test"))[0].solver.steps == (30,)
+    values |= {"protocol": {}, "trials": {"world_sizes": [1, 2, 4]}}
+    values["model"] = {"overrides": {"SOLVER.IMS_PER_BATCH": 2, "SOLVER.MAX_ITER": 81, "SOLVER.STEPS": [40, 81]}}
+    assert [plan.solver.steps for plan in plans(parse_experiment(values, "test"))] == [(40,), (20,), (10,)]
