@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from orchestrator.runlog.folder import (
     read_earlier_run,
 )
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
+from trainers.contract import clock
 from trainers.contract.events import Event, RunEnded, RunStarted
 from trainers.contract.plan import TrialPlan
 
@@ -65,7 +65,7 @@ class Publication:
             experiment=experiment.name,
             description=experiment.description,
             status="RUNNING",
-            started=_utc(earlier.started.time if earlier else time.time()),
+            started=_utc(earlier.started.time if earlier else clock.now()),
             command=command,
             environment=describe(command),
             mlflow_tracking_uri=without_credentials(tracking_uri(experiment.tracking.uri)),
@@ -82,7 +82,7 @@ class Publication:
             trial="",
             attempt=earlier.num_starts if earlier else 0,
             rank=-1,
-            time=time.time(),
+            time=clock.now(),
             experiment=earlier.started.experiment if earlier else values,
             run_id=earlier.started.run_id if earlier else f"{self._experiment.name}/{uuid.uuid4().hex}",
             tags=tags | {WORKING_DIRECTORY: str(Path.cwd())},
@@ -118,12 +118,12 @@ class Publication:
             Whether MLflow has all of the run.
         """
         self._result.status = status
-        self._result.ended = _utc(time.time())
+        self._result.ended = _utc(clock.now())
         self._result.mlflow_run_id = self._tracker.run_ids().get("")
         self._write()
         report, report_failure = try_report(self._result, self._run_dir)
         write_airank_summary(self._result, self._run_dir)
-        emit(RunEnded(trial="", attempt=0, rank=-1, time=time.time(), status=status))
+        emit(RunEnded(trial="", attempt=0, rank=-1, time=clock.now(), status=status))
         tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
         _add_tracking(self._result, self._tracker, tracked=tracked)

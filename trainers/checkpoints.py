@@ -25,6 +25,8 @@ from typing import Any
 import pyarrow.fs
 import torch
 
+from trainers.contract.memory import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -47,6 +49,7 @@ class CheckpointStore:
             `CheckpointSaved` as keywords.
         on_failed: Called from the writing thread when one could not be written, and training goes on, with the fields
             of `CheckpointFailed`; None raises StorageError at the next save instead.
+        on_skipped: Called when a damaged checkpoint is passed over, with the fields of `CheckpointSkipped`.
         before_valid: Called from the writing thread before a checkpoint becomes valid; returns whether it may. It makes
             sure that the driver has stored all earlier events, which a start from this checkpoint would not repeat.
     """
@@ -58,11 +61,13 @@ class CheckpointStore:
         attempt: int,
         on_saved: Callable[..., None],
         on_failed: Callable[..., None] | None = None,
+        on_skipped: Callable[..., None] = lambda **_: None,
         before_valid: Callable[[], bool] = lambda: True,
     ) -> None:
         self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
         self._keep, self._attempt = keep, attempt
         self._on_saved, self._on_failed, self._before_valid = on_saved, on_failed, before_valid
+        self._on_skipped = on_skipped
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -106,13 +111,20 @@ class CheckpointStore:
             self._fail(0, error)
 
     def load_newest(self) -> tuple[dict[str, Any], str] | None:
-        """The newest checkpoint that verifies and its path; damaged ones are skipped with a warning."""
-        for iteration in sorted(self._valid(), reverse=True):
+        """The newest checkpoint that verifies and its path; damaged ones are skipped, which is reported."""
+        for iteration in sorted(self._valid(self._skip), reverse=True):
             try:
                 return self.load(iteration)
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-                logger.warning("checkpoint %s is damaged and is skipped: %s", self._folder(iteration), error)
+                if is_out_of_memory(error):  # no fault of the checkpoint
+                    raise
+                self._skip(self._folder(iteration), error)
         return None
+
+    def _skip(self, path: str, error: Exception) -> None:
+        message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        logger.warning("checkpoint %s is damaged and is skipped: %s", path, message)
+        self._on_skipped(path=path, message=message)
 
     def load(self, iteration: int) -> tuple[dict[str, Any], str]:
         """The checkpoint of an iteration and its path.
@@ -198,7 +210,7 @@ class CheckpointStore:
         if owner > self._attempt:
             raise StorageError(f"attempt {owner} writes here now; this one was given up")
 
-    def _valid(self) -> dict[int, float | None]:
+    def _valid(self, on_damaged: Callable[[str, Exception], None] = lambda *_: None) -> dict[int, float | None]:
         """Iteration and score of every checkpoint that has a readable manifest."""
         found: dict[int, float | None] = {}
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True, recursive=True)
@@ -207,7 +219,7 @@ class CheckpointStore:
                 manifest = json.loads(self._read(path))
                 found[int(manifest["iteration"])] = manifest["score"]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("checkpoint manifest %s is damaged and is skipped: %s", path, error)
+                on_damaged(path, error)
         return found
 
     def _prune(self) -> None:

@@ -21,6 +21,7 @@ from detectron2.structures import Instances
 from detectron2.utils import comm
 from torch import nn
 
+from trainers.contract import clock
 from trainers.contract.events import measured
 from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 from trainers.loading import evaluation_loader, evaluation_records
@@ -88,7 +89,7 @@ class Evaluator:
         gathered = comm.gather(detections, dst=0)
         parts = {"inference": detected - started, "gather": time.perf_counter() - detected}
         if not comm.is_main_process():
-            return Scores({}, time.time(), None, parts)
+            return Scores({}, clock.now(), None, parts)
         everything = [found for share in gathered for found in share]
         folder = Path(self._plan.trial_dir)
         (folder / "coco_instances_results.json").write_bytes(orjson.dumps(everything))
@@ -100,7 +101,7 @@ class Evaluator:
         known: dict[IouType, float] = {}
         for iou_type in scored_types(self._cfg):
             figures |= self._figures(iou_type, everything)
-            known[iou_type] = time.time()
+            known[iou_type] = clock.now()
         parts["score"] = time.perf_counter() - scoring_started
         return Scores(figures, known["bbox"], known.get("segm"), parts, known.get("keypoints"))
 

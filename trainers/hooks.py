@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.checkpoints import CheckpointStore
+from trainers.contract import clock
 from trainers.contract.events import Evaluated, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import all_met
@@ -153,7 +154,7 @@ class EvaluationHook:
         scores = self.evaluator.run(unwrapped(loop.model))
         parts = ({"precise_bn": prepared} if self.prepare else {}) | scores.part_seconds
         if loop.rank == 0:
-            self._emit(loop.iteration, scores, time.time(), time.perf_counter() - started, parts)
+            self._emit(loop.iteration, scores, clock.now(), time.perf_counter() - started, parts)
         self._stop_all_at_target(loop)
 
     def pending(self, iteration: int) -> bool:

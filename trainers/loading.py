@@ -20,6 +20,7 @@ from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from trainers.contract.memory import is_out_of_memory
 from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
 from trainers.speedups.fast_mapper import FastMapper
@@ -89,9 +90,11 @@ class EvaluationImages(Dataset[Record]):
 def _mapped(mapper: Mapper, record: Record) -> Record:
     try:
         mapped = mapper(record)
-    except (ImportError, MemoryError):  # no fault of the image
+    except ImportError:  # no fault of the image
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInputError.of(record["file_name"], f"{type(error).__name__}: {error}") from error
     if mapped is None:
         raise BadInputError.of(record["file_name"], "no usable annotation")

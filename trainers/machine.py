@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import resource
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from trainers.contract.memory import Memory
 
 PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "hotcoco", "numpy")
 
@@ -41,6 +44,26 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(device: torch.device) -> Memory:
+    """Memory of this process on its GPU, else on this machine, with the limit of the process or its container."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        return Memory(used, torch.cuda.max_memory_allocated(device), reserved + free)
+    now, addresses = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_AS)[0]
+    if addresses != resource.RLIM_INFINITY:
+        return Memory(now.vms, now.vms, addresses)
+    limit = min(_container_limit(), psutil.virtual_memory().total)
+    return Memory(now.rss, peak_memory_gib(device) * 2**30, limit)
+
+
+def _container_limit() -> float:
+    try:
+        return float(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").replace("max", "inf"))
+    except (OSError, ValueError):
+        return math.inf
 
 
 def host_description() -> dict[str, Any]:

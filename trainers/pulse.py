@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainers import machine
+from trainers.contract import clock
 from trainers.contract.channel import ENDED, Channel, Command, Placement
 from trainers.contract.events import Heartbeat, Section, SystemSampled
 
@@ -28,7 +29,7 @@ class Activity:
     """`data`, `forward`, `backward`, `optimizer`; empty outside steps."""
     iteration: int = 0
     """Iterations done."""
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=clock.now)
     """When the section began (Unix seconds); every step begins a new section."""
     image_files: tuple[str, ...] = ()
     """Images of the current batch."""
@@ -36,7 +37,7 @@ class Activity:
     def enter(self, section: Section, part: str = "") -> None:
         """Marks the beginning of a section, or of a part of a step."""
         if section != self.section or part in ("", "data"):
-            self.since = time.time()
+            self.since = clock.now()
         self.section, self.part = section, part
 
 

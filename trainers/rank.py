@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -20,10 +19,12 @@ from torch import nn
 
 from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
 from trainers.checkpoints import CheckpointStore, StorageError, state_sha256
+from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
+    CheckpointSkipped,
     Event,
     FailureKind,
     LoopFinished,
@@ -31,6 +32,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.memory import Memory, batch_hint, is_out_of_memory
 from trainers.contract.plan import TrialPlan
 from trainers.contract.problems import ConfigurationError
 from trainers.evaluation import Evaluator
@@ -49,7 +51,6 @@ FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], Fail
     (loading.BadInputError, "bad_input"),
     ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
     ((ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
-    ((torch.OutOfMemoryError, MemoryError), "out_of_memory"),
     ((torch.distributed.DistError, ConnectionError), "communication"),
     (StorageError, "storage"),
     (BrokenProcessPool, "worker_lost"),
@@ -81,10 +82,11 @@ class Rank:
         self.injector = faults.from_environment(placement.rank, attempt)
         self.activity: Activity = self.injector or Activity()
         self.pulse = Pulse(self.event, placement, channel, self.activity)
+        self._before_steps: tuple[Memory, float] | None = None  # and the size of the trained weights in bytes
 
     def event(self, kind: type[E], **fields: Any) -> E:
         """An event of this rank, happening now unless `time` is given."""
-        fields.setdefault("time", time.time())
+        fields.setdefault("time", clock.now())
         return kind(trial=self.plan.name, attempt=self.attempt, rank=self.placement.rank, **fields)
 
     def send(self, kind: type[Event], **fields: Any) -> None:
@@ -133,6 +135,7 @@ class Rank:
             self.attempt,
             on_saved=functools.partial(self.send, CheckpointSaved),
             on_failed=functools.partial(self.send, CheckpointFailed) if plan.survive_storage else None,
+            on_skipped=functools.partial(self.send, CheckpointSkipped),
             before_valid=self.channel.wait_until_persisted,
         )
         state, restored_from = self._newest(store) or (None, "")
@@ -152,7 +155,7 @@ class Rank:
             iteration=start,
             num_train_images=epoch.num_images,
             num_val_images=evaluator.num_images,
-            setup_seconds=time.time() - entered,
+            setup_seconds=clock.now() - entered,
             config_yaml=config_yaml if placement.rank == 0 else "",
             restored_from=restored_from,
             numerics={"precision": resolve_precision(plan.recipe.precision, self._device()), **machine.numerics()},
@@ -160,6 +163,8 @@ class Rank:
         with overlap.process(plan, detector, placement.rank) as evaluation.overlap:
             if state and state[hooks.EVALUATION_PENDING_KEY]:
                 evaluation.run(loop)
+            sizes = (weight.nbytes for weight in detector.parameters() if weight.requires_grad)
+            self._before_steps = machine.memory(self._device()), float(sum(sizes))
             reason = loop.run()
         self.activity.enter("checkpoint")
         store.wait()
@@ -237,14 +242,16 @@ class Rank:
         )
 
     def _send_failure(self, error: Exception) -> None:
-        failure = classify(error)
+        failure, message = classify(error), _in_short(error)
+        if failure == "out_of_memory" and self._before_steps and self.activity.section == "step":
+            message += batch_hint(self.plan, *self._before_steps, machine.memory(self._device()), message)
         files = self.activity.image_files if failure != "configuration" else ()
         self.send(
             WorkerFailed,
             failure=failure,
             iteration=self.activity.iteration,
             section=self.activity.section,
-            message=_in_short(error),
+            message=message,
             image_files=(error.image_file,) if isinstance(error, loading.BadInputError) else files,
             traceback=traceback.format_exc(),
         )
@@ -274,12 +281,12 @@ class Rank:
 
 def classify(error: BaseException) -> FailureKind:
     """The kind of failure that an exception is."""
+    if is_out_of_memory(error):  # whatever the library makes of it
+        return "out_of_memory"
     for kind, failure in FAILURES:
         if isinstance(error, kind):
             return failure
     text = str(error)
-    if isinstance(error, RuntimeError) and "can't allocate memory" in text:  # torch on CPU
-        return "out_of_memory"
     if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
         return "communication"
     return "unknown"

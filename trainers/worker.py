@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from trainers.contract import clock
 from trainers.contract.channel import Channel, Command, Placement
 from trainers.contract.events import Heartbeat
 
@@ -40,9 +41,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry: trains one rank of a trial.
 
     Args:
-        config: `plan` (TrialPlan), `attempt` (its number, from 0) and `telemetry` (handle of the telemetry actor).
+        config: `plan` (TrialPlan), `attempt` (its number, from 0), `telemetry` (handle of the telemetry actor) and
+            `clock` (the driver's, from `clock.anchor`).
     """
-    entered = time.time()
+    clock.adopt(config["clock"])
+    entered = clock.now()
     import ray
     import ray.train
 

@@ -13,6 +13,7 @@ import ray
 
 from orchestrator.execution.nodes import NODE_ID
 from orchestrator.runlog.outbox import Outbox
+from trainers.contract import clock
 from trainers.contract.channel import Command
 from trainers.contract.events import Event, Heartbeat
 
@@ -48,7 +49,8 @@ class HeartbeatSample:
 class Telemetry:
     """The actor between workers and driver: holds events until the driver has persisted them."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver_clock: str) -> None:
+        clock.adopt(driver_clock)
         self._events: list[Event] = []
         self._persisted = 0
         self._heartbeats: dict[int, HeartbeatSample] = {}
@@ -63,7 +65,7 @@ class Telemetry:
         """Takes a heartbeat and returns the driver's command."""
         if heartbeat.attempt < self._attempt:
             return "stop"  # it was cut off, and its trial was started again without it
-        self._heartbeats[heartbeat.rank] = HeartbeatSample(heartbeat, time.time())
+        self._heartbeats[heartbeat.rank] = HeartbeatSample(heartbeat, clock.now())
         return self._command
 
     def received(self) -> int:
@@ -78,7 +80,7 @@ class Telemetry:
         """Events after the first `persisted`, their number in all, each rank's last heartbeat, and the time."""
         del self._events[: persisted - self._persisted]
         self._persisted = persisted
-        return self._events, persisted + len(self._events), self._heartbeats, time.time()
+        return self._events, persisted + len(self._events), self._heartbeats, clock.now()
 
     def order(self, command: Command, attempt: int) -> None:
         """Sets what workers of an attempt are ordered with their next heartbeat; "run" drops earlier heartbeats."""
@@ -99,6 +101,7 @@ class EventPump:
         self.outbox, self._listeners = outbox, listeners
         self.events: list[Event] = [event for event, _ in outbox.read()]
         """All events of the run."""
+        clock.not_before(max((event.time for event in self.events), default=0.0))
         self.heartbeats: dict[int, HeartbeatSample] = {}
         """The last heartbeat of each rank of the running attempt."""
         self.drained = 0.0
@@ -160,7 +163,7 @@ class EventPump:
     def _start_actor() -> Any:
         # On the driver's node: the actor lives and dies with the driver, and no spot node takes it away.
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
-        return ray.remote(Telemetry).options(num_cpus=0, label_selector=here).remote()
+        return ray.remote(Telemetry).options(num_cpus=0, label_selector=here).remote(clock.anchor())
 
     def _run(self) -> None:
         while not self._ended.is_set():

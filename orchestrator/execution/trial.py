@@ -7,7 +7,6 @@ and every end has a cause that is reported.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -23,7 +22,9 @@ from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import root_cause
+from trainers.contract import clock
 from trainers.contract.events import (
+    ClockChanged,
     Event,
     Heartbeat,
     LoopFinished,
@@ -35,10 +36,14 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.memory import is_out_of_memory
 from trainers.contract.plan import TrialPlan
 
 POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks at the workers."""
+
+CLOCK_TOLERANCE_SECONDS = 2.0
+"""How far the wall clock may be off the run's before it counts as set."""
 
 DRIVER_RANK = -1
 
@@ -68,6 +73,7 @@ class _Trial:
         self.plan, self.pump, self.ray_dir, self.stop = plan, pump, ray_dir, stop
         self.policy = Policy(faults)
         self.number = 0
+        self.deviation = 0.0
 
     def run(self) -> TrialEnded:
         earlier = self._events()
@@ -115,7 +121,8 @@ class _Trial:
         cause = root_cause(self._own(WorkerFailed))
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
-            cause = self._failure("unknown", DRIVER_RANK, message)
+            kind = "out_of_memory" if group.error and is_out_of_memory(group.error) else "unknown"
+            cause = self._failure(kind, DRIVER_RANK, message)
             if not self.stop.requested:
                 self.pump.emit(cause)
         return cause, self.policy.give_up(cause, self._own(Event))
@@ -125,6 +132,7 @@ class _Trial:
         watchdog: Watchdog | None = None
         stopping = False
         while not group.wait(POLL_INTERVAL_SECONDS):
+            self._note_clock()
             if self.stop.requested and not stopping:
                 stopping = True
                 self.pump.order("stop", self.number)
@@ -138,6 +146,12 @@ class _Trial:
             if watchdog and (stuck := watchdog.look(self.pump.heartbeats, self.pump.drained)):
                 return self._end_stuck(group, stuck)
         return None
+
+    def _note_clock(self) -> None:
+        deviation = clock.deviation()
+        if abs(deviation - self.deviation) > CLOCK_TOLERANCE_SECONDS:
+            self.deviation = deviation
+            self._emit(ClockChanged, seconds=deviation)
 
     def _end_stuck(self, group: WorkerGroup, stuck: list[Stuck]) -> None:
         for one in stuck:
@@ -164,7 +178,8 @@ class _Trial:
         for rank in dead.keys() - lost.keys():
             reason = cause_of_death(dead[rank])
             if reason is None:  # the training function raised before it could report that, as an import may do
-                self._emit_dead("unknown", rank, f"{type(dead[rank]).__name__}: {dead[rank]}")
+                kind = "out_of_memory" if is_out_of_memory(dead[rank]) else "unknown"
+                self._emit_dead(kind, rank, f"{type(dead[rank]).__name__}: {dead[rank]}")
                 continue
             text = str(reason)
             kind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
@@ -182,7 +197,7 @@ class _Trial:
             trial=self.plan.name,
             attempt=self.number,
             rank=rank,
-            time=time.time(),
+            time=clock.now(),
             failure=kind,  # type: ignore[arg-type]
             iteration=last.iteration if last else _iterations(self._own(Event)),
             section=last.section if last else "setup",
@@ -192,7 +207,7 @@ class _Trial:
         )
 
     def _emit(self, kind: type[E], **fields: object) -> E:
-        event = kind(trial=self.plan.name, attempt=self.number, rank=DRIVER_RANK, time=time.time(), **fields)
+        event = kind(trial=self.plan.name, attempt=self.number, rank=DRIVER_RANK, time=clock.now(), **fields)
         self.pump.emit(event)
         return event
 

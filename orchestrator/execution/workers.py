@@ -23,6 +23,7 @@ from ray.util.placement_group import remove_placement_group
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
 from orchestrator.execution.ray_internals import placement_groups_of_this_job
 from orchestrator.experiment.placement import smaller
+from trainers.contract import clock
 from trainers.contract.events import WorkerStarted
 from trainers.contract.plan import TrialPlan
 from trainers.worker import train_loop_per_worker
@@ -100,7 +101,7 @@ class WorkerGroup:
             if nodes and not self._ended.is_set():
                 # Somebody else may take the room before the workers do: Ray Train waits for it as long as for a start.
                 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.plan.timeouts["setup"])
-                self.started = time.time()
+                self.started = clock.now()
                 self._trainer(nodes).fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the workers; the main thread looks for the cause
             self.error = error
@@ -109,7 +110,7 @@ class WorkerGroup:
         plan, attempt = self.plan, self._attempt
         return TorchTrainer(
             train_loop_per_worker,
-            train_loop_config={"plan": plan, "attempt": attempt, "telemetry": self._telemetry},
+            train_loop_config={"plan": plan, "attempt": attempt, "telemetry": self._telemetry, "clock": clock.anchor()},
             scaling_config=ScalingConfig(
                 num_workers=plan.world_size,
                 use_gpu=plan.device == "cuda",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainers.contract.events import Event, FailureKind, WorkerFailed
+from trainers.contract.events import (
+    CheckpointFailed,
+    CheckpointSkipped,
+    ClockChanged,
+    Event,
+    FailureKind,
+    WorkerFailed,
+)
 
 CAUSES: tuple[FailureKind, ...] = (
     "bad_input", "not_finite", "configuration", "storage", "out_of_memory", "stuck", "worker_lost", "unknown",
@@ -26,3 +33,25 @@ def described(cause: WorkerFailed) -> str:
     if cause.image_files and cause.failure not in ("bad_input", "communication"):
         text += f"; images of the batch: {', '.join(cause.image_files)}"
     return text
+
+
+def oddities(events: Sequence[Event]) -> list[str]:
+    """What happened in a trial that was not expected and did not end an attempt, in a line each."""
+    clocks = [clock_note(event) for event in events if isinstance(event, ClockChanged)]
+    checkpoints = [
+        event.message
+        if isinstance(event, CheckpointFailed)
+        else f"the checkpoint {event.path} is damaged and was skipped: {event.message}"
+        for event in events
+        if isinstance(event, CheckpointFailed | CheckpointSkipped)
+    ]
+    return clocks + checkpoints
+
+
+def clock_note(event: ClockChanged) -> str:
+    """A change of the machine's clock in a line."""
+    direction = "ahead of" if event.seconds > 0 else "behind"
+    return (
+        f"the clock of the driver's machine is {abs(event.seconds):,.0f} s {direction} the run's times, which go on as "
+        "they began"
+    )

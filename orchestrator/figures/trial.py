@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from orchestrator.figures.causes import root_cause
+from orchestrator.figures.causes import oddities, root_cause
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
@@ -132,7 +132,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "num_val_images": loop.num_val_images if loop else None,
         "numerics": loop.numerics if loop else {},
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
-        "notes": [note] if fewer else [],
+        "notes": ([note] if fewer else []) + oddities(trial.events),
     }
 
 

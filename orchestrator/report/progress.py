@@ -13,10 +13,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from orchestrator.figures.catalog import NOT_MEASURED, number_text, rate_text
+from orchestrator.figures.causes import clock_note
 from orchestrator.figures.steps import JointWindow, WindowJoin
 from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSaved,
+    CheckpointSkipped,
+    ClockChanged,
     Evaluated,
     Event,
     LoopStarted,
@@ -168,6 +171,16 @@ class ProgressDisplay:
     @__call__.register
     def _checkpoint_failed(self, event: CheckpointFailed) -> None:
         self._print(f"[red]continuing without a new checkpoint[/]: {escape(event.message)}", always=True)
+
+    @__call__.register
+    def _checkpoint_skipped(self, event: CheckpointSkipped) -> None:
+        self._print(
+            f"[yellow]skipping a damaged checkpoint[/] {escape(event.path)}: {escape(event.message)}", always=True
+        )
+
+    @__call__.register
+    def _clock_changed(self, event: ClockChanged) -> None:
+        self._print(f"[yellow]the clock was set[/]: {clock_note(event)}", always=True)
 
     @__call__.register
     def _worker_failed(self, event: WorkerFailed) -> None:

@@ -77,6 +77,9 @@ def markdown_report(result: ExperimentResult) -> str:
         lines += ["## Not finished", ""]
         lines += [f"- {escape_markdown(t.name)}: {t.status.lower()}: {escape_markdown(t.reason)}" for t in failed]
         lines.append("")
+    noted = [f"- {escape_markdown(t.name)}: {escape_markdown(note)}" for t in result.trials for note in t.notes]
+    if noted:
+        lines += ["## Notes", "", *noted, ""]
     lines += ["## Environment", "", *_markdown_rows(["", ""], result.environment.items())]
     return "\n".join(lines) + "\n"
 

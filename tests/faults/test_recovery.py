@@ -16,6 +16,7 @@ from tests.builders.fault_bench import ITERATIONS, Bench, Outcome, experiment
 from tests.builders.training import MODELS
 from trainers.contract.events import (
     CheckpointSaved,
+    CheckpointSkipped,
     Event,
     LoopFinished,
     LoopStarted,
@@ -187,3 +188,23 @@ def test_failures_without_progress_are_limited(bench: Bench) -> None:
     assert len(outcome.fired) == 2
     assert "2 failures in a row without a new checkpoint" in outcome.ended.reason
     assert not outcome.of(LoopFinished)
+
+
+def test_a_checkpoint_that_is_damaged_meanwhile_is_skipped_with_a_word(bench: Bench, undisturbed: Outcome) -> None:
+    damaged: list[Path] = []
+
+    def flip(event: Event) -> None:
+        if isinstance(event, TrialRestarted):
+            newest = max(bench.run_dir.rglob("manifest.json")).parent
+            (state,) = newest.glob("state-*.pt")
+            content = state.read_bytes()
+            state.write_bytes(content[:-100] + bytes(byte ^ 0x10 for byte in content[-100:]))
+            damaged.append(newest)
+
+    outcome = bench.run(Fault("kill", rank=1, iteration=10), listeners=[flip])
+    assert [fault["kind"] for fault in outcome.fired] == ["kill"] and len(damaged) == 1
+    assert_as_undisturbed(outcome, undisturbed)
+    (skipped,) = outcome.of(CheckpointSkipped)
+    assert skipped.path == str(damaged[0])
+    (note,) = trial_result(outcome.plan, outcome.events).notes
+    assert str(damaged[0]) in note and "SHA-256" in note

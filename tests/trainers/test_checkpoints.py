@@ -246,3 +246,17 @@ def test_a_state_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert newest(tmp_path) == 4
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["state-0.pt", "manifest.json"])
+def test_a_damaged_checkpoint_is_reported_once_however_often_it_is_met(tmp_path: Path, name: str) -> None:
+    save(store(tmp_path, keep=3), 4, 8)
+    damaged = tmp_path / "iter_0000008" / name
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes([content[0] ^ 0x10]) + content[1:])
+    skipped: list[dict[str, str]] = []
+    again = store(tmp_path, keep=3, attempt=1, on_skipped=lambda **fields: skipped.append(fields))
+    found = again.load_newest()
+    assert found is not None and found[0]["iteration"] == 4
+    save(again, 12)  # clearing away meets it again
+    assert len(skipped) == 1 and "iter_0000008" in skipped[0]["path"] and skipped[0]["message"]

@@ -182,6 +182,24 @@ class CheckpointFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSkipped(Event):
+    """A checkpoint is damaged, and training goes on from an older one or from its start (rank 0)."""
+
+    kind: ClassVar[str] = "checkpoint_skipped"
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClockChanged(Event):
+    """Somebody set the clock of the driver's machine (rank -1); the times of events do not follow it."""
+
+    kind: ClassVar[str] = "clock_changed"
+    seconds: float
+    """How far it is ahead of the times of events since then; negative where it was set back."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SystemSampled(Event):
     """Load of one node (its local rank 0)."""
 

@@ -1,0 +1,63 @@
+"""What happened and ended nothing, a damaged checkpoint or a clock that was set, is shown everywhere."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.figures.trial import trial_result
+from orchestrator.report.progress import ProgressDisplay
+from orchestrator.report.writer import markdown_report, write_report
+from tests.builders.run_folder import make_run
+from tests.builders.trials import TrialBuilder, trained
+from trainers.contract.events import CheckpointFailed, CheckpointSkipped, ClockChanged, event_from_json
+
+PATH = "/runs/[red]/checkpoints/iter_0000008"
+
+
+@pytest.fixture
+def odd() -> TrialBuilder:
+    made = trained()
+    made.emit(CheckpointSkipped, 29.0, path=PATH, message="its SHA-256 is not the manifest's")
+    made.emit(CheckpointFailed, 29.2, iteration=8, message="the checkpoint of iteration 8 could not be written")
+    made.emit(ClockChanged, 29.5, rank=-1, seconds=-7200.2)
+    made.emit(ClockChanged, 29.6, rank=-1, seconds=86400.0)
+    return made
+
+
+NOTES = [
+    "the clock of the driver's machine is 7,200 s behind the run's times, which go on as they began",
+    "the clock of the driver's machine is 86,400 s ahead of the run's times, which go on as they began",
+    f"the checkpoint {PATH} is damaged and was skipped: its SHA-256 is not the manifest's",
+    "the checkpoint of iteration 8 could not be written",
+]
+
+
+def test_the_record_and_both_reports_name_it(odd: TrialBuilder, tmp_path: Path) -> None:
+    record = trial_result(odd.trial, odd.events)
+    assert record.notes == NOTES
+    run = make_run(tmp_path / "run")
+    result = ExperimentResult.model_validate_json((run / "results.json").read_bytes())
+    result.trials[0].notes = record.notes
+    assert "7,200 s behind" in markdown_report(result) and "was skipped" in markdown_report(result)
+    write_report(result, run)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "86,400 s ahead" in page and "was skipped: its SHA-256" in page
+
+
+def test_the_terminal_shows_it_also_where_it_is_quiet(odd: TrialBuilder) -> None:
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=300), quiet=True)
+    for event in odd.events:
+        display(event)
+    shown = output.getvalue()
+    assert f"skipping a damaged checkpoint {PATH}: its SHA-256 is not the manifest's" in shown
+    assert shown.count("the clock was set: ") == 2
+
+
+def test_the_events_are_read_back(odd: TrialBuilder) -> None:
+    assert [event_from_json(event.to_json()) for event in odd.events] == odd.events

@@ -1,0 +1,64 @@
+"""The clock of a run: Unix seconds that move on evenly, also when somebody sets the machine's clock meanwhile.
+
+The driver's clock is the wall clock of its start, moved on by the machine's monotonic clock. The workers take it over
+where they are on the same machine, since they read the same monotonic clock; elsewhere each process has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+VARIABLE = "BENCHMARK_CLOCK"
+"""Hands the clock on to child processes: the machine's boot, and the offset."""
+
+
+def _steady() -> float:
+    """Seconds that nobody sets; a suspended machine's count too, where the system has such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return str(uuid.getnode())
+
+
+_offset = time.time() - _steady()
+
+
+def now() -> float:
+    """The run's time (Unix seconds)."""
+    return _offset + _steady()
+
+
+def anchor() -> str:
+    """This process's clock, for `adopt` in another one."""
+    return f"{_boot()} {_offset!r}"
+
+
+def adopt(given: str) -> None:
+    """Takes over another process's clock, if it is on this machine; so do processes that are started from here."""
+    global _offset
+    boot, _, offset = given.partition(" ")
+    if boot == _boot():
+        _offset = float(offset)
+        os.environ[VARIABLE] = given
+
+
+def not_before(moment: float) -> None:
+    """Moves the clock on where it is behind a moment of the same run: the wall clock was set back before it went on."""
+    global _offset
+    _offset = max(_offset, moment - _steady())
+
+
+def deviation() -> float:
+    """How far the wall clock is ahead of the run's: 0 until somebody sets it."""
+    return time.time() - now()
+
+
+if VARIABLE in os.environ:
+    adopt(os.environ[VARIABLE])
