@@ -118,7 +118,7 @@ def split(
     try:
         result = split_file(file, to, val_share=val, seed=seed, group_by=group_by)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     typer.echo(f"{result.train}: {result.num_train:,} images\n{result.val}: {result.num_val:,} images")
     by_parts = defaultdict(list)
     for name, (num_train, num_val) in result.images_of_class.items():
@@ -141,7 +141,7 @@ def fix_names(
     try:
         fixed = fix(file, images, to)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     for name, path in list(fixed.changed.items())[:3]:
         typer.echo(f"{name!r} is now {path!r}")
     typer.echo(f"{to}: {len(fixed.changed):,} names changed")
@@ -183,7 +183,7 @@ def generate(
                 distinct_images=distinct_images, replace=replace, on_progress=advance,
             )  # fmt: skip
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     typer.echo(f"{num_train:,} training and {num_val:,} validation images: {to.absolute()}")
 
 
@@ -200,7 +200,7 @@ def fetch(
     try:
         root = fetch_archives(to, address=mirror or ADDRESS)
     except (FetchError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     typer.echo(f"{name} is in {root}. Next: export DETECTRON2_DATASETS={root.parent}")
 
 
@@ -220,7 +220,7 @@ def excerpt(
     try:
         taken = take_excerpt(source, to, num_images=num_images, seed=seed)
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     for part, (num_taken, num_annotations) in taken.items():
         typer.echo(f"{part}: {num_taken:,} images, {num_annotations:,} annotations in {to}")
 
@@ -236,8 +236,10 @@ def _print_summaries(reports: Iterable[SplitReport]) -> None:
             )
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
+def _fail(error: Exception | str) -> NoReturn:
+    if isinstance(error, OSError) and error.filename:
+        error = f"{error.filename}: {error.strerror}"
+    typer.echo(f"error: {error}", err=True)
     raise typer.Exit(EXIT_UNFIT)
 
 

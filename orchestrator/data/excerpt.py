@@ -38,7 +38,7 @@ def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[s
         raise FileExistsError(f"{to} exists: name a new folder")
     splits, findings = find_splits(source)
     if not splits.keys() & {"train", "val"}:
-        raise ValueError(findings[0].to_line())
+        raise ValueError(findings[0].to_line().removeprefix("error "))
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     targets = coco_layout(partial)._asdict()

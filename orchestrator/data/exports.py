@@ -46,7 +46,7 @@ LAYOUTS = (
     "annotations/instances_default.json + images/ (CVAT), result.json + images/ (Label Studio), "
     "via_project_…_coco.json (VIA), annotations.json + JPEGImages/ (labelme2coco), train.json and val.json"
 )
-FETCH = "Move or link the files there, or run `python -m orchestrator.data fetch coco2017`"
+FETCH = "Correct its name, move or link the files there, or run `python -m orchestrator.data fetch coco2017`"
 
 
 class _Contents(NamedTuple):

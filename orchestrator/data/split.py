@@ -12,12 +12,12 @@ from orchestrator.data.raw_file import RawFile
 from orchestrator.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
 
 ROBOFLOW_COPIES = r"(.*)\.rf\."
 """Roboflow names the augmented copies of one image NAME.rf.HASH.jpg."""
 
-Group = tuple[int, "set[object]"]
+Group = tuple[int, "Set[object]"]
 """Images that stay together: their number, and the classes that occur in them."""
 
 
