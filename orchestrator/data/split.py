@@ -95,7 +95,7 @@ def stratify(groups: Mapping[str, Group], val_share: float, seed: int) -> set[st
 
     Classes take turns, the rarest first: each moves as many groups to the validation set as it lacks there, at least
     one, those first that bring the fewest classes that have enough. A class never loses its last group of training.
-    Then any groups fill the set up.
+    Then any groups fill the set up, at the end also those with the only image of a class.
 
     Args:
         groups: By keys, which decide the draw; their order does not.
@@ -116,8 +116,9 @@ def stratify(groups: Mapping[str, Group], val_share: float, seed: int) -> set[st
     on_val: Counter[object] = Counter()
     chosen: set[str] = set()
 
-    def choose(key: str) -> None:
-        if key not in chosen and all(len(members[label]) - on_val[label] > 1 for label in labels[key]):
+    def choose(key: str, *, with_single: bool = False) -> None:
+        sizes = {label: len(members[label]) for label in labels[key]}
+        if all(size - on_val[label] > 1 or (with_single and size == 1) for label, size in sizes.items()):
             chosen.add(key)
             on_val.update(labels[key])
 
@@ -131,14 +132,14 @@ def stratify(groups: Mapping[str, Group], val_share: float, seed: int) -> set[st
             for key in keys
         }
         for key in sorted(keys, key=costs.__getitem__):
-            if on_val[label] < wanted[label]:
+            if on_val[label] < wanted[label] and key not in chosen:
                 choose(key)
     room = val_share * sum(size for size, _ in groups.values()) - sum(groups[key][0] for key in chosen)
-    for key in drawn:
-        size = groups[key][0]
-        if key not in chosen and size <= room:
-            choose(key)
-            room -= size if key in chosen else 0
+    for with_single in (False, True):
+        for key in drawn:
+            if key not in chosen and groups[key][0] <= room:
+                choose(key, with_single=with_single)
+                room -= groups[key][0] if key in chosen else 0
     return chosen or {min(drawn, key=lambda key: groups[key][0])}
 
 

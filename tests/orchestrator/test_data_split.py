@@ -95,6 +95,10 @@ def test_the_only_image_of_a_class_is_trained_on() -> None:
         assert "rare.jpg" not in stratify(groups, 0.5, seed)
 
 
+def test_where_every_image_has_a_class_of_its_own_the_share_is_kept() -> None:
+    assert len(stratify({f"{index}.jpg": (1, {index}) for index in range(50)}, 0.2, 0)) == 10
+
+
 @pytest.mark.parametrize("classes", [(set(), set()), ({1}, {2}), ({1}, {1})])
 def test_two_images_make_two_sets(classes: tuple[set[object], set[object]]) -> None:
     assert len(stratify({"a": (1, classes[0]), "b": (1, classes[1])}, 0.01, 0)) == 1
