@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import msgspec
 import numpy as np
@@ -30,7 +30,7 @@ from detectron2.structures import BoxMode
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from trainers.contract.annotations import read_annotations
+from trainers.contract.annotations import MAX_ID, read_annotations
 from trainers.contract.plan import DatasetPlan
 
 logger = logging.getLogger(__name__)
@@ -163,20 +163,23 @@ def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -
     return CachedRecords(path)
 
 
+Id = Annotated[int, msgspec.Meta(gt=-MAX_ID, lt=MAX_ID)]
+
+
 class _Image(msgspec.Struct):
-    id: int
-    width: int
-    height: int
+    id: Id
+    width: Id
+    height: Id
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    id: int
-    image_id: int
-    category_id: int
+    id: Id
+    image_id: Id
+    category_id: Id
 
 
 class _Category(msgspec.Struct):
-    id: int
+    id: Id
 
 
 class _PlainFile(msgspec.Struct):

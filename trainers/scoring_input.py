@@ -75,7 +75,7 @@ def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
                 ids = {"image_id": image_ids[image_id], "category_id": category_ids[category_id]}
                 fields = _fields(entry, scored[image_id], iou_type)
                 annotations.append({"id": len(annotations) + 1, **ids, **fields})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ScoringInputError(f"{path}: annotations[{index}] cannot be scored: {reason}") from error
     document = {
@@ -141,7 +141,7 @@ def _number(value: Any) -> float | None:
     """A finite number; None for what is none."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import orjson
 
-from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, is_id, shorten
+from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, is_id, is_number, shorten
 from orchestrator.data.objects import check_objects
 from trainers.contract.annotations import AnnotationFile, read_annotations, to_utf8
 
@@ -23,11 +22,8 @@ class _Document(msgspec.Struct):
     categories: list[dict[str, Any]]
 
 
-def parse_annotations(content: bytes) -> tuple[AnnotationFile, bool]:
+def parse_annotations(content: bytes) -> AnnotationFile:
     """Reads an annotation file as the common reader does, in a fifth of the memory where no id needs a conversion.
-
-    Returns:
-        What it holds, and whether that may include NaN or Infinity, which JSON does not have but Python reads.
 
     Raises:
         AnnotationFileError: It is not JSON.
@@ -40,25 +36,22 @@ def parse_annotations(content: bytes) -> tuple[AnnotationFile, bool]:
     else:
         if _has_integers(parsed):
             document = {key: getattr(parsed, key) for key in parsed.__struct_fields__}
-            return AnnotationFile(document, 0, ""), False
+            return AnnotationFile(document, 0, "")
         del parsed
-    return read_annotations(text, orjson.loads), True
+    return read_annotations(text, orjson.loads)
 
 
 def _has_integers(document: _Document) -> bool:
     """Whether all ids and sizes are integers already."""
     return (
-        all(type(image.get(key)) is int for image in document.images for key in ("id", "width", "height"))
-        and all(type(category.get("id")) is int for category in document.categories)
-        and all(
-            type(each.id) is int and type(each.image_id) is int and type(each.category_id) is int
-            for each in document.annotations
-        )
+        all(is_id(image.get(key)) for image in document.images for key in ("id", "width", "height"))
+        and all(is_id(category.get("id")) for category in document.categories)
+        and all(is_id(each.id) and is_id(each.image_id) and is_id(each.category_id) for each in document.annotations)
     )
 
 
 def check_annotations(
-    parsed: AnnotationFile, summary: SplitSummary, findings: FindingList, *, may_hold_nan: bool, for_scoring: bool
+    parsed: AnnotationFile, summary: SplitSummary, findings: FindingList, *, for_scoring: bool
 ) -> list[ImageEntry]:
     """Checks a parsed annotation file, fills in the counts of `summary`, and returns the well-formed image entries.
 
@@ -66,12 +59,12 @@ def check_annotations(
         parsed: What `parse_annotations` returned.
         summary: Its paths are set.
         findings: Added to.
-        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
         for_scoring: Whether it is a validation set, for which COCO's scorer needs more.
     """
     file, document = summary.annotations, parsed.document
     if parsed.num_converted:
-        what = f"{parsed.num_converted:,} ids or sizes are text or decimals, such as {parsed.example}; read as integers"
+        what = f"{parsed.num_converted:,} ids or sizes, such as {parsed.example[:80]}"
+        what += ", are text, decimals or among huge integers; read as integers"
         hint = "Nothing, for this program; other tools may refuse them, or sort them as text"
         findings.warning("ids_converted", file, "ids", what, hint)
     if not isinstance(document, dict):
@@ -94,8 +87,8 @@ def check_annotations(
     ]
     summary.num_annotations = len(annotations)
     if annotations:
-        check_objects(annotations, images, summary, findings, may_hold_nan=may_hold_nan, for_scoring=for_scoring)
-    return images
+        check_objects(annotations, images, summary, findings, for_scoring=for_scoring)
+    return [image for image in images if image.width]
 
 
 def _entries(document: dict[str, Any], key: str, file: str, findings: FindingList) -> list[Any]:
@@ -114,61 +107,57 @@ def _entries(document: dict[str, Any], key: str, file: str, findings: FindingLis
 
 
 def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingList) -> list[ImageEntry]:
+    """Returns the images that have an id; the width of one whose entry is wrong is 0."""
     images: list[ImageEntry] = []
+    first_of_id: dict[int, ImageEntry] = {}
+    first_of_name: dict[str, ImageEntry] = {}
     for index, entry in enumerate(entries):
-        image_id = entry.get("id")
+        image_id, name, width, height = (entry.get(key) for key in ("id", "file_name", "width", "height"))
+        place = f"image {image_id}" if is_id(image_id) else f"images[{index}]"
         if not is_id(image_id):
-            what = f"its id is {shorten(image_id)}, not an integer"
-            findings.error("image_id", file, f"images[{index}]", what, REGENERATE)
+            findings.error("image_id", file, place, f"its id is {shorten(image_id)}, not an integer", REGENERATE)
             continue
-        name, width, height = entry.get("file_name"), entry.get("width"), entry.get("height")
+        image = ImageEntry(image_id, "", 0, 0)
         if not isinstance(name, str) or not name:
-            what = f"its file_name is {shorten(name)}"
-            findings.error("image_entry", file, f"image {image_id}", what, REGENERATE)
+            findings.error("image_entry", file, place, f"its file_name is {shorten(name)}", REGENERATE)
         elif not (is_id(width) and is_id(height) and width > 0 and height > 0):
             what = f"its width and height are {shorten(width)} and {shorten(height)}, not numbers of pixels"
-            findings.error("image_entry", file, f"image {image_id}", what, REGENERATE)
+            findings.error("image_entry", file, place, what, REGENERATE)
         else:
-            images.append(ImageEntry(image_id, name, width, height))
-    names: defaultdict[int, list[str]] = defaultdict(list)
-    for image in images:
-        names[image.id].append(image.file_name)
-    for image_id, same in names.items():
-        if len(same) > 1:
-            what = f"{len(same)} images have this id: {shorten(same)}"
-            findings.error("duplicate_image_id", file, f"image {image_id}", what, "Give each image a different id")
-    if len({image.file_name for image in images}) < len(images):
-        seen: dict[str, int] = {}
-        for image in images:
-            if image.file_name in seen:
-                what = f"its file {shorten(image.file_name)} is image {seen[image.file_name]}'s too"
+            image = ImageEntry(image_id, name, width, height)
+            if (first := first_of_name.setdefault(name, image)) is not image:
+                what = f"its file {shorten(name)} is image {first.id}'s too"
                 hint = "Merge the two entries: each would be trained on or scored without the other's objects"
-                findings.warning("duplicate_file_name", file, f"image {image.id}", what, hint)
-            seen.setdefault(image.file_name, image.id)
+                findings.warning("duplicate_file_name", file, place, what, hint)
+        if (first := first_of_id.setdefault(image_id, image)) is not image:
+            what = f"two images have this id: {shorten(first.file_name)} and {shorten(image.file_name)}"
+            findings.error("duplicate_image_id", file, place, what, "Give each image a different id")
+        images.append(image)
     return images
 
 
 def _check_categories(entries: list[dict[str, Any]], file: str, findings: FindingList) -> dict[int, str]:
     categories: dict[int, str] = {}
+    first_of_name: dict[str, int] = {}
     for index, entry in enumerate(entries):
         category_id, name = entry.get("id"), entry.get("name")
-        if not is_id(category_id) or not isinstance(name, str):
+        text = str(name) if is_number(name) else name
+        is_text = isinstance(text, str) and text == text.encode(errors="ignore").decode()
+        if not is_id(category_id) or not is_text:
             what = f"its id is {shorten(category_id)} and its name {shorten(name)}, not an integer and a text"
             findings.error("category_entry", file, f"categories[{index}]", what, REGENERATE)
-        elif category_id in categories:
+        if not is_id(category_id):
+            continue
+        place = f"category {category_id}"
+        if category_id in categories:
             what = f"two categories have this id: {shorten(categories[category_id])} and {shorten(name)}"
-            hint = "Give each category a different id"
-            findings.error("duplicate_category_id", file, f"category {category_id}", what, hint)
-        else:
-            categories[category_id] = name
-    by_name: defaultdict[str, list[int]] = defaultdict(list)
-    for category_id, name in categories.items():
-        by_name[name.strip().casefold()].append(category_id)
-    for same in by_name.values():
-        if len(same) > 1:
-            what = f"the categories {', '.join(map(str, same))} have the same name, {shorten(categories[same[0]])}"
+            findings.error("duplicate_category_id", file, place, what, "Give each category a different id")
+            continue
+        categories[category_id] = text if is_text else ""
+        if is_text and (first := first_of_name.setdefault(text.strip().casefold(), category_id)) != category_id:
+            what = f"the categories {first} and {category_id} have the same name, {shorten(name)}"
             hint = "Merge them, or rename one: the model learns to tell them apart, and their AP goes by one name"
-            findings.warning("category_name", file, f"category {same[1]}", what, hint)
+            findings.warning("category_name", file, place, what, hint)
     if not entries:
         findings.error("split_empty", file, "categories", "lists no category", "Name a file that does")
     return dict(sorted(categories.items()))

@@ -29,7 +29,7 @@ from trainers.contract.annotations import AnnotationFileError
 if TYPE_CHECKING:
     from orchestrator.data.layout import Split
 
-CHECKS_VERSION = 3
+CHECKS_VERSION = 4
 """Raised with every change of the checks or their messages, so that no older result is taken from the cache."""
 
 CACHED_FROM = 2000
@@ -87,12 +87,12 @@ def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = 
         return SplitReport(findings.to_list(), None)
     summary = SplitSummary(file, str(split.images), digest)
     try:
-        parsed, may_hold_nan = parse_annotations(content)
+        parsed = parse_annotations(content)
     except AnnotationFileError as error:
         findings.error(error.code, file, "", error.what, error.hint)
         return SplitReport(findings.to_list(), None)
     del content
-    images = check_annotations(parsed, summary, findings, may_hold_nan=may_hold_nan, for_scoring=split.for_scoring)
+    images = check_annotations(parsed, summary, findings, for_scoring=split.for_scoring)
     del parsed
     files: dict[str, int] = {}
     if listing is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 
-MAX_ID = 2**53
-"""Beyond it, JSON readers other than Python's no longer keep integers apart."""
+from trainers.contract.annotations import MAX_ID
 
 REGENERATE = "Correct the entry, or remove it and write the file again"
 
@@ -97,7 +97,7 @@ class SplitSummary:
 
 
 def is_id(value: Any) -> TypeGuard[int]:
-    """Whether a value can be an id: an integer that every JSON reader keeps exactly."""
+    """Whether a value is an integer that every JSON reader keeps exactly."""
     return type(value) is int and -MAX_ID < value < MAX_ID
 
 
@@ -106,9 +106,19 @@ def is_number(value: Any) -> TypeGuard[float]:
     return type(value) is float or is_id(value)
 
 
+def decoded(field: Any) -> Any:
+    """The value of a field that may have been left as bytes."""
+    if type(field) is not msgspec.Raw:
+        return field
+    try:
+        return msgspec.json.decode(field)
+    except msgspec.DecodeError:
+        return json.loads(bytes(field))  # which reads 1e999, as infinity
+
+
 def shorten(value: Any) -> str:
     """Shows a value of unknown size in at most 80 characters."""
     if isinstance(value, list):
         value = value[:8]
-    text = repr(value) if not isinstance(value, int) or is_id(value) else "a huge integer"
+    text = repr(value) if type(value) is not int or is_id(value) else "a huge integer"
     return text if len(text) <= 80 else text[:77] + "…"

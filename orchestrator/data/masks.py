@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.entries import MAX_ID, REGENERATE, Problem, is_number, shorten
+from orchestrator.data.entries import REGENERATE, Problem, decoded, is_number, shorten
+from trainers.contract.annotations import MAX_ID
 
 MIN_CODE, MAX_CODE = 48, 111
 """Codes of the characters that pycocotools' compressed counts are made of: six bits each, from '0' on."""
@@ -29,23 +30,20 @@ class MaskCheck(NamedTuple):
     """Whether detectron2 leaves out the whole object, as no polygon remains."""
 
 
-def check_mask(segmentation: Any, image_size: tuple[int, int], *, may_hold_nan: bool) -> MaskCheck:
+def check_mask(segmentation: Any, image_size: tuple[int, int]) -> MaskCheck:
     """Finds out how a mask is written, and what is wrong with it.
 
     Args:
         segmentation: The field of the annotation, as its bytes in the file or as a value.
         image_size: As in `check_rle`.
-        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
     """
-    if type(segmentation) is msgspec.Raw:
-        raw = bytes(segmentation)
-        if _are_valid_polygons(raw):
-            return MaskCheck("polygons")
-        segmentation = msgspec.json.decode(raw)
+    if type(segmentation) is msgspec.Raw and _are_valid_polygons(bytes(segmentation)):
+        return MaskCheck("polygons")
+    segmentation = decoded(segmentation)
     if not segmentation:  # detectron2 takes all that is empty for none
         return MaskCheck("none")
     if type(segmentation) is list:
-        return _check_polygons(segmentation, may_hold_nan=may_hold_nan)
+        return _check_polygons(segmentation)
     if type(segmentation) is dict:
         hint = 'Write {"size": [height, width], "counts": …} as pycocotools encodes it'
         what = check_rle(segmentation, image_size)
@@ -56,8 +54,7 @@ def check_mask(segmentation: Any, image_size: tuple[int, int], *, may_hold_nan: 
 
 def mask_area(segmentation: Any) -> float | None:
     """The area of a mask without problems, in pixels, polygons added up; None where there is none."""
-    if type(segmentation) is msgspec.Raw:
-        segmentation = msgspec.json.decode(segmentation)
+    segmentation = decoded(segmentation)
     if not segmentation:
         return None
     if type(segmentation) is list:
@@ -143,7 +140,7 @@ def _are_valid_polygons(raw: bytes) -> bool:
     return True
 
 
-def _check_polygons(polygons: list[Any], *, may_hold_nan: bool) -> MaskCheck:
+def _check_polygons(polygons: list[Any]) -> MaskCheck:
     for number, polygon in enumerate(polygons):
         what = ""
         if type(polygon) is not list:
@@ -151,7 +148,7 @@ def _check_polygons(polygons: list[Any], *, may_hold_nan: bool) -> MaskCheck:
             what = f"polygon {number} is {shorten(polygon)}, not a list{flat}"
         elif not set(map(type, polygon)) <= {int, float}:
             what = f"polygon {number} holds something that is not a number"
-        elif may_hold_nan and not all(-MAX_ID < value < MAX_ID for value in polygon):
+        elif not all(-MAX_ID < value < MAX_ID for value in polygon):
             what = f"polygon {number} holds NaN, infinity or a huge number"
             return MaskCheck("polygons", Problem("polygon_not_finite", what, REGENERATE))
         if what:

@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
-from orchestrator.data.entries import NULL, REGENERATE, Annotation, is_id, is_number, shorten
+from orchestrator.data.entries import NULL, REGENERATE, Annotation, decoded, is_id, is_number, shorten
 from orchestrator.data.masks import MaskKind, check_mask
 from orchestrator.data.scoring_fields import check_areas, check_scoring_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     from orchestrator.data.entries import ImageEntry, SplitSummary
@@ -35,7 +36,6 @@ def check_objects(
     summary: SplitSummary,
     findings: FindingList,
     *,
-    may_hold_nan: bool,
     for_scoring: bool,
 ) -> None:
     """Checks all annotation entries against their images and categories, and counts them in `summary`.
@@ -45,73 +45,66 @@ def check_objects(
         images: The well-formed image entries.
         summary: Its categories are set.
         findings: Added to.
-        may_hold_nan: Whether numbers have to be checked for NaN and infinity.
         for_scoring: Whether it is a validation set: COCO's scorer decides what a flaw is.
     """
     file = summary.annotations
-    usable = _check_ids(entries, file, findings)
+    size_of = {image.id: (image.width, image.height) for image in images}
+    known = np.array(sorted(size_of), dtype=np.int64)
+    usable = _check_ids(entries, size_of, file, findings)
     image_ids = np.array([entry.image_id for entry in usable], dtype=np.int64)
-    known = np.array(sorted({image.id for image in images}), dtype=np.int64)
-    is_orphan = ~np.isin(image_ids, known)
-    for index in np.flatnonzero(is_orphan).tolist():
-        what = f"its image_id {image_ids[index]} is not an image of this file; detectron2 leaves it out"
-        hint = "Add the image, or remove the annotation"
-        findings.warning("annotation_orphan", file, f"annotation {usable[index].id}", what, hint)
     category_ids = np.array([entry.category_id for entry in usable], dtype=np.int64)
-    _check_categories(usable, category_ids, is_orphan, summary, findings)
+    _check_categories(usable, category_ids, summary, findings)
 
     crowd = np.array([entry.iscrowd in (1, True) for entry in usable], dtype=bool)
     summary.num_crowd = int(crowd.sum())
     check_scoring_fields(usable, file, findings, for_scoring=for_scoring)
-    size_of = {image.id: (image.width, image.height) for image in images}
-    sizes = [size_of.get(image_id, (0, 0)) for image_id in image_ids.tolist()]
+    sizes = [size_of[image_id] for image_id in image_ids.tolist()]
     has_box = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
-    is_dropped = _check_masks(
-        usable, crowd, sizes, summary, findings, may_hold_nan=may_hold_nan, for_scoring=for_scoring
-    )
+    is_dropped = _check_masks(usable, crowd, sizes, summary, findings, for_scoring=for_scoring)
     _check_keypoints(usable, crowd, summary, findings)
     if for_scoring:
         check_areas(usable, file, findings)
-        is_used = ~crowd & ~is_orphan
+        is_used = ~crowd
     else:
-        is_used = ~crowd & ~is_orphan & ~is_dropped
+        is_used = ~crowd & ~is_dropped
     summary.num_images_with_objects = len(np.unique(image_ids[is_used]))
     used_ids, counts = np.unique(category_ids[is_used & has_box], return_counts=True)
     summary.objects_of_category = dict(zip(used_ids.tolist(), counts.tolist(), strict=True))
     _check_use(summary, known, image_ids[crowd], image_ids[is_used], findings, for_scoring=for_scoring)
 
 
-def _check_ids(entries: list[Annotation], file: str, findings: FindingList) -> list[Annotation]:
-    """Checks that ids are integers and no annotation's comes twice; returns the entries with integers."""
+def _check_ids(entries: list[Annotation], known: Collection[int], file: str, findings: FindingList) -> list[Annotation]:
+    """Checks that ids are integers and no annotation's comes twice; returns the usable ones of known images."""
     usable: list[Annotation] = []
+    seen: set[int] = set()
     for index, entry in enumerate(entries):
-        if is_id(entry.id) and is_id(entry.image_id) and is_id(entry.category_id):
-            usable.append(entry)
-        else:
+        place = f"annotation {entry.id}" if is_id(entry.id) else f"annotations[{index}]"
+        is_orphan = not isinstance(entry.image_id, list | dict) and entry.image_id not in known
+        if not (is_id(entry.id) and is_id(entry.category_id) and (is_orphan or is_id(entry.image_id))):
             fields = {"id": entry.id, "image_id": entry.image_id, "category_id": entry.category_id}
             wrong = (
                 f"its {key} is {shorten(value)}, not an integer" for key, value in fields.items() if not is_id(value)
             )
-            place = f"annotation {entry.id}" if is_id(entry.id) else f"annotations[{index}]"
             findings.error("annotation_entry", file, place, ", ".join(wrong), REGENERATE)
-    for annotation_id, times in Counter(entry.id for entry in usable).items():
-        if times > 1:
-            what = f"{times} annotations have this id"
+            continue
+        if entry.id in seen:
             hint = "Give each annotation a different id: detectron2 refuses a file in which one comes twice"
-            findings.error("duplicate_annotation_id", file, f"annotation {annotation_id}", what, hint)
+            findings.error("duplicate_annotation_id", file, place, "another annotation has this id", hint)
+        seen.add(entry.id)
+        if is_orphan:
+            what = f"its image_id {shorten(entry.image_id)} is not an image of this file; detectron2 leaves it out"
+            findings.warning("annotation_orphan", file, place, what, "Add the image, or remove the annotation")
+        else:
+            usable.append(entry)
     return usable
 
 
 def _check_categories(
-    entries: list[Annotation],
-    category_ids: NDArray[np.int64],
-    is_orphan: NDArray[np.bool_],
-    summary: SplitSummary,
-    findings: FindingList,
+    entries: list[Annotation], category_ids: NDArray[np.int64], summary: SplitSummary, findings: FindingList
 ) -> None:
     categories = np.array(list(summary.categories), dtype=np.int64)
     span = f"{len(categories)} ids, {categories.min()} to {categories.max()}" if len(categories) else "it has none"
-    for index in np.flatnonzero(~np.isin(category_ids, categories) & ~is_orphan).tolist():
+    for index in np.flatnonzero(~np.isin(category_ids, categories)).tolist():
         what = f"its category_id {category_ids[index]} is not a category of this file ({span})"
         place = f"annotation {entries[index].id}"
         findings.error("category_unknown", summary.annotations, place, what, "Correct it, or add the category")
@@ -175,14 +168,13 @@ def _check_masks(
     summary: SplitSummary,
     findings: FindingList,
     *,
-    may_hold_nan: bool,
     for_scoring: bool,
 ) -> NDArray[np.bool_]:
     """Checks the masks; returns which objects detectron2 leaves out because no polygon of theirs is one."""
     ids: dict[MaskKind, list[int]] = {"polygons": [], "rle": [], "none": [], "unknown": []}
     is_dropped = np.zeros(len(entries), dtype=bool)
     for index, (entry, is_crowd, size) in enumerate(zip(entries, crowd.tolist(), sizes, strict=True)):
-        checked = check_mask(entry.segmentation, size, may_hold_nan=may_hold_nan)
+        checked = check_mask(entry.segmentation, size)
         is_dropped[index] = checked.drops_object
         if not is_crowd and (for_scoring or not checked.drops_object):
             ids[checked.kind].append(entry.id)
@@ -208,9 +200,7 @@ def _check_keypoints(
     """Checks that keypoints are numbers, and counts what a model of keypoints needs to know of them."""
     num_points: Counter[int] = Counter()
     for entry, is_crowd in zip(entries, crowd.tolist(), strict=True):
-        values: Any = entry.keypoints
-        if type(values) is msgspec.Raw:
-            values = None if values is NULL else msgspec.json.decode(values)
+        values: Any = None if entry.keypoints is NULL else decoded(entry.keypoints)
         if not values:
             num_points[0] += not is_crowd
         elif type(values) is not list or not all(map(is_number, values)):
@@ -239,7 +229,8 @@ def _check_use(
     if not summary.num_images_with_objects:
         if len(only_crowd):
             what = "no image has an object that is not a crowd: detectron2 would have nothing to train on"
-            findings.error("crowd_only", file, f"image {only_crowd[0]}", what, "Add objects with iscrowd 0")
+            hint = "Set iscrowd to 0 (CVAT and Datumaro write 1 for painted masks), or add objects that are none"
+            findings.error("crowd_only", file, f"image {only_crowd[0]}", what, hint)
         else:
             what = "no image has a usable object: every annotation has one of the other faults"
             findings.error("no_objects", file, "annotations", what, "Correct the annotations")

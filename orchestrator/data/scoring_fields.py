@@ -76,7 +76,7 @@ def check_areas(entries: list[Annotation], file: str, findings: FindingList) -> 
 
 
 def _actual_area(entry: Annotation) -> tuple[float | None, str]:
-    checked = check_mask(entry.segmentation, (0, 0), may_hold_nan=True)
+    checked = check_mask(entry.segmentation, (0, 0))
     if checked.problem is None and (area := mask_area(entry.segmentation)) is not None:
         return area, "mask"
     box = entry.bbox

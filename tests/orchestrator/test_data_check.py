@@ -147,9 +147,11 @@ def test_a_file_that_is_not_an_annotation_file_is_reported_with_the_place(
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"id": "a7"}, "annotation_entry"),
+        ({"id": None}, "annotation_entry"),
         ({"image_id": True}, "annotation_entry"),
-        ({"id": 2**70}, "annotation_entry"),
+        ({"image_id": [1]}, "annotation_entry"),
+        ({"image_id": None}, "annotation_orphan"),
+        ({"image_id": "other"}, "annotation_orphan"),
         ({"bbox": None}, "box_entry"),
         ({"bbox": [1, 2, 3]}, "box_entry"),
         ({"bbox": ["1", 2, 3, 4]}, "box_entry"),
@@ -159,6 +161,7 @@ def test_a_file_that_is_not_an_annotation_file_is_reported_with_the_place(
         ({"segmentation": [[1, 2, 3, 4, 5, "6"]]}, "polygon_entry"),
         ({"segmentation": [[]]}, "polygon_short"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "polygon_not_finite"),
+        ({"keypoints": [1, 2, [3]]}, "keypoints_entry"),
         ({"segmentation": {"size": [48, 48], "counts": "zzz"}}, "rle_invalid"),
         ({"segmentation": {"size": [48, 48], "counts": [1, 2]}}, "rle_invalid"),
         ({"segmentation": {"size": [48, 48], "counts": [-5, 48 * 48 + 5]}}, "rle_invalid"),
@@ -167,6 +170,7 @@ def test_a_file_that_is_not_an_annotation_file_is_reported_with_the_place(
         ({"iscrowd": None}, "iscrowd_missing"),
         ({"area": None}, "area_missing"),
         ({"area": float("nan")}, "area_missing"),
+        ({"area": 10**400}, "area_missing"),
         ({"id": 0}, "annotation_id_zero"),
     ],
 )

@@ -111,7 +111,7 @@ def test_ids_as_text_or_decimals_are_counted_and_matched(root: Path) -> None:
     (finding,) = check(root, change)
     num_annotations = len(json.loads(coco_layout(root).train.annotations.read_text())["annotations"])
     assert (finding.level, finding.code) == ("warning", "ids_converted")
-    assert f"{6 + 2 * num_annotations:,} ids or sizes are text or decimals, such as id 'img_1'" in finding.what
+    assert f"{6 + 2 * num_annotations:,} ids or sizes, such as id 'img_1', are text, decimals" in finding.what
 
 
 def test_areas_far_from_their_masks_are_a_warning_for_scoring_only(root: Path) -> None:
@@ -196,3 +196,32 @@ def test_ids_that_come_twice_are_counted(root: Path) -> None:
 
     counts = {finding.code: finding.count for finding in check(root, change)}
     assert counts["duplicate_image_id"] == counts["duplicate_annotation_id"] == num_images // 2
+
+
+def test_numbers_beyond_floating_point_are_named(root: Path) -> None:
+    file = coco_layout(root).train.annotations
+    document = json.loads(file.read_text())
+    document["annotations"][0]["segmentation"] = [[0, 0, "big", 0, 9, 9]]
+    file.write_text(json.dumps(document).replace('"big"', "1e999"))
+    (finding,) = check(root, lambda document: None)
+    assert (finding.level, finding.code) == ("error", "polygon_not_finite")
+
+
+def test_ids_of_annotations_may_be_of_any_kind_and_size(root: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        for number, entry in enumerate(document["annotations"]):
+            entry["id"] = (f"a-{number}", number + 0.5, 10**30 + number)[number % 3]
+
+    (finding,) = check(root, change)
+    assert (finding.level, finding.code) == ("warning", "ids_converted")
+
+
+def test_an_entry_of_an_image_that_is_wrong_makes_no_orphans(root: Path) -> None:
+    (finding,) = check(root, lambda document: document["images"][0].update(width=None))
+    assert finding.code == "image_entry"
+
+
+@pytest.mark.parametrize(("name", "code"), [(7, None), (None, "category_entry"), ("\ud800", "category_entry")])
+def test_a_category_is_named_by_a_text_or_number(root: Path, name: Any, code: str | None) -> None:
+    found = check(root, lambda document: document["categories"][0].update(name=name))
+    assert [finding.code for finding in found] == ([code] if code else [])

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-MAX_INTEGER = 2**53
-"""Beyond it, a number written as a decimal is not exact."""
+MAX_ID = 2**53
+"""From it on, JSON readers other than Python's do not keep integers apart."""
 
 _INTEGER_TEXT = re.compile(r"\s*([+-]?[0-9]{1,16})(?:\.0*)?\s*")
 _REFERENCES = {"image_id": "images", "category_id": "categories"}
@@ -45,8 +45,8 @@ def read_annotations(content: bytes, loads: Callable[[bytes], Any] = json.loads)
     """Reads an annotation file as pycocotools does, and more: any Unicode encoding, ids as text or decimals.
 
     Ids such as `"12"`, `12.0` or `"2.0"` become integers. Where all ids of a list are text and some of it is no number
-    (`"img_0001"`), they are numbered from 1 in their order as text, which is the order in which detectron2 takes them;
-    references to them follow.
+    (`"img_0001"`), or all are numbers and some is huge (a UUID's), they are numbered from 1 in their order, which is
+    the order in which detectron2 takes them; references to them follow. Ids of annotations may be mixed.
 
     Args:
         content: The bytes of the file: UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
@@ -59,6 +59,9 @@ def read_annotations(content: bytes, loads: Callable[[bytes], Any] = json.loads)
     text = to_utf8(content)
     try:
         document = loads(text)
+        ids = (entry.get("id") for key in ("images", "categories", "annotations") for entry in _objects(document, key))
+        if any(type(value) is float and abs(value) >= MAX_ID for value in ids):
+            document = json.loads(text)  # other parsers round integers of more than 64 bits
     except (ValueError, RecursionError):
         document = _read_with_python(text)
     return AnnotationFile(document, *_convert_ids(document))
@@ -124,6 +127,9 @@ def _not_json(text: bytes, error: ValueError) -> AnnotationFileError:
     position, reason = getattr(error, "pos", 0), getattr(error, "msg", str(error))
     characters = text.decode()
     place = f"{reason} at byte {len(characters[:position].encode()):,} of {len(text):,}"
+    if reason == "Extra data":
+        hint = "Take the text after the document out; several documents, or one in each line, are not COCO's format"
+        return AnnotationFileError("json_invalid", f"not one JSON document: {place}", hint)
     # Cut in the middle of a text, or with no more than the beginning of a number or a word left.
     rest = characters[position:].strip()
     if reason.startswith("Unterminated string") or (len(rest) <= 8 and not rest.endswith(("}", "]"))):
@@ -135,19 +141,20 @@ def _not_json(text: bytes, error: ValueError) -> AnnotationFileError:
 def _convert_ids(document: Any) -> tuple[int, str]:
     """Makes the ids of a document integers, in place; returns how many were none, and the first of them."""
     parts = {key: _objects(document, key) for key in ("images", "categories", "annotations")}
-    numbers = {key: _number_texts(entry.get("id") for entry in entries) for key, entries in parts.items()}
+    numbers = {
+        # Nothing depends on the order of annotations' ids.
+        key: _number_ids((entry.get("id") for entry in entries), may_mix=key == "annotations")
+        for key, entries in parts.items()
+    }
     count, example = 0, ""
     for key, entries in parts.items():
         fields = {"images": ("id", "width", "height"), "annotations": ("id", *_REFERENCES)}.get(key, ("id",))
         for entry in entries:
             for name in fields:
                 value = entry.get(name)
-                if type(value) is int:
-                    if name not in _REFERENCES or not numbers[_REFERENCES[name]]:
-                        continue
-                elif type(value) not in (str, float):
-                    continue
                 known = numbers.get(key if name == "id" else _REFERENCES.get(name, ""), {})
+                if type(value) not in (str, float) and not (type(value) is int and known):
+                    continue
                 entry[name] = _integer(value, known)
                 if type(entry[name]) is int:
                     count, example = count + 1, example or f"{name} {value!r}"
@@ -159,24 +166,31 @@ def _objects(document: Any, key: str) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
-def _number_texts(ids: Iterable[Any]) -> dict[str, int]:
-    """Numbers from 1 for ids that are all text, in their order; {} where they can be read as different integers."""
-    texts = set()
+def _number_ids(ids: Iterable[Any], may_mix: bool) -> dict[Any, int]:
+    """Numbers from 1 for ids in their order; {} where they are integers as such, or mixed with what has no order."""
+    values = set()
     for value in ids:
-        if type(value) is not str:
+        if type(value) not in (str, int, float):
             return {}
-        texts.add(value)
-    read = {_integer(text, {}) for text in texts}
-    if len(read) == len(texts) and all(type(value) is int for value in read):
+        values.add(value)
+    read = {_integer(value, {}) for value in values}
+    if len(read) == len(values) and all(type(value) is int and abs(value) < MAX_ID for value in read):
         return {}
-    return {text: number for number, text in enumerate(sorted(texts), 1)}
+    are_alike = {type(value) for value in values} == {str} or all(
+        type(value) is not str and value // 1 == value for value in values
+    )
+    if not (are_alike or may_mix):
+        return {}
+    return {value: number for number, value in enumerate(sorted(values, key=None if are_alike else str), 1)}
 
 
-def _integer(value: Any, numbers: Mapping[str, int]) -> Any:
-    """An id as an integer; where it cannot be read as one, the value itself, or its text if ids are numbered texts."""
+def _integer(value: Any, numbers: Mapping[Any, int]) -> Any:
+    """An id as an integer; where it cannot be read as one, the value itself, or its text where ids are numbered."""
     if numbers:
-        return numbers.get(str(value), str(value))
+        return numbers.get(value, numbers.get(str(value), str(value)))
+    if type(value) is int:
+        return value
     if type(value) is float:
-        return int(value) if value.is_integer() and abs(value) < MAX_INTEGER else value
+        return int(value) if value.is_integer() and abs(value) < MAX_ID else value
     match = _INTEGER_TEXT.fullmatch(value)
     return int(match[1]) if match else value
