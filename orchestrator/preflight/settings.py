@@ -74,7 +74,9 @@ def _check_key(setting: Setting, unknown: set[str], findings: FindingList) -> bo
         what, hint = "a key with dots, which detectron2 does not read in files", "Nest it: SOLVER: {BASE_LR: 0.01}"
         findings.error("config_key", *place, what, hint)
     elif group := _unknown_group(key):
-        if group not in unknown:
+        if group in known:
+            findings.error("config_key", *place, f"{group} is a key, not a group of keys", "Give it a value of its own")
+        elif group not in unknown:
             findings.error("config_key", *place, f"detectron2 has no {group} and no keys in it", _meant(group))
         unknown.add(group)
     else:

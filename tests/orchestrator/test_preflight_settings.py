@@ -202,6 +202,11 @@ def test_a_value_of_a_base_that_is_changed_is_not_looked_at(tmp_path: Path) -> N
     assert (finding.file, finding.id) == (str(tmp_path / "base.yaml"), "line 2: FOO")
 
 
+def test_a_group_in_the_place_of_a_value_is_an_error(tmp_path: Path) -> None:
+    (finding,) = check(config=own(tmp_path, "MODEL: {ROI_HEADS: {NUM_CLASSES: {CAT: 1}}}\n"))
+    assert finding.what == "MODEL.ROI_HEADS.NUM_CLASSES is a key, not a group of keys"
+
+
 def test_groups_of_keys_in_overrides_are_to_be_dotted() -> None:
     (finding,) = check({"MODEL": {"ROI_HEADS": {"NUM_CLASSES": 3}}})
     assert finding.id == "MODEL" and finding.hint.startswith("Give its keys one by one, such as MODEL.LOAD_PROPOSALS")
