@@ -142,17 +142,18 @@ def _are_valid_polygons(raw: bytes) -> bool:
 
 def _check_polygons(polygons: list[Any]) -> MaskCheck:
     for number, polygon in enumerate(polygons):
-        what = ""
+        what, hint = "", REGENERATE
         if type(polygon) is not list:
-            flat = " (one polygon is [[x0, y0, …]], a list in a list)" if is_number(polygon) else ""
-            what = f"polygon {number} is {shorten(polygon)}, not a list{flat}"
+            what = f"polygon {number} is {shorten(polygon)}, not a list"
+            if is_number(polygon):
+                hint = "Write [[x0, y0, …]], a list in a list, also for one polygon (VIA 2 leaves the outer one out)"
         elif not set(map(type, polygon)) <= {int, float}:
             what = f"polygon {number} holds something that is not a number"
         elif not all(-MAX_ID < value < MAX_ID for value in polygon):
             what = f"polygon {number} holds NaN, infinity or a huge number"
             return MaskCheck("polygons", Problem("polygon_not_finite", what, REGENERATE))
         if what:
-            return MaskCheck("polygons", Problem("polygon_entry", what, REGENERATE))
+            return MaskCheck("polygons", Problem("polygon_entry", what, hint))
     lengths = [len(polygon) for polygon in polygons]
     dropped = [number for number, length in enumerate(lengths) if length < 6 or length % 2]
     if not dropped:

@@ -214,3 +214,24 @@ def test_a_file_of_no_part_next_to_a_training_set_is_named(source: Path, tmp_pat
     (tmp_path / "val.json").rename(tmp_path / "Validierung.json")
     (finding,) = find_splits(tmp_path)[1]
     assert finding.code == "part_missing" and "if Validierung.json is one, name it val.json" in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entry: entry.update(iscrowd=1), "CVAT and Datumaro write 1"),
+        (lambda entry: entry.update(segmentation=[1, 1, 9, 1, 9, 9]), "VIA 2 leaves the outer one out"),
+    ],
+)
+def test_what_a_tool_writes_that_cannot_be_trained_on_is_explained(
+    change: Callable[[dict[str, Any]], None], words: str, source: Path, tmp_path: Path
+) -> None:
+    layouts.via(source, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    document = json.loads(file.read_text())
+    for entry in document["annotations"]:
+        change(entry)
+    layouts.write(file, document)
+    code, report = check(tmp_path)
+    (hint,) = [finding["hint"] for finding in report["findings"] if finding["level"] == "error"]
+    assert code == 2 and words in hint
