@@ -32,7 +32,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.memory import Memory, batch_hint, is_out_of_memory
+from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
 from trainers.contract.plan import TrialPlan
 from trainers.contract.problems import ConfigurationError
 from trainers.evaluation import Evaluator
@@ -244,7 +244,10 @@ class Rank:
     def _send_failure(self, error: Exception) -> None:
         failure, message = classify(error), _in_short(error)
         if failure == "out_of_memory" and self._before_steps and self.activity.section == "step":
-            message += batch_hint(self.plan, *self._before_steps, machine.memory(self._device()), message)
+            failed, fitting = machine.memory(self._device()), None
+            if self.activity.part not in ("data", "forward"):
+                fitting = fitting_batch(self.plan.batch_per_worker, *self._before_steps, failed, message)
+            message += batch_hint(self.plan, fitting)
         files = self.activity.image_files if failure != "configuration" else ()
         self.send(
             WorkerFailed,

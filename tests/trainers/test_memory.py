@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import DistBackendError
 
+from tests.builders.commands import ROOT
 from tests.builders.trials import plan
 from trainers.checkpoints import StorageError
 from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
@@ -108,17 +110,45 @@ def test_the_batch_that_would_fit_is_computed_from_what_the_images_used() -> Non
     before, failed = Memory(2 * GIB, 2 * GIB, 10 * GIB), Memory(9 * GIB, 9 * GIB, 10 * GIB)
     asked = "CUDA out of memory. Tried to allocate 1.00 GiB."
     assert fitting_batch(8, before, 0.5 * GIB, failed, asked) == 7
-    assert fitting_batch(8, before, 0.5 * GIB, failed, "could not create a primitive") is None, "7 of 7 GiB: no excess"
+    assert fitting_batch(8, before, 0.5 * GIB, failed, "could not create a primitive") is None, "by how much?"
     assert fitting_batch(1, before, 0.5 * GIB, failed, asked) == 0
     assert fitting_batch(8, before, 0.5 * GIB, Memory(9 * GIB, 9 * GIB, 100 * GIB), asked) is None, "another limit"
 
 
 def test_the_setting_that_makes_a_trial_fit_is_named() -> None:
-    before, failed = Memory(2 * GIB, 2 * GIB, 10 * GIB), Memory(10 * GIB, 10 * GIB, 10 * GIB)
+    weak, strong = plan(global_batch_size=16, scaling="weak"), plan(global_batch_size=16)
+    assert batch_hint(weak, 7) == "; 7 images would fit per worker instead of 8 (trials.batch_per_worker: 7)"
+    assert batch_hint(strong, 7).endswith("instead of 8 (model.overrides.SOLVER.IMS_PER_BATCH: 14)")
+    assert batch_hint(weak, None).endswith("; try 4 images per worker instead of 8 (trials.batch_per_worker: 4)")
+    for hint in (batch_hint(weak, 0), batch_hint(plan(global_batch_size=2), None)):
+        assert hint == "; not even one image fits: make INPUT.MIN_SIZE_TRAIN or the model smaller"
 
-    def hint(**fields: object) -> str:
-        return batch_hint(plan(**fields), before, 0.5 * GIB, failed, "")
 
-    assert hint(global_batch_size=16, scaling="weak").endswith("at most 7 would fit (trials.batch_per_worker: 7)")
-    assert hint(global_batch_size=16).endswith("at most 7 would fit (model.overrides.SOLVER.IMS_PER_BATCH: 14)")
-    assert "and so is one image: make INPUT.MIN_SIZE_TRAIN" in hint(global_batch_size=2)
+TRAIN_WITH_A_LIMIT = """
+import resource, sys, psutil
+from pathlib import Path
+from tests.builders.training import plan_of
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import WorkerFailed
+from trainers.rank import Rank
+
+def limit():
+    there = psutil.Process().memory_info().vms + 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (there, there))
+
+events = []
+plan = plan_of(Path(sys.argv[1]), "mask_rcnn")
+try:
+    Rank(plan, 0, Placement(0, 1, 0, 1, "here"), Channel(events.append, lambda _: "run"), limit).train(0.0)
+except Exception:
+    (failed,) = [event for event in events if isinstance(event, WorkerFailed)]
+    print("FAILED", failed.failure, failed.section, failed.message)
+"""
+
+
+@pytest.mark.train
+def test_a_worker_whose_memory_is_limited_fails_for_that_reason(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRAIN_WITH_A_LIMIT, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert "FAILED out_of_memory step" in done.stdout, done.stdout + done.stderr
+    assert "; try 2 images per worker instead of 4 (" in done.stdout

@@ -43,32 +43,30 @@ class Memory:
 def fitting_batch(batch: int, before: Memory, weights: float, failed: Memory, message: str) -> int | None:
     """The largest batch per worker that would have fitted, 0 for none; None where that cannot be computed.
 
-    The true one may be smaller: how much more a step would have needed after it failed is not known.
-
     Args:
-        batch: Images per worker of the step that failed.
+        batch: Images per worker of the step that failed after its forward pass, when all of them take their memory.
         before: Memory before the first step of the process.
         weights: Bytes of the weights that are trained. A first step also makes their gradients and momentum.
         failed: Memory when it failed.
-        message: What the allocator said, which may hold how much it was asked for.
+        message: What the allocator said; the excess is known only where it says what it was asked for.
     """
     asked = _REQUESTED.search(message)
-    images = failed.peak + (float(asked[1]) * _BYTES[asked[2]] if asked else 0.0) - before.used
+    if asked is None:
+        return None
+    images = failed.peak + float(asked[1]) * _BYTES[asked[2]] - before.used
     room = failed.limit - before.used - 2 * weights
     if images <= 0 or room >= images:  # the limit that was met is another one
         return None
     return max(0, min(int(room / (images / batch)), batch - 1))
 
 
-def batch_hint(plan: TrialPlan, before: Memory, weights: float, failed: Memory, message: str) -> str:
-    """The end of a message about a step of a plan that ran out of memory, as for `fitting_batch`; may be empty."""
-    batch = fitting_batch(plan.batch_per_worker, before, weights, failed, message)
-    if batch is None:
-        return ""
-    text = f"; a batch of {plan.batch_per_worker} per worker is too large for {failed.limit / 2**30:.1f} GiB"
-    if batch == 0:
-        return f"{text}, and so is one image: make INPUT.MIN_SIZE_TRAIN or the model smaller"
+def batch_hint(plan: TrialPlan, fitting: int | None) -> str:
+    """The end of a message about a step of a plan that ran out of memory; `fitting` as from `fitting_batch`."""
+    if plan.batch_per_worker == 1 or fitting == 0:
+        return "; not even one image fits: make INPUT.MIN_SIZE_TRAIN or the model smaller"
+    batch = fitting or plan.batch_per_worker // 2
     setting = f"trials.batch_per_worker: {batch}"
     if plan.scaling == "strong":
         setting = f"model.overrides.SOLVER.IMS_PER_BATCH: {batch * plan.world_size}"
-    return f"{text}; at most {batch} would fit ({setting})"
+    advice = f"{batch} images would fit" if fitting else f"try {batch} images"
+    return f"; {advice} per worker instead of {plan.batch_per_worker} ({setting})"
