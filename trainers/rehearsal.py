@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules
 from PIL import Image
 from torch import nn
 
@@ -38,6 +40,9 @@ from trainers.weights import fit_problems, load_start_weights
 
 SIDE = 64
 """Height and width of the made image, and the size it is resized to, in pixels."""
+
+DAMPING = 0.3
+"""Factor of each frozen batch norm."""
 
 MAX_SEARCH_SECONDS = 30.0
 """How long the key is searched for that an error of detectron2's is about."""
@@ -93,6 +98,11 @@ def rehearse(plans: Sequence[TrialPlan]) -> list[Problem]:
             problems += fit_problems(load_start_weights(attempt.model, attempt.weights, plan.weights_sha256))
         except ConfigurationError as error:
             problems.append(error.problem)
+    precise = attempt.cfg is not None and attempt.cfg.TEST.PRECISE_BN.ENABLED
+    if precise and attempt.model is not None and not get_bn_modules(attempt.model.train()):
+        what = "no effect: this model has no batch norm that is trained"
+        hint = "Leave it out, or set MODEL.RESNETS.NORM: BN"
+        problems.append(Problem("warning", "config_unused", "TEST.PRECISE_BN.ENABLED", what, hint))
     return [*problems, *_score_dry(plans, attempt.cfg if attempt.model is not None else None)]
 
 
@@ -106,11 +116,14 @@ def _attempt(plan: TrialPlan) -> Attempt:
         for dataset in (plan.train, plan.val):
             mask_rcnn.register(cfg, dataset)
         attempt.model = mask_rcnn.build_detector(cfg, plan)
+        for module in attempt.model.modules():
+            if isinstance(module, FrozenBatchNorm2d):  # random weights without statistics grow to infinity
+                module.weight.mul_(DAMPING)
         _run_once(cfg, plan, attempt.model)
     except ConfigurationError as error:
         attempt.problem, attempt.cause = error.problem, error.__cause__
     except FloatingPointError:
-        pass  # detectron2's word for losses that are no numbers; random weights may give them
+        pass  # detectron2's word for losses that are no numbers; random weights may give them all the same
     except Exception as error:  # noqa: BLE001 - detectron2 and torch raise anything
         if not (isinstance(error, NotImplementedError) and plan.device == "cuda"):  # an operation that only GPUs have
             reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line

@@ -61,8 +61,14 @@ def test_a_fit_model_has_no_problem(data: Path, recipe: str) -> None:
 def test_what_detectron2_refuses_is_an_error_with_its_key(data: Path, key: str, value: Any, words: str) -> None:
     (problem,) = rehearse([plan_of(data, {key: value})])
     assert (problem.level, problem.code) == ("error", "model_config") and words in problem.what
-    assert problem.file == key or problem.file == "MODEL.….NORM"
+    assert problem.file == key
     assert "\n" not in problem.what and problem.hint
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_precise_statistics_of_a_model_without_batch_norm_are_a_warning(data: Path, norm: str) -> None:
+    problems = rehearse([plan_of(data, {"TEST.PRECISE_BN.ENABLED": True, "MODEL.RESNETS.NORM": norm})])
+    assert [(each.level, each.file) for each in problems] == [("warning", "TEST.PRECISE_BN.ENABLED")] * (norm != "BN")
 
 
 def test_the_key_is_found_in_a_file_of_ones_own(data: Path, tmp_path: Path) -> None:
