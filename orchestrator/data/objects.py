@@ -79,7 +79,7 @@ def _check_ids(entries: list[Annotation], known: Collection[int], file: str, fin
     seen: set[int] = set()
     for index, entry in enumerate(entries):
         place = f"annotation {entry.id}" if is_id(entry.id) else f"annotations[{index}]"
-        is_orphan = not isinstance(entry.image_id, list | dict) and entry.image_id not in known
+        is_orphan = not isinstance(entry.image_id, list | dict | None) and entry.image_id not in known
         if not (is_id(entry.id) and is_id(entry.category_id) and (is_orphan or is_id(entry.image_id))):
             fields = {"id": entry.id, "image_id": entry.image_id, "category_id": entry.category_id}
             wrong = (

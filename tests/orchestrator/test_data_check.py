@@ -150,7 +150,7 @@ def test_a_file_that_is_not_an_annotation_file_is_reported_with_the_place(
         ({"id": None}, "annotation_entry"),
         ({"image_id": True}, "annotation_entry"),
         ({"image_id": [1]}, "annotation_entry"),
-        ({"image_id": None}, "annotation_orphan"),
+        ({"image_id": None}, "annotation_entry"),
         ({"image_id": "other"}, "annotation_orphan"),
         ({"bbox": None}, "box_entry"),
         ({"bbox": [1, 2, 3]}, "box_entry"),
