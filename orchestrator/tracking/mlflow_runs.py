@@ -155,14 +155,16 @@ class MlflowRuns:
             self._client.update_run(run_id, status="RUNNING")
         self._params(run_id, dict(flatten(event.experiment)))
         self._client.log_text(run_id, to_yaml(event.experiment), "experiment.yaml")
-        for row in event.experiment["reference_rows"]:
-            self._reference_run(name, ReferenceRow.model_validate(row))
+        rows = [ReferenceRow.model_validate(row) for row in event.experiment["reference_rows"]]
+        for position, row in enumerate(rows):
+            same = sum(earlier.name == row.name for earlier in rows[:position])
+            self._reference_run(name, row, f"{row.name} ({same + 1})" if same else row.name)
 
-    def _reference_run(self, experiment: str, row: ReferenceRow) -> None:
+    def _reference_run(self, experiment: str, row: ReferenceRow, label: str) -> None:
         """A published figure as a separate run, once per experiment, for MLflow's compare view."""
         tags = {"kind": "reference", "source": row.source, "mlflow.note.content": f"Published: {row.source}"}
-        run_id = self._run(f"reference/{experiment}/{row.name}", row.name, time.time(), tags)
-        self._runs[f"reference/{row.name}"] = run_id
+        run_id = self._run(f"reference/{experiment}/{label}", label, time.time(), tags)
+        self._runs[f"reference/{label}"] = run_id
         if self._client.get_run(run_id).info.status == "FINISHED":
             return
         self._figures(run_id, metrics(row, "references."))
