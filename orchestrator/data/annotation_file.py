@@ -141,8 +141,8 @@ def _check_categories(entries: list[dict[str, Any]], file: str, findings: Findin
     first_of_name: dict[str, int] = {}
     for index, entry in enumerate(entries):
         category_id, name = entry.get("id"), entry.get("name")
-        text = str(name) if is_number(name) else name
-        is_text = isinstance(text, str) and text == text.encode(errors="ignore").decode()
+        is_text = is_number(name) or (isinstance(name, str) and name == name.encode(errors="ignore").decode())
+        text = str(name) if is_text else ""
         if not is_id(category_id) or not is_text:
             what = f"its id is {shorten(category_id)} and its name {shorten(name)}, not an integer and a text"
             findings.error("category_entry", file, f"categories[{index}]", what, REGENERATE)
@@ -153,7 +153,7 @@ def _check_categories(entries: list[dict[str, Any]], file: str, findings: Findin
             what = f"two categories have this id: {shorten(categories[category_id])} and {shorten(name)}"
             findings.error("duplicate_category_id", file, place, what, "Give each category a different id")
             continue
-        categories[category_id] = text if is_text else ""
+        categories[category_id] = text
         if is_text and (first := first_of_name.setdefault(text.strip().casefold(), category_id)) != category_id:
             what = f"the categories {first} and {category_id} have the same name, {shorten(name)}"
             hint = "Merge them, or rename one: the model learns to tell them apart, and their AP goes by one name"

@@ -76,6 +76,8 @@ def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
     `image_size` is the width and height of its image in pixels; (0, 0) where they are not known.
     """
     size, counts = mask.get("size"), mask.get("counts")
+    if isinstance(counts, str) and isinstance(size, list):
+        size = [int(v) if type(v) is float and v.is_integer() else v for v in size]  # as pycocotools reads it
     if type(size) is not list or len(size) != 2 or not all(type(v) is int and 0 < v < 2**24 for v in size):
         return f"its RLE size is {str(size)[:40]}, not [height, width]"
     if image_size != (0, 0) and (size[1], size[0]) != image_size:

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask
 
 from orchestrator.data.checks import check_split, compare_splits
 from orchestrator.data.generate import generate
@@ -225,3 +227,8 @@ def test_an_entry_of_an_image_that_is_wrong_makes_no_orphans(root: Path) -> None
 def test_a_category_is_named_by_a_text_or_number(root: Path, name: Any, code: str | None) -> None:
     found = check(root, lambda document: document["categories"][0].update(name=name))
     assert [finding.code for finding in found] == ([code] if code else [])
+
+
+def test_the_size_of_a_compressed_mask_may_be_decimals(root: Path) -> None:
+    counts = mask.encode(np.asfortranarray(np.eye(48, dtype=np.uint8)))["counts"].decode()
+    assert check(root, third(segmentation={"size": [48.0, 48.0], "counts": counts})) == []
