@@ -57,7 +57,8 @@ class _Loader(yaml.SafeLoader):
             if times > 1 and tag != "tag:yaml.org,2002:merge":
                 second = [key for key, _ in node.value if key.value == name][1]
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name} is given twice", second.start_mark)
-        section = Section(self.construct_mapping(node, deep=True))
+        values: dict[Any, Any] = self.construct_mapping(node, deep=True)
+        section = Section(values)
         section.lines = {self.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in node.value}
         return section
 

@@ -201,7 +201,9 @@ def _check_schedule(experiment: Experiment, findings: FindingList) -> None:
     length = protocol.iterations or (own["MAX_ITER"].value if "MAX_ITER" in own else None)
     if length is None or any(value_problem(each.key, each.value) for each in own.values()):
         return
-    wanted = {("protocol.eval_period_iterations", ""): protocol.eval_period_iterations or 0}
+    wanted: dict[tuple[str, str], float] = {
+        ("protocol.eval_period_iterations", ""): protocol.eval_period_iterations or 0
+    }
     if protocol.kind == "throughput":
         if protocol.warmup_iterations >= length:
             what = f"no throughput is measured: it is that of the iterations after these, and the run has {length:,}"
