@@ -43,6 +43,8 @@ def list_files(root: Path) -> dict[str, FoundFile]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
+                if is_link and not os.path.exists(entry.path):  # noqa: PTH110 - also leads to nothing: to itself
+                    continue
                 if entry.is_dir():
                     if is_link:
                         real = os.path.realpath(entry.path)

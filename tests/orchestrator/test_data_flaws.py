@@ -232,3 +232,11 @@ def test_a_category_is_named_by_a_text_or_number(root: Path, name: Any, code: st
 def test_the_size_of_a_compressed_mask_may_be_decimals(root: Path) -> None:
     counts = mask.encode(np.asfortranarray(np.eye(48, dtype=np.uint8)))["counts"].decode()
     assert check(root, third(segmentation={"size": [48.0, 48.0], "counts": counts})) == []
+
+
+def test_a_link_to_itself_keeps_no_other_file_from_being_read(root: Path) -> None:
+    images = coco_layout(root).train.images
+    (images / "loop.png").symlink_to("loop.png")
+    assert check(root, lambda document: None) == []
+    (finding,) = check(root, lambda document: document["images"][0].update(file_name="loop.png"))
+    assert finding.code == "image_missing" and "is a link to" in finding.what
