@@ -163,7 +163,7 @@ def _build(dataset: DatasetPlan, filter_empty: bool, path: Path, source: Path) -
     return CachedRecords(path)
 
 
-Id = Annotated[int, msgspec.Meta(gt=-MAX_ID, lt=MAX_ID)]
+Id = Annotated[int, msgspec.Meta(ge=1 - MAX_ID, le=MAX_ID - 1)]
 
 
 class _Image(msgspec.Struct):

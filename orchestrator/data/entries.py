@@ -97,7 +97,7 @@ class SplitSummary:
 
 
 def is_id(value: Any) -> TypeGuard[int]:
-    """Whether a value is an integer that every JSON reader keeps exactly."""
+    """Whether a value is an integer of 64 bits."""
     return type(value) is int and -MAX_ID < value < MAX_ID
 
 

@@ -56,7 +56,7 @@ def test_ids_that_are_no_numbers_are_numbered_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("loads", [json.loads, orjson.loads], ids=["json", "orjson"])
-@pytest.mark.parametrize("start", [2**53, 2**63, 10**30, -(10**30)])
+@pytest.mark.parametrize("start", [2**63, 10**30, -(10**30)])
 def test_huge_ids_are_numbered_in_their_order(start: int, loads: Any) -> None:
     ids = [start + 2**100, start, 3]
     both = document()
