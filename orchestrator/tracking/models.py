@@ -24,6 +24,7 @@ HOW_TO_LOAD = """\
     from detectron2.modeling import build_model
 
     cfg = get_cfg()
+    cfg.set_new_allowed(True)  # keys of samplers that detectron2 has no defaults for
     cfg.merge_from_file("config.yaml")
     model = build_model(cfg)
     model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE, weights_only=True)["model"])
