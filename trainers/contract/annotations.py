@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 MAX_ID = 2**63
-"""Ids from it on are numbered anew: neither NumPy nor JSON readers other than Python's hold such integers."""
+"""Ids from it on are numbered in order: neither NumPy nor JSON readers other than Python's hold such integers."""
 
 _INTEGER_TEXT = re.compile(r"\s*([+-]?[0-9]{1,16})(?:\.0*)?\s*")
 _REFERENCES = {"image_id": "images", "category_id": "categories"}
