@@ -64,7 +64,7 @@ def base_experiment(data: Path) -> dict[str, Any]:
             },
         },
         "trials": {"world_sizes": [1], "scaling": "strong"},
-        "protocol": {"kind": "throughput", "iterations": 2},
+        "protocol": {"kind": "throughput", "iterations": 2, "warmup_iterations": 1},
         "resources": {"device": "cpu", "cpus_per_worker": 1},
     }
 
@@ -211,9 +211,9 @@ CASES = {
     "an annotation of no image": Case(
         put(image_id=12345), "annotation_orphan", "annotation 3", "12345", ("--strict",)
     ),
-    "a duplicate annotation id": Case(put(id=1), "duplicate_annotation_id", "annotation 1", "2 annotations"),
+    "a duplicate annotation id": Case(put(id=1), "duplicate_annotation_id", "annotation 1", "another annotation has this"),
     "a duplicate image id": Case(
-        lambda p: p.edit(lambda d: d["images"][1].update(id=1)), "duplicate_image_id", "image 1", "2 images"
+        lambda p: p.edit(lambda d: d["images"][1].update(id=1)), "duplicate_image_id", "image 1", "two images have"
     ),
     "a box without area": Case(
         put(bbox=[3, 3, 0, 5]), "box_empty", "annotation 3", "no area", ("--strict",)

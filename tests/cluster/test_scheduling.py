@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
-from tests.builders.experiments import tiny_experiment
+from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from tests.builders.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
@@ -18,6 +18,8 @@ def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any
     values = tiny_experiment(
         trials={"world_sizes": list(world_sizes), "scaling": "weak", "reference_world_size": 1},
         resources={"device": "cuda", "num_nodes": num_nodes},
+        # Iterations are divided by the world size: 32 workers have 8 left.
+        model={"weights": "", "overrides": {**TINY_OVERRIDES, "SOLVER.MAX_ITER": 256, "SOLVER.STEPS": [192]}},
     )
     hardware = Hardware(num_gpus=32, num_cpus=384)
     return expand(parse_experiment(values, "test"), hardware, str(tmp), tmp)
