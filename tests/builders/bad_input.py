@@ -211,7 +211,7 @@ CASES = {
     "an annotation of no image": Case(
         put(image_id=12345), "annotation_orphan", "annotation 3", "12345", ("--strict",)
     ),
-    "a duplicate annotation id": Case(put(id=1), "duplicate_annotation_id", "annotation 1", "another annotation has this"),
+    "a duplicate annotation id": Case(put(id=1), "duplicate_annotation_id", "annotation 1", "another annotation"),
     "a duplicate image id": Case(
         lambda p: p.edit(lambda d: d["images"][1].update(id=1)), "duplicate_image_id", "image 1", "two images have"
     ),
