@@ -18,7 +18,6 @@ from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.files import redact, without_credentials
 from orchestrator.preflight.tracking import check_store
-from orchestrator.process import LastingConsole
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.mlflow_links import mlflow_base, table_address
 from orchestrator.report.mlperf import write_mllog
@@ -143,9 +142,9 @@ class Publication:
             _print_line(console, text, "yellow")
         return tracked
 
-    def print_json(self) -> None:
-        """Prints the record on stdout."""
-        LastingConsole().out(self._result.model_dump_json(indent=2), highlight=False)
+    def to_json(self) -> str:
+        """The record as JSON."""
+        return self._result.model_dump_json(indent=2)
 
     def show_untracked(self, console: Console) -> None:
         """Says that MLflow does not have all of the run, why, and how it gets it: the last line on the terminal."""

@@ -11,18 +11,19 @@ import importlib
 import json
 import logging
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.experiment.plan import Hardware, expand, generated_root, under
+from orchestrator.experiment.plan import Hardware, expand, generated_root, new_run_dir, under
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
@@ -56,12 +57,17 @@ class Request:
     """Output for people."""
     quiet: bool
     """Show failures and the closing table only."""
-    as_json: bool
-    """Print the result as JSON on stdout."""
+    json_output: TextIO | None
+    """Where the result is printed as JSON; None where it is not asked for."""
     verify_images: bool
     """Decode every image while checking."""
     strict: bool
     """Treat warnings about the data as errors."""
+
+    def print_json(self, document: str) -> None:
+        """Prints a document where one is asked for."""
+        if self.json_output:
+            LastingConsole(file=self.json_output).out(document, highlight=False)
 
 
 @app.command()
@@ -101,9 +107,13 @@ def main(
         others = bool(assignments or output or config != DEFAULT_CONFIG)
         earlier = _read_earlier(resume, alone=not others) if resume is not None else None
         experiment = earlier.experiment if earlier else load_experiment(config, assignments)
-        run_dir = earlier.run_dir if earlier else _new_run_dir(experiment, output)
-        request = Request(experiment, run_dir, earlier, console, quiet, as_json, verify_images, strict)
-        raise typer.Exit(_show_plan(request) if dry_run else _check(request) if preflight else _run(request))
+        run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
+        request = Request(
+            experiment, run_dir, earlier, console, quiet, sys.stdout if as_json else None, verify_images, strict
+        )
+        # Ray prints what its daemons report to stdout, which is to hold one JSON document.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            raise typer.Exit(_show_plan(request) if dry_run else _check(request) if preflight else _run(request))
     except SpecError as error:
         Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(UNFIT) from None
@@ -113,12 +123,11 @@ def _show_plan(request: Request) -> int:
     findings = check_settings(request.experiment)
     print_findings(findings)
     if has_errors(findings):
-        if request.as_json:
-            print(to_json(findings))
+        request.print_json(to_json(findings))
         return UNFIT
     plans = _plans(request, Hardware.local())
-    if request.as_json:
-        print(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+    if request.json_output:
+        request.print_json(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
         return DONE
     request.console.print(plan_table(plans))
     store = request.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
@@ -131,9 +140,8 @@ def _check(request: Request) -> int:
     """Preflight alone: all findings, exit code 2 on errors."""
     findings, _ = _preflight(request)
     _leave_ray()
-    if request.as_json:
-        print(to_json(findings))
-    elif not findings:
+    request.print_json(to_json(findings))
+    if not request.json_output and not findings:
         request.console.print("Everything that can be checked is fit.")
     return UNFIT if has_errors(findings) else DONE
 
@@ -149,8 +157,7 @@ def _run(request: Request) -> int:
         raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
     findings, plans = _preflight(request, to_train=True)
     if has_errors(findings):
-        if request.as_json:
-            print(to_json(findings))
+        request.print_json(to_json(findings))
         return UNFIT
     if not request.quiet:
         request.console.print(plan_table(plans))
@@ -246,8 +253,7 @@ def _execute(request: Request, plans: list[TrialPlan]) -> int:
     with ThreadPoolExecutor(1) as background:
         background.submit(_leave_ray)  # waits for Ray's processes to end
         tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
-    if request.as_json:
-        publication.print_json()
+    request.print_json(publication.to_json())
     if not tracked:
         publication.show_untracked(request.console)
     return exit_code(status, tracked=tracked or request.experiment.tracking.offline)
@@ -296,13 +302,6 @@ def _read_earlier(folder: Path, *, alone: bool) -> EarlierRun:
 
 def _plans(request: Request, hardware: Hardware) -> list[TrialPlan]:
     return expand(request.experiment, hardware, str(request.run_dir), generated_root(request.experiment))
-
-
-def _new_run_dir(experiment: Experiment, output: Path | None) -> Path:
-    if output is not None:
-        return output.expanduser().absolute()
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    return (Path(experiment.storage.path).expanduser() / experiment.name / stamp).absolute()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from datetime import UTC, datetime
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -44,6 +45,14 @@ class Hardware:
         except pynvml.NVMLError:
             num_gpus = 0
         return cls(num_gpus, os.cpu_count() or 1)
+
+
+def new_run_dir(experiment: Experiment, output: Path | None) -> Path:
+    """The folder of a run that begins: the given one, else `storage.path`/EXPERIMENT/UTC-TIME."""
+    if output is not None:
+        return output.expanduser().absolute()
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    return (Path(experiment.storage.path).expanduser() / experiment.name / stamp).absolute()
 
 
 def generated_root(experiment: Experiment) -> Path:

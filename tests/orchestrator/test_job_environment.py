@@ -55,7 +55,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("USERNAME", "PASSWORD", "TOKEN"):
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr("orchestrator.preflight.tracking.CONNECT_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr("orchestrator.preflight.tracking_stores.CONNECT_TIMEOUT_SECONDS", 60.0)
     with HTTPServer(("127.0.0.1", 0), Guarded) as served:
         threading.Thread(target=served.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{served.server_port}"
@@ -77,7 +77,7 @@ def test_the_tracking_server_is_asked_as_a_run_will_ask_it(
     assert problems(f"http://{server}") == []
     monkeypatch.undo()
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.setattr("orchestrator.preflight.tracking.CONNECT_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr("orchestrator.preflight.tracking_stores.CONNECT_TIMEOUT_SECONDS", 60.0)
     (tmp_path / ".mlflow").mkdir()
     lines = "[mlflow]\nmlflow_tracking_username = ada\nmlflow_tracking_password = pw%40\n"
     (tmp_path / ".mlflow" / "credentials").write_text(lines)
