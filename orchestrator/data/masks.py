@@ -161,10 +161,13 @@ def _check_polygons(polygons: list[Any]) -> MaskCheck:
     if not dropped:
         return MaskCheck("polygons")
     number = dropped[0]
-    if lengths[number] < 6:
+    hint = "Remove the polygon, or the whole annotation if it is the only one"
+    if len(lengths) > 2 and set(lengths) == {2}:
+        code, what = "polygon_short", f"its {len(lengths)} polygons have 2 numbers each: points as pairs"
+        hint = "Write one polygon of all points, [[x0, y0, x1, y1, …]] for [[x0, y0], [x1, y1], …]"
+    elif lengths[number] < 6:
         code, what = "polygon_short", f"polygon {number} has {lengths[number]} numbers: three corners take 6"
     else:
         code, what = "polygon_odd", f"polygon {number} has an odd number of coordinates ({lengths[number]})"
-    hint = "Remove the polygon, or the whole annotation if it is the only one"
     drops_object = len(dropped) == len(lengths)
     return MaskCheck("polygons", Problem(code, what, hint), is_dropped=True, drops_object=drops_object)
