@@ -52,7 +52,7 @@ model:
   # {masks}. Other models: any of detectron2's MODEL_ZOO.md for boxes or instances, or your own YAML.
   config: {config}
   # Trained on COCO: a small data set is not enough to train from nothing. The layers that depend on the classes begin
-  # untrained. Downloaded once; without a network, give the path of the file and its SHA-256 as weights_sha256.
+  # untrained. Downloaded once; without a network, give the path of the file.
   weights: {weights}
   overrides:
     # {classes}
