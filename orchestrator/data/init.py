@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from orchestrator.data.checks import check_split, compare_splits
 from orchestrator.data.exports import find_splits
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
+from orchestrator.gpus import list_gpus
 
 if TYPE_CHECKING:
     from orchestrator.data.entries import SplitSummary
@@ -107,16 +108,7 @@ class Machine(NamedTuple):
     @classmethod
     def local(cls) -> Machine:
         """This machine."""
-        import pynvml
-
-        memory = []
-        try:
-            pynvml.nvmlInit()
-            for index in range(pynvml.nvmlDeviceGetCount()):
-                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                memory.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30)
-        except pynvml.NVMLError:
-            memory = []
+        memory = [gpu.total_bytes / 2**30 for gpu in list_gpus()]
         return cls(len(memory), min(memory, default=0.0), _num_cpus())
 
 

@@ -20,6 +20,7 @@ from orchestrator.experiment.config_keys import usable_value
 from orchestrator.experiment.detectron_config import config_for_workers, given_setting
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.gpus import list_gpus
 from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
@@ -37,14 +38,7 @@ class Hardware:
     @classmethod
     def local(cls) -> Hardware:
         """What this machine offers."""
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-            num_gpus = pynvml.nvmlDeviceGetCount()
-        except pynvml.NVMLError:
-            num_gpus = 0
-        return cls(num_gpus, os.cpu_count() or 1)
+        return cls(len(list_gpus()), os.cpu_count() or 1)
 
 
 def new_run_dir(experiment: Experiment, output: Path | None) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestrator.experiment.environment import CREDENTIALS, package_versions
 from orchestrator.files import existing_parent
 from orchestrator.findings import Finding, FindingList
+from orchestrator.gpus import Gpu, list_gpus
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where torch's loaders put their batches
 
@@ -58,8 +59,7 @@ class NodeReport:
     folders: dict[str, FolderState] = field(default_factory=dict)
     shared_memory_free: int | None = None
     """Free bytes of /dev/shm; None where there is none."""
-    gpus: list[tuple[str, int, int]] = field(default_factory=list)
-    """Name, memory and free memory (bytes) of each GPU."""
+    gpus: list[Gpu] = field(default_factory=list)
     credentials: tuple[str, ...] = ()
     """Names of the environment variables there that give access to the tracking server."""
 
@@ -72,7 +72,7 @@ def inspect_node(request: NodeRequest) -> NodeReport:
         unreadable={what: reason for what, path in request.paths.items() if (reason := _unreadable(path))},
         folders={folder: _try_folder(folder, probe, request.probe_text) for folder, probe in request.folders.items()},
         shared_memory_free=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
-        gpus=_list_gpus(),
+        gpus=list_gpus(),
         credentials=tuple(name for name in CREDENTIALS if name in os.environ),
     )
 
@@ -105,22 +105,6 @@ def _unreadable(path: str) -> str:
     except OSError as error:
         return str(error.strerror)
     return ""
-
-
-def _list_gpus() -> list[tuple[str, int, int]]:
-    import pynvml
-
-    gpus = []
-    try:
-        pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            gpus.append((str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free)))
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        pass  # no driver, no GPU
-    return gpus
 
 
 def judge_nodes(
