@@ -7,6 +7,7 @@ stand-in, so that a file that also holds an optimizer or a training script's arg
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 import zipfile
@@ -222,8 +223,10 @@ def _checkpoint(content: Any, path: Path, matching_heuristics: bool, is_torchs: 
         caffe2 = matching_heuristics = True
         blobs = content.get("blobs", content)
         state = {key: value for key, value in blobs.items() if not str(key).endswith("_momentum")}
-    tensors: OrderedDict[str, Tensor] = OrderedDict()
+    # A copy of torch's keeps the versions of modules, by which detectron2 reads older ones.
+    tensors: OrderedDict[str, Any] = copy.copy(state) if isinstance(state, OrderedDict) else OrderedDict(state)
     for key, value in state.items():
+        del tensors[key]
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             tensors[str(key)] = torch.from_numpy(value)
         elif isinstance(value, Tensor):
@@ -232,6 +235,4 @@ def _checkpoint(content: Any, path: Path, matching_heuristics: bool, is_torchs: 
         keys = ", ".join(map(repr, list(state)[:MAX_NAMED])) or "nothing"
         hint = "Write it as torch.save(model.state_dict(), 'weights.pth')"
         raise weights_error("format", f"{path} holds no weights by their names; it holds {keys}", hint)
-    if metadata := getattr(state, "_metadata", None):  # the versions of modules, by which detectron2 reads older ones
-        tensors._metadata = metadata  # type: ignore[attr-defined]
     return Checkpoint(tensors, matching_heuristics, caffe2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils.file_io import PathManager
 from filelock import FileLock
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from trainers.contract.problems import Problem
 from trainers.contract.weights import StartWeights
@@ -82,10 +82,7 @@ def _load(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
             what = f"its names cannot be matched with the model's: {error}"
             raise weights_error("unmatched", what, "Give weights of this kind of model") from error
     if all(name.startswith("module.") for name in state):  # of a model that was wrapped for several workers
-        plain = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
-        if metadata := getattr(state, "_metadata", None):
-            plain._metadata = {key.removeprefix("module").lstrip("."): value for key, value in metadata.items()}  # type: ignore[attr-defined]
-        state = plain
+        consume_prefix_in_state_dict_if_present(state, "module.")
     shapes = {name: (tuple(state[name].shape), tuple(ours[name].shape)) for name in state if name in ours}
     other_shape = {name: both for name, both in shapes.items() if both[0] != both[1]}
     fitting = [name for name in shapes if name not in other_shape]
