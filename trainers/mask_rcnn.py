@@ -131,10 +131,9 @@ def refused_by_detectron2(key: str) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        source = traceback.extract_tb(error.__traceback__)[-1].line
-        reason = (
-            f"{source} {error}" if isinstance(error, AssertionError) else str(error)
-        )  # its text may be a mere value
+        reason = str(error)
+        if isinstance(error, AssertionError):  # its text may be a mere value
+            reason = f"{traceback.extract_tb(error.__traceback__)[-1].line} {reason}"
         raise ConfigurationError(f"detectron2 refuses these settings: {reason.strip()}", key=key) from error
 
 

@@ -193,32 +193,31 @@ def _with_key(plan: TrialPlan, attempt: Attempt, problem: Problem) -> Problem:
     cause = attempt.cause
     is_name = isinstance(cause, KeyError) and " " not in str(cause)
     what = f"detectron2 knows no {cause} here" if is_name else problem.what
-    problem = dataclasses.replace(problem, what=_in_short(what))
+    named = dataclasses.replace(problem, what=_in_short(what))
     if problem.file not in WHOLE or attempt.cfg is None or cause is None:
-        return problem
+        return named
     quoted = set(re.findall(r"'([^'\s]{2,})'", str(cause)))
     key = next((key for key, value in plan.overrides.items() if isinstance(value, str) and value in quoted), None)
     section = _section(cause) or problem.file
-    return dataclasses.replace(problem, file=key or _needless(plan, attempt, section) or section)
+    return dataclasses.replace(named, file=key or _needless(plan, attempt.cfg, problem.what, section) or section)
 
 
 def _in_short(text: str) -> str:
     return " ".join(text.split())[:400]
 
 
-def _needless(plan: TrialPlan, attempt: Attempt, section: str) -> str | None:
-    """The last override without which the problem is another one or none, or a key of a file that causes it."""
-    assert attempt.problem and attempt.cfg is not None
+def _needless(plan: TrialPlan, cfg: CfgNode, what: str, section: str) -> str | None:
+    """The last override without which a problem is another one or none, or a key of a file that causes it."""
     deadline = time.monotonic() + MAX_SEARCH_SECONDS
     defaults = dict(_flat(get_cfg()))
-    changed = {key: value for key, value in _flat(attempt.cfg) if value != defaults.get(key, value)}
+    changed = {key: value for key, value in _flat(cfg) if value != defaults.get(key, value)}
     in_files = [key for key in changed if key not in plan.overrides and key.startswith(section)]
     for key in (*reversed(plan.overrides), *in_files):
         others = {name: value for name, value in plan.overrides.items() if name != key}
         if key in in_files:
             others[key] = defaults[key]
         found = _attempt(dataclasses.replace(plan, overrides=others)).problem
-        if found is None or (key not in in_files and _in_short(found.what) != _in_short(attempt.problem.what)):
+        if found is None or (key not in in_files and _in_short(found.what) != _in_short(what)):
             return key
         if time.monotonic() > deadline:
             break

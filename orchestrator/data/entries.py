@@ -90,8 +90,6 @@ class SplitSummary:
     """Objects by the number of their keypoints."""
     num_broken_keypoints: int = 0
     """Objects whose keypoints are not triples of x, y and visibility."""
-    num_without_point_count: int = 0
-    """Annotations with keypoints and without `num_keypoints`, which COCO's scorer reads."""
     num_images_checked: int = 0
     """Image files that were opened."""
 

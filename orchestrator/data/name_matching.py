@@ -31,7 +31,7 @@ MAX_CANDIDATES = 8
 """Files with the same end of the path that are compared; more say nothing about which is meant."""
 
 
-PARTS = {
+PART_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -102,7 +102,7 @@ def part_of(path: str) -> str:
     """The part of a data set that a file or folder is named for: `train`, `val`, `test`, or "" for none of them."""
     for name in reversed(path.split("/")):
         words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
-        parts = {PARTS[word] for word in words if word in PARTS}
+        parts = {PART_WORDS[word] for word in words if word in PART_WORDS}
         if parts:
             return parts.pop() if len(parts) == 1 else ""
     return ""

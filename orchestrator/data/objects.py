@@ -208,7 +208,6 @@ def _check_keypoints(
             findings.error("keypoints_entry", summary.annotations, f"annotation {entry.id}", what, REGENERATE)
         else:
             summary.num_broken_keypoints += len(values) % 3 != 0
-            summary.num_without_point_count += not is_id(entry.num_keypoints)
             num_points[len(values) // 3] += not is_crowd
     summary.objects_of_points = {number: count for number, count in sorted(num_points.items()) if count}
 
