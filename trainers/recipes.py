@@ -54,6 +54,24 @@ class Recipe:
     batched_proposals: bool = False
     """Label and choose anchors and proposals for all images of a batch at once (trainers/speedups/proposals.py). The
     same, bit for bit."""
+    fixed_shapes: bool | None = False
+    """Train on batches padded to a few sizes (trainers/speedups/padded_batch.py), in operations without a shape that
+    depends on data, so that the host does not wait for the device; none: on GPUs only. Rounding, and other random
+    numbers of the same distributions. Models and batches that it does not know train as without it, which is
+    reported."""
+    cuda_graphs: bool = False
+    """On GPUs, with `fixed_shapes`, replay the whole forward and backward pass as one CUDA graph for each size of
+    batch (trainers/speedups/graphs.py). The same."""
+    triton_pooling: bool = False
+    """On GPUs, ROIAlign of all levels in one kernel, in NHWC memory order (trainers/speedups/level_pooling.py).
+    Rounding."""
+    folded_norms: bool = False
+    """On GPUs, fold frozen batch norm into the convolutions (trainers/speedups/folded_norms.py). Rounding."""
+    half_weights: bool = False
+    """On GPUs with 16-bit precision, keep a 16-bit copy of the weights instead of casting them at each use
+    (trainers/speedups/half_weights.py). The same."""
+    deterministic: bool = False
+    """On GPUs, only operations that give the same bits each time; slower. CPUs do so anyway."""
     gradient_views: bool = False
     """With several workers, gradients live in the buckets they are exchanged in. The same."""
     pinned_loader: bool = False
