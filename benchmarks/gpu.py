@@ -48,7 +48,7 @@ def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
     mask_rcnn.register(cfg, plan.train)
     images = loading.training_images(cfg, plan, loading.training_records(cfg, plan))
     epoch = training_epoch(cfg, images.records, plan.seed)
-    batch = next(iter(loading.training_loader(cfg, plan, images, epoch, rank=0, skip=0, num_processes=0)))
+    batch = next(iter(loading.training_loader(cfg, plan, images, epoch, rank=0, skip=0, num_processes=0))).inputs
     model = mask_rcnn.build_detector(cfg, plan)
 
     def step() -> None:

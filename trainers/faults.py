@@ -12,14 +12,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from trainers.contract.events import Section
+from trainers.loading import Batch
 from trainers.pulse import Activity
+from trainers.speedups.padded_batch import PaddedBatch
 
 VARIABLE = "BENCHMARK_FAULTS"
 
@@ -57,6 +59,16 @@ def from_environment(rank: int, attempt: int) -> Injector | None:
     return Injector(path, [f for f in listed if f.rank == rank and f.attempt in (None, attempt)])
 
 
+def _with_nan(batch: Batch) -> Batch:
+    if isinstance(batch.inputs, PaddedBatch):
+        return replace(batch, inputs=replace(batch.inputs, images=_nan_like(batch.inputs.images)))
+    return replace(batch, inputs=[{**record, "image": _nan_like(record["image"])} for record in batch.inputs])
+
+
+def _nan_like(images: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(images, torch.nan, dtype=torch.float32)
+
+
 class Injector(Activity):
     """An `Activity` that causes a fault when its place in the loop is entered."""
 
@@ -72,15 +84,15 @@ class Injector(Activity):
             if fault.kind != "nan" and place == (section, part, self.iteration):
                 self._happen(fault)
 
-    def poison(self, batches: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+    def poison(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the images of those that have a `nan` fault made NaN."""
         for batch in batches:
+            poisoned = batch
             for fault in self._faults:
                 if fault.kind == "nan" and fault.iteration == self.iteration:
                     self._note(fault)
-                    for record in batch:
-                        record["image"] = torch.full_like(record["image"], torch.nan, dtype=torch.float32)
-            yield batch
+                    poisoned = _with_nan(batch)
+            yield poisoned
 
     def _happen(self, fault: Fault) -> None:
         self._note(fault)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
 from trainers.speedups.fast_mapper import FastMapper
 from trainers.speedups.mask_targets import pack
+from trainers.speedups.padded_batch import PaddedBatch
 from trainers.training_order import Epoch, Place, TrainingOrder
 
 Record = dict[str, Any]
@@ -32,6 +34,45 @@ Record = dict[str, Any]
 
 Mapper = Callable[[Record], Record | None]
 """detectron2's DatasetMapper, or one with its interface: from a record to the model's input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A training batch of one worker."""
+
+    inputs: list[Record] | PaddedBatch
+    """What the model is called with: mapped records, or tensors of fixed sizes."""
+    image_files: tuple[str, ...]
+    """Its images, in order; named where a step fails."""
+
+    def __len__(self) -> int:
+        return len(self.image_files)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; torch's loader calls it."""
+        if isinstance(self.inputs, PaddedBatch):
+            return replace(self, inputs=self.inputs.pin_memory())
+        return replace(self, inputs=[{**record, "image": record["image"].pin_memory()} for record in self.inputs])
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its images on a device; from page-locked memory without waiting."""
+        if isinstance(self.inputs, PaddedBatch):
+            return replace(self, inputs=self.inputs.to(device))
+        copied = [{**record, "image": record["image"].to(device, non_blocking=True)} for record in self.inputs]
+        return replace(self, inputs=copied)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keeps the memory of what `to` copied until this stream's work on it is done."""
+        if isinstance(self.inputs, PaddedBatch):
+            tensors = self.inputs.tensors()
+        else:
+            tensors = tuple(record["image"] for record in self.inputs)
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
+def _as_batch(records: list[Record]) -> Batch:
+    return Batch(records, tuple(record["file_name"] for record in records))
 
 
 class BadInputError(ValueError):
@@ -158,24 +199,24 @@ class PackingMapper:
         return mapped
 
 
-class DevicePrefetch(Iterable[list[Record]]):
-    """Batches whose images are on the GPU already: copied during the previous step, on a separate stream."""
+class DevicePrefetch(Iterable[Batch]):
+    """Batches that are on the GPU already: copied during the previous step, on a separate stream."""
 
-    def __init__(self, batches: Iterable[list[Record]], device: torch.device) -> None:
+    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
         self.batches, self.device = batches, device
 
-    def __iter__(self) -> Iterator[list[Record]]:
+    def __iter__(self) -> Iterator[Batch]:
         stream = torch.cuda.Stream(self.device)
-        ahead: list[Record] | None = None
+        ahead: Batch | None = None
         for batch in self.batches:
             with torch.cuda.stream(stream):
-                copied = [{**record, "image": record["image"].to(self.device, non_blocking=True)} for record in batch]
+                copied = batch.to(self.device)
             if ahead is not None:
                 yield ahead
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            for record in copied:
-                # The memory belongs to the copying stream, which may reuse it only after this stream's work on it.
-                record["image"].record_stream(torch.cuda.current_stream(self.device))
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            # The memory belongs to the copying stream, which may reuse it only after this stream's work on it.
+            copied.record_stream(current)
             ahead = copied
         if ahead is not None:
             yield ahead
@@ -188,7 +229,7 @@ def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) ->
 
 def training_loader(
     cfg: CfgNode, plan: TrialPlan, images: TrainingImages, epoch: Epoch, rank: int, skip: int, num_processes: int
-) -> Iterable[list[Record]]:
+) -> Iterable[Batch]:
     """The endless batches of one worker after the first `skip`, in the order of the images' seed.
 
     With no processes, they are read in this one.
@@ -198,11 +239,11 @@ def training_loader(
     batch_size, world_size = plan.batch_per_worker, plan.world_size
     order = TrainingOrder(epoch.draw, wide.tolist(), batch_size, images.seed, rank, world_size, skip)
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
-    loader: DataLoader[Record] = DataLoader(
+    loader: Iterable[Batch] = DataLoader(
         images,
         batch_sampler=order,
         num_workers=num_processes,
-        collate_fn=_as_list,
+        collate_fn=_as_batch,
         pin_memory=pinned,
         prefetch_factor=PREFETCHED_BATCHES if num_processes else None,
     )

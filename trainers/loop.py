@@ -30,6 +30,7 @@ from torch import nn
 from trainers.contract.channel import Command
 from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
+from trainers.loading import Batch
 from trainers.pulse import Activity
 from trainers.speedups.apply import resolve_precision
 from trainers.step_clock import StepClock
@@ -109,7 +110,7 @@ class TrainingLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        batches: Iterator[list[dict[str, Any]]],
+        batches: Iterator[Batch],
         hooks: list[Hook],
         device: torch.device,
         rank: int,
@@ -159,7 +160,7 @@ class TrainingLoop:
         self.clock.begin()
         self.activity.enter("step", "data")
         batch = next(self.batches)
-        self.activity.image_files = tuple(record["file_name"] for record in batch)
+        self.activity.image_files = batch.image_files
         self._recent_files.append(self.activity.image_files)
         self.clock.mark("data")
         waited = time.perf_counter() - started
@@ -173,7 +174,7 @@ class TrainingLoop:
             torch.cuda.manual_seed(seed)
         self.activity.enter("step", "forward")
         with self._autocast():
-            losses: dict[str, torch.Tensor] = self.model(batch)
+            losses: dict[str, torch.Tensor] = self.model(batch.inputs)
             total = torch.stack(list(losses.values())).sum()
         self.clock.mark("forward")
 

@@ -54,7 +54,8 @@ def precise_batch_norm(
         }
         torch.manual_seed(step_seed(seed, rank, iteration))
         with EventStorage():  # what the model logs meanwhile is of no use
-            update_bn_stats(model, itertools.islice(batches, settings.NUM_ITER), settings.NUM_ITER)
+            inputs = (batch.inputs for batch in itertools.islice(batches, settings.NUM_ITER))
+            update_bn_stats(model, inputs, settings.NUM_ITER)
         for module, normalizer in normalizers.items():
             module.loss_normalizer = normalizer
 

@@ -184,7 +184,7 @@ class Rank:
     ) -> TrainingLoop:
         plan, rank, device = self.plan, self.placement.rank, self._device()
 
-        def load(skip: int, num_processes: int) -> Iterator[list[loading.Record]]:
+        def load(skip: int, num_processes: int) -> Iterator[loading.Batch]:
             batches = iter(loading.training_loader(cfg, plan, images, epoch, rank, skip, num_processes))
             return self.injector.poison(batches) if self.injector else batches
 
