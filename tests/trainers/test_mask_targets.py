@@ -13,33 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from tests.builders.polygons import boxes_around, shapes
 from trainers.speedups.mask_targets import PackedPolygons, pack, rasterize
-
-Polygons = list[list[np.ndarray[Any, Any]]]
-
-
-def shapes(rng: np.random.Generator, num_instances: int, most_polygons: int = 3) -> Polygons:
-    """Ragged instances of one to several polygons, self-crossing ones and ones of whole numbers among them."""
-    instances = []
-    for _ in range(num_instances):
-        polygons = []
-        for _ in range(rng.integers(1, most_polygons + 1)):
-            corners = rng.uniform(0, 300, 2) + rng.normal(0, rng.choice([1, 30, 120]), (rng.integers(3, 40), 2))
-            polygons.append((corners.round() if rng.random() < 0.2 else corners).ravel())
-        instances.append(polygons)
-    return instances
-
-
-def boxes_around(polygons: Polygons, rng: np.random.Generator) -> torch.Tensor:
-    """Proposals near, within and outside the instances, some of them thinner than a tenth of a pixel."""
-    rows = []
-    for instance in polygons:
-        points = np.concatenate(instance).reshape(-1, 2)
-        low, high = points.min(0) + rng.normal(0, 8, 2), points.max(0) + rng.normal(0, 8, 2)
-        if rng.random() < 0.1:
-            high = low + rng.choice([0.0, 0.05, 0.1, 0.2], 2)
-        rows.append([*low, *np.maximum(low, high)])
-    return torch.tensor(np.array(rows).reshape(-1, 4), dtype=torch.float32)
 
 
 @settings(max_examples=30)

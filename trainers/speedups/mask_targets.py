@@ -81,6 +81,12 @@ class PackedPolygons(PolygonMasks):
         """For each instance whether it has a polygon; shape (N,), bool."""
         return torch.from_numpy(np.diff(self._first_polygon)[self._selected] > 0)
 
+    def flat(self) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """Corners (2, V), x and y, polygon after polygon; the polygon of each, (V,); the instance of each polygon."""
+        polygons, owners = ranges(self._first_polygon, self._selected)
+        points, polygon_of_point = ranges(self._first_point, polygons)
+        return self._points.take(points, axis=1), polygon_of_point, owners
+
     def crop_and_resize(self, boxes: torch.Tensor, mask_size: int) -> torch.Tensor:
         """The part of each instance within its box, (x0, y0, x1, y1) in pixels of the image, drawn on a square grid.
 
@@ -92,26 +98,46 @@ class PackedPolygons(PolygonMasks):
         """
         if len(boxes) != len(self):
             raise ValueError(f"{len(boxes)} boxes for {len(self)} instances")
-        corners = boxes.detach().cpu().numpy()
-        drawn = np.zeros((len(self), mask_size, mask_size), dtype=np.uint8)
-        polygons, owners = _ranges(self._first_polygon, self._selected)
-        if len(polygons):
-            points, polygon_of_point = _ranges(self._first_point, polygons)
-            owner = owners[polygon_of_point]
-            sides = corners[:, 2:] - corners[:, :2]
-            # detectron2 divides by a side in the boxes' 32 bits, by the least side in 64.
-            min_side = np.asarray(MIN_BOX_SIDE, dtype=sides.dtype)
-            scale = (mask_size / np.maximum(sides, min_side)).astype(np.float64)
-            scale[sides < min_side] = mask_size / MIN_BOX_SIDE
-            offset = np.ascontiguousarray(corners[:, :2].T).take(owner, axis=1)
-            vertices = (self._points.take(points, axis=1) - offset) * np.ascontiguousarray(scale.T).take(owner, axis=1)
-            masks = rasterize(vertices, polygon_of_point, len(polygons), mask_size)
-            further = np.flatnonzero(owners[1:] == owners[:-1]) + 1  # all but the first polygon of an instance
-            # Assigned from the last to the first, an instance keeps its first; the others are added to it.
-            drawn[owners[::-1]] = masks[::-1]
-            for polygon in further.tolist():
-                drawn[owners[polygon]] |= masks[polygon]
-        return torch.from_numpy(drawn.view(np.bool_)).to(boxes.device)
+        drawn = draw_in_boxes(*self.flat(), boxes.detach().cpu().numpy(), mask_size)
+        return torch.from_numpy(drawn).to(boxes.device)
+
+
+def draw_in_boxes(
+    points: NDArray[np.float64],
+    polygon: NDArray[np.int64],
+    owners: NDArray[np.int64],
+    boxes: NDArray[np.float32],
+    side: int,
+) -> NDArray[np.bool_]:
+    """Draws polygons as seen through boxes, from the floats that detectron2's `rasterize_polygons_within_box` computes.
+
+    Args:
+        points: (2, V), x and y in pixels of the image, polygon after polygon.
+        polygon: (V,) which polygon each belongs to, ascending from 0.
+        owners: (P,) the box of each polygon, ascending; a box shows the union of its polygons.
+        boxes: (R, 4), corners (x0, y0, x1, y1) in pixels of the image.
+        side: Rows and columns of a box's grid.
+
+    Returns:
+        (R, side, side).
+    """
+    drawn = np.zeros((len(boxes), side, side), dtype=np.uint8)
+    if len(owners):
+        owner = owners[polygon]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        # detectron2 divides by a side in the boxes' 32 bits, by the least side in 64.
+        min_side = np.asarray(MIN_BOX_SIDE, dtype=sides.dtype)
+        scale = (side / np.maximum(sides, min_side)).astype(np.float64)
+        scale[sides < min_side] = side / MIN_BOX_SIDE
+        offset = np.ascontiguousarray(boxes[:, :2].T).take(owner, axis=1)
+        vertices = (points - offset) * np.ascontiguousarray(scale.T).take(owner, axis=1)
+        masks = rasterize(vertices, polygon, len(owners), side)
+        further = np.flatnonzero(owners[1:] == owners[:-1]) + 1  # all but the first polygon of a box
+        # Assigned from the last to the first, a box keeps its first; the others are added to it.
+        drawn[owners[::-1]] = masks[::-1]
+        for number in further.tolist():
+            drawn[owners[number]] |= masks[number]
+    return drawn.view(np.bool_)
 
 
 def rasterize(
@@ -193,7 +219,7 @@ def _starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
 
-def _ranges(starts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def ranges(starts: NDArray[np.int64], chosen: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The members of the chosen runs, one run after the other, and for each the position of its run in `chosen`."""
     first, sizes = starts[chosen], starts[chosen + 1] - starts[chosen]
     run = np.repeat(np.arange(len(chosen)), sizes)
