@@ -66,3 +66,17 @@ def _(boxes: Tensor, num_objects: Tensor, others: Tensor) -> tuple[Tensor, Tenso
 @is_best.register_fake
 def _(boxes: Tensor, num_objects: Tensor, others: Tensor) -> Tensor:  # noqa: ARG001
     return boxes.new_empty((len(boxes), others.shape[-2]), dtype=torch.bool)
+
+
+@best_overlaps.register_kernel("cuda")
+def _(boxes: Tensor, num_objects: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    from trainers.speedups.kernels import matching as kernels
+
+    return kernels.best_overlaps(boxes, num_objects, others)
+
+
+@is_best.register_kernel("cuda")
+def _(boxes: Tensor, num_objects: Tensor, others: Tensor) -> Tensor:
+    from trainers.speedups.kernels import matching as kernels
+
+    return kernels.is_best(boxes, num_objects, others)
