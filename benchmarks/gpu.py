@@ -1,99 +1,242 @@
-"""`make bench-gpu`: the real R50-FPN on this machine's GPU, this program against plain detectron2.
+"""`make bench-gpu`: the seed's model on this machine's GPU, this program against plain detectron2, in eight minutes.
 
-Besides the table it prints how often a step of ours makes the host wait for the device, and the share of the device's
-peak that its arithmetic amounts to.
+Every row is a process. Those of a batch size train end to end in turns, a few seconds each, the others suspended with
+their loaders. A row that fails says why, and the others go on; what there is no time left for is named.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import shutil
+import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from detectron2.utils.events import EventStorage
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Row, machine, table
-from benchmarks.training import r50, recipe_row
-from trainers import loading, mask_rcnn
+from benchmarks import gpu_plans
+from benchmarks.gpu_plans import CONTENDERS, DEMO, DETECTRON2, Settings
+from benchmarks.gpu_probe import Order
+from benchmarks.gpu_report import Results, write
+from benchmarks.gpu_rows import GpuRow
+from benchmarks.gpu_side import START_SECONDS, Kind, Side, SideError
+from benchmarks.measure import machine
 from trainers.contract.plan import TrialPlan
-from trainers.speedups.apply import process_settings
-from trainers.training_order import training_epoch
 
-PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
-"""Dense 16-bit peak of tensor cores by a word of the device's name (NVIDIA's data sheets; SXM where there are two)."""
+T = TypeVar("T")
 
+PARTS = ("batches", "demo", "ladder")
+"""What is measured, in this order."""
 
-def rows() -> list[Row]:
-    """Both recipes, 800 px, batch 2, as the seed's one-GPU protocol has it."""
-    return [
-        recipe_row(f"{recipe}_r50_800", target, lambda name: r50(60, 8, name, size=800, device="cuda"), recipe)
-        for recipe, target in (("reference", 1.0), ("fast", 1.5))
-    ]
+SLACK_SECONDS = 60.0
+"""What a block may take beyond its seconds: kernels are compiled and graphs captured in it."""
 
+DEMO_SECONDS = 120.0
+"""Longest time of the demo's trainings, which run at the same time."""
 
-def flops_and_waits(plan: TrialPlan) -> tuple[int, int]:
-    """Operations of one training step, forward and backward, and how often the host waits for the device in it.
-
-    Args:
-        plan: The trial; its first batch is taken, after one step to warm up.
-
-    Returns:
-        Floating-point operations (a multiplication and an addition are two), and waits (0 on a CPU).
-    """
-    cfg = mask_rcnn.build_config(plan)
-    mask_rcnn.register(cfg, plan.train)
-    images = loading.training_images(cfg, plan, loading.training_records(cfg, plan))
-    epoch = training_epoch(cfg, images.records, plan.seed)
-    batch = next(iter(loading.training_loader(cfg, plan, images, epoch, rank=0, skip=0, num_processes=0))).inputs
-    model = mask_rcnn.build_detector(cfg, plan)
-
-    def step() -> None:
-        torch.stack(list(model(batch).values())).sum().backward()
-
-    with EventStorage(0), process_settings(plan.recipe, torch.device(plan.device)):
-        step()
-        with FlopCounterMode(display=False) as counter:
-            step()
-        with _waits() as waits:
-            step()
-    return counter.get_total_flops(), len(waits)
+SETTLING_SECONDS = 4.0
+"""For the estimate of what there is time for: what a training needs before and after its blocks."""
 
 
-@contextmanager
-def _waits() -> Iterator[list[warnings.WarningMessage]]:
-    """Collects torch's warnings of calls that wait for the device."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if torch.cuda.is_available():
-            torch.cuda.set_sync_debug_mode("warn")
-        waits: list[warnings.WarningMessage] = []
+@dataclass
+class Entry:
+    """A row while it is measured."""
+
+    row: GpuRow
+    kind: Kind
+    plan: TrialPlan
+    side: Side | None = None
+
+    def attempt(self, work: Callable[[Side], T]) -> T | None:
+        """Does something with the training, starting it if need be; where that fails, the row says why."""
+        if self.row.problem:
+            return None
         try:
-            yield waits
+            self.side = self.side or Side(self.kind, self.plan)
+            return work(self.side)
+        except SideError as error:
+            self.row.problem = str(error)
+        except Exception as error:  # noqa: BLE001 - whatever fails is this row's, and no other's
+            traceback.print_exc()
+            self.row.problem = f"{type(error).__name__}: {error}"
+        if self.side:
+            self.side.kill()
+        return None
+
+    def block(self, order: Order) -> dict[str, Any] | None:
+        """What a block of steps was measured to be; None where it failed."""
+        return self.attempt(lambda side: side.ask(order, order.seconds + SLACK_SECONDS))
+
+    def end(self) -> None:
+        """Ends the training."""
+        self.row.shapes = (self.attempt(Side.end) or {}).get("shapes")
+
+
+@dataclass
+class Bench:
+    """Measures the parts within a time, and keeps their results."""
+
+    settings: Settings
+    data: dict[str, Any]
+    results: Results
+    deadline: float
+    """By `time.monotonic`."""
+    folder: Path
+    """For the trainings' output."""
+    entries: list[Entry] = field(default_factory=list)
+
+    def entry(self, name: str, kind: Kind, recipe: Any, batch: int) -> Entry:
+        """A row of the seed's model, not begun."""
+        folder = self.folder / str(len(self.entries))
+        plan = gpu_plans.training_plan(self.settings, self.data, recipe, batch, folder)
+        entry = Entry(GpuRow(name, batch), kind, gpu_plans.for_peer(plan) if kind == "peer" else plan)
+        self.entries.append(entry)
+        return entry
+
+    def has_time_for(self, seconds: float, rows: Sequence[GpuRow]) -> bool:
+        """Whether so much time is left; else the rows say so."""
+        left = self.deadline - time.monotonic()
+        for row in rows if left < seconds else ():
+            row.problem = f"cut: it takes some {seconds:.0f} s, {max(left, 0):.0f} s were left"
+        return left >= seconds
+
+    def batches(self) -> None:
+        """Rows of every recipe and of detectron2, in turns."""
+        for batch in self.settings.batches:
+            entries = [self.entry(name, *what, batch) for name, what in CONTENDERS.items()]
+            self.results.rows += [entry.row for entry in entries]
+            base, others = entries[0], entries[1:]
+            at_once = self.settings.at_once if batch >= 16 else len(others)
+            for first in range(0, len(others), at_once):
+                self._in_turns(base, others[first : first + at_once])
+            base.end()
+            for entry in entries:
+                entry.row.flops_per_image = base.row.flops_per_image
+
+    def _in_turns(self, base: Entry, others: list[Entry]) -> None:
+        settings, everyone = self.settings, [base, *others]
+        new = [entry for entry in everyone if entry.side is None]
+        each = settings.rounds * settings.block.seconds + settings.warmup.seconds + SETTLING_SECONDS
+        if not self.has_time_for(each * len(everyone), [entry.row for entry in others]):
+            return
+        self._begin(new)
+        for number in range(settings.rounds):
+            latest: dict[str, float] = {}
+            for entry in everyone if number % 2 == 0 else reversed(everyone):
+                if block := entry.block(settings.block):
+                    entry.row.blocks.append(block)
+                    latest[entry.row.name] = entry.row.rates[-1]
+            for entry in others:
+                if {entry.row.name, DETECTRON2} <= set(latest):
+                    entry.row.ratios.append(latest[entry.row.name] / latest[DETECTRON2])
+        for entry in new:
+            self._dissect(entry)
+        if base in new and (counted := base.block(settings.flops)):
+            base.row.flops_per_image = counted["flops"] / base.row.batch
+        for entry in others:
+            entry.end()
+
+    def _begin(self, entries: list[Entry], warm: bool = True) -> None:
+        """Starts trainings at the same time, then lets each take its first steps alone."""
+        began = time.monotonic()
+        for entry in entries:
+            entry.attempt(lambda side: side)
+        for entry in entries:
+            left = began + START_SECONDS - time.monotonic()
+            entry.row.device = entry.attempt(lambda side, left=left: side.receive(left)) or {}  # type: ignore[misc]
+        for entry in entries if warm else ():
+            entry.row.warmup = entry.block(self.settings.warmup)
+
+    def _dissect(self, entry: Entry) -> None:
+        found = (entry.block(self.settings.waits) or {}) | (entry.block(self.settings.trace) or {})
+        for name in ("waits", "waiting_lines", "trace"):
+            setattr(entry.row, name, found.get(name))
+
+    def ladder(self) -> None:
+        """A row for each switch of the fast recipe, added to those of the row before."""
+        settings, batch = self.settings, self.settings.ladder_batch
+        entries = [self.entry(name, "ours", recipe, batch) for name, recipe in gpu_plans.ladder().items()]
+        self.results.ladder += [entry.row for entry in entries]
+        each = 2 * settings.block.seconds + settings.warmup.seconds + SETTLING_SECONDS
+        if self.has_time_for(START_SECONDS / 4 + each, [entry.row for entry in entries]):
+            self._begin(entries, warm=False)
+        counted = {row.batch: row.flops_per_image for row in self.results.rows}
+        for entry in entries:
+            entry.row.flops_per_image = counted.get(batch)
+            if entry.row.problem or not self.has_time_for(each, [entry.row]):
+                continue
+            entry.row.warmup = entry.block(settings.warmup)
+            blocks = [entry.block(settings.block) for _ in range(2)]
+            entry.row.blocks = [block for block in blocks if block]
+            self._dissect(entry)
+            entry.end()
+            rates = entries[0].row.images_per_second
+            entry.row.ratios = [rate / rates for rate in entry.row.rates] if rates else []
+
+    def demo(self) -> None:
+        """The demo's AP under each recipe; they train at the same time, so their seconds are no measurement."""
+        entries = []
+        for name, recipe in DEMO.items():
+            plan = gpu_plans.demo_plan(self.settings, recipe, self.folder / name)
+            entries.append(Entry(GpuRow(name, plan.solver.global_batch_size), "to_the_end", plan))
+        self.entries += entries
+        self.results.demo += [entry.row for entry in entries]
+        if not self.has_time_for(DEMO_SECONDS / 2, [entry.row for entry in entries]):
+            return
+        until = min(time.monotonic() + DEMO_SECONDS, self.deadline)
+        for entry in entries:
+            entry.attempt(lambda side: side)
+        for entry in entries:
+            entry.row.figures = entry.attempt(lambda side: side.receive(until - time.monotonic())) or {}
+
+    def close(self) -> None:
+        """Ends whatever still trains."""
+        for entry in self.entries:
+            if entry.side:
+                entry.side.kill()
+
+
+def measure(settings: Settings, parts: Sequence[str], minutes: float, to: Path) -> Results:
+    """Measures and writes the results after each part, so that none is lost with a later one."""
+    began = time.monotonic()
+    what, data = gpu_plans.dataset(settings)
+    results = Results(machine(), what, settings)
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(settings, data, results, began + 60 * minutes, Path(name))
+        try:
+            for part in parts:
+                print(f"{part} … ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
+                getattr(bench, part)()
+                results.seconds = time.monotonic() - began
+                results.files = write(results, to)
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.set_sync_debug_mode("default")
-            waits += [warning for warning in caught if "synchroniz" in str(warning.message)]
+            bench.close()
+    return results
 
 
-def main() -> int:
-    """Prints the table and the two figures; returns the exit code."""
-    if not torch.cuda.is_available():
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report; returns 1 where a row failed or is below its target, 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="images of a step (default: 2 16)")
+    parser.add_argument("--ladder-batch", type=int, metavar="N", help="the same for the ladder (default: 16)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="rows are cut that would begin too late for it")
+    parser.add_argument("--to", type=Path, default=Path("benchmarks/results"), help="folder for the two files")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model on the CPU: measures nothing")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
         print("make bench-gpu: torch finds no GPU here; `make bench` measures on CPUs", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name()
-    found = rows()
-    print(f"{name}; {machine()}\n\n{table(found)}")
-    plan = r50(60, 8, "fast", size=800, device="cuda")
-    flops, waits = flops_and_waits(plan)
-    per_second = flops / plan.solver.global_batch_size * statistics.median(found[-1].ours) / 1e12
-    peak = next((peak for word, peak in PEAK_TFLOPS.items() if word in name.replace("-", " ").split()), None)
-    share = f", {per_second / peak:.1%} of its 16-bit peak" if peak else ""
-    print(f"\nfast recipe: {waits} waits for the device a step, {per_second:.1f} TFLOP/s{share}")
-    return 0 if all(row.reached is not False for row in found) else 1
+    del shutil
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    return 0
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
+from trainers.batching import Batch
 from trainers.contract.events import Section
-from trainers.loading import Batch
 from trainers.pulse import Activity
 from trainers.speedups.padded_batch import PaddedBatch
 

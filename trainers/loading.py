@@ -7,10 +7,9 @@ that was killed sees each image exactly as an undisturbed one does, whatever the
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -19,60 +18,24 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_few_keypoints
 from detectron2.data.samplers import InferenceSampler
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from trainers.batching import Batch, Collation, DevicePrefetch, Record
 from trainers.contract.memory import is_out_of_memory
 from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
+from trainers.speedups.canvases import choose_canvases
 from trainers.speedups.fast_mapper import FastMapper
+from trainers.speedups.fixed_rcnn import unsupported
 from trainers.speedups.mask_targets import pack
-from trainers.speedups.padded_batch import PaddedBatch
+from trainers.speedups.packing import Packer, capacities
 from trainers.training_order import Epoch, Place, TrainingOrder
 
-Record = dict[str, Any]
-"""One image in detectron2's dataset format."""
+logger = logging.getLogger(__name__)
 
 Mapper = Callable[[Record], Record | None]
 """detectron2's DatasetMapper, or one with its interface: from a record to the model's input."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A training batch of one worker."""
-
-    inputs: list[Record] | PaddedBatch
-    """What the model is called with: mapped records, or tensors of fixed sizes."""
-    image_files: tuple[str, ...]
-    """Its images, in order; named where a step fails."""
-
-    def __len__(self) -> int:
-        return len(self.image_files)
-
-    def pin_memory(self) -> Batch:
-        """A copy in page-locked memory; torch's loader calls it."""
-        if isinstance(self.inputs, PaddedBatch):
-            return replace(self, inputs=self.inputs.pin_memory())
-        return replace(self, inputs=[{**record, "image": record["image"].pin_memory()} for record in self.inputs])
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its images on a device; from page-locked memory without waiting."""
-        if isinstance(self.inputs, PaddedBatch):
-            return replace(self, inputs=self.inputs.to(device))
-        copied = [{**record, "image": record["image"].to(device, non_blocking=True)} for record in self.inputs]
-        return replace(self, inputs=copied)
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keeps the memory of what `to` copied until this stream's work on it is done."""
-        if isinstance(self.inputs, PaddedBatch):
-            tensors = self.inputs.tensors()
-        else:
-            tensors = tuple(record["image"] for record in self.inputs)
-        for tensor in tensors:
-            tensor.record_stream(stream)
-
-
-def _as_batch(records: list[Record]) -> Batch:
-    return Batch(records, tuple(record["file_name"] for record in records))
 
 
 class BadInputError(ValueError):
@@ -100,10 +63,13 @@ def augmentation_seed(seed: int, position: int) -> NDArray[np.uint32]:
 
 
 class TrainingImages(Dataset[Record]):
-    """Reads, augments and returns the image at a place of the training order."""
+    """Reads, augments and returns the image at a place of the training order; `collation` makes batches of them."""
 
-    def __init__(self, records: Sequence[Record], mapper: Mapper, seed: int) -> None:
+    def __init__(
+        self, records: Sequence[Record], mapper: Mapper, seed: int, collation: Collation | None = None
+    ) -> None:
         self.records, self.mapper, self.seed = records, mapper, seed
+        self.collation = collation or Collation()
 
     def __getitem__(self, place: Place) -> Record:
         position, index = place
@@ -199,32 +165,25 @@ class PackingMapper:
         return mapped
 
 
-class DevicePrefetch(Iterable[Batch]):
-    """Batches that are on the GPU already: copied during the previous step, on a separate stream."""
-
-    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
-        self.batches, self.device = batches, device
-
-    def __iter__(self) -> Iterator[Batch]:
-        stream = torch.cuda.Stream(self.device)
-        ahead: Batch | None = None
-        for batch in self.batches:
-            with torch.cuda.stream(stream):
-                copied = batch.to(self.device)
-            if ahead is not None:
-                yield ahead
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(stream)
-            # The memory belongs to the copying stream, which may reuse it only after this stream's work on it.
-            copied.record_stream(current)
-            ahead = copied
-        if ahead is not None:
-            yield ahead
+def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record], model: nn.Module) -> TrainingImages:
+    """The images of `training_records`, read by the recipe's mapper, and their batches as the model takes them."""
+    mapper = build_mapper(cfg, plan, is_train=True)
+    return TrainingImages(records, mapper, plan.seed, _collation(cfg, plan, records, model))
 
 
-def training_images(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> TrainingImages:
-    """The images of `training_records`, read by the recipe's mapper."""
-    return TrainingImages(records, build_mapper(cfg, plan, is_train=True), plan.seed)
+def _collation(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record], model: nn.Module) -> Collation:
+    divisibility: int = getattr(getattr(model, "backbone", None), "size_divisibility", 0)
+    if not plan.recipe.has_fixed_shapes(plan.device):
+        return Collation(divisibility)
+    if reason := unsupported(model):
+        return Collation(divisibility, eager_reason=reason)
+    canvases = choose_canvases(cfg, image_sizes(records), plan.batch_per_worker, divisibility)
+    packer = Packer(tuple(canvases), *capacities(records), with_masks=cfg.MODEL.MASK_ON)
+    logger.info(
+        "fixed_shapes: batches are padded to %s, with room for %d objects and %d edges of polygons in an image.",
+        ", ".join(f"{height} x {width}" for height, width in canvases), packer.max_objects, packer.max_edges,
+    )  # fmt: skip
+    return Collation(divisibility, packer)
 
 
 def training_loader(
@@ -243,11 +202,13 @@ def training_loader(
         images,
         batch_sampler=order,
         num_workers=num_processes,
-        collate_fn=_as_batch,
+        collate_fn=images.collation,
         pin_memory=pinned,
         prefetch_factor=PREFETCHED_BATCHES if num_processes else None,
     )
-    return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device())) if pinned else loader
+    if pinned or (images.collation.packer and plan.device == "cuda"):
+        return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device()))
+    return loader
 
 
 def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> DataLoader[Record]:

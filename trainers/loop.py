@@ -27,10 +27,10 @@ from detectron2.engine.hooks import LRScheduler
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from trainers.batching import Batch
 from trainers.contract.channel import Command
 from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
-from trainers.loading import Batch
 from trainers.pulse import Activity
 from trainers.speedups.apply import resolve_precision
 from trainers.step_clock import StepClock

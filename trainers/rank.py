@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
+from trainers.batching import Batch
 from trainers.checkpoints import CheckpointStore, StorageError, state_sha256
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
@@ -141,7 +142,7 @@ class Rank:
         state, restored_from = self._newest(store) or (None, "")
         start = self.activity.iteration = state["iteration"] if state else 0
         self.activity.enter("setup")
-        images = loading.training_images(cfg, plan, records)
+        images = loading.training_images(cfg, plan, records, detector)
         prepare = precise_batch_norm(cfg, plan, detector, images, epoch, placement.rank)
         evaluation = hooks.EvaluationHook(plan, evaluator, epoch.num_images, self.send, store.rate, prepare)
         loop = self._build_loop(cfg, detector, images, epoch, start, evaluation, store)
@@ -184,7 +185,7 @@ class Rank:
     ) -> TrainingLoop:
         plan, rank, device = self.plan, self.placement.rank, self._device()
 
-        def load(skip: int, num_processes: int) -> Iterator[loading.Batch]:
+        def load(skip: int, num_processes: int) -> Iterator[Batch]:
             batches = iter(loading.training_loader(cfg, plan, images, epoch, rank, skip, num_processes))
             return self.injector.poison(batches) if self.injector else batches
 

@@ -86,6 +86,10 @@ class Recipe:
     scorer: Scorer = "pycocotools"
     """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""
 
+    def has_fixed_shapes(self, device: str) -> bool:
+        """What `fixed_shapes` means on a device, `cuda` or `cpu`."""
+        return device == "cuda" if self.fixed_shapes is None else self.fixed_shapes
+
 
 PLAIN = Recipe()
 """detectron2's parts and nothing else; the foot of the ablation ladder."""

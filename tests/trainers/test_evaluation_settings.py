@@ -46,7 +46,7 @@ def built(plan: TrialPlan) -> tuple[CfgNode, nn.Module]:
 
 def update_of(plan: TrialPlan, cfg: CfgNode, model: nn.Module) -> Any:
     records = loading.training_records(cfg, plan)
-    images = loading.training_images(cfg, plan, records)
+    images = loading.training_images(cfg, plan, records, model)
     return precise_batch_norm(cfg, plan, model, images, training_epoch(cfg, records, plan.seed), rank=0)
 
 
