@@ -77,10 +77,15 @@ class ProgressHook:
             step_seconds=tuple(window.step_seconds),
             data_seconds=tuple(window.data_seconds),
             part_seconds={name: sum(each) for name, each in parts.items()},
-            step_part_seconds={name: tuple(each) for name, each in window.part_seconds.items()},
+            step_part_seconds={
+                name: tuple(each) for name, each in window.part_seconds.items() if len(each) == len(window.step_seconds)
+            },
             losses=window.losses if loop.rank == 0 else {},
             learning_rate=window.learning_rate,
             peak_memory_gib=peak_memory_gib(loop.device),
+            num_graphs=window.graphs.num_graphs if window.graphs else None,
+            capture_seconds=window.graphs.capture_seconds if window.graphs else None,
+            eager_steps=dict(window.graphs.eager_steps) if window.graphs else {},
         )
         if loop.rank == 0:
             # The storage has moved on to the next iteration; detectron2 prints before it does.

@@ -2,7 +2,7 @@
 
     while no reason to stop:
         until a hook is due:
-            before_step(); load a batch; forward; backward; optimizer and schedule
+            before_step(); load a batch; forward and backward, or their CUDA graph; optimizer and schedule
         share losses and requests to stop with the other ranks
         run every hook that is due: progress, evaluation, checkpoint, loader sizing
 
@@ -33,6 +33,8 @@ from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
 from trainers.pulse import Activity
 from trainers.speedups.apply import resolve_precision
+from trainers.speedups.gradient_buckets import GradientBuckets
+from trainers.speedups.graphs import Capture, Graphs, GraphUse
 from trainers.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,8 @@ class StepWindow:
     losses: dict[str, float] = field(default_factory=dict)
     """Filled when the window closes."""
     learning_rate: float | None = None
+    graphs: GraphUse | None = None
+    """Filled when the window closes; None without CUDA graphs."""
     complete: bool = False
     """Whether the window has had its last step."""
 
@@ -102,6 +106,8 @@ class TrainingLoop:
         activity: Where the loop records what it is doing.
         request: Returns what this rank requests of all ranks; called at the end of every window.
         before_step: Called before every step.
+        capture: How the passes of padded batches are captured in graphs; None: they are not. With one, the model is
+            not wrapped for several workers.
     """
 
     def __init__(
@@ -118,6 +124,7 @@ class TrainingLoop:
         activity: Activity,
         request: Callable[[], Request] = lambda: "run",
         before_step: Callable[[], None] = lambda: None,
+        capture: Capture | None = None,
     ) -> None:
         self.plan, self.model, self.optimizer, self.scheduler = plan, model, optimizer, scheduler
         self.batches, self.hooks, self.device, self.rank = batches, hooks, device, rank
@@ -135,12 +142,16 @@ class TrainingLoop:
         """Steps since the last hooks ran."""
         self.storage = EventStorage(start_iteration)
         self.clock = StepClock(device, model)
+        self._buckets = GradientBuckets(model.parameters(), plan.world_size) if capture else None
+        self._graphs = Graphs(capture, self._forward_and_backward, self._lasting_tensors, device) if capture else None
 
     def run(self) -> StopReason:
         """Trains until the schedule or a hook ends it; raises NotFiniteError and BadInputError."""
         with self.storage:
             while self.stop_reason is None:
                 self.window = StepWindow(self.iteration)
+                if self._graphs:
+                    self._graphs.forget_replaced()  # a hook may have replaced what they use
                 while not self.window.complete:
                     self._before_step()
                     self._step(self.window)
@@ -165,23 +176,7 @@ class TrainingLoop:
         self.clock.mark("data")
         waited = time.perf_counter() - started
 
-        # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
-        # iteration, so that a resumed run repeats them without a saved generator state.
-        # `torch.manual_seed` would look for every kind of accelerator in each step.
-        seed = step_seed(self.plan.seed, self.rank, self.iteration)
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        self.activity.enter("step", "forward")
-        with self._autocast():
-            losses: dict[str, torch.Tensor] = self.model(batch.inputs)
-            total = torch.stack(list(losses.values())).sum()
-        self.clock.mark("forward")
-
-        self.activity.enter("step", "backward")
-        self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
-        self.clock.mark("backward")
+        values = self._train_on(batch.inputs)
 
         self.activity.enter("step", "optimizer")
         self.scaler.step(self.optimizer)
@@ -190,7 +185,7 @@ class TrainingLoop:
         ends = self.iteration + 1 == self.plan.solver.max_iter
         with contextlib.suppress(IndexError) if ends else contextlib.nullcontext():
             self.scheduler.step()  # fvcore's step schedule has no rate after the last iteration, where none is needed
-        self._add_losses(losses, total)
+        self._add_losses(values)
         self.iteration += 1
         self.activity.iteration = self.iteration
         window.complete = self._closes_window()
@@ -200,11 +195,55 @@ class TrainingLoop:
                 torch.cuda.synchronize(self.device)
             window.step_seconds, window.part_seconds = self.clock.read()
             window.data_seconds = window.part_seconds.pop("data")
+            window.graphs = self._graphs.take_use() if self._graphs else None
 
         window.num_images += len(batch)
         self.storage.put_scalars(time=time.perf_counter() - started, data_time=waited, smoothing_hint=False)
         self.storage.put_scalar("lr", window.learning_rate, smoothing_hint=False)
         self.storage.step()
+
+    def _train_on(self, inputs: Any) -> torch.Tensor:
+        """Makes the gradients of a batch, averaged over the workers; returns its losses and their sum."""
+        self.activity.enter("step", "forward")
+        graph = self._graphs.graph_of(inputs, self._loss_sums) if self._graphs else None
+        # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
+        # iteration, so that a resumed run repeats them without a saved generator state.
+        # `torch.manual_seed` would look for every kind of accelerator in each step.
+        seed = step_seed(self.plan.seed, self.rank, self.iteration)
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        if graph:
+            values = graph.run(inputs)
+            self.clock.mark("graph")  # a replay does not say where in it the backward pass began
+        else:
+            with self._graphs.side_stream() if self._graphs else contextlib.nullcontext():
+                values = self._forward_and_backward(inputs, self._end_part)
+        if self._buckets:
+            self._buckets.average()
+            if self.plan.world_size > 1:
+                self.clock.mark("communication")
+        return values
+
+    def _end_part(self, part: str) -> None:
+        self.clock.mark(part)
+        if part == "forward":
+            self.activity.enter("step", "backward")
+
+    def _forward_and_backward(self, inputs: Any, end_part: Callable[[str], None] = lambda _: None) -> torch.Tensor:
+        """Both passes, as a graph captures them; nothing in them waits for the device."""
+        with self._autocast():
+            losses: dict[str, torch.Tensor] = self.model(inputs)
+            total = torch.stack(list(losses.values())).sum()
+        self._loss_names = self._loss_names or (*losses, "total_loss")
+        end_part("forward")
+        if self._buckets:
+            self._buckets.zero()
+        else:
+            self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        end_part("backward")
+        return torch.stack([*(loss.detach().float() for loss in losses.values()), total.detach().float()])
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._precision == "fp32":
@@ -212,11 +251,17 @@ class TrainingLoop:
         dtype = torch.float16 if self._precision == "amp" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype)
 
-    def _add_losses(self, losses: dict[str, torch.Tensor], total: torch.Tensor) -> None:
+    def _lasting_tensors(self) -> Iterator[torch.Tensor]:
+        """What both passes use of the model: weights, their gradients, buffers."""
+        for weight in self.model.parameters():
+            yield weight
+            if weight.grad is not None:
+                yield weight.grad
+        yield from self.model.buffers()
+
+    def _add_losses(self, values: torch.Tensor) -> None:
         """Adds up the losses on the device; nothing is fetched to the host before the window closes."""
-        values = torch.stack([*(loss.detach().float() for loss in losses.values()), total.detach().float()])
-        if not self._loss_names:
-            self._loss_names = (*losses, "total_loss")
+        if not self._loss_sums.dim():
             self._loss_sums = torch.zeros_like(values)
         self._loss_sums += values
         bad = ~torch.isfinite(values[-1]) & (self._first_bad < 0)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -176,12 +177,18 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     return model.train()
 
 
-def distribute(model: nn.Module, device: torch.device, world_size: int, gradient_views: bool = False) -> nn.Module:
-    """The model in DistributedDataParallel, on GPU or CPU; as it is for one worker.
+def distribute(
+    model: nn.Module, device: torch.device, world_size: int, gradient_views: bool = False, graphs: bool = False
+) -> nn.Module:
+    """The model in DistributedDataParallel, on GPU or CPU; as it is for one worker, and for CUDA graphs.
 
-    detectron2's `create_ddp_model` passes `device_ids`, which torch refuses for a CPU model.
+    detectron2's `create_ddp_model` passes `device_ids`, which torch refuses for a CPU model. Under graphs
+    `GradientBuckets` averages the gradients; here all workers get rank 0's weights and buffers, as from torch's class.
     """
-    if world_size == 1:
+    if world_size > 1 and graphs:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    if world_size == 1 or graphs:
         return model
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(

@@ -52,10 +52,15 @@ def precise_batch_norm(
             for module in model.modules()
             if isinstance(module, DenseDetector) and hasattr(module, "loss_normalizer")
         }
+        norms = get_bn_modules(model)
+        running = [(norm.running_mean, norm.running_var) for norm in norms]
         torch.manual_seed(step_seed(seed, rank, iteration))
         with EventStorage():  # what the model logs meanwhile is of no use
             inputs = (batch.inputs for batch in itertools.islice(batches, settings.NUM_ITER))
             update_bn_stats(model, inputs, settings.NUM_ITER)
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            # fvcore puts other tensors in their place; a CUDA graph goes on with these.
+            norm.running_mean, norm.running_var = mean.copy_(norm.running_mean), variance.copy_(norm.running_var)
         for module, normalizer in normalizers.items():
             module.loss_normalizer = normalizer
 

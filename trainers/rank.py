@@ -42,6 +42,7 @@ from trainers.loop import NotFiniteError, Request, TrainingLoop
 from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
 from trainers.speedups.apply import process_settings, resolve_precision
+from trainers.speedups.graphs import capture_for
 from trainers.training_order import Epoch, training_epoch
 
 logger = logging.getLogger(__name__)
@@ -193,9 +194,12 @@ class Rank:
             return "target" if evaluation.target_reached() else self.pulse.command
 
         optimizer, scheduler = mask_rcnn.build_solver(cfg, detector, plan.recipe)
+        capture = capture_for(detector, plan.recipe, device, plan.world_size)
         return TrainingLoop(
             plan=plan,
-            model=mask_rcnn.distribute(detector, device, plan.world_size, plan.recipe.gradient_views),
+            model=mask_rcnn.distribute(
+                detector, device, plan.world_size, plan.recipe.gradient_views, graphs=capture is not None
+            ),
             optimizer=optimizer,
             scheduler=scheduler,
             batches=load(start, plan.loader_workers),
@@ -211,6 +215,7 @@ class Rank:
             activity=self.activity,
             request=request,
             before_step=self.before_step,
+            capture=capture,
         )
 
     def _newest(self, store: CheckpointStore) -> tuple[dict[str, Any], str] | None:

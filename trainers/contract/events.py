@@ -104,8 +104,9 @@ class StepsDone(Event):
     """Waiting for the loader, in each step."""
     part_seconds: dict[str, float]
     """Seconds of the window by part: `data`, `forward`, `backward`, `optimizer`. With several workers also
-    `communication`: waiting for the others' gradients after the local ones are ready; `backward` excludes it. On a GPU
-    all parts, and the steps, are measured on the device's timeline: `data` is the time it idles for lack of data."""
+    `communication`: waiting for the others' gradients after the local ones are ready; `backward` excludes it. A step
+    that a CUDA graph replays has `graph` instead of `forward` and `backward`, which a replay does not tell apart. On a
+    GPU all parts, and the steps, are measured on the device's timeline: `data` is its idle time for lack of data."""
     losses: dict[str, float]
     """Means over the window and the workers, by detectron2's name, and `total_loss` (rank 0 only); none that is not
     known."""
@@ -113,7 +114,13 @@ class StepsDone(Event):
     peak_memory_gib: float | None
     """Most memory used so far: of the device, or of the process on CPU."""
     step_part_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """The parts but `data` in each step; a part that was not timed by step is left out."""
+    """The parts but `data` in each step; a part that was not timed in every step is left out."""
+    num_graphs: int | None = None
+    """CUDA graphs held at the end of the window; None without them."""
+    capture_seconds: float | None = None
+    """Capturing graphs, in the seconds of their steps."""
+    eager_steps: dict[str, int] = field(default_factory=dict)
+    """With CUDA graphs, the steps that none of them replayed, by the reason."""
     num_ranks: int = 1
     """1, or all of them where a replayed log does not separate ranks; then `step_seconds` and `data_seconds` are empty,
     because a log prints no single step."""
