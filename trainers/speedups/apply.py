@@ -12,6 +12,7 @@ from typing import Any, Literal
 import cv2
 import torch
 from detectron2.layers import Conv2d
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import (
@@ -26,6 +27,9 @@ from torch import nn
 
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
+from trainers.speedups.fixed_rcnn import FixedRCNN, unsupported
+from trainers.speedups.fixed_roi_heads import FixedROIHeads
+from trainers.speedups.fixed_rpn import FixedRPN
 from trainers.speedups.keypoint_head import ContiguousKeypointHead
 from trainers.speedups.proposals import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedRPN, BatchedStandardROIHeads
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
@@ -48,11 +52,13 @@ REPLACEMENTS: dict[str, Table] = {
         Res5ROIHeads: BatchedRes5ROIHeads,
         CascadeROIHeads: BatchedCascadeROIHeads,
     },
+    "fixed_shapes": {GeneralizedRCNN: FixedRCNN, RPN: FixedRPN, StandardROIHeads: FixedROIHeads},
     "quiet_heads": {FastRCNNOutputLayers: QuietFastRCNNOutputLayers, MaskRCNNConvUpsampleHead: QuietMaskRCNNHead},
     "winograd": {Conv2d: winograd_conv},
     "channels_last": {KRCNNConvDeconvUpsampleHead: ContiguousKeypointHead},
 }
-"""For each switch of a recipe the classes of detectron2 that it exchanges."""
+"""For each switch of a recipe the classes of detectron2 that it exchanges; `fixed_shapes` stands in for
+`batched_proposals`, whose replacements its own are subclasses of."""
 
 MMAP_THRESHOLD, MMAP_MAX, TRIM_THRESHOLD = -3, -4, -1  # options of mallopt(3)
 GLIBC_MEMORY = ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 * 2**20), (TRIM_THRESHOLD, 64 * 2**20))
@@ -120,11 +126,17 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
     Checkpoints stay as they are, so that a trial can go on under another recipe.
     """
     on_cpu = device.type == "cpu"
+    fixed_shapes = not on_cpu if recipe.fixed_shapes is None else recipe.fixed_shapes
+    reason = unsupported(model) if fixed_shapes else None
+    if reason:
+        logger.warning("fixed_shapes: has no effect, %s.", reason)
+        fixed_shapes = False
     with_keypoints = any(type(module) is KRCNNConvDeconvUpsampleHead for module in model.modules())
     switches = {
         "channels_last": recipe.channels_last and with_keypoints,
         "sparse_pooling": recipe.sparse_pooling and on_cpu,
-        "batched_proposals": recipe.batched_proposals,
+        "fixed_shapes": fixed_shapes,
+        "batched_proposals": recipe.batched_proposals and not fixed_shapes,
         "quiet_heads": recipe.quiet_heads,
         "winograd": recipe.winograd and on_cpu and resolve_precision(recipe.precision, device) == "fp32",
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from detectron2.layers import ROIAlign
 from detectron2.modeling import FPN, GeneralizedRCNN, StandardROIHeads
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -16,6 +15,7 @@ from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 
+from trainers.speedups.level_pooling import is_roi_align
 from trainers.speedups.padded_batch import PaddedBatch
 
 
@@ -132,6 +132,4 @@ def _unsupported_mask_head(heads: Any) -> str | None:
 
 
 def _unsupported_pooler(pooler: Any) -> str | None:
-    return _other_class({ROIPooler: pooler}) or next(
-        filter(None, (_other_class({ROIAlign: level}) for level in pooler.level_poolers)), None
-    )
+    return _other_class({ROIPooler: pooler}) or (None if is_roi_align(pooler) else "its pooler is not ROIAlign")
