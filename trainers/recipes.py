@@ -66,10 +66,8 @@ class Recipe:
     """On GPUs, ROIAlign of all levels in one kernel, in NHWC memory order (trainers/speedups/level_pooling.py).
     Rounding."""
     folded_norms: bool = False
-    """On GPUs, fold frozen batch norm into the convolutions (trainers/speedups/folded_norms.py). Rounding."""
-    half_weights: bool = False
-    """On GPUs with 16-bit precision, keep a 16-bit copy of the weights instead of casting them at each use
-    (trainers/speedups/half_weights.py). The same."""
+    """On GPUs, fold frozen batch norm into the convolutions in training (trainers/speedups/folded_norms.py).
+    Rounding."""
     deterministic: bool = False
     """On GPUs, only operations that give the same bits each time; slower. CPUs do so anyway."""
     gradient_views: bool = False

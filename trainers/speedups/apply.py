@@ -30,6 +30,7 @@ from trainers.speedups.convolution import winograd_conv
 from trainers.speedups.fixed_rcnn import FixedRCNN, unsupported
 from trainers.speedups.fixed_roi_heads import FixedROIHeads
 from trainers.speedups.fixed_rpn import FixedRPN
+from trainers.speedups.folded_norms import folded_conv
 from trainers.speedups.keypoint_head import ContiguousKeypointHead
 from trainers.speedups.proposals import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedRPN, BatchedStandardROIHeads
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
@@ -55,6 +56,7 @@ REPLACEMENTS: dict[str, Table] = {
     "fixed_shapes": {GeneralizedRCNN: FixedRCNN, RPN: FixedRPN, StandardROIHeads: FixedROIHeads},
     "quiet_heads": {FastRCNNOutputLayers: QuietFastRCNNOutputLayers, MaskRCNNConvUpsampleHead: QuietMaskRCNNHead},
     "winograd": {Conv2d: winograd_conv},
+    "folded_norms": {Conv2d: folded_conv},
     "channels_last": {KRCNNConvDeconvUpsampleHead: ContiguousKeypointHead},
 }
 """For each switch of a recipe the classes of detectron2 that it exchanges; `fixed_shapes` stands in for
@@ -139,6 +141,7 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
         "batched_proposals": recipe.batched_proposals and not fixed_shapes,
         "quiet_heads": recipe.quiet_heads,
         "winograd": recipe.winograd and on_cpu and resolve_precision(recipe.precision, device) == "fp32",
+        "folded_norms": recipe.folded_norms and not on_cpu,
     }
     exchanged = exchange(model, {switch: REPLACEMENTS[switch] for switch, on in switches.items() if on})
     if recipe.channels_last:
