@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,46 @@ class Batch:
             tensors = tuple(record["image"] for record in self.inputs)
         for tensor in tensors:
             tensor.record_stream(stream)
+
+
+@dataclass(slots=True)
+class BatchTally:
+    """What the batches of several steps were like."""
+
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+    """Of each batch, in order."""
+    wasted_pixels: int = 0
+    eager: Counter[str] = field(default_factory=Counter)
+    """Batches without fixed sizes, by the reason, where the recipe asks for them."""
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch."""
+        self.shapes.append(batch.shape)
+        self.wasted_pixels += batch.wasted_pixels
+        if batch.eager_reason:
+            self.eager[batch.eager_reason] += 1
+
+
+class ShapesMet:
+    """Which shapes of batches this process has met; `fixed`: whether the recipe asks for fixed ones."""
+
+    def __init__(self, fixed: bool) -> None:
+        self._fixed = fixed
+        self._met: set[tuple[int, int, int]] = set()
+
+    def fields(self, tally: BatchTally) -> dict[str, Any]:
+        """The fields of `StepsDone` on the batches of the next window of steps."""
+        new_shapes = {}
+        for step, shape in enumerate(tally.shapes):
+            if shape not in self._met:
+                self._met.add(shape)
+                new_shapes[" x ".join(map(str, shape))] = step
+        return {
+            "new_shapes": new_shapes,
+            "pixels": sum(math.prod(shape) for shape in tally.shapes),
+            "wasted_pixels": tally.wasted_pixels,
+            "eager_batches": dict(tally.eager) if self._fixed else None,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainers.batching import ShapesMet
 from trainers.checkpoints import CheckpointStore
 from trainers.contract import clock
 from trainers.contract.events import Evaluated, StepsDone
@@ -56,6 +57,7 @@ class ProgressHook:
         self.plan, self.send = plan, send
         self.printer = CommonMetricPrinter(plan.solver.max_iter)
         self._num_steps, self._seconds = 0, 0.0
+        self._shapes = ShapesMet(plan.recipe.has_fixed_shapes(plan.device))
 
     def due(self, iteration: int, ending: bool) -> bool:
         """Every log period."""
@@ -83,6 +85,7 @@ class ProgressHook:
             losses=window.losses if loop.rank == 0 else {},
             learning_rate=window.learning_rate,
             peak_memory_gib=peak_memory_gib(loop.device),
+            **self._shapes.fields(window.batches),
             num_graphs=window.graphs.num_graphs if window.graphs else None,
             capture_seconds=window.graphs.capture_seconds if window.graphs else None,
             eager_steps=dict(window.graphs.eager_steps) if window.graphs else {},

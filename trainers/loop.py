@@ -27,7 +27,7 @@ from detectron2.engine.hooks import LRScheduler
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from trainers.batching import Batch
+from trainers.batching import Batch, BatchTally
 from trainers.contract.channel import Command
 from trainers.contract.events import StopReason
 from trainers.contract.plan import TrialPlan
@@ -64,6 +64,7 @@ class StepWindow:
 
     first_iteration: int
     num_images: int = 0
+    batches: BatchTally = field(default_factory=BatchTally)
     step_seconds: list[float] = field(default_factory=list)
     data_seconds: list[float] = field(default_factory=list)
     part_seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -198,6 +199,7 @@ class TrainingLoop:
             window.graphs = self._graphs.take_use() if self._graphs else None
 
         window.num_images += len(batch)
+        window.batches.add(batch)
         self.storage.put_scalars(time=time.perf_counter() - started, data_time=waited, smoothing_hint=False)
         self.storage.put_scalar("lr", window.learning_rate, smoothing_hint=False)
         self.storage.step()

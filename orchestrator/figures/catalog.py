@@ -75,6 +75,7 @@ _seconds = partial(Figure, unit="s", text=seconds_text, better="lower")
 _step_seconds = partial(Figure, unit="s", text=_three_decimals, better="lower")
 _ap = partial(Figure, unit="AP", text=_two_decimals, better="higher")
 _rate = partial(Figure, unit="images/s", text=rate_text, better="higher")
+_share = partial(Figure, text=percent_text, better="lower")
 _cost = partial(Figure, unit="currency of the price", text=_two_decimals, better="lower")
 
 SECTIONS: dict[str, tuple[Figure, ...]] = {
@@ -142,8 +143,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _seconds("evaluation_seconds", "Evaluations (s)", "How long training was stalled for evaluations in all."),
         _seconds("checkpoint_seconds", "Checkpoints (s)", "How long training was stalled for checkpoints in all; "
             "writing that overlaps training is not in it."),
-        _seconds("lost_work_seconds", "Lost work (s)", "Steps that had to be trained again after a restart: the first "
-            "time they were trained."),
+        _seconds("lost_work_seconds", "Lost work (s)", "The first run of steps trained again after a restart."),
         _seconds("sections.wall", "wall", "From the driver's start of the trial to its end; the other sections add up "
             "to it.", better=None),
         _seconds("sections.startup", "startup", "From the driver's start of the trial to the first batch request."),
@@ -157,13 +157,10 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _seconds("sections.step_other", "step other", "Steps: the rest of them."),
         _seconds("sections.evaluation", "evaluation", "Training stalled for evaluations."),
         _seconds("sections.checkpoint", "checkpoint", "Training stalled for checkpoints."),
-        _seconds("sections.lost_work", "lost work", "Steps that had to be trained again after a restart: the first "
-            "time they were trained."),
-        _seconds("sections.downtime", "downtime", "From the last progress before each failure to the next batch "
-            "request."),
+        _seconds("sections.lost_work", "lost work", "The first run of steps trained again after a restart."),
+        _seconds("sections.downtime", "downtime", "From the last progress before a failure to the next batch request."),
         _seconds("sections.shutdown", "shutdown", "From the last progress to the end of the trial."),
-        _seconds("sections.other", "other", "The rest: agreement at the ends of windows, progress lines, hooks without "
-            "a section."),
+        _seconds("sections.other", "other", "The rest: agreement at the ends of windows, progress lines, other hooks."),
     ),
     "Downtime": (
         _seconds("downtime_seconds", "Downtime (s)", "From the last progress before each failure to the next batch "
@@ -192,12 +189,22 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "step, all ranks together, by window of steps.", mlflow="time/window_step_seconds_p95"),
         _step_seconds("windows.data_seconds", "Wait for data (s)", "Mean wait of a step for the loader, by window of "
             "steps.", mlflow="time/data_seconds"),
-        Figure("data_wait_share", "Waiting for data", "Waiting for the loader over the wall time of the steps after "
-            "the warm-up, 0–1.", text=percent_text, better="lower"),
+        _share("data_wait_share", "Waiting for data", "Waiting for the loader over the wall time of the steps after "
+            "the warm-up, 0–1."),
         Figure("peak_memory_gib", "Memory (GiB)", "Most memory any worker used: allocated on its GPU, or resident in "
             "its process on CPU.", unit="GiB", text=_two_decimals, better="lower", mlflow="memory/peak_gib"),
         Figure("windows.peak_memory_gib", "Memory so far (GiB)", "Most memory any worker had used by the end of a "
             "window of steps.", unit="GiB", text=_two_decimals, better="lower", mlflow="memory/window_peak_gib"),
+    ),
+    "Shapes": (
+        Figure("num_shapes", "Shapes", "Distinct padded shapes (images, height, width) of all workers' batches.",
+            better="lower", mlflow="shapes/distinct"),
+        _seconds("new_shape_seconds", "New shapes (s)", "What steps with a shape new to their worker took above its "
+            "median step, and captures of CUDA graphs; of the slowest worker.", mlflow="time/new_shape_seconds"),
+        _share("wasted_pixel_share", "Wasted pixels", "Pixels that fixed sizes add to detectron2's own padding, over "
+            "all pixels, 0–1.", mlflow="shapes/wasted_pixel_share"),
+        _share("eager_step_share", "Eager steps", "Steps of all workers without the fixed shapes or the CUDA graph "
+            "that the recipe asks for, 0–1; null where it asks for neither.", mlflow="shapes/eager_step_share"),
     ),
     "Rank skew": (
         Figure("rank_skew", "Slowest rank", "Step time of the slowest worker over the median worker's, both without "

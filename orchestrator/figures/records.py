@@ -180,6 +180,12 @@ class TrialResult(_Record):
     cost: float | None = None
     cost_to_target: float | None = None
     peak_memory_gib: float | None = None
+    num_shapes: int | None = None
+    new_shape_seconds: float | None = None
+    wasted_pixel_share: float | None = None
+    eager_step_share: float | None = None
+    eager_steps: dict[str, int] = {}
+    """Those steps by the reason."""
     state_sha256: str | None = None
     """Hash of the final model and optimizer state."""
     hosts: list[str] = []

@@ -12,6 +12,7 @@ from orchestrator.figures.causes import oddities, root_cause
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
+from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
     MAX_POINTS,
     PARTS,
@@ -217,6 +218,7 @@ def _steps(trial: _Trial) -> dict[str, Any]:
         "rate_curve_source": ("timestamps" if trial.log else "steps") if curve else None,
         "drift_ratio": drift_ratio(curve),
         "peak_memory_gib": peak_memory(_all(trial.events, StepsDone)),
+        **shape_figures(_all(trial.events, StepsDone)),
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
 
@@ -23,13 +23,14 @@ STEP_KEYS = (
     "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
     "rank_skew", "peak_memory_gib", "num_restarts",
 )  # fmt: skip
+SHAPE_KEYS = ("num_shapes", "new_shape_seconds", "wasted_pixel_share", "eager_step_share")
 RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 
 
 def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Headings and rows of every table that has rows, by its title; the trials' labels begin their rows."""
-    wall, evaluations, steps, restarts = [], [], [], []
+    wall, evaluations, steps, shapes, restarts = [], [], [], [], []
     coco = FIGURES["evaluations.figures.*"]
     figures = {name for trial in trials for each in trial.trial.evaluations for name in each.figures}
     absent = tuple(part for part in PARTS if f"{part}_ap" not in figures)
@@ -44,6 +45,8 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             evaluations.append([trial.label, *_texts(evaluation, keys), *more])
         device = f"{record.world_size} × {record.device_name or record.device or NOT_MEASURED}"
         steps.append([trial.label, *_texts(record, STEP_KEYS), device])
+        if record.num_shapes is not None:
+            shapes.append([trial.label, *_texts(record, SHAPE_KEYS), _reasons(record.eager_steps)])
         for restart in record.restarts:
             what = [str(restart.attempt), restart.cause, restart.message]
             restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS)])
@@ -51,9 +54,14 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
         "Evaluations": (["Trial", *_headings(keys), *columns.values()], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
+        "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts),
     }
     return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return "; ".join(f"{reason} ({number_text(count)})" for reason, count in counts.items())
 
 
 def _headings(keys: Sequence[str]) -> list[str]:

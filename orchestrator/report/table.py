@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure, number_text
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure, number_text, percent_text, seconds_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 
 DEFINITIONS = "docs/measurement.md"
@@ -30,6 +30,9 @@ DEFINITIONS = "docs/measurement.md"
 
 MAX_DATA_WAIT = 0.05
 """Share of the step time spent waiting for data above which a note says so; the seed's runs waited for below 1 %."""
+
+MAX_NEW_SHAPES = 0.05
+"""What new shapes may add to the time of the steps without a note."""
 
 COLUMNS = tuple(
     FIGURES[key]
@@ -229,11 +232,25 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
             f"starved: {wait:.0%} of the step time went by waiting for data; "
             "give it more CPUs (resources.cpus_per_worker) or loader processes (resources.loader_workers)"
         )
+    if eager := [trial for trial in trials if trial.eager_steps]:
+        share = percent_text(max(trial.eager_step_share or 0.0 for trial in eager))
+        reasons = dict.fromkeys(reason for trial in eager for reason in trial.eager_steps)
+        notes.append(f"eager: {share} of the steps had no fixed shape or CUDA graph ({', '.join(reasons)})")
+    costly = max(trials, key=_new_shape_share)
+    if _new_shape_share(costly) > MAX_NEW_SHAPES and costly.device == "cuda":  # a CPU takes every shape alike
+        seconds = seconds_text(costly.new_shape_seconds)
+        notes.append(f"{costly.num_shapes} shapes of batches added {seconds} s to its steps (switches.fixed_shapes)")
     known = {name: ap for name in APS if (ap := getattr(first, name)) is not None}
     if first.protocol == "throughput" and known:
         figures = ", ".join(f"{name.replace('_ap', ' AP')} {number_text(ap, 2)}" for name, ap in known.items())
         notes.append(f"{figures} after {first.iterations} iterations run for speed, not for accuracy")
     return notes
+
+
+def _new_shape_share(trial: TrialResult) -> float:
+    """What new shapes added to the steps, over what these would have taken; 0 where that is not known."""
+    usual = (trial.step_seconds.p50 or 0.0) * (trial.iterations or 0)
+    return (trial.new_shape_seconds or 0.0) / usual if usual else 0.0
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -33,7 +33,10 @@ WINDOWS = {
 }  # fmt: skip
 """Curves that had the names of a trial's figures before, which then had two points at the last step."""
 
-ADDED = {"coco/final_keypoint_ap", "coco/best_keypoint_ap", "coco/keypoint_ap"} | WINDOWS
+ADDED = {
+    "coco/final_keypoint_ap", "coco/best_keypoint_ap", "coco/keypoint_ap", "shapes/distinct",
+    "shapes/wasted_pixel_share", "shapes/eager_step_share", "time/new_shape_seconds",
+} | WINDOWS  # fmt: skip
 """Names that came later."""
 
 SAYS_ITS_NAME = {

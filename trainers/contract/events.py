@@ -121,6 +121,15 @@ class StepsDone(Event):
     """Capturing graphs, in the seconds of their steps."""
     eager_steps: dict[str, int] = field(default_factory=dict)
     """With CUDA graphs, the steps that none of them replayed, by the reason."""
+    new_shapes: dict[str, int] | None = None
+    """Padded shapes of batches (`images x height x width`) that this process met for the first time, and the step of
+    the window, counted from 0; None where they were not noted."""
+    pixels: int | None = None
+    """Pixels that were computed on, padding included; `wasted_pixels` are those of them that detectron2's own padding
+    would not have."""
+    wasted_pixels: int | None = None
+    eager_batches: dict[str, int] | None = None
+    """Batches without fixed sizes, by the reason; None where the recipe does not ask for them."""
     num_ranks: int = 1
     """1, or all of them where a replayed log does not separate ranks; then `step_seconds` and `data_seconds` are empty,
     because a log prints no single step."""
