@@ -12,7 +12,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
-from detectron2.modeling.roi_heads import FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, MaskRCNNConvUpsampleHead
 from torch import Tensor, nn
 
 from trainers.speedups.level_pooling import is_roi_align
@@ -22,7 +22,8 @@ from trainers.speedups.padded_batch import PaddedBatch
 class FixedRCNN(GeneralizedRCNN):
     """detectron2's `GeneralizedRCNN`, which also trains on padded batches.
 
-    Its parts must be `FixedRPN` and `FixedROIHeads`.
+    Its parts must be `FixedRPN` and `FixedROIHeads`. Features near the edge of an image, and statistics of norms that
+    are not frozen, see the padding up to the canvas as they see detectron2's own, which depends on the other images.
     """
 
     def forward(self, batched_inputs: PaddedBatch | list[dict[str, Any]]) -> Any:
@@ -118,8 +119,10 @@ def _unsupported_heads(heads: Any) -> str | None:
         return f"MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE is {predictor.box_reg_loss_type}"
     if predictor.use_sigmoid_ce:
         return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE takes another loss"
+    if any(isinstance(part, nn.BatchNorm2d | nn.SyncBatchNorm) for part in heads.modules()):
+        return "batch norm in the ROI heads would count empty slots"
     return (
-        _other_class({Box2BoxTransform: predictor.box2box_transform})
+        _other_class({Box2BoxTransform: predictor.box2box_transform, FastRCNNConvFCHead: heads.box_head})
         or _unsupported_pooler(heads.box_pooler)
         or (_unsupported_mask_head(heads) if heads.mask_on else None)
     )
