@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
@@ -17,9 +17,9 @@ from tests.builders.experiments import tiny_experiment
 from tests.builders.padded_batches import padded, random_records
 from tests.builders.tape import TapeCapture
 from trainers import hooks, mask_rcnn
+from trainers.batching import Batch
 from trainers.contract.events import StepsDone
 from trainers.contract.plan import TrialPlan
-from trainers.batching import Batch
 from trainers.loop import TrainingLoop
 from trainers.pulse import Activity
 from trainers.speedups.padded_batch import PaddedBatch
@@ -39,18 +39,18 @@ class TinyDetector(nn.Module):
 
     def forward(self, inputs: PaddedBatch | list[dict[str, Any]]) -> dict[str, Tensor]:
         if not isinstance(inputs, PaddedBatch):
-            inputs = padded(inputs, (48, 48))
+            inputs = padded(inputs, (64, 64))
         features = self.stem(inputs.images / 57.0)
         chosen = torch.rand(features.shape[2:]) < 0.5
         pooled = torch.where(chosen, features, 0.0).mean(dim=(2, 3))
         valid_mask = torch.arange(inputs.boxes.shape[1]) < inputs.num_objects[:, None]
         boxes = inputs.boxes / inputs.sizes.flip(1).repeat(1, 2)[:, None]
         objects = torch.cat([pooled[:, None].expand(-1, boxes.shape[1], -1), boxes], dim=2)
-        losses = F.cross_entropy(self.classes(objects).transpose(1, 2), inputs.classes, reduction="none")
+        losses = cross_entropy(self.classes(objects).transpose(1, 2), inputs.classes, reduction="none")
         mean_box = (boxes * valid_mask[..., None]).sum(dim=1) / inputs.num_objects[:, None]
         return {
             "loss_cls": (losses * valid_mask).sum() / inputs.num_objects.sum(),
-            "loss_box": F.smooth_l1_loss(self.places(pooled), mean_box),
+            "loss_box": smooth_l1_loss(self.places(pooled), mean_box),
         }
 
 
@@ -108,12 +108,13 @@ def train(
     resume: dict[str, Any] | None = None,
     stop_at: int | None = None,
     rank: int = 0,
+    build: Callable[[], nn.Module] = TinyDetector,
     batch: Callable[[int, int], Batch] = batch_of,
     more_hooks: Sequence[Any] = (),
 ) -> Trained:
-    """Trains a tiny detector to the end of the plan, or to `stop_at`, from its start or a state."""
+    """Trains a model to the end of the plan, or to `stop_at`, from its start or a state, on batches of an iteration."""
     torch.manual_seed(0)
-    model = TinyDetector()
+    model = build()
     optimizer, scheduler = mask_rcnn.build_solver(mask_rcnn.build_config(plan), model, plan.recipe)
     capture = TapeCapture(lambda: _lasting(model)) if graphs else None
     start = resume["iteration"] if resume else 0

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.builders.waits import NoWaits
+from tests.builders.waits import NoWaits, WaitError
 
 
 class Tape(TorchDispatchMode):
@@ -57,11 +57,15 @@ class TapeCapture:
     def record(self, run: Callable[[], object]) -> Callable[[], None]:
         tensors = list(self.lasting())
         before = [tensor.detach().clone() for tensor in tensors]
-        with Tape() as tape, NoWaits():
-            run()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+        try:
+            with Tape() as tape, NoWaits():
+                run()
+        except WaitError as error:
+            raise RuntimeError("operation not permitted when stream is capturing") from error
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
         self.num_captures += 1
 
         def replay() -> None:
