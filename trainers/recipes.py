@@ -63,7 +63,8 @@ class Recipe:
     """On GPUs, with `fixed_shapes`, replay the whole forward and backward pass as one CUDA graph for each size of
     batch (trainers/speedups/graphs.py). The same."""
     triton_pooling: bool = False
-    """On GPUs, ROIAlign of all levels in one kernel, in NHWC memory order (trainers/speedups/level_pooling.py).
+    """On GPUs, ROIAlign of all levels in one kernel each way, in NHWC memory order, in training and detection; the same
+    bits each time (trainers/speedups/level_pooling.py). Batches of `fixed_shapes` are pooled so in any case.
     Rounding."""
     folded_norms: bool = False
     """On GPUs, fold frozen batch norm into the convolutions in training (trainers/speedups/folded_norms.py).

@@ -32,6 +32,7 @@ from trainers.speedups.fixed_roi_heads import FixedROIHeads
 from trainers.speedups.fixed_rpn import FixedRPN
 from trainers.speedups.folded_norms import folded_conv
 from trainers.speedups.keypoint_head import ContiguousKeypointHead
+from trainers.speedups.level_pooling import triton_pooler
 from trainers.speedups.proposals import BatchedCascadeROIHeads, BatchedRes5ROIHeads, BatchedRPN, BatchedStandardROIHeads
 from trainers.speedups.quiet_heads import QuietFastRCNNOutputLayers, QuietMaskRCNNHead
 from trainers.speedups.roi_pooling import sparse_pooler
@@ -47,6 +48,7 @@ Exchanged = list[tuple[nn.Module, type[nn.Module]]]
 
 REPLACEMENTS: dict[str, Table] = {
     "sparse_pooling": {ROIPooler: sparse_pooler},
+    "triton_pooling": {ROIPooler: triton_pooler},
     "batched_proposals": {
         RPN: BatchedRPN,
         StandardROIHeads: BatchedStandardROIHeads,
@@ -133,10 +135,12 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
     if reason:
         logger.warning("fixed_shapes: has no effect, %s.", reason)
         fixed_shapes = False
+    pooling = recipe.sparse_pooling if on_cpu else recipe.triton_pooling  # gives features in NHWC memory order
     with_keypoints = any(type(module) is KRCNNConvDeconvUpsampleHead for module in model.modules())
     switches = {
-        "channels_last": recipe.channels_last and with_keypoints,
-        "sparse_pooling": recipe.sparse_pooling and on_cpu,
+        "channels_last": (recipe.channels_last or pooling) and with_keypoints,
+        "sparse_pooling": pooling and on_cpu,
+        "triton_pooling": pooling and not on_cpu,
         "fixed_shapes": fixed_shapes,
         "batched_proposals": recipe.batched_proposals and not fixed_shapes,
         "quiet_heads": recipe.quiet_heads,

@@ -1,4 +1,4 @@
-"""A keypoint head for models whose weights are in the channels-last format."""
+"""A keypoint head for models whose weights, or whose pooled features, are in the channels-last format."""
 
 from __future__ import annotations
 

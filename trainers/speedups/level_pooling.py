@@ -26,6 +26,26 @@ MAX_CORNER = 2.0**16
 samples for seconds."""
 
 
+MAX_LEVELS = 5
+"""Feature maps that the kernels take."""
+
+
+class TritonPooler(ROIPooler):
+    """A `ROIPooler` for which `is_roi_align` holds, pooling in Triton's kernels on GPUs."""
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        """Pools each box, in pixels of its image, from the feature map of its size, (N, C, H, W), finest first."""
+        boxes = torch.cat([boxes.tensor for boxes in box_lists])
+        # Filled on the device: a copy of the numbers from the host would wait for it.
+        numbers = [boxes.new_full((len(each),), number, dtype=torch.int64) for number, each in enumerate(box_lists)]
+        return pool_boxes(self, x, boxes, torch.cat(numbers))
+
+
+def triton_pooler(_name: str, pooler: ROIPooler) -> type[ROIPooler] | None:
+    """The class that pools in a pooler's place; None where the kernels cannot."""
+    return TritonPooler if is_roi_align(pooler) else None
+
+
 def pool_boxes(pooler: ROIPooler, features: list[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
     """Pools boxes, (R, 4), of the images with these numbers, (R,), as a pooler for which `is_roi_align` holds does.
 
@@ -39,9 +59,10 @@ def pool_boxes(pooler: ROIPooler, features: list[Tensor], boxes: Tensor, image: 
 
 
 def is_roi_align(pooler: ROIPooler) -> bool:
-    """Whether a pooler pools by ROIAlign to squares, which is all that `pool_boxes` can do."""
+    """Whether a pooler pools by ROIAlign to squares, from so few levels, as `pool_boxes` does."""
     rows, columns = pooler.output_size
-    return rows == columns and all(type(level) is ROIAlign for level in pooler.level_poolers)
+    levels = pooler.level_poolers
+    return rows == columns and len(levels) <= MAX_LEVELS and all(type(level) is ROIAlign for level in levels)
 
 
 def level_of(pooler: ROIPooler, boxes: Tensor) -> Tensor:
@@ -163,3 +184,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _pool.register_fake(lambda features, boxes, _image, _level, _scales, size, *_: _empty_pool(features, boxes, size))
 _pool_backward.register_fake(lambda grad, _boxes, _image, _level, *maps: _empty_gradients(grad, *maps[:3]))
 _pool.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@_pool.register_kernel("cuda")
+def _(features: list[Tensor], boxes: Tensor, *settings: Any) -> Tensor:
+    from trainers.speedups.kernels import roi_align
+
+    with torch.cuda.device_of(boxes):
+        return roi_align.pool(features, boxes, *settings)
+
+
+@_pool_backward.register_kernel("cuda")
+def _(grad: Tensor, *settings: Any) -> list[Tensor]:
+    from trainers.speedups.kernels import roi_align
+
+    with torch.cuda.device_of(grad):
+        return roi_align.pool_backward(grad, *settings)
