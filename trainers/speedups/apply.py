@@ -130,7 +130,7 @@ def tune_model(model: nn.Module, recipe: Recipe, device: torch.device) -> Exchan
     Checkpoints stay as they are, so that a trial can go on under another recipe.
     """
     on_cpu = device.type == "cpu"
-    fixed_shapes = not on_cpu if recipe.fixed_shapes is None else recipe.fixed_shapes
+    fixed_shapes = recipe.has_fixed_shapes(device.type)
     reason = unsupported(model) if fixed_shapes else None
     if reason:
         logger.warning("fixed_shapes: has no effect, %s.", reason)
