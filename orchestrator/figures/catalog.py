@@ -144,15 +144,13 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _seconds("checkpoint_seconds", "Checkpoints (s)", "How long training was stalled for checkpoints in all; "
             "writing that overlaps training is not in it."),
         _seconds("lost_work_seconds", "Lost work (s)", "The first run of steps trained again after a restart."),
-        _seconds("sections.wall", "wall", "From the driver's start of the trial to its end; the other sections add up "
-            "to it.", better=None),
+        _seconds("sections.wall", "wall", "From the driver's start of the trial to its end: the sum.", better=None),
         _seconds("sections.startup", "startup", "From the driver's start of the trial to the first batch request."),
         _seconds("sections.data", "data", "Steps: waiting for the loader."),
         _seconds("sections.forward", "forward", "Steps: forward pass."),
-        _seconds("sections.backward", "backward", "Steps: backward pass, without waiting for other workers' gradients "
-            "where that was measured."),
-        _seconds("sections.communication", "communication", "Steps: waiting for other workers' gradients after the "
-            "local ones are ready."),
+        _seconds("sections.backward", "backward", "Steps: backward pass; `communication`, where measured, is apart."),
+        _seconds("sections.graph", "graph", "Steps: forward and backward pass where a CUDA graph replayed both."),
+        _seconds("sections.communication", "communication", "Steps: waiting for gradients after the local ones."),
         _seconds("sections.optimizer", "optimizer", "Steps: optimizer and learning rate schedule."),
         _seconds("sections.step_other", "step other", "Steps: the rest of them."),
         _seconds("sections.evaluation", "evaluation", "Training stalled for evaluations."),
@@ -182,7 +180,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "after the warm-up, all ranks together."),
         _step_seconds("data_seconds.*", "Wait for data (s)", "Quantiles of a step's wait for the loader."),
         _step_seconds("part_seconds.*", "Step by part (s)", "Quantiles of the other parts of a step: forward, "
-            "backward, communication, optimizer."),
+            "backward, graph (both, replayed), communication, optimizer."),
         _step_seconds("windows.step_seconds.p50", "Step, median (s)", "Median wall time of a step, all ranks together, "
             "by window of steps.", mlflow="time/window_step_seconds_p50"),
         _step_seconds("windows.step_seconds.p95", "Step, 95th percentile (s)", "95th percentile of the wall time of a "
@@ -201,6 +199,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             better="lower", mlflow="shapes/distinct"),
         _seconds("new_shape_seconds", "New shapes (s)", "What steps with a shape new to their worker took above its "
             "median step, and captures of CUDA graphs; of the slowest worker.", mlflow="time/new_shape_seconds"),
+        Figure("num_graphs", "CUDA graphs", "Most CUDA graphs that a worker held; null without them."),
+        _seconds("capture_seconds", "Captures (s)", "Capturing CUDA graphs, on the slowest worker; in the steps."),
         _share("wasted_pixel_share", "Wasted pixels", "Pixels that fixed sizes add to detectron2's own padding, over "
             "all pixels, 0–1.", mlflow="shapes/wasted_pixel_share"),
         _share("eager_step_share", "Eager steps", "Steps of all workers without the fixed shapes or the CUDA graph "

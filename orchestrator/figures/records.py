@@ -55,6 +55,7 @@ class Sections(_Record):
     data: float | None
     forward: float | None
     backward: float | None
+    graph: float | None = None
     communication: float | None
     optimizer: float | None
     step_other: float
@@ -75,7 +76,7 @@ class RankFigures(_Record):
     """Images it trained on over the wall time of its steps."""
     step_seconds: Quantiles = Quantiles()
     part_seconds: dict[str, Quantiles] = {}
-    """Its steps by part: data, forward, backward, communication, optimizer."""
+    """Its steps by part: data, forward, backward, graph, communication, optimizer."""
     own_seconds: float | None = None
     """Its steps without waiting for the other workers, summed; null where that wait was not measured."""
     peak_memory_gib: float | None = None
@@ -182,6 +183,8 @@ class TrialResult(_Record):
     peak_memory_gib: float | None = None
     num_shapes: int | None = None
     new_shape_seconds: float | None = None
+    num_graphs: int | None = None
+    capture_seconds: float | None = None
     wasted_pixel_share: float | None = None
     eager_step_share: float | None = None
     eager_steps: dict[str, int] = {}
@@ -213,8 +216,7 @@ class ScalingRow(_Record):
     efficiency_high: float | None = None
     """Upper end of its 95 % interval."""
     interval_source: Literal["repeats", "within runs"] | None = None
-    """Spread behind the interval: between repeats, or within one run of each size (which cannot see what differs from
-    run to run)."""
+    """Spread behind the interval: between repeats, or within one run of each size (blind to what differs by run)."""
     matched_first_iteration: int | None = None
     """First iteration compared; null where whole runs are compared."""
     matched_iteration: int | None = None
@@ -229,8 +231,7 @@ class ScalingFit(_Record):
     world_sizes: list[int]
     """Sizes it was fitted to."""
     computation_seconds: float
-    """Step time that divides among the workers: a whole batch's on one worker (strong), one worker's own (weak,
-    together with the serial part, which weak scaling cannot separate)."""
+    """Step time that the workers divide: a batch's on one worker (strong), or one worker's own, serial part too (weak)."""
     communication_seconds: float | None = None
     """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
     serial_seconds: float | None = None
@@ -247,7 +248,6 @@ class Spread(_Record):
     """One figure over the repeats that have it."""
 
     num_values: int
-    """Repeats that have it."""
     median: float
     minimum: float
     maximum: float

@@ -19,12 +19,17 @@ def shape_figures(steps: Sequence[StepsDone]) -> dict[str, Any]:
     pixels = sum(e.pixels or 0 for e in noted)
     asked = sum(e.iteration - e.first_iteration for e in steps if e.eager_batches is not None)
     eager: Counter[str] = Counter()
+    captures: dict[int, float] = defaultdict(float)
     for event in steps:
+        if event.capture_seconds is not None:
+            captures[event.rank] += event.capture_seconds
         eager.update(event.eager_batches or {})
         eager.update({reason: count for reason, count in event.eager_steps.items() if reason not in NOT_EAGER})
     return {
         "num_shapes": len({shape for e in noted for shape in e.new_shapes or ()}) if noted else None,
         "new_shape_seconds": _new_shape_seconds(noted),
+        "num_graphs": max((e.num_graphs for e in steps if e.num_graphs is not None), default=None),
+        "capture_seconds": max(captures.values(), default=None),
         "wasted_pixel_share": sum(e.wasted_pixels or 0 for e in noted) / pixels if pixels else None,
         "eager_step_share": eager.total() / asked if asked else None,
         "eager_steps": dict(eager.most_common()),

@@ -19,8 +19,8 @@ from trainers.contract.events import StepsDone, WorkerStarted
 MAX_POINTS = 50
 """Points of a drift curve; one more is made per restart."""
 
-PARTS = ("data", "forward", "backward", "communication", "optimizer")
-"""Parts of a step."""
+PARTS = ("data", "forward", "backward", "graph", "communication", "optimizer")
+"""Parts of a step; `graph` is both passes of a step that a CUDA graph replayed."""
 
 
 def throughput(steps: Iterable[StepsDone], warmup_iters: int) -> float | None:

@@ -23,7 +23,10 @@ STEP_KEYS = (
     "global_batch_size", "base_lr", "step_seconds.p50", "step_seconds.p95", "step_seconds.p99", "data_wait_share",
     "rank_skew", "peak_memory_gib", "num_restarts",
 )  # fmt: skip
-SHAPE_KEYS = ("num_shapes", "new_shape_seconds", "wasted_pixel_share", "eager_step_share")
+SHAPE_KEYS = (
+    *("num_shapes", "new_shape_seconds", "wasted_pixel_share"),
+    *("num_graphs", "capture_seconds", "eager_step_share"),
+)
 RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 

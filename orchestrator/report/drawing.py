@@ -26,9 +26,9 @@ WIDTH_INCHES, HEIGHT_INCHES = 4.9, 2.9
 INK, MUTED, GRID, PAPER = "#1a2330", "#5a6675", "#d9dee5", "#fdfdfd"
 SERIES = ("#2563c9", "#c2560c", "#12805c", "#8a3fc0", "#b8285a", "#4d6478")
 SECTION_COLORS = {
-    "startup": "#9aa7b5", "data": "#e0a100", "forward": "#5b9bf0", "backward": "#2e6fd6", "communication": "#17408c",
-    "optimizer": "#49b6c4", "step_other": "#a9cdf7", "evaluation": "#d9772b", "checkpoint": "#8e5bc9",
-    "lost_work": "#f2a0b0", "downtime": "#cf2a4a", "shutdown": "#c3cad2", "other": "#e1e5ea",
+    "startup": "#9aa7b5", "data": "#e0a100", "forward": "#5b9bf0", "backward": "#2e6fd6", "graph": "#3f7fe0",
+    "communication": "#17408c", "optimizer": "#49b6c4", "step_other": "#a9cdf7", "evaluation": "#d9772b",
+    "checkpoint": "#8e5bc9", "lost_work": "#f2a0b0", "downtime": "#cf2a4a", "shutdown": "#c3cad2", "other": "#e1e5ea",
 }  # fmt: skip
 THEME = {
     INK: "--ink",
