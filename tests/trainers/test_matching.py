@@ -10,6 +10,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 from torch import Tensor
 
+from tests.builders.compiled import HOPPER, compiled, float_operations
 from tests.builders.interpreted import Interpreter, interpreter
 from trainers.speedups.kernels import matching as kernels
 from trainers.speedups.matching import best_overlaps, is_best
@@ -74,3 +75,13 @@ def test_torch_knows_the_operations() -> None:
         arguments = boxes_of(4, 9, whole=False, seed=0), COUNTS, others
         torch.library.opcheck(best_overlaps, arguments)
         torch.library.opcheck(is_best, arguments)
+
+
+def test_the_kernels_round_each_operation_on_gpus_as_torch_does() -> None:
+    arguments = torch.zeros(4, 9, 4), COUNTS, torch.zeros(1000, 4)
+    for kernel in (
+        *compiled(HOPPER, kernels.best_overlaps, *arguments),
+        *compiled(HOPPER, kernels.is_best, *arguments),
+    ):
+        expected = {"sub.rn.f32", "mul.rn.f32", "add.rn.f32", "div.rn.f32", "min.NaN.f32", "max.NaN.f32"}
+        assert set(float_operations(kernel)) == expected
