@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_LEVELS = 5
-STRIP = 32
-"""Pixels of a row whose gradients one program sums."""
+TILE_HEIGHT, TILE_WIDTH = 4, 16
+"""Rows and columns of pixels whose gradients one program sums."""
 BOXES = 64
 """Boxes among which a program looks at once for those that touch its pixels."""
 MARGIN = tl.constexpr(1.125)
@@ -85,10 +85,10 @@ def pool_backward(
     groups = torch.arange(num_images * num_levels + 1, dtype=torch.int32, device=grad.device)
     group, order = torch.sort((image * num_levels + level).int(), stable=True)
     starts = torch.searchsorted(group, groups, out_int32=True)
-    strips = num_images * sum(height * triton.cdiv(width, STRIP) for height, width in maps)
+    tiles = num_images * sum(triton.cdiv(y, TILE_HEIGHT) * triton.cdiv(x, TILE_WIDTH) for y, x in maps)
     columns = triton.next_power_of_2(size)
-    block = max(16, min(triton.next_power_of_2(channels), 128))
-    _pool_backward[(strips, triton.cdiv(channels, block))](
+    block = max(16, min(triton.next_power_of_2(channels), 64 if grad.dtype == torch.float32 else 128))
+    _pool_backward[(tiles, triton.cdiv(channels, block))](
         *_of_levels(gradients),
         *_extents(gradients),
         *_of_levels(scales),
@@ -104,7 +104,8 @@ def pool_backward(
         aligned,
         columns,
         max(16 // columns, 1),
-        STRIP,
+        TILE_HEIGHT,
+        TILE_WIDTH,
         BOXES,
         block,
         num_stages=1,
@@ -172,29 +173,29 @@ def _pool_backward(
     scale0, scale1, scale2, scale3, scale4,
     boxes, order, starts, grad, num_images, channels, num_levels,
     SIZE: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    STRIP: tl.constexpr, BOXES: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, BOXES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums the gradients of a strip of pixels, part of a row of a feature map.
+    """Sums the gradients of a tile of a feature map, at most CHANNELS channels.
 
     The coarsest level comes first: its pixels have the most boxes, so their programs take the longest.
     """
-    end4 = num_images * height4 * tl.cdiv(width4, STRIP)
-    end3 = end4 + num_images * height3 * tl.cdiv(width3, STRIP)
-    end2 = end3 + num_images * height2 * tl.cdiv(width2, STRIP)
-    end1 = end2 + num_images * height1 * tl.cdiv(width1, STRIP)
-    strip = tl.program_id(0)
-    number = (strip < end4).to(tl.int32) + (strip < end3) + (strip < end2) + (strip < end1)
+    end4 = num_images * tl.cdiv(height4, TILE_HEIGHT) * tl.cdiv(width4, TILE_WIDTH)
+    end3 = end4 + num_images * tl.cdiv(height3, TILE_HEIGHT) * tl.cdiv(width3, TILE_WIDTH)
+    end2 = end3 + num_images * tl.cdiv(height2, TILE_HEIGHT) * tl.cdiv(width2, TILE_WIDTH)
+    end1 = end2 + num_images * tl.cdiv(height1, TILE_HEIGHT) * tl.cdiv(width1, TILE_WIDTH)
+    tile = tl.program_id(0)
+    number = (tile < end4).to(tl.int32) + (tile < end3) + (tile < end2) + (tile < end1)
     height = _of_level(number, height0, height1, height2, height3, height4)
     width = _of_level(number, width0, width1, width2, width3, width4)
     scale = _of_level(number, scale0, scale1, scale2, scale3, scale4)
-    strip -= _of_level(number, end1, end2, end3, end4, 0)
-    strips = tl.cdiv(width, STRIP)
-    left = strip % strips * STRIP
-    row = strip // strips
-    top = row % height
-    image = row // height
+    tile -= _of_level(number, end1, end2, end3, end4, 0)
+    tiles_across, tiles_down = tl.cdiv(width, TILE_WIDTH), tl.cdiv(height, TILE_HEIGHT)
+    image = tile // (tiles_across * tiles_down)
+    top = tile // tiles_across % tiles_down * TILE_HEIGHT
+    left = tile % tiles_across * TILE_WIDTH
 
-    pixel = left + tl.arange(0, STRIP)
+    pixel = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)[:, None]
+    pixel_y, pixel_x = top + pixel // TILE_WIDTH, left + pixel % TILE_WIDTH
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     # A product of matrices goes through ROWS rows of COLUMNS bins.
     bin_number = tl.arange(0, ROWS * COLUMNS)
@@ -202,25 +203,25 @@ def _pool_backward(
     bin_mask = (bin_column < SIZE)[:, None] & (channel < channels)
     bins = (bin_row * SIZE + bin_column)[:, None] * channels + channel
     lane = tl.arange(0, BOXES)
-    total = tl.zeros((STRIP, CHANNELS), tl.float32)
+    total = tl.zeros((TILE_HEIGHT * TILE_WIDTH, CHANNELS), tl.float32)
     group = starts + image * num_levels + number
     end = tl.load(group + 1)
     for first in range(tl.load(group), end, BOXES):
         exists = first + lane < end
         corners = boxes + tl.load(order + first + lane, exists, 0) * 4
-        touches = exists & _touches(corners, left, left + STRIP - 1, scale, SIZE, RATIO, ALIGNED)
-        touches = touches & _touches(corners + 1, top, top, scale, SIZE, RATIO, ALIGNED)
+        touches = exists & _touches(corners, left, left + TILE_WIDTH - 1, scale, SIZE, RATIO, ALIGNED)
+        touches = touches & _touches(corners + 1, top, top + TILE_HEIGHT - 1, scale, SIZE, RATIO, ALIGNED)
         following = tl.min(tl.where(touches, lane, BOXES))
         while following < BOXES:
             box = tl.load(order + first + following)
             x, bin_width, samples_x = _axis(boxes + box * 4, scale, SIZE, RATIO, ALIGNED)
             y, bin_height, samples_y = _axis(boxes + box * 4 + 1, scale, SIZE, RATIO, ALIGNED)
-            across = _weights(pixel[:, None], x, bin_column[None, :], bin_width, samples_x, width)
-            first_row, end_row = _bins(y, bin_height, top, SIZE)
+            across = _weights(pixel_x, x, bin_column[None, :], bin_width, samples_x, width)
+            first_row, end_row = _bins(y, bin_height, top, top + TILE_HEIGHT - 1, SIZE)
             values = grad + box.to(tl.int64) * SIZE * SIZE * channels
             for i in range(first_row, end_row, ROWS):
                 rows = i + bin_row
-                weight = across * _weights(top, y, rows[None, :], bin_height, samples_y, height)
+                weight = across * _weights(pixel_y, y, rows[None, :], bin_height, samples_y, height)
                 mask = bin_mask & (rows < end_row)[:, None]
                 value = tl.load(values + i * SIZE * channels + bins, mask, 0.0)
                 if grad.dtype.element_ty == tl.float32:
@@ -231,8 +232,10 @@ def _pool_backward(
                     total = tl.dot((weight - high.to(tl.float32)).to(value.dtype), value, total)
             following = tl.min(tl.where(touches & (lane > following), lane, BOXES))
     gradient = _of_level(number, gradient0, gradient1, gradient2, gradient3, gradient4)
-    pixels = gradient + (image.to(tl.int64) * height + top) * width * channels + pixel[:, None] * channels + channel
-    tl.store(pixels, total.to(gradient.dtype.element_ty), (pixel < width)[:, None] & (channel < channels))
+    gradient += image.to(tl.int64) * height * width * channels + top.to(tl.int64) * width * channels
+    offsets = (pixel // TILE_WIDTH * width + pixel_x) * channels + channel
+    mask = (pixel_y < height) & (pixel_x < width) & (channel < channels)
+    tl.store(gradient + offsets, total.to(gradient.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -296,11 +299,11 @@ def _touches(corner, first, last, scale, SIZE: tl.constexpr, RATIO: tl.constexpr
 
 
 @triton.jit
-def _bins(start, bin_size, pixel, SIZE: tl.constexpr):
-    """The range of bins that may have samples next to a pixel along one axis."""
+def _bins(start, bin_size, first_pixel, last_pixel, SIZE: tl.constexpr):
+    """The range of bins that may have samples next to these pixels along one axis."""
     # Bins without extent are all at `start`.
     divisor = tl.where(bin_size == 0, 1.0, bin_size)
-    before, after = (pixel - MARGIN - start) / divisor, (pixel + MARGIN - start) / divisor
+    before, after = (first_pixel - MARGIN - start) / divisor, (last_pixel + MARGIN - start) / divisor
     first = tl.minimum(tl.maximum(tl.floor(tl.minimum(before, after)), 0.0), SIZE).to(tl.int32)
     end = tl.minimum(tl.maximum(tl.floor(tl.maximum(before, after)) + 1.0, 0.0), SIZE).to(tl.int32)
     return tl.where(bin_size == 0, 0, first), tl.where(bin_size == 0, SIZE, end)
