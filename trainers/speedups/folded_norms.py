@@ -34,7 +34,8 @@ class FoldedConv2d(Conv2d):
     overwrites them in place, so that also a captured CUDA graph reads the new ones.
     """
 
-    folded: Folded | None = None
+    folded: dict[torch.dtype, Folded] | None = None
+    """By the dtype that is computed in; none is ever dropped, because a captured CUDA graph may read it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) convolved, normalized and activated."""
@@ -43,14 +44,14 @@ class FoldedConv2d(Conv2d):
             return result
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        if self.folded is None or self.folded.shift.dtype != dtype:
-            if self.folded is None:
-                self.register_load_state_dict_post_hook(_fold_again)
-            self.folded = _fold(self, dtype)
-        weight = self.folded.weight
-        if weight is None:
-            weight = _Scale.apply(self.weight, self.folded.scale, dtype)
-        x = conv2d(x, weight, self.folded.shift, self.stride, self.padding, self.dilation, self.groups)
+        if self.folded is None:
+            self.folded = {}
+            self.register_load_state_dict_post_hook(_fold_again)
+        if dtype not in self.folded:
+            self.folded[dtype] = _fold(self, dtype)
+        folded = self.folded[dtype]
+        weight = _Scale.apply(self.weight, folded.scale, dtype) if folded.weight is None else folded.weight
+        x = conv2d(x, weight, folded.shift, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
 
@@ -69,11 +70,12 @@ def _fold(conv: Conv2d, dtype: torch.dtype) -> Folded:
 
 
 def _fold_again(conv: Conv2d, _incompatible_keys: object) -> None:
-    current = conv.folded
-    new = _fold(conv, current.shift.dtype)
-    for name in ("scale", "shift", "weight"):
-        if getattr(current, name) is not None:
-            getattr(current, name).copy_(getattr(new, name))
+    for dtype, current in conv.folded.items():
+        new = _fold(conv, dtype)
+        current.scale.copy_(new.scale)
+        current.shift.copy_(new.shift)
+        if current.weight is not None:
+            current.weight.copy_(new.weight)
 
 
 class _Scale(torch.autograd.Function):
