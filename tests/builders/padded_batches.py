@@ -19,7 +19,7 @@ def random_records(
 ) -> list[dict[str, Any]]:
     """Images (height, width) of noise with so many objects each, whose masks are one or two quadrilaterals."""
     rng = np.random.default_rng(seed)
-    records = []
+    records: list[dict[str, Any]] = []
     for (height, width), count in zip(sizes, counts, strict=True):
         corners = rng.uniform(0, 0.7, (count, 2)) * (width, height)
         ends = np.minimum(corners + rng.uniform(4, 40, (count, 2)), (width, height))

@@ -33,6 +33,9 @@ class WaitError(AssertionError):
 class NoWaits(TorchDispatchMode):
     """Raises WaitError from the operation that would wait, forward or backward."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

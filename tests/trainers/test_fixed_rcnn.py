@@ -116,7 +116,10 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
 }
 """What would make the host wait for a GPU if it were done in a step."""
 
-ON_CPU = {"constant of a device": lambda x: torch.tensor([1.0], device=x.device), "new": lambda x: x.new_tensor([1.0])}
+ON_CPU: dict[str, Callable[[Tensor], object]] = {
+    "constant of a device": lambda x: torch.tensor([1.0], device=x.device),
+    "new": lambda x: x.new_tensor([1.0]),
+}
 """What leaves no trace on the meta device; on a CPU it does."""
 
 
@@ -131,7 +134,8 @@ def test_a_wait_that_is_planted_into_the_step_is_found(fixed: FixedRCNN, name: s
 
 def test_a_wait_in_the_backward_pass_is_found(fixed: FixedRCNN) -> None:
     batch = batch_of([1, 1, 1])
-    fixed.roi_heads.box_predictor.cls_score.weight.register_hook(lambda gradient: gradient.sum().item())
+    weight: Any = fixed.roi_heads.box_predictor.cls_score.weight
+    weight.register_hook(lambda gradient: gradient.sum().item())
     with NoWaits():
         loss = total_loss(fixed, batch)
         with pytest.raises(WaitError, match="_local_scalar_dense"):

@@ -17,7 +17,7 @@ from tests.builders.experiments import TINY_OVERRIDES
 from tests.builders.models import tiny_config
 from tests.builders.padded_batches import padded, random_records
 from trainers.speedups.fixed_rcnn import padded_size
-from trainers.speedups.fixed_rpn import FixedRPN, grid_anchors, inside_masks
+from trainers.speedups.fixed_rpn import FixedRPN, anchors_inside, grid_anchors
 from trainers.speedups.fixed_sampling import box_deltas
 from trainers.speedups.padded_batch import PaddedBatch
 
@@ -40,10 +40,23 @@ def maps_of(height: int, width: int) -> list[Tensor]:
     return [torch.zeros(1, 16, -(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32, 64)]
 
 
-def on_canvas(rpn: FixedRPN) -> tuple[list[Tensor], list[Tensor]]:
+MAP_SIZES = [3 * each[0, 0].numel() for each in maps_of(*CANVAS)]
+
+
+def on_canvas(rpn: FixedRPN) -> tuple[Tensor, Tensor]:
     """The anchors of the canvas, and which of them detectron2 has too."""
     maps = maps_of(*CANVAS)
-    return grid_anchors(rpn.anchor_generator, maps), inside_masks(rpn.anchor_generator, maps, torch.tensor(PADDED))
+    return grid_anchors(rpn.anchor_generator, maps), anchors_inside(rpn.anchor_generator, maps, torch.tensor(PADDED))
+
+
+def those_inside(values: Tensor, inside: Tensor) -> list[Tensor]:
+    """What counts of (…, R) or (…, R, 4) values, for each feature map, as detectron2 takes it."""
+    dim = values.dim() - 1 - (values.shape[-1] == 4)
+    masks = inside.split(MAP_SIZES)
+    return [
+        each.index_select(dim, mask.nonzero()[:, 0])
+        for each, mask in zip(values.split(MAP_SIZES, dim), masks, strict=True)
+    ]
 
 
 def batch_of(counts: list[int], seed: int = 0) -> tuple[PaddedBatch, list[Any]]:
@@ -64,10 +77,17 @@ def test_anchors_are_the_generators_and_those_inside_are_the_ones_of_its_own_pad
     generator = copy.deepcopy(rpns[1].anchor_generator)
     generator.offset = offset
     anchors, theirs = grid_anchors(generator, maps_of(*CANVAS)), generator(maps_of(*CANVAS))
-    assert all(torch.equal(one, other.tensor) for one, other in zip(anchors, theirs, strict=True))
-    masks = inside_masks(generator, maps_of(*CANVAS), torch.tensor(PADDED))
-    own = generator(maps_of(*PADDED))
-    assert all(torch.equal(a[m], b.tensor) for a, m, b in zip(anchors, masks, own, strict=True))
+    assert torch.equal(anchors, Boxes.cat(theirs).tensor)
+    inside = anchors_inside(generator, maps_of(*CANVAS), torch.tensor(PADDED))
+    assert torch.equal(anchors[inside], Boxes.cat(generator(maps_of(*PADDED))).tensor)
+
+
+def predictions(images: int, seed: int, with_equal_scores: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits and deltas of all anchors of the canvas."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(images, sum(MAP_SIZES), generator=generator) * 4
+    deltas = torch.randn(images, sum(MAP_SIZES), 4, generator=generator)
+    return logits.round() / 4 if with_equal_scores else logits, deltas
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0, 0], [1, 6, 2]])
@@ -75,7 +95,7 @@ def test_every_anchor_that_detectron2_could_sample_is_sampled_and_no_other(
     rpns: tuple[RPN, FixedRPN], counts: list[int]
 ) -> None:
     batch, objects = batch_of(counts)
-    anchors, inside = (torch.cat(each) for each in on_canvas(rpns[1]))
+    anchors, inside = on_canvas(rpns[1])
     all_rpns = [copy.copy(rpn) for rpn in rpns]
     for rpn in all_rpns:
         rpn.batch_size_per_image, rpn.positive_fraction = len(anchors) * 2, 0.5  # all of them
@@ -104,30 +124,28 @@ def test_losses_and_gradients_of_the_same_samples_are_detectron2s(
 ) -> None:
     batch, _ = batch_of(counts)
     anchors, inside = on_canvas(rpns[1])
-    samples, targets = rpns[1].sample_anchors(batch, torch.cat(anchors), torch.cat(inside))
-    generator = torch.Generator().manual_seed(1)
-    logits = [torch.randn(3, len(each), generator=generator).requires_grad_() for each in anchors]
-    deltas = [torch.randn(3, len(each), 4, generator=generator).requires_grad_() for each in anchors]
+    samples, targets = rpns[1].sample_anchors(batch, anchors, inside)
+    logits, deltas = (each.requires_grad_() for each in predictions(3, 1))
     all_rpns = [copy.copy(rpn) for rpn in rpns]
     for rpn in all_rpns:
         rpn.smooth_l1_beta, rpn.loss_weight = beta, {"loss_rpn_cls": 2.0, "loss_rpn_loc": 3.0}
-    ours = all_rpns[1].sampled_losses(samples, targets, torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1))
-    labels, boxes = torch.full((3, len(torch.cat(anchors))), -1), torch.zeros(3, len(torch.cat(anchors)), 4)
+    ours = all_rpns[1].sampled_losses(samples, targets, anchors, logits, deltas)
+    labels, boxes = torch.full(logits.shape, -1), torch.zeros(deltas.shape)
     for n, (indices, valid_mask, positive_mask) in enumerate(zip(*samples, strict=True)):
         labels[n, indices[valid_mask]] = positive_mask[valid_mask].long()
         boxes[n, indices[positive_mask]] = targets[n, positive_mask]
-    all_inside = torch.cat(inside)
     with EventStorage(0):
         theirs = all_rpns[0].losses(
-            [Boxes(each[mask]) for each, mask in zip(anchors, inside, strict=True)],
-            [each[:, mask] for each, mask in zip(logits, inside, strict=True)],
-            [each[all_inside] for each in labels],
-            [each[:, mask] for each, mask in zip(deltas, inside, strict=True)],
-            [each[all_inside] for each in boxes],
+            [Boxes(each) for each in those_inside(anchors, inside)],
+            those_inside(logits, inside),
+            [each[inside] for each in labels],
+            those_inside(deltas, inside),
+            [each[inside] for each in boxes],
         )
     assert list(ours) == list(theirs)
     torch.testing.assert_close(ours, theirs)
-    gradients = [torch.autograd.grad(sum(losses.values()), logits + deltas) for losses in (ours, theirs)]
+    totals = [torch.stack(list(losses.values())).sum() for losses in (ours, theirs)]
+    gradients = [torch.autograd.grad(total, (logits, deltas)) for total in totals]
     torch.testing.assert_close(*gradients)
 
 
@@ -138,42 +156,32 @@ def test_box_targets_are_detectron2s(rpns: tuple[RPN, FixedRPN]) -> None:
     assert torch.equal(box_deltas(boxes, targets, transform.weights), transform.get_deltas(boxes, targets))
 
 
-def predictions(
-    anchors: list[Tensor], images: int, seed: int, with_equal_scores: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = [torch.randn(images, len(each), generator=generator) * 4 for each in anchors]
-    deltas = [torch.randn(images, len(each), 4, generator=generator) for each in anchors]
-    return [each.round() / 4 for each in logits] if with_equal_scores else logits, deltas
-
-
 def detectron2s_proposals(
-    rpn: RPN,
-    sizes: list[tuple[int, int]],
-    anchors: list[Tensor],
-    inside: list[Tensor],
-    logits: list[Tensor],
-    deltas: list[Tensor],
+    rpn: RPN, sizes: list[tuple[int, int]], anchors: Tensor, inside: Tensor, logits: Tensor, deltas: Tensor
 ) -> list[Instances]:
     """From the anchors that count."""
+    boxes = [Boxes(each) for each in those_inside(anchors, inside)]
     found: list[Instances] = rpn.predict_proposals(
-        [Boxes(each[mask]) for each, mask in zip(anchors, inside, strict=True)],
-        [each[:, mask] for each, mask in zip(logits, inside, strict=True)],
-        [each[:, mask] for each, mask in zip(deltas, inside, strict=True)],
-        sizes,
+        boxes, those_inside(logits, inside), those_inside(deltas, inside), sizes
     )
     return found
+
+
+def fixed_proposals(
+    rpn: FixedRPN, sizes: list[tuple[int, int]], anchors: Tensor, inside: Tensor, logits: Tensor, deltas: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rpn.fixed_proposals(torch.tensor(sizes), anchors, inside, MAP_SIZES, logits, deltas)
 
 
 def assert_proposals_are_detectron2s(
     rpns: tuple[RPN, FixedRPN],
     sizes: list[tuple[int, int]],
-    anchors: list[Tensor],
-    inside: list[Tensor],
-    logits: list[Tensor],
-    deltas: list[Tensor],
+    anchors: Tensor,
+    inside: Tensor,
+    logits: Tensor,
+    deltas: Tensor,
 ) -> Tensor:
-    boxes, valid_mask, finite = rpns[1].fixed_proposals(torch.tensor(sizes), anchors, inside, logits, deltas)
+    boxes, valid_mask, finite = fixed_proposals(rpns[1], sizes, anchors, inside, logits, deltas)
     assert finite
     theirs = detectron2s_proposals(rpns[0], sizes, anchors, inside, logits, deltas)
     for image_boxes, mask, found in zip(boxes, valid_mask, theirs, strict=True):
@@ -191,16 +199,15 @@ def test_proposals_are_detectron2s_on_a_larger_canvas(rpns: tuple[RPN, FixedRPN]
     for rpn in all_rpns:
         rpn.min_box_size = min_size
     anchors, inside = on_canvas(rpns[1])
-    logits, deltas = predictions(anchors, 3, seed, with_equal_scores=False)
-    assert_proposals_are_detectron2s(all_rpns, SIZES, anchors, inside, logits, deltas)
+    assert_proposals_are_detectron2s(all_rpns, SIZES, anchors, inside, *predictions(3, seed))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_proposals_of_equal_scores_come_in_detectron2s_order(rpns: tuple[RPN, FixedRPN], seed: int) -> None:
     anchors, _ = on_canvas(rpns[1])
-    inside = [torch.ones(len(each), dtype=torch.bool) for each in anchors]
-    logits, deltas = predictions(anchors, 2, seed, with_equal_scores=True)
-    assert_proposals_are_detectron2s(rpns, [CANVAS, (100, 90)], anchors, inside, logits, deltas)
+    inside = torch.ones(len(anchors), dtype=torch.bool)
+    found = predictions(2, seed, with_equal_scores=True)
+    assert_proposals_are_detectron2s(rpns, [CANVAS, (100, 90)], anchors, inside, *found)
 
 
 def test_many_anchors_of_which_all_are_proposed_leave_no_gap(rpns: tuple[RPN, FixedRPN]) -> None:
@@ -208,8 +215,7 @@ def test_many_anchors_of_which_all_are_proposed_leave_no_gap(rpns: tuple[RPN, Fi
     for rpn in all_rpns:
         rpn.pre_nms_topk = rpn.post_nms_topk = {True: 5000, False: 5000}
     anchors, inside = on_canvas(rpns[1])
-    logits, deltas = predictions(anchors, 2, 0, with_equal_scores=False)
-    assert_proposals_are_detectron2s(all_rpns, SIZES[:2], anchors, inside, logits, deltas)
+    assert_proposals_are_detectron2s(all_rpns, SIZES[:2], anchors, inside, *predictions(2, 0))
 
 
 def test_an_image_without_a_box_of_the_least_size_proposes_nothing(rpns: tuple[RPN, FixedRPN]) -> None:
@@ -217,8 +223,8 @@ def test_an_image_without_a_box_of_the_least_size_proposes_nothing(rpns: tuple[R
     for rpn in all_rpns:
         rpn.min_box_size = 60.0
     anchors, inside = on_canvas(rpns[1])
-    logits, deltas = predictions(anchors, 2, 0, with_equal_scores=False)
-    found = assert_proposals_are_detectron2s(all_rpns, [(64, 80), (32, 96)], anchors, inside, logits, deltas)
+    sizes = [(64, 80), (32, 96)]
+    found = assert_proposals_are_detectron2s(all_rpns, sizes, anchors, inside, *predictions(2, 0))
     assert found.any(dim=1).tolist() == [True, False]
 
 
@@ -228,20 +234,20 @@ def test_a_prediction_that_is_not_finite_is_found_where_detectron2_raises(
     rpns: tuple[RPN, FixedRPN], place: str, value: float
 ) -> None:
     anchors, inside = on_canvas(rpns[1])
-    logits, deltas = predictions(anchors, 2, 0, with_equal_scores=False)
-    level, within, beyond = 2, int(inside[2].nonzero()[-1]), int((~inside[2]).nonzero()[0])
-    planted = logits if place == "score" else deltas
-    logits[level][1, [within, beyond]] = 100.0  # so that their boxes are looked at
+    logits, deltas = predictions(2, 0)
+    third = slice(sum(MAP_SIZES[:2]), sum(MAP_SIZES[:3]))  # the feature map of stride 16
+    within, beyond = (third.start + int(mask[third].nonzero()[-1]) for mask in (inside, ~inside))
     if place == "score":
         # So few anchors of this map count that detectron2 looks at all of them, also at the lowest one.
-        inside[level] = inside[level] & (torch.arange(len(inside[level])) > within - 20)
-    planted[level][1, beyond] = value
-    arguments = anchors, inside, logits, deltas
-    assert rpns[1].fixed_proposals(torch.tensor(SIZES[:2]), *arguments)[2]
-    planted[level][1, within] = value
+        inside[third.start : within - 20] = False
+    logits[1, [within, beyond]] = 100.0  # so that their boxes are looked at
+    planted = logits if place == "score" else deltas
+    planted[1, beyond] = value
+    assert fixed_proposals(rpns[1], SIZES[:2], anchors, inside, logits, deltas)[2]
+    planted[1, within] = value
     with pytest.raises(FloatingPointError):
-        detectron2s_proposals(rpns[0], SIZES[:2], *arguments)
-    boxes, _, finite = rpns[1].fixed_proposals(torch.tensor(SIZES[:2]), *arguments)
+        detectron2s_proposals(rpns[0], SIZES[:2], anchors, inside, logits, deltas)
+    boxes, _, finite = fixed_proposals(rpns[1], SIZES[:2], anchors, inside, logits, deltas)
     assert not finite
     assert boxes.isfinite().all()
 

@@ -43,7 +43,8 @@ class FixedRCNN(GeneralizedRCNN):
         rows = torch.arange(height, device=limits.device) < limits[:, 0]
         columns = torch.arange(width, device=limits.device) < limits[:, 1]
         padding = ~(rows[:, None, :, None] & columns[:, None, None])
-        return ((batch.images - self.pixel_mean) / self.pixel_std).masked_fill_(padding, 0.0)
+        normalized: Tensor = (batch.images - self.pixel_mean) / self.pixel_std
+        return normalized.masked_fill_(padding, 0.0)
 
 
 def padded_size(sizes: Tensor, divisibility: int) -> Tensor:

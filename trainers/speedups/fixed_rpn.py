@@ -43,16 +43,18 @@ class FixedRPN(BatchedRPN):
         """
         maps = [features[name] for name in self.in_features]
         scores, deltas = self.rpn_head(maps)
-        logits = [each.permute(0, 2, 3, 1).flatten(1) for each in scores]
-        deltas = [
-            each.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)  # (N, A * 4, H, W) -> (N, H * W * A, 4)
-            for each in deltas
-        ]
+        logits = torch.cat([each.permute(0, 2, 3, 1).flatten(1) for each in scores], dim=1)
+        deltas = torch.cat(  # each (N, A * 4, H, W)
+            [each.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for each in deltas], dim=1
+        )
         anchors = grid_anchors(self.anchor_generator, maps)
-        inside = inside_masks(self.anchor_generator, maps, padded_size)
-        samples, targets = self.sample_anchors(batch, torch.cat(anchors), torch.cat(inside))
-        losses = self.sampled_losses(samples, targets, torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1))
-        proposals, valid_mask, finite = self.fixed_proposals(batch.sizes, anchors, inside, logits, deltas)
+        inside_mask = anchors_inside(self.anchor_generator, maps, padded_size)
+        samples, targets = self.sample_anchors(batch, anchors, inside_mask)
+        losses = self.sampled_losses(samples, targets, anchors, logits, deltas)
+        map_sizes = [each[0].numel() for each in scores]
+        proposals, valid_mask, finite = self.fixed_proposals(
+            batch.sizes, anchors, inside_mask, map_sizes, logits, deltas
+        )
         return proposals, valid_mask, {name: loss.masked_fill(~finite, torch.nan) for name, loss in losses.items()}
 
     @torch.no_grad()
@@ -105,58 +107,68 @@ class FixedRPN(BatchedRPN):
     def fixed_proposals(
         self,
         sizes: Tensor,
-        anchors: list[Tensor],
-        inside_masks: list[Tensor],
-        logits: list[Tensor],
-        deltas: list[Tensor],
+        anchors: Tensor,
+        inside_mask: Tensor,
+        map_sizes: list[int],
+        logits: Tensor,
+        deltas: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """detectron2's `find_top_rpn_proposals` in fixed shapes, with each feature map's NMS for itself.
 
         Args:
             sizes: (N, 2): height and width of each image, to which boxes are clipped.
-            anchors: (R, 4) of each feature map.
-            inside_masks: (R,) of each feature map: which anchors count.
-            logits: (N, R) of each feature map.
-            deltas: (N, R, 4) of each feature map.
+            anchors: (R, 4).
+            inside_mask: (R,), bool: which anchors count.
+            map_sizes: How many of the R anchors each feature map has, in order.
+            logits: (N, R).
+            deltas: (N, R, 4).
 
         Returns:
             (N, P, 4) proposals, the highest score first, zeros where there is none; (N, P) bool, which there are; and
             whether all predictions that count are finite, one bool.
         """
-        pre_nms, post_nms = self.pre_nms_topk[self.training], self.post_nms_topk[self.training]
-        most = min(pre_nms, max(len(each) for each in anchors))
-        finite = torch.stack(
-            [(each.isfinite() | ~mask).all() for each, mask in zip(logits, inside_masks, strict=True)]
-        ).all()
-        candidates = []
-        for map_anchors, mask, map_logits, map_deltas in zip(anchors, inside_masks, logits, deltas, strict=True):
-            top, indices = map_logits.masked_fill(~mask, -torch.inf).topk(min(pre_nms, len(mask)), dim=1)
-            decoded = self.box2box_transform.apply_deltas(
-                _rows(map_deltas, indices).flatten(0, 1), map_anchors[indices].flatten(0, 1)
-            )
-            unused = most - indices.shape[1]
-            candidates.append(
-                (
-                    nn.functional.pad(top, (0, unused), value=-torch.inf),
-                    nn.functional.pad(decoded.unflatten(0, indices.shape), (0, 0, 0, unused)),
-                    nn.functional.pad(mask[indices], (0, unused)),
-                )
-            )
-        scores, boxes, valid_mask = (torch.stack(each, dim=1) for each in zip(*candidates, strict=True))
-        finite &= (boxes.isfinite().all(dim=3) | ~valid_mask).all()
-        valid_mask &= boxes.isfinite().all(dim=3)
-        boxes = torch.minimum(boxes.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None, None].to(boxes.dtype))
-        valid_mask &= ((boxes[..., 2:] - boxes[..., :2]) > self.min_box_size).all(dim=3)
+        ordered = logits.masked_fill(~inside_mask, -torch.inf)
+        scores, indices, used_mask = _best_of_each_map(ordered, map_sizes, self.pre_nms_topk[self.training])
+        chosen = indices.flatten(1)
+        decoded = self.box2box_transform.apply_deltas(
+            _rows(deltas, chosen).flatten(0, 1), anchors[chosen].flatten(0, 1)
+        ).view(*indices.shape, 4)
+        valid_mask, finite_mask = used_mask & inside_mask[indices], decoded.isfinite().all(dim=3)
+        finite = (logits.isfinite() | ~inside_mask).all() & (finite_mask | ~valid_mask).all()
+        boxes = torch.minimum(decoded.clamp(min=0), sizes.flip(1).repeat(1, 2)[:, None, None].to(decoded.dtype))
+        valid_mask &= finite_mask & ((boxes[..., 2:] - boxes[..., :2]) > self.min_box_size).all(dim=3)
         kept = nms_keep(boxes.flatten(0, 1), valid_mask.flatten(0, 1), self.nms_thresh).view(len(sizes), -1)
         # A stable sort, as torchvision orders boxes of one score; top-k has no order among them.
         ranked = scores.flatten(1).masked_fill(~kept, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-        best = ranked[:, :post_nms]
+        best = ranked[:, : self.post_nms_topk[self.training]]
         kept = kept.gather(1, best)
         return _rows(boxes.flatten(1, 2), best).masked_fill(~kept[..., None], 0.0), kept, finite
 
 
-def grid_anchors(generator: DefaultAnchorGenerator, maps: list[Tensor]) -> list[Tensor]:
-    """The anchors (H * W * A, 4) of each feature map, as the generator gives them.
+def _best_of_each_map(logits: Tensor, map_sizes: list[int], max_boxes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest of (N, R) logits on each of L feature maps, at most K = `max_boxes`.
+
+    Returns:
+        (N, L, K) logits, falling; (N, L, K) indices of their anchors, below R; and (L, K) bool, which of them there
+        are: a map may have fewer than K anchors.
+    """
+    shape = len(map_sizes), min(max_boxes, max(map_sizes))
+    scores = logits.new_full((len(logits), *shape), -torch.inf)
+    indices = torch.zeros(scores.shape, dtype=torch.int64, device=scores.device)
+    used_mask = torch.zeros(shape, dtype=torch.bool, device=scores.device)
+    first = 0
+    for number, map_logits in enumerate(logits.split(map_sizes, dim=1)):
+        count = min(max_boxes, map_sizes[number])
+        top, chosen = map_logits.topk(count, dim=1)
+        scores[:, number, :count] = top
+        indices[:, number, :count] = chosen + first
+        used_mask[number, :count].fill_(True)
+        first += map_sizes[number]
+    return scores, indices, used_mask
+
+
+def grid_anchors(generator: DefaultAnchorGenerator, maps: list[Tensor]) -> Tensor:
+    """The anchors of all feature maps, (R, 4), as the generator gives them.
 
     They are computed where the maps are; the generator computes on the host, and copying them would be a wait.
     """
@@ -167,20 +179,20 @@ def grid_anchors(generator: DefaultAnchorGenerator, maps: list[Tensor]) -> list[
             for side in features.shape[-2:]
         )
         centers = torch.meshgrid(y, x, indexing="ij")[::-1]
-        anchors.append((torch.stack(centers * 2, dim=2)[:, :, None] + shapes).reshape(-1, 4))
-    return anchors
+        anchors.append((torch.stack(centers * 2, dim=2)[:, :, None] + shapes).view(-1, 4))
+    return torch.cat(anchors)
 
 
-def inside_masks(generator: DefaultAnchorGenerator, maps: list[Tensor], padded_size: Tensor) -> list[Tensor]:
-    """Which anchors of each feature map a batch padded to `padded_size` pixels has too, (H * W * A,) bool."""
+def anchors_inside(generator: DefaultAnchorGenerator, maps: list[Tensor], padded_size: Tensor) -> Tensor:
+    """Which anchors of the feature maps a batch padded to `padded_size` pixels has too, (R,) bool."""
     masks = []
     for features, stride, num_anchors in zip(maps, generator.strides, generator.num_anchors, strict=True):
         rows, columns = (
-            torch.arange(side, device=features.device) * stride < limit
+            torch.arange(0, side * stride, stride, device=features.device) < limit
             for side, limit in zip(features.shape[-2:], padded_size, strict=True)
         )
         masks.append((rows[:, None] & columns)[..., None].expand(-1, -1, num_anchors).flatten())
-    return masks
+    return torch.cat(masks)
 
 
 def _rows(values: Tensor, indices: Tensor) -> Tensor:
