@@ -231,7 +231,7 @@ class ScalingFit(_Record):
     world_sizes: list[int]
     """Sizes it was fitted to."""
     computation_seconds: float
-    """Step time that the workers divide: a batch's on one worker (strong), or one worker's own, serial part too (weak)."""
+    """Step time that the workers divide: a batch's on one worker (strong), or a worker's own, serial part too (weak)."""
     communication_seconds: float | None = None
     """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
     serial_seconds: float | None = None

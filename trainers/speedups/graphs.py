@@ -72,10 +72,10 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Records CUDA graphs, which share one pool of memory."""
+    """Records CUDA graphs, which share one pool of memory; `refusal` says why a model's passes cannot be recorded."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, refusal: str | None = None) -> None:
+        self._device, self._refusal = device, refusal
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -92,6 +92,8 @@ class CudaCapture:
 
     def record(self, run: Callable[[], object]) -> Callable[[], None]:
         """Captures a graph; what is returned replays it on the current stream."""
+        if self._refusal:
+            raise RuntimeError(self._refusal)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()  # what `torch.cuda.graph` begins with, here to compare memory
         allocated, reserved = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
@@ -241,10 +243,8 @@ def capture_for(model: nn.Module, recipe: Recipe, device: torch.device, world_si
         logger.warning("cuda_graphs: has no effect, this model is not trained on batches of fixed shapes.")
         return None
     exchanges = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
-    if world_size > 1 and any(isinstance(module, exchanges) for module in model.modules()):
-        logger.warning("cuda_graphs: has no effect, SyncBN exchanges statistics within the forward pass.")
-        return None
-    return CudaCapture(device)
+    in_passes = world_size > 1 and any(isinstance(module, exchanges) for module in model.modules())
+    return CudaCapture(device, "SyncBN exchanges statistics within the passes" if in_passes else None)
 
 
 def _cause(error: BaseException) -> str:
