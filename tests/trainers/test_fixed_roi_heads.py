@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import StandardROIHeads, build_roi_heads
-from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from tests.builders.models import tiny_config
-from tests.builders.polygons import Polygons, as_edges
+from tests.builders.padded_batches import padded, random_records
 from trainers.speedups.fixed_roi_heads import FixedROIHeads, Slots
 from trainers.speedups.padded_batch import PaddedBatch
 
@@ -44,28 +43,10 @@ def heads(**settings: Any) -> tuple[StandardROIHeads, FixedROIHeads]:
     return theirs, ours
 
 
-def objects(counts: list[int], seed: int) -> tuple[PaddedBatch, list[Polygons]]:
-    """Images of these numbers of objects, each a triangle or two; as a batch and the polygons alone."""
-    rng = np.random.default_rng(seed)
-    images: list[Polygons] = []
-    boxes, classes = torch.zeros(len(counts), 6, 4), torch.zeros(len(counts), 6, dtype=torch.int64)
-    for n, count in enumerate(counts):
-        images.append([])
-        for i in range(count):
-            corner, side = rng.uniform(0, 50, 2), rng.uniform(4, 40, 2)
-            corners = corner + side * rng.uniform(0, 1, (1 + i % 2, 3, 2))
-            images[n].append([polygon.ravel() for polygon in corners])
-            boxes[n, i] = torch.tensor([*corners.min((0, 1)), *corners.max((0, 1))])
-            classes[n, i] = int(rng.integers(NUM_CLASSES))
-    batch = PaddedBatch(
-        images=torch.zeros(len(counts), 3, HEIGHT, WIDTH, dtype=torch.uint8),
-        sizes=torch.tensor([[HEIGHT, WIDTH]] * len(counts)),
-        boxes=boxes,
-        classes=classes,
-        num_objects=torch.tensor(counts),
-        **dict(zip(("edges", "edge_polygon", "first_edge"), as_edges(images, 6, 50), strict=True)),
-    )
-    return batch, images
+def objects(counts: list[int], seed: int, num_classes: int = NUM_CLASSES) -> tuple[PaddedBatch, list[Instances]]:
+    """Images of these numbers of objects, as a batch and as detectron2 has them."""
+    records = random_records([(HEIGHT, WIDTH)] * len(counts), counts, seed, num_classes)
+    return padded(records, (HEIGHT, WIDTH)), [record["instances"] for record in records]
 
 
 def proposals_near(batch: PaddedBatch, num_valid: list[int], seed: int) -> tuple[Tensor, Tensor]:
@@ -90,27 +71,18 @@ def features(num_images: int) -> dict[str, Tensor]:
     }
 
 
-def as_instances(slots: Slots, batch: PaddedBatch, images: list[Polygons]) -> list[Instances]:
+def as_instances(slots: Slots, targets: list[Instances]) -> list[Instances]:
     """What detectron2 trains on if it has sampled these slots."""
     found = []
-    for n, polygons in enumerate(images):
+    for n, target in enumerate(targets):
         mask = slots.valid_mask[n]
         sampled = Instances((HEIGHT, WIDTH), proposal_boxes=Boxes(slots.boxes[n, mask]))
         sampled.gt_classes = slots.classes[n, mask]
-        if polygons:
+        if len(target):
             owners = slots.owners[n, mask]
-            sampled.gt_boxes = Boxes(batch.boxes[n, owners])
-            sampled.gt_masks = PolygonMasks(polygons)[owners]
+            sampled.gt_boxes, sampled.gt_masks = target.gt_boxes[owners], target.gt_masks[owners]
         found.append(sampled)
     return found
-
-
-def as_targets(batch: PaddedBatch, images: list[Polygons]) -> list[Instances]:
-    """The objects of a batch as detectron2 has them."""
-    return [
-        Instances((HEIGHT, WIDTH), gt_boxes=Boxes(boxes[:count]), gt_classes=classes[:count])
-        for boxes, classes, count in zip(batch.boxes, batch.classes, map(len, images), strict=True)
-    ]
 
 
 AGNOSTIC = {"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": True}
@@ -134,14 +106,13 @@ def test_losses_and_gradients_of_the_same_proposals_are_detectron2s(
     counts: list[int], num_valid: list[int], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, ours = heads(**settings)
-    batch, images = objects(counts, seed=1)
-    batch.classes.clamp_(max=theirs.num_classes - 1)
+    batch, targets = objects(counts, 1, theirs.num_classes)
     slots = ours.sample_slots(batch, *proposals_near(batch, num_valid, seed=2))
     monkeypatch.setattr(ours, "sample_slots", lambda *_: slots)
     maps = features(len(counts)), features(len(counts))
 
     found = ours.fixed_losses(batch, maps[0], torch.empty(0), torch.empty(0))
-    instances = as_instances(slots, batch, images)
+    instances = as_instances(slots, targets)
     with EventStorage(0):
         expected = theirs._forward_box(maps[1], instances) | theirs._forward_mask(maps[1], instances)
 
@@ -173,7 +144,7 @@ def test_proposals_get_the_labels_and_objects_that_detectron2_gives_them(
     everything = {"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 60, "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0}
     theirs, ours = heads(**everything, **settings)
     theirs.proposal_append_gt = ours.proposal_append_gt = append
-    batch, images = objects([3, 0, 5], seed=3)
+    batch, targets = objects([3, 0, 5], seed=3)
     boxes, valid_mask = proposals_near(batch, [40, 30, 35], seed=4)
     slots = ours.sample_slots(batch, boxes, valid_mask)
     offered = [
@@ -181,13 +152,13 @@ def test_proposals_get_the_labels_and_objects_that_detectron2_gives_them(
         for each, mask in zip(boxes, valid_mask, strict=True)
     ]
     with EventStorage(0):
-        expected = theirs.label_and_sample_proposals(offered, as_targets(batch, images))
+        expected = theirs.label_and_sample_proposals(offered, targets)
     for n, sampled in enumerate(expected):
         mask = slots.valid_mask[n]
-        targets = batch.boxes[n, slots.owners[n, mask]] if images[n] else torch.zeros(int(mask.sum()), 4)
-        found = torch.cat([slots.boxes[n, mask], slots.classes[n, mask, None], targets], dim=1)
-        targets = sampled.gt_boxes.tensor if images[n] else torch.zeros(len(sampled), 4)
-        wanted = torch.cat([sampled.proposal_boxes.tensor, sampled.gt_classes[:, None], targets], dim=1)
+        boxes_of_objects = batch.boxes[n, slots.owners[n, mask]]
+        found = torch.cat([slots.boxes[n, mask], slots.classes[n, mask, None], boxes_of_objects], dim=1)
+        boxes_of_objects = sampled.gt_boxes.tensor if len(targets[n]) else torch.zeros(len(sampled), 4)
+        wanted = torch.cat([sampled.proposal_boxes.tensor, sampled.gt_classes[:, None], boxes_of_objects], dim=1)
         assert sorted(found.tolist()) == sorted(wanted.tolist())
         assert slots.positive_mask[n].equal(mask & (slots.classes[n] < NUM_CLASSES))
 
