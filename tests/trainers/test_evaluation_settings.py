@@ -59,8 +59,10 @@ def test_precise_statistics_are_a_function_of_weights_seed_and_iteration_alone(t
         if isinstance(module, DenseDetector):
             module.loss_normalizer = 123.0
     before = copy.deepcopy(model.state_dict())
+    places = [buffer.data_ptr() for buffer in model.buffers()]
     update = update_of(plan, cfg, model)
     update(4)
+    assert [buffer.data_ptr() for buffer in model.buffers()] == places, "a CUDA graph goes on with these"
     first = copy.deepcopy(model.state_dict())
     changed = {name.rpartition(".")[2] for name, value in first.items() if not value.equal(before[name])}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
