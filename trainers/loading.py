@@ -108,10 +108,6 @@ def _mapped(mapper: Mapper, record: Record) -> Record:
     return mapped
 
 
-def _as_list(batch: list[Record]) -> list[Record]:
-    return batch
-
-
 def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
     """The training images, without those of no usable object where the config says so; ValueError if none is left.
 
@@ -211,17 +207,24 @@ def training_loader(
     return loader
 
 
-def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> DataLoader[Record]:
-    """The loader of this worker's share of the validation images, in batches of one as in detectron2 or of one size."""
+def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) -> Iterable[Batch]:
+    """This worker's share of the validation images, in batches of one as in detectron2 or of one size.
+
+    They are read while others are detected on: by loader processes, and copied to a GPU ahead of their turn.
+    """
     batches = batches_of_a_size(InferenceSampler(len(records)), image_sizes(records), plan.recipe.evaluation_batch)
-    return DataLoader(
+    pinned = plan.recipe.pinned_loader and plan.device == "cuda"
+    loader: Iterable[Batch] = DataLoader(
         EvaluationImages(records, build_mapper(cfg, plan, is_train=False)),
         batch_sampler=batches,
         num_workers=plan.loader_workers,
-        collate_fn=_as_list,
-        pin_memory=plan.recipe.pinned_loader and plan.device == "cuda",
+        collate_fn=Collation(),
+        pin_memory=pinned,
         persistent_workers=plan.loader_workers > 0,
     )
+    # detectron2's test-time augmentation transforms images on the host.
+    on_device = pinned and not cfg.TEST.AUG.ENABLED
+    return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device())) if on_device else loader
 
 
 def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], max_batch: int) -> list[list[int]]:

@@ -133,8 +133,8 @@ def test_with_test_time_augmentation_every_evaluation_detects_on_all_versions_of
     expected = []
     for batch in loading.evaluation_loader(cfg, plan, loading.evaluation_records(cfg, plan)):
         with torch.no_grad():
-            outputs = GeneralizedRCNNWithTTA(cfg, model)(batch)
-        for record, output in zip(batch, outputs, strict=True):
+            outputs = GeneralizedRCNNWithTTA(cfg, model)(batch.inputs)
+        for record, output in zip(batch.inputs, outputs, strict=True):
             expected += instances_to_coco_json(output["instances"], record["image_id"])
     assert expected and [(f["bbox"], f["score"]) for f in found] == [(e["bbox"], e["score"]) for e in expected]
     assert [f["segmentation"] for f in found] == [e["segmentation"] for e in expected]

@@ -19,7 +19,7 @@ from tests.builders.training import last, train
 from trainers import mask_rcnn
 from trainers.contract.events import Evaluated, LoopFinished
 from trainers.contract.plan import TrialPlan
-from trainers.evaluation import coco_detections
+from trainers.detections import IMAGE_FIELD, to_host
 from trainers.loading import training_records
 from trainers.speedups.fast_mapper import FastMapper
 
@@ -69,5 +69,6 @@ def test_keypoints_are_encoded_as_detectron2_encodes_them() -> None:
     found.pred_boxes = Boxes(torch.rand(3, 4) * 20 + torch.tensor([0.0, 0.0, 20.0, 20.0]))
     found.scores, found.pred_classes = torch.rand(3), torch.tensor([0, 1, 0])
     found.pred_keypoints = torch.rand(3, 5, 3) * 50
-    ours = coco_detections(found, 7, {0: 0, 1: 1})
+    found.set(IMAGE_FIELD, torch.zeros(3, dtype=torch.int64))
+    ours = to_host(found, [7]).results({0: 0, 1: 1})
     assert ours == instances_to_coco_json(found, 7) and len(ours[0]["keypoints"]) == 15
