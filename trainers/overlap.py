@@ -1,7 +1,8 @@
 """Evaluates in a separate process while rank 0 trains on.
 
 The process ends itself when the other end of a pipe is closed, so that it cannot outlive its training, not even one
-that is killed. The weights are copied, so that training cannot change them during an evaluation.
+that is killed. The weights are copied, so that training cannot change them during an evaluation. On a GPU training does
+not wait for these copies, but from then on it shares the GPU with the evaluation.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 
@@ -39,22 +40,36 @@ class Overlap:
     def __init__(self, plan: TrialPlan, model: nn.Module) -> None:
         # One block of memory: a file descriptor for each tensor could be more than a process may have.
         size = sum(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in model.state_dict().values())
-        shared = torch.zeros(size, dtype=torch.uint8).share_memory_()
-        self._weights = _views(shared, model)
+        self._shared = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        device = next(model.parameters()).device
+        # Page-locked memory, which a GPU's copies reach without anybody waiting for them, cannot be shared.
+        on_gpu = device.type == "cuda"
+        self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True) if on_gpu else self._shared
+        self._weights = _views(self._staging, model)
+        self._sender = ThreadPoolExecutor(1)
         context = multiprocessing.get_context("spawn")
         training_ended, self._end_process = context.Pipe(duplex=False)
         self._process = ProcessPoolExecutor(1, context, initializer=_end_with, initargs=(training_ended,))
-        device = next(model.parameters()).device
         # The weights that training starts from are not needed there.
-        self._ready = self._process.submit(_set_up, dataclasses.replace(plan, weights=""), shared, device)
+        self._ready = self._process.submit(_set_up, dataclasses.replace(plan, weights=""), self._shared, device)
         self._found: Future[tuple[Scores, float]] | None = None
 
     def begin(self, model: nn.Module) -> None:
         """Begins to evaluate a model as it is now; the previous evaluation must have been fetched."""
         with torch.no_grad():
-            for shared, tensor in zip(self._weights, model.state_dict().values(), strict=True):
-                shared.copy_(tensor)
-        self._found = self._process.submit(_evaluate)
+            for copy, tensor in zip(self._weights, model.state_dict().values(), strict=True):
+                copy.copy_(tensor, non_blocking=True)  # on a GPU, training's next steps follow in the same stream
+        done = None
+        if self._staging is not self._shared:
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+        self._found = self._sender.submit(self._send, done)
+
+    def _send(self, copied: torch.cuda.Event | None) -> tuple[Scores, float]:
+        if copied:
+            copied.synchronize()
+            self._shared.copy_(self._staging)
+        return self._process.submit(_evaluate).result()
 
     def known(self) -> bool:
         """Whether there is the result or the failure of an evaluation to fetch."""
@@ -64,7 +79,7 @@ class Overlap:
         """Waits for the evaluation that was begun; its scores and seconds, None where they have been fetched.
 
         Raises:
-            BrokenProcessPool: The process died; `begin` may raise it too.
+            BrokenProcessPool: The process died.
             Exception: Whatever ended the evaluation or the process's set-up.
         """
         if self._found is None:
@@ -78,6 +93,7 @@ class Overlap:
         if not self._ready.done() or (self._found is not None and not self._found.done()):
             self._end_process.send_bytes(b"")
         self._process.shutdown()
+        self._sender.shutdown()
         self._end_process.close()
 
 
