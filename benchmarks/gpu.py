@@ -7,7 +7,7 @@ their loaders. A row that fails says why, and the others go on; what there is no
 from __future__ import annotations
 
 import argparse
-import shutil
+import dataclasses
 import signal
 import sys
 import tempfile
@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks import gpu_plans
-from benchmarks.gpu_plans import CONTENDERS, DEMO, DETECTRON2, Settings
+from benchmarks.gpu_plans import CONTENDERS, DEMO, DETECTRON2, TINY, Settings, with_all_loaders
 from benchmarks.gpu_probe import Order
-from benchmarks.gpu_report import Results, write
-from benchmarks.gpu_rows import GpuRow
+from benchmarks.gpu_report import Results, new_files, page, write
+from benchmarks.gpu_rows import TARGETS, GpuRow
 from benchmarks.gpu_side import START_SECONDS, Kind, Side, SideError
 from benchmarks.measure import machine
 from trainers.contract.plan import TrialPlan
@@ -95,7 +95,7 @@ class Bench:
         """A row of the seed's model, not begun."""
         folder = self.folder / str(len(self.entries))
         plan = gpu_plans.training_plan(self.settings, self.data, recipe, batch, folder)
-        entry = Entry(GpuRow(name, batch), kind, gpu_plans.for_peer(plan) if kind == "peer" else plan)
+        entry = Entry(GpuRow(name, batch), kind, with_all_loaders(plan) if kind == "peer" else plan)
         self.entries.append(entry)
         return entry
 
@@ -110,6 +110,8 @@ class Bench:
         """Rows of every recipe and of detectron2, in turns."""
         for batch in self.settings.batches:
             entries = [self.entry(name, *what, batch) for name, what in CONTENDERS.items()]
+            for entry in entries:
+                entry.row.targets = TARGETS.get((entry.row.name, batch), ())
             self.results.rows += [entry.row for entry in entries]
             base, others = entries[0], entries[1:]
             at_once = self.settings.at_once if batch >= 16 else len(others)
@@ -122,8 +124,8 @@ class Bench:
     def _in_turns(self, base: Entry, others: list[Entry]) -> None:
         settings, everyone = self.settings, [base, *others]
         new = [entry for entry in everyone if entry.side is None]
-        each = settings.rounds * settings.block.seconds + settings.warmup.seconds + SETTLING_SECONDS
-        if not self.has_time_for(each * len(everyone), [entry.row for entry in others]):
+        each = settings.rounds * settings.block_seconds + settings.warmup_seconds + SETTLING_SECONDS
+        if not self.has_time_for(each * len(everyone), [entry.row for entry in new]):
             return
         self._begin(new)
         for number in range(settings.rounds):
@@ -137,7 +139,7 @@ class Bench:
                     entry.row.ratios.append(latest[entry.row.name] / latest[DETECTRON2])
         for entry in new:
             self._dissect(entry)
-        if base in new and (counted := base.block(settings.flops)):
+        if base in new and (counted := base.block(Order("flops"))):
             base.row.flops_per_image = counted["flops"] / base.row.batch
         for entry in others:
             entry.end()
@@ -154,7 +156,8 @@ class Bench:
             entry.row.warmup = entry.block(self.settings.warmup)
 
     def _dissect(self, entry: Entry) -> None:
-        found = (entry.block(self.settings.waits) or {}) | (entry.block(self.settings.trace) or {})
+        steps = self.settings.block_steps
+        found = (entry.block(Order("waits", steps=steps)) or {}) | (entry.block(Order("trace", steps=steps)) or {})
         for name in ("waits", "waiting_lines", "trace"):
             setattr(entry.row, name, found.get(name))
 
@@ -162,8 +165,10 @@ class Bench:
         """A row for each switch of the fast recipe, added to those of the row before."""
         settings, batch = self.settings, self.settings.ladder_batch
         entries = [self.entry(name, "ours", recipe, batch) for name, recipe in gpu_plans.ladder().items()]
+        for entry in entries:
+            entry.plan = with_all_loaders(entry.plan)  # their number would change only after many steps
         self.results.ladder += [entry.row for entry in entries]
-        each = 2 * settings.block.seconds + settings.warmup.seconds + SETTLING_SECONDS
+        each = 2 * settings.block_seconds + settings.warmup_seconds + SETTLING_SECONDS
         if self.has_time_for(START_SECONDS / 4 + each, [entry.row for entry in entries]):
             self._begin(entries, warm=False)
         counted = {row.batch: row.flops_per_image for row in self.results.rows}
@@ -171,10 +176,9 @@ class Bench:
             entry.row.flops_per_image = counted.get(batch)
             if entry.row.problem or not self.has_time_for(each, [entry.row]):
                 continue
-            entry.row.warmup = entry.block(settings.warmup)
+            entry.row.warmup = entry.block(dataclasses.replace(settings.warmup, steps=1))
             blocks = [entry.block(settings.block) for _ in range(2)]
             entry.row.blocks = [block for block in blocks if block]
-            self._dissect(entry)
             entry.end()
             rates = entries[0].row.images_per_second
             entry.row.ratios = [rate / rates for rate in entry.row.rates] if rates else []
@@ -184,7 +188,8 @@ class Bench:
         entries = []
         for name, recipe in DEMO.items():
             plan = gpu_plans.demo_plan(self.settings, recipe, self.folder / name)
-            entries.append(Entry(GpuRow(name, plan.solver.global_batch_size), "to_the_end", plan))
+            batch = plan.solver.global_batch_size
+            entries.append(Entry(GpuRow(name, batch, TARGETS.get((name, batch), ())), "to_the_end", plan))
         self.entries += entries
         self.results.demo += [entry.row for entry in entries]
         if not self.has_time_for(DEMO_SECONDS / 2, [entry.row for entry in entries]):
@@ -202,11 +207,20 @@ class Bench:
                 entry.side.kill()
 
 
-def measure(settings: Settings, parts: Sequence[str], minutes: float, to: Path) -> Results:
-    """Measures and writes the results after each part, so that none is lost with a later one."""
+def measure(settings: Settings, parts: Sequence[str], minutes: float, to: Path, command: str = "") -> Results:
+    """Measures and writes the results after each part, so that none is lost with a later one.
+
+    Args:
+        settings: How large and how long.
+        parts: Some of `PARTS`.
+        minutes: Rows that would end later are cut.
+        to: Folder for the two files.
+        command: What a person typed, for the page.
+    """
     began = time.monotonic()
     what, data = gpu_plans.dataset(settings)
-    results = Results(machine(), what, settings)
+    results = Results(machine(), what, dataclasses.asdict(settings), command)
+    files: tuple[Path, Path] | None = None
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(settings, data, results, began + 60 * minutes, Path(name))
         try:
@@ -214,9 +228,12 @@ def measure(settings: Settings, parts: Sequence[str], minutes: float, to: Path) 
                 print(f"{part} … ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
                 getattr(bench, part)()
                 results.seconds = time.monotonic() - began
-                results.files = write(results, to)
+                files = files or new_files(results, to)
+                write(results, files)
         finally:
             bench.close()
+    print(page(results))
+    print(f"written: {', '.join(map(str, files or ()))}", file=sys.stderr)
     return results
 
 
@@ -226,18 +243,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--batches", nargs="+", type=int, metavar="N", help="images of a step (default: 2 16)")
     parser.add_argument("--ladder-batch", type=int, metavar="N", help="the same for the ladder (default: 16)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="rows are cut that would begin too late for it")
+    parser.add_argument("--minutes", type=float, default=7.8, help="rows are cut that would end later (default: 7.8)")
     parser.add_argument("--to", type=Path, default=Path("benchmarks/results"), help="folder for the two files")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model on the CPU: measures nothing")
+    parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model on the CPU: no measurement")
     given = parser.parse_args(arguments)
-    if given.device == "cuda" and not torch.cuda.is_available():
+    if not given.tiny and not torch.cuda.is_available():
         print("make bench-gpu: torch finds no GPU here; `make bench` measures on CPUs", file=sys.stderr)
         return 2
-    del shutil
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    settings = TINY if given.tiny else Settings()
+    changes = {"batches": given.batches and tuple(given.batches), "ladder_batch": given.ladder_batch}
+    settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value})
+    command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    results = measure(settings, given.only, given.minutes, given.to, command)
+    if results.failed or results.below:
+        names = [f"{row.name}, batch {row.batch}: {row.problem}" for row in results.failed]
+        print("\n".join(["failed or below target:", *names, *results.below]), file=sys.stderr)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    # Suspended processes must not be left behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +22,14 @@ from trainers.contract.events import Event
 from trainers.contract.plan import TrialPlan
 
 
-def train_in_process(plan: TrialPlan) -> list[Event]:
-    """Trains a trial of one worker in this process, or one rank of it under torchrun; returns its events."""
+def train_in_process(plan: TrialPlan, push: Callable[[Event], None], before_step: Callable[[], None]) -> None:
+    """Trains a trial of one worker in this process, or one rank of it under torchrun.
+
+    Args:
+        plan: The trial.
+        push: Called with every event.
+        before_step: Called before every step.
+    """
     entered = time.time()
     from trainers.rank import Rank
 
@@ -37,17 +44,16 @@ def train_in_process(plan: TrialPlan) -> list[Event]:
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if plan.device == "cuda" else "gloo")
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
-    events: list[Event] = []
-    channel = Channel(push=events.append, beat=lambda _: "run")
-    Rank(plan, 0, placement, channel, turns.waiting()).train(entered)
+    Rank(plan, 0, placement, Channel(push=push, beat=lambda _: "run"), before_step).train(entered)
     if world_size > 1:
         torch.distributed.destroy_process_group()
-    return events
 
 
 def main(plan_path: str, events_path: str) -> None:
     """Trains the plan of a JSON file and writes rank 0's events, a line each."""
-    events = train_in_process(TrialPlan.from_dict(json.loads(Path(plan_path).read_text(encoding="utf-8"))))
+    events: list[Event] = []
+    plan = TrialPlan.from_dict(json.loads(Path(plan_path).read_text(encoding="utf-8")))
+    train_in_process(plan, events.append, turns.waiting())
     if os.environ.get("RANK", "0") == "0":
         Path(events_path).write_text("".join(event.to_json() + "\n" for event in events), encoding="utf-8")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ class PlainTrainer(DefaultTrainer):
     last_results: dict[str, dict[str, float]] = {}  # noqa: RUF012 - set by `test`, which is a class method
     """Figures of the last evaluation by task, as detectron2 names them."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, wait: Callable[[], None]) -> None:
         super().__init__(cfg)
         self.step_seconds: list[float] = []
         self.first_step: float | None = None
-        self.wait = turns.waiting()
+        self.wait = wait
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str, output_folder: str | None = None) -> COCOEvaluator:
@@ -83,8 +84,8 @@ class StopAtTarget(HookBase):
             raise TargetReached
 
 
-def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
-    """Trains the plan with plain detectron2; returns the measurements."""
+def build_trainer(plan: TrialPlan, before_step: Callable[[], None]) -> PlainTrainer:
+    """Plain detectron2 about to train the plan; `before_step` is called before every step."""
     torch.set_num_threads(plan.cpus_per_worker)
     torch.manual_seed(plan.seed)
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)
@@ -98,10 +99,16 @@ def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
     # detectron2 divides by the period, so that none is written only with a period beyond the end.
     cfg.SOLVER.CHECKPOINT_PERIOD = plan.solver.checkpoint_period or plan.solver.max_iter + 1
     cfg.freeze()
-    trainer = PlainTrainer(cfg)
+    trainer = PlainTrainer(cfg, before_step)
+    trainer.resume_or_load(resume=False)
+    return trainer
+
+
+def train(plan: TrialPlan, stop_at_target: bool) -> dict[str, Any]:
+    """Trains the plan with plain detectron2; returns the measurements."""
+    trainer = build_trainer(plan, turns.waiting())
     if stop_at_target:
         trainer.register_hooks([StopAtTarget(plan)])
-    trainer.resume_or_load(resume=False)
     reached = False
     try:
         trainer.train()

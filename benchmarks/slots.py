@@ -43,7 +43,7 @@ def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]
                 for i, command in list(left.items()):
                     log, began = Path(folder, str(i)), time.time()
                     if i in running:
-                        _resume(running[i])
+                        resume(running[i])
                     else:
                         with log.open("wb") as output:
                             running[i] = psutil.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -52,7 +52,7 @@ def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]
                     slots[i].append((began, time.time()))
                     code = running[i].poll()
                     if code is None:
-                        _stop(running[i])
+                        suspend(running[i])
                         continue
                     del left[i]
                     if code:
@@ -60,7 +60,7 @@ def in_slots(commands: Sequence[Sequence[str]], threads: int = 1) -> list[Slots]
         finally:
             for i in left:
                 if i in running:
-                    _resume(running[i])
+                    resume(running[i])
                     running[i].terminate()  # Ray's driver ends its cluster
                     running[i].wait()
     return slots
@@ -75,17 +75,28 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def _resume(process: psutil.Process) -> None:
-    for each in _family(process):
-        with suppress(psutil.NoSuchProcess):
-            each.resume()
-
-
-def _stop(process: psutil.Process) -> None:
-    """Suspends a process and all its descendants, including those that are being started."""
-    stopped: set[psutil.Process] = set()
-    while new := [each for each in _family(process) if each not in stopped]:
-        for each in new:
-            stopped.add(each)
+def resume(process: psutil.Process) -> None:
+    """Lets a process and all its descendants run; nothing where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        for each in _family(process):
             with suppress(psutil.NoSuchProcess):
-                each.suspend()
+                each.resume()
+
+
+def suspend(process: psutil.Process) -> None:
+    """Suspends a process and all its descendants, including those that are being started."""
+    suspended: set[psutil.Process] = set()
+    with suppress(psutil.NoSuchProcess):
+        while new := [each for each in _family(process) if each not in suspended]:
+            for each in new:
+                suspended.add(each)
+                with suppress(psutil.NoSuchProcess):
+                    each.suspend()
+
+
+def kill(process: psutil.Process) -> None:
+    """Ends a process and all its descendants without asking them."""
+    with suppress(psutil.NoSuchProcess):
+        for each in _family(process):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()

@@ -34,10 +34,10 @@ DATA = Path("data/benchmarks")
 def demo(steps: int, cpus: int = 1, world_size: int = 1, recipe: str = "reference", **protocol: Any) -> TrialPlan:
     """The demo's model and data, for a number of steps without evaluation unless `protocol` says otherwise."""
     values = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
-    return _plan(values, steps, cpus, world_size, recipe, protocol)
+    return generated_plan(values, cpus, world_size, recipe, protocol or _steps(steps))
 
 
-def r50(steps: int, cpus: int, recipe: str, size: int = 320, device: str = "cpu") -> TrialPlan:
+def r50(steps: int, cpus: int, recipe: str, size: int = 320) -> TrialPlan:
     """The real R50-FPN, batch 2."""
     values = {
         "name": "r50",
@@ -52,21 +52,27 @@ def r50(steps: int, cpus: int, recipe: str, size: int = 320, device: str = "cpu"
             },
         },
     }
-    return _plan(values, steps, cpus, 1, recipe, {}, device)
+    return generated_plan(values, cpus, 1, recipe, _steps(steps))
 
 
-def _plan(
-    values: dict[str, Any],
-    steps: int,
-    cpus: int,
-    world_size: int,
-    recipe: str,
-    protocol: dict[str, Any],
-    device: str = "cpu",
+def _steps(number: int) -> dict[str, Any]:
+    return {"kind": "throughput", "iterations": number, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False}
+
+
+def generated_plan(
+    values: dict[str, Any], cpus: int, world_size: int, recipe: str, protocol: dict[str, Any], device: str = "cpu"
 ) -> TrialPlan:
-    values["protocol"] = protocol or {
-        "kind": "throughput", "iterations": steps, "warmup_iterations": WARMUP_STEPS, "evaluate_at_end": False
-    }  # fmt: skip
+    """The plan of an experiment on generated data, which is drawn where it is missing.
+
+    Args:
+        values: The experiment's; sections that the other arguments are about are replaced.
+        cpus: Of each worker.
+        world_size: Number of workers.
+        recipe: Name of the recipe.
+        protocol: Section of the experiment.
+        device: `cpu` or `cuda`.
+    """
+    values["protocol"] = protocol
     values["trials"] = {"world_sizes": [world_size], "scaling": "strong", "recipes": [recipe]}
     values["resources"] = {"device": device, "cpus_per_worker": cpus}
     values["storage"] = {"checkpoint_period_iterations": 0}

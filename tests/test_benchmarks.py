@@ -7,12 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from benchmarks import gpu, slots, turns
+from benchmarks import slots, turns
 from benchmarks.measure import Row, by_blocks, report, table
 from benchmarks.tracking import with_and_without
-from benchmarks.training import demo
 
 
 def test_a_ratio_is_taken_between_neighbours_and_says_which_side_is_faster() -> None:
@@ -40,22 +38,6 @@ def test_a_result_file_names_machine_and_versions_above_the_table() -> None:
     assert text.startswith("# 2026-01-02 03:04:05 UTC\n")
     assert "Xeon, 2 CPUs" in text and "Versions: torch 2.14.1, ray 2.60.0\n" in text
     assert text.endswith(table([row]) + "\n")
-
-
-@pytest.mark.train
-def test_operations_are_counted_forward_and_backward() -> None:
-    plan = demo(2, recipe="plain")
-    flops, waits = gpu.flops_and_waits(plan)
-    # The first 3 x 3 convolution of a residual block: 64 x 64 channels on 24 x 24 pixels of 8 images, three passes.
-    one = 3 * 2 * 8 * 24 * 24 * 64 * 64 * 9
-    assert 10 * one < flops < 100 * one
-    assert waits == 0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_gpu_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main() == 2
-    assert "no GPU" in capsys.readouterr().err
 
 
 def test_two_trainings_take_their_steps_in_turns(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import tiny_experiment
-from trainers.contract.events import Evaluated, LoopFinished
+from trainers.contract.events import Evaluated, Event, LoopFinished
 from trainers.contract.plan import TrialPlan
 from trainers.recipes import Recipe
 
@@ -26,7 +26,8 @@ def plan_of(folder: Path, recipe: Recipe, name: str) -> TrialPlan:
 
 def train(plan: TrialPlan) -> tuple[str, dict[str, float | None]]:
     """The hash of the trained state, and the last evaluation's figures."""
-    events = train_in_process(plan)
+    events: list[Event] = []
+    train_in_process(plan, events.append, before_step=lambda: None)
     hashes = [event.state_sha256 for event in events if isinstance(event, LoopFinished)]
     figures = [event.figures for event in events if isinstance(event, Evaluated)]
     return hashes[0], figures[-1]

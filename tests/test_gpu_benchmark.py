@@ -1,0 +1,188 @@
+"""`make bench-gpu` without a GPU: its arithmetic, and all of it on a tiny model, with what needs a GPU not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_plans
+from benchmarks.coco_shaped import JPEG_QUALITY, OBJECTS, SIZES, coco_shaped, photograph
+from benchmarks.gpu_plans import LADDER, NOT_IN_THE_LADDER, TINY, ladder
+from benchmarks.gpu_report import Results, file_stem, page
+from benchmarks.gpu_rows import TARGETS, GpuRow
+from benchmarks.gpu_side import Side, SideError, shapes_of, shapes_of_events
+from benchmarks.gpu_trace import read_trace
+from trainers.contract.events import Event, StepsDone
+from trainers.recipes import FAST, REFERENCE, Recipe
+
+
+def block(seconds: float, steps: int = 4, joules: float | None = None) -> dict[str, Any]:
+    return {
+        "seconds": seconds, "steps": steps, "joules": joules, "step_seconds": [seconds / steps] * steps,
+        "peak_allocated_gib": 2.5, "peak_reserved_gib": 3.0, "first_step": 0,
+    }  # fmt: skip
+
+
+def results(*rows: GpuRow) -> Results:
+    machine = {"time": "2026-01-02 03:04:05 UTC", "processor": "Xeon", "cpus": 16, "system": "Linux",
+               "python": "3.12.3", "versions": {"torch": "2.11.0"}}  # fmt: skip
+    return Results(machine, "512 images", {}, rows=list(rows))
+
+
+def test_a_trace_gives_launches_and_the_time_in_which_the_device_was_busy() -> None:
+    def event(cat: str, name: str, ts: float, dur: float) -> dict[str, Any]:
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+    found = read_trace(
+        [
+            event("cuda_runtime", "cudaLaunchKernel", 0, 5),
+            event("cuda_driver", "cuLaunchKernelEx", 5, 5),
+            event("cuda_runtime", "cudaGraphLaunch", 10, 5),
+            event("cuda_runtime", "cudaStreamSynchronize", 15, 100),
+            event("kernel", "gemm", 100, 400),
+            event("kernel", "add", 300, 400),  # on another stream, half of it at the same time
+            event("gpu_memcpy", "Memcpy HtoD", 1000, 100),
+            {"ph": "M", "name": "process_name"},
+        ],
+        seconds=0.002,
+        steps=2,
+    )
+    assert (found["launches"], found["graph_launches"], found["synchronizations"]) == (1.5, 0.5, 0.5)
+    assert found["device_ms"] == pytest.approx(0.35) and found["busy"] == pytest.approx(0.35)
+    assert found["kernels"][0] == {"name": "gemm", "ms": 0.2, "calls": 0.5}
+
+
+def test_the_ladder_turns_on_every_switch_of_the_fast_recipe_once() -> None:
+    changed = {name for name in dataclasses.asdict(FAST) if getattr(FAST, name) != getattr(REFERENCE, name)}
+    assert not set(LADDER) & set(NOT_IN_THE_LADDER)
+    rungs = ladder()
+    names = [name.partition(":")[0] for name in rungs][1:]
+    assert sorted(names) == sorted(changed - set(NOT_IN_THE_LADDER))
+    top = list(rungs.values())[-1]
+    assert top == dataclasses.replace(FAST, **{name: getattr(REFERENCE, name) for name in NOT_IN_THE_LADDER})
+    assert set(LADDER) | set(NOT_IN_THE_LADDER) <= {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_a_row_is_rated_by_its_blocks_and_its_neighbours() -> None:
+    row = GpuRow("fast", 16, TARGETS["fast", 16], device={"device": "NVIDIA H100 80GB HBM3"}, flops_per_image=1e12)
+    row.blocks, row.ratios = [block(0.5, joules=320.0), block(0.8, joules=640.0)], [3.2, 2.0]
+    assert row.rates == [128.0, 80.0] and row.images_per_second == 104.0 and row.ratio == 2.6
+    assert row.joules_per_image == 7.5 and row.peak_gib == 2.5
+    assert row.tflops == 104.0 and row.peak_share == pytest.approx(104 / 989)
+    assert row.quantile(0.5) == pytest.approx(200) and row.quantile(0.0) == pytest.approx(125)
+    found = results(row)
+    assert file_stem(found) == "2026-01-02_h100-bench-gpu"
+    assert found.below == ["fast, batch 16: images_per_second"], "waits were not measured, which is not below"
+    assert "| fast | 16 | images_per_second | 104 | ≥ 110 | 150 | **below** |" in page(found)
+    assert "| fast | 16 | waits | – | ≤ 1 | 0 | not measured |" in page(found)
+
+
+def test_targets_count_only_on_the_devices_that_they_are_for() -> None:
+    row = GpuRow("fast", 2, TARGETS["fast", 2], device={"device": "NVIDIA A10"}, waits=5.0)
+    assert results(row).below == [] and "(for an H100)" in page(results(row))
+
+
+def test_what_was_not_measured_is_none_in_json_and_a_dash_on_the_page() -> None:
+    row = GpuRow("fast", 16, problem="RuntimeError: no memory")
+    values = row.to_dict()
+    assert values["images_per_second"] is values["peak_share"] is values["joules_per_image"] is values["waits"] is None
+    text = page(results(row))
+    assert "- Failed: fast, batch 16: RuntimeError: no memory\n" in text
+    assert "| fast | 16 | – | – | – | –, – | – | – | – | – |" in text
+
+
+def test_shapes_are_new_where_they_are_met_first() -> None:
+    assert shapes_of([(1,), (1,), (2,), (1,), (3,), (2,)]) == {"distinct": 3, "steps": 6, "new": pytest.approx(1 / 3)}
+    assert shapes_of([]) == {"distinct": 0, "steps": 0, "new": None}
+
+
+def test_what_our_worker_says_of_its_batches_is_added_up() -> None:
+    def window(first: int, **fields: Any) -> StepsDone:
+        return StepsDone(
+            trial="", attempt=0, rank=0, time=0.0, first_iteration=first, iteration=first + 2, num_images=4,
+            seconds=1.0, step_seconds=(0.5, 0.5), data_seconds=(0.0, 0.0), part_seconds={}, losses={},
+            learning_rate=None, peak_memory_gib=None, **fields,
+        )  # fmt: skip
+
+    windows: list[Event] = [
+        window(0, new_shapes={"2x8x8": 0, "2x8x4": 1}, pixels=60, wasted_pixels=6, eager_batches={"masks": 1}),
+        window(2, new_shapes={"2x4x8": 1}, pixels=40, wasted_pixels=4, eager_batches={"masks": 1}, num_graphs=3,
+               capture_seconds=1.5, eager_steps={"warming up": 1}),
+    ]  # fmt: skip
+    found = shapes_of_events(windows)
+    assert found is not None and (found["distinct"], found["steps"], found["new"], found["waste"]) == (3, 4, 0.5, 0.1)
+    assert found["eager_batches"] == {"masks": 2} and found["eager_steps"] == {"warming up": 1}
+    assert found["graphs"] == 3 and found["capture_seconds"] == 1.5
+    assert shapes_of_events([window(0)]) is None and shapes_of_events([]) is None
+
+
+def test_the_images_have_the_sizes_objects_and_details_that_the_tables_say(tmp_path: Path) -> None:
+    assert sum(SIZES.values()) == sum(OBJECTS.values()) == 100
+    train, _ = coco_shaped(tmp_path / "set", 24)
+    values = json.loads(train.annotations.read_text())
+    assert {(image["width"], image["height"]) for image in values["images"]} <= set(SIZES)
+    assert len({annotation["id"] for annotation in values["annotations"]}) == len(values["annotations"])
+    pixels = sum(image["width"] * image["height"] for image in values["images"])
+    bits = 8 * sum(file.stat().st_size for file in train.images.iterdir())
+    assert 4.0 < bits / pixels < 5.0, "COCO's files have 4.5"
+    assert photograph(64, 48, np.random.default_rng(0)).std() > 20 and JPEG_QUALITY == 95
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_gpu_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    found = gpu.measure(TINY, gpu.PARTS, minutes=-1, to=tmp_path)
+    assert found.rows and found.ladder and found.demo
+    assert found.cut == found.everything and found.failed == []
+    (text,) = (file.read_text() for file in tmp_path.glob("*.md"))
+    assert "- Not measured: fast, batch 2: cut: " in text
+
+
+@pytest.mark.train
+def test_all_of_it_runs_on_a_tiny_model_and_a_row_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = {name: recipe for name, recipe in gpu_plans.DEMO.items() if name == "fast"}
+    monkeypatch.setattr(gpu, "DEMO", demo)
+    monkeypatch.setattr(gpu.gpu_plans, "ladder", lambda: dict(list(ladder().items())[:2]))
+    assert gpu.main(["--tiny", "--to", str(tmp_path)]) == 1
+    (file,) = tmp_path.glob("*.json")
+    values = json.loads(file.read_text())
+    rows = {row["name"]: row for row in values["rows"]}
+    assert "CUDA" in rows["detectron2, SOLVER.AMP"]["problem"], "detectron2 has no AMP on CPUs"
+    assert values["failed"] == ["detectron2, SOLVER.AMP"] and values["cut"] == []
+    for name in ("plain", "reference", "fast"):
+        row = rows[name]
+        assert row["problem"] == "" and len(row["ratios"]) == 2 and row["images_per_second"] > 0
+        assert row["waits"] is row["trace"] is row["joules_per_image"] is row["peak_gib"] is row["peak_share"] is None
+        assert row["flops_per_image"] > 1e7 and row["shapes"]["distinct"] >= 1
+    assert [row["name"] for row in values["ladder"]] == list(ladder())[:2]
+    assert all(row["images_per_second"] for row in values["ladder"])
+    assert values["demo"][0]["figures"]["iterations"] == 2 and values["demo"][0]["figures"]["box_ap"] is not None
+    text = file.with_suffix(".md").read_text()
+    assert "- Failed: detectron2, SOLVER.AMP, batch 2: AssertionError" in text and "Energy was not measured" in text
+
+
+@pytest.mark.train
+def test_a_process_that_dies_or_does_not_answer_is_an_error_in_a_line(tmp_path: Path) -> None:
+    _, data = gpu_plans.dataset(TINY)
+    plan = gpu_plans.training_plan(TINY, data, FAST, 2, tmp_path)
+    side = Side("ours", plan)
+    with pytest.raises(SideError, match="no answer in 0 s"):
+        side.receive(0)
+    psutil.Process(side.pid).kill()
+    with pytest.raises(SideError, match="the process ended with -9"):
+        side.receive(60)
+    side.kill()
+    assert side.end() == {}
