@@ -71,7 +71,7 @@ def level_of(pooler: ROIPooler, boxes: Tensor) -> Tensor:
     A box as large as 224 x 224 pixels is pooled from the map of stride 16, one half as large from the next finer map,
     and so on: equation 1 of https://arxiv.org/abs/1612.03144.
     """
-    levels = assign_boxes_to_levels(
+    levels: Tensor = assign_boxes_to_levels(
         [Boxes(boxes)], pooler.min_level, pooler.max_level, pooler.canonical_box_size, pooler.canonical_level
     )
     return levels.clamp(0, pooler.max_level - pooler.min_level)  # a box that is not finite has no area

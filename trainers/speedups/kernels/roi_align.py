@@ -7,6 +7,9 @@ would start five times as many programs, most of them to find that their box is 
 pixels would not fill a GPU.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -113,7 +116,7 @@ def pool_backward(
     return gradients
 
 
-def _of_levels(values: list) -> list:
+def _of_levels(values: Sequence[Any]) -> list[Any]:
     """A value for each level that a kernel has; no box is on those beyond the last."""
     if len(values) > MAX_LEVELS:
         raise ValueError(f"ROIAlign in Triton knows {MAX_LEVELS} levels, got {len(values)}")
