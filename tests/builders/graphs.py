@@ -18,6 +18,7 @@ from tests.builders.padded_batches import padded, random_records
 from tests.builders.tape import TapeCapture
 from trainers import hooks, mask_rcnn
 from trainers.batching import Batch
+from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.loop import TrainingLoop
@@ -100,6 +101,11 @@ class Trained:
     def state(self) -> dict[str, Any]:
         return hooks.training_state(self.loop)
 
+    @property
+    def sha256(self) -> str:
+        """Of weights, momentum, schedule and scaler."""
+        return state_sha256(self.state)
+
 
 def train(
     plan: TrialPlan,
@@ -116,7 +122,7 @@ def train(
     torch.manual_seed(0)
     model = build()
     optimizer, scheduler = mask_rcnn.build_solver(mask_rcnn.build_config(plan), model, plan.recipe)
-    capture = TapeCapture(lambda: _lasting(model)) if graphs else None
+    capture = capture_of(model) if graphs else None
     start = resume["iteration"] if resume else 0
     collect = Collect(plan)
     loop = TrainingLoop(
@@ -139,6 +145,11 @@ def train(
     return Trained(loop, capture, collect.events)
 
 
-def _lasting(model: nn.Module) -> list[Tensor]:
-    weights = list(model.parameters())
-    return [*weights, *(weight.grad for weight in weights if weight.grad is not None), *model.buffers()]
+def capture_of(model: nn.Module) -> TapeCapture:
+    """What captures a model's passes on tapes."""
+
+    def lasting() -> list[Tensor]:
+        weights = list(model.parameters())
+        return [*weights, *(weight.grad for weight in weights if weight.grad is not None), *model.buffers()]
+
+    return TapeCapture(lasting)

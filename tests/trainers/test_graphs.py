@@ -5,29 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from tests.builders import training
 from tests.builders.experiments import TINY_OVERRIDES
-from tests.builders.graphs import CPU, TinyDetector, Trained, batch_of, plan_of, train
+from tests.builders.graphs import CPU, TinyDetector, Trained, batch_of, capture_of, plan_of, train
 from tests.builders.models import tiny_config
 from tests.builders.tape import TapeCapture
 from trainers.batching import Batch
-from trainers.checkpoints import state_sha256
+from trainers.contract.events import LoopFinished, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.loop import NotFiniteError, TrainingLoop
 from trainers.recipes import FAST, REFERENCE, Recipe
 from trainers.speedups import graphs
 from trainers.speedups.apply import tune_model
-from trainers.speedups.gradient_buckets import GradientBuckets
 from trainers.speedups.padded_batch import PaddedBatch
 
 
@@ -45,11 +45,6 @@ def plan(tmp_path: Path) -> TrialPlan:
     return plan_of(tmp_path)
 
 
-def hash_of(trained: Trained) -> str:
-    """Of weights, momentum, schedule and scaler."""
-    return state_sha256(trained.state)
-
-
 def eager_steps(trained: Trained) -> dict[str, int]:
     return dict(sum((Counter(event["eager_steps"]) for event in trained.events), Counter()))
 
@@ -63,7 +58,7 @@ def test_two_shapes_by_turns_train_the_same_weights(plan: TrialPlan, precision: 
     """With clipping, a schedule, batch norm and random choices; in half precision with a gradient scaler."""
     plan = dataclasses.replace(plan, recipe=dataclasses.replace(REFERENCE, precision=precision))
     without, trained = train(plan, graphs=False), train(plan, graphs=True)
-    assert hash_of(trained) == hash_of(without) and losses(trained) == losses(without)
+    assert trained.sha256 == without.sha256 and losses(trained) == losses(without)
     assert trained.capture is not None
     assert (trained.capture.num_captures, trained.capture.num_replays) == (2, 6)
     assert eager_steps(trained) == {"warm-up": 6}
@@ -75,13 +70,13 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_weights(plan: T
     assert half.loop.iteration == 6 and half.capture is not None and half.capture.num_replays == 1
     rest = train(plan, graphs=True, resume=half.state)
     assert rest.capture is not None and rest.capture.num_replays > 0
-    assert hash_of(rest) == hash_of(whole)
+    assert rest.sha256 == whole.sha256
 
 
 def test_a_batch_of_records_between_replays_uses_the_same_gradients(plan: TrialPlan) -> None:
     batch = partial(batch_of, records_at=(1, 6, 9))
     without, trained = train(plan, graphs=False, batch=batch), train(plan, graphs=True, batch=batch)
-    assert hash_of(trained) == hash_of(without)
+    assert trained.sha256 == without.sha256
     assert eager_steps(trained) == {"warm-up": 6, "batch not padded": 3}
 
 
@@ -119,7 +114,7 @@ def test_what_hooks_do_between_windows_counts(
 ) -> None:
     """An evaluation changes nothing; where tensors were replaced, graphs are captured again."""
     without, trained = (train(plan, graphs=on, more_hooks=[Between(act)]) for on in (False, True))
-    assert hash_of(trained) == hash_of(without)
+    assert trained.sha256 == without.sha256
     assert trained.capture is not None and trained.capture.num_captures == num_captures
 
 
@@ -128,7 +123,7 @@ def test_more_shapes_than_graphs_are_trained_eagerly_and_reported(
 ) -> None:
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     without, trained = train(plan, graphs=False), train(plan, graphs=True)
-    assert hash_of(trained) == hash_of(without)
+    assert trained.sha256 == without.sha256
     assert eager_steps(trained) == {"warm-up": 4, "more than 1 shapes": 3}
     assert trained.events[-1]["num_graphs"] == 1
 
@@ -146,7 +141,7 @@ def test_a_model_that_cannot_be_captured_is_trained_eagerly_and_reported(
     plan: TrialPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     without, trained = (train(plan, graphs=on, build=Looking) for on in (False, True))
-    assert hash_of(trained) == hash_of(without)
+    assert trained.sha256 == without.sha256
     waits = "capture failed: WaitError: aten::_local_scalar_dense waits for the device"
     assert eager_steps(trained) == {"warm-up": 6, waits: 6}
     assert trained.events[-1]["num_graphs"] == 0
@@ -218,54 +213,62 @@ def test_a_mask_rcnn_trains_the_same_weights(plan: TrialPlan) -> None:
     plan = dataclasses.replace(plan, recipe=recipe, solver=dataclasses.replace(plan.solver, max_iter=6))
     batch = lambda iteration, rank: batch_of(3 * iteration)  # noqa: E731 - of one shape
     without, trained = (train(plan, graphs=on, build=build, batch=batch) for on in (False, True))
-    assert hash_of(trained) == hash_of(without)
+    assert trained.sha256 == without.sha256
     assert trained.capture is not None and trained.capture.num_replays == 3
 
 
-def _rank_trains(rank: int, store: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    plan = dataclasses.replace(plan_of(Path(folder)), world_size=2)
-    # Where one worker replays, the other has another shape, or is eager.
-    batch = partial(batch_of, records_at=(2, 6) if rank else (5,))
-    without, trained = (train(plan, graphs=on, rank=rank, batch=batch) for on in (False, True))
-    communication = [len(event["step_part_seconds"]["communication"]) for event in trained.events]
-    found = hash_of(without), hash_of(trained), trained.capture.num_replays, communication  # type: ignore[union-attr]
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.mark.train
-def test_two_workers_average_the_gradients_of_replays(tmp_path: Path) -> None:
-    mp.spawn(_rank_trains, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
-    for rank in (0, 1):
-        without, trained, num_replays, communication = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert trained == without and num_replays >= 3 and communication == [2] * 6
+def test_a_trial_with_evaluations_that_died_ends_as_one_without_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole rank: padded batches of the loader, evaluations, checkpoints, events."""
+    values = training.plan_of(tmp_path, "mask_rcnn")
+    whole = dataclasses.replace(values, recipe=dataclasses.replace(REFERENCE, fixed_shapes=True))
+    expected = training.last(training.train(whole), LoopFinished)
+    monkeypatch.setattr("trainers.rank.capture_for", lambda model, *_: capture_of(model))
+    broken = dataclasses.replace(whole, checkpoint_dir=str(tmp_path / "broken"))
+    first, second = training.train(broken, die_at=8), training.train(broken, attempt=1)
+    assert training.last(second, LoopFinished).state_sha256 == expected.state_sha256
+    steps = [event for event in (*first, *second) if isinstance(event, StepsDone)]
+    assert sum((Counter(event.eager_steps) for event in steps), Counter()) == {"warm-up": 6}
+    assert [event.num_graphs for event in steps] == [0, 1, 1, 1, 0, 1, 1, 1]
 
 
-def test_gradients_lie_in_buckets_in_the_order_of_their_weights() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.Flatten(), nn.Linear(4, 2))
-    expected = torch.autograd.grad(model(torch.ones(1, 3, 3, 3)).sum(), list(model.parameters()))
-    buckets = GradientBuckets(model.parameters(), world_size=1, bucket_bytes=50)
-    addresses = [weight.grad.data_ptr() for weight in model.parameters() if weight.grad is not None]
-    for _ in range(2):
-        buckets.zero()
-        model(torch.ones(1, 3, 3, 3)).sum().backward()
-        buckets.average()
-    assert len(buckets.tensors()) == 2
-    for weight, gradient, address in zip(model.parameters(), expected, addresses, strict=True):
-        assert weight.grad is not None and torch.equal(weight.grad, gradient)
-        assert (weight.grad.data_ptr(), weight.grad.stride()) == (address, weight.stride())
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_capture_that_breaks_leaves_the_stream_and_the_generator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, breaks: bool
+) -> None:
+    """By the order of the calls; torch's own functions need a GPU."""
+    calls: list[str] = []
 
+    @contextmanager
+    def noted(name: str, *_: object, **settings: object) -> Iterator[None]:
+        calls.append(f"{name} begins")
+        try:
+            yield
+        finally:
+            calls.append(f"{name} ends")
+            if breaks and name == "graph":
+                raise RuntimeError("the capture had failed before")
 
-def test_a_weight_without_gradient_is_an_error() -> None:
-    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    buckets = GradientBuckets([used, unused], world_size=1)
-    buckets.zero()
-    used.sum().backward()
-    with pytest.raises(RuntimeError, match=r"got no gradient.*\(3,\)"):
-        buckets.average()
+    def run() -> None:
+        calls.append("run")
+        if breaks:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", partial(noted, "graph"))
+    monkeypatch.setattr(torch.cuda, "stream", partial(noted, "stream"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(reset=lambda: calls.append("reset"), replay=1))
+    for name in ("Stream", "graph_pool_handle", "synchronize", "empty_cache", "memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    capture = graphs.CudaCapture(torch.device("cuda"))
+    if breaks:
+        with pytest.raises(RuntimeError, match="failed before"):
+            capture.record(run)
+    else:
+        assert capture.record(run) == 1
+    order = ["stream begins", "graph begins", "run", "graph ends", "stream ends"]
+    assert calls == order + ["reset"] * breaks
 
 
 @pytest.mark.parametrize("recipe", [FAST, dataclasses.replace(FAST, cuda_graphs=True)])
