@@ -87,13 +87,18 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def numerics() -> dict[str, bool]:
-    """The switches of this process that decide how its GPU computes, by torch's names under `torch.backends`."""
+def numerics() -> dict[str, bool | str]:
+    """The switches of this process that decide how its GPU computes, by torch's names.
+
+    Those with a dot are under `torch.backends`.
+    """
     return {
         "cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
     }
 
 

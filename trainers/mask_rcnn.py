@@ -32,6 +32,7 @@ from trainers.dataset_cache import load_records
 from trainers.keypoints import set_keypoint_metadata
 from trainers.recipes import Recipe
 from trainers.speedups.apply import resolve_precision, tune_model
+from trainers.speedups.determinism import require_deterministic
 from trainers.speedups.sgd import build_tuned_optimizer
 from trainers.weights import load_start_weights
 
@@ -159,7 +160,8 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     """The model on its device with its start weights, in training mode.
 
     Raises:
-        ConfigurationError: detectron2 cannot build it, or its start weights cannot be read or do not fit.
+        ConfigurationError: detectron2 cannot build it, its start weights cannot be read or do not fit, or the recipe
+            asks for a deterministic training of what has none.
     """
     with refused_by_detectron2("MODEL"):
         model: nn.Module = build_model(cfg)
@@ -173,6 +175,8 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
         raise ConfigurationError("SyncBN needs GPUs", key=", ".join(keys), hint=hint)
     if cfg.MODEL.WEIGHTS:
         load_start_weights(model, cfg.MODEL.WEIGHTS, plan.weights_sha256)
+    if plan.recipe.deterministic and plan.device == "cuda":
+        require_deterministic(model, cfg, plan.recipe)
     tune_model(model, plan.recipe, torch.device(plan.device))
     return model.train()
 

@@ -292,6 +292,8 @@ def classify(error: BaseException) -> FailureKind:
     """The kind of failure that an exception is."""
     if is_out_of_memory(error):  # whatever the library makes of it
         return "out_of_memory"
+    if isinstance(error, RuntimeError) and "use_deterministic_algorithms" in str(error):
+        return "configuration"  # torch's refusal of an operation, which comes again at each start
     for kind, failure in FAILURES:
         if isinstance(error, kind):
             return failure

@@ -70,7 +70,8 @@ class Recipe:
     """On GPUs, fold frozen batch norm into the convolutions in training (trainers/speedups/folded_norms.py).
     Rounding."""
     deterministic: bool = False
-    """On GPUs, only operations that give the same bits each time; slower. CPUs do so anyway."""
+    """Only operations that give the same bits each time; what has none is refused (docs/settings.md). Slower on GPUs,
+    where it needs `triton_pooling`."""
     gradient_views: bool = False
     """With several workers, gradients live in the buckets they are exchanged in. The same."""
     pinned_loader: bool = False

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,12 @@ from detectron2.engine import DefaultTrainer
 
 from tests.builders.experiments import TINY_OVERRIDES
 from tests.builders.training import last, plan_of, train
-from trainers import machine, mask_rcnn
+from trainers import mask_rcnn
 from trainers.contract.events import LoopFinished, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.loading import augmentation_seed
 from trainers.loop import step_seed
 from trainers.recipes import FAST, PLAIN, REFERENCE, Recipe
-from trainers.speedups.apply import process_settings
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "as the model zoo has it": {},
@@ -232,23 +229,3 @@ def test_a_schedule_that_has_no_rate_after_the_last_iteration_trains_to_its_end(
     base = plan.solver.base_lr
     assert rates[2:] == [base] * 3 + [base / 2] * 5
     assert last(events, LoopFinished).reason == "max_iter"
-
-
-def test_a_worker_computes_with_the_switches_of_a_process_that_runs_default_trainer(tmp_path: Path) -> None:
-    # default_setup is what detectron2's tools call before DefaultTrainer; it sets the switches of its process.
-    script = f"""
-import argparse, json
-from detectron2.config import get_cfg
-from detectron2.engine import default_setup
-from trainers import machine
-cfg = get_cfg()
-cfg.CUDNN_BENCHMARK, cfg.OUTPUT_DIR = True, {str(tmp_path)!r}
-default_setup(cfg, argparse.Namespace(eval_only=False))
-print(json.dumps(machine.numerics()))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    assert theirs["cudnn.benchmark"] and theirs["cudnn.allow_tf32"]
-    for recipe in (PLAIN, REFERENCE):
-        with process_settings(recipe, torch.device("cuda"), cudnn_benchmark=True):
-            assert machine.numerics() == theirs

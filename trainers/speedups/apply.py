@@ -27,6 +27,7 @@ from torch import nn
 
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
+from trainers.speedups.determinism import deterministic_process
 from trainers.speedups.fixed_rcnn import FixedRCNN, unsupported
 from trainers.speedups.fixed_roi_heads import FixedROIHeads
 from trainers.speedups.fixed_rpn import FixedRPN
@@ -169,7 +170,10 @@ def process_settings(recipe: Recipe, device: torch.device, cudnn_benchmark: bool
     num_threads = cv2.getNumThreads()  # the fast mapper sets it
     on_cpu = _kept_memory() if recipe.kept_memory else nullcontext()
     try:
-        with _gpu_numerics(recipe.tf32, cudnn_benchmark) if device.type == "cuda" else on_cpu:
+        with (
+            _gpu_numerics(recipe.tf32, cudnn_benchmark) if device.type == "cuda" else on_cpu,
+            deterministic_process() if recipe.deterministic else nullcontext(),
+        ):
             yield
     finally:
         cv2.setNumThreads(num_threads)
@@ -179,6 +183,7 @@ def process_settings(recipe: Recipe, device: torch.device, cudnn_benchmark: bool
 def _gpu_numerics(tf32: bool | None, cudnn_benchmark: bool) -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    inherits = matmul.fp32_precision == "none"  # which the older switch does not put back
     if tf32 is not None:
         matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     cudnn.benchmark = cudnn_benchmark
@@ -186,6 +191,8 @@ def _gpu_numerics(tf32: bool | None, cudnn_benchmark: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
+        if inherits:
+            matmul.fp32_precision = "none"
 
 
 @contextmanager
