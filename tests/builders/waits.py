@@ -17,8 +17,7 @@ WAITS = {
     *("_local_scalar_dense", "is_nonzero", "equal", "allclose"),  # a value for the host
     *("nonzero", "argwhere", "masked_select", "bincount"),  # as many results as the values say
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "tensor_split", "to_sparse"),
-    *("lift_fresh", "from_file"),  # a tensor of values that the host has
-    *("_pin_memory", "is_pinned", "set_data"),
+    *("lift_fresh", "_pin_memory"),  # a tensor of values that the host has
 }
 """Operations of torch after which the host has what only the device knew, or the reverse."""
 
