@@ -226,7 +226,11 @@ def measure(settings: Settings, parts: Sequence[str], minutes: float, to: Path, 
         try:
             for part in parts:
                 print(f"{part} … ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
-                getattr(bench, part)()
+                try:
+                    getattr(bench, part)()
+                except Exception as error:  # noqa: BLE001 - whatever fails is this part's, and no other's
+                    traceback.print_exc()
+                    results.problems[part] = f"{type(error).__name__}: {error}"
                 results.seconds = time.monotonic() - began
                 files = files or new_files(results, to)
                 write(results, files)
@@ -255,9 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = dataclasses.replace(settings, **{key: value for key, value in changes.items() if value})
     command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
     results = measure(settings, given.only, given.minutes, given.to, command)
-    if results.failed or results.below:
+    if results.failed or results.below or results.problems:
         names = [f"{row.name}, batch {row.batch}: {row.problem}" for row in results.failed]
-        print("\n".join(["failed or below target:", *names, *results.below]), file=sys.stderr)
+        lines = ["failed or below target:", *names, *results.below, *map(str, results.problems.items())]
+        print("\n".join(lines), file=sys.stderr)
         return 1
     return 0
 

@@ -6,6 +6,7 @@ device is idle at both ends of a block, and its seconds are the host's between t
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 import warnings
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-import pynvml
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -142,16 +142,19 @@ class EnergyCounter:
         self.problem = ""
         """Why there is none; empty where there is."""
         try:
+            import pynvml
+
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
-        except (pynvml.NVMLError, AttributeError) as error:
-            self.problem = f"NVML has no energy counter here: {error}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            self._millijoules = functools.partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+            self._millijoules()
+        except Exception as error:  # noqa: BLE001 - NVML's errors, a missing package, a torch without UUIDs
+            self.problem = f"NVML does not count it here: {type(error).__name__}: {error}"
 
     def joules(self) -> float | None:
         """So far; None where NVML does not count."""
-        return None if self.problem else pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        return None if self.problem else float(self._millijoules()) / 1000
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Results:
     rows: list[GpuRow] = field(default_factory=list)
     ladder: list[GpuRow] = field(default_factory=list)
     demo: list[GpuRow] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    """Why a part ended before its last row."""
     seconds: float = 0.0
     """That it took."""
 
@@ -70,6 +72,7 @@ class Results:
             "command": self.command, "machine": self.machine,
             "device": self.device, "data": self.data, "settings": self.settings, "seconds": self.seconds, **parts,
             "cut": [row.name for row in self.cut], "failed": [row.name for row in self.failed], "below": self.below,
+            "problems": self.problems,
         }  # fmt: skip
 
 
@@ -121,6 +124,7 @@ def page(results: Results) -> str:
     ]
     if problem := device.get("no_energy"):
         head.append(f"- Energy was not measured: {problem}")
+    head += [f"- Failed: {part}: {problem}" for part, problem in results.problems.items()]
     head += [f"- Failed: {row.name}, batch {row.batch}: {row.problem}" for row in results.failed]
     head += [f"- Not measured: {row.name}, batch {row.batch}: {row.problem}" for row in results.cut]
     parts = [head, _rates(results.rows), _targets(results), _anatomy(results.rows), _ladder(results.ladder)]

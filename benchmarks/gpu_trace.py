@@ -10,9 +10,8 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
             "cudaLaunchCooperativeKernel")  # fmt: skip
 """Calls of CUDA's API that put a kernel, or a graph of kernels, into a queue."""
 
-SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize",
-                    "cuCtxSynchronize", "cuEventSynchronize")  # fmt: skip
-"""Calls with which the host waits for the device."""
+SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "cuEventSynchronize")
+"""Calls with which the host waits for the device, but those at the ends of a block (`cudaDeviceSynchronize`)."""
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 """Categories of a trace for what the device did."""
