@@ -3,7 +3,8 @@
 A GPU's work is queued, so that the host's clock would time its queueing, and synchronising at every part would slow
 down what is measured. Events are put into the queue instead, and read at the end of a window. Waiting for other workers
 is timed apart from the backward pass: it begins when the last local gradients are ready, which is when
-DistributedDataParallel calls its communication hook with them.
+DistributedDataParallel calls its communication hook with them. Nothing is marked while a CUDA graph is captured, or
+within its replay: events of a graph are recorded again by each replay, so the times of the one before would be lost.
 """
 
 # No `from __future__ import annotations` here: torch compares a communication hook's annotations with classes.
