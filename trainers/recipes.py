@@ -56,9 +56,9 @@ class Recipe:
     same, bit for bit."""
     fixed_shapes: bool | None = False
     """Train on batches padded to a few sizes (trainers/speedups/padded_batch.py), in operations without a shape that
-    depends on data, so that the host does not wait for the device; none: on GPUs only. Rounding, and other random
-    numbers of the same distributions. Models and batches that it does not know train as without it, which is
-    reported."""
+    depends on data, so that the host does not wait for the device; none: on GPUs only. Rounding, other random
+    numbers of the same distributions, and images surrounded by more zeros. Models and batches that it does not know
+    train as without it, which is reported."""
     cuda_graphs: bool = False
     """On GPUs, with `fixed_shapes`, replay the whole forward and backward pass as one CUDA graph for each size of
     batch (trainers/speedups/graphs.py). The same."""
