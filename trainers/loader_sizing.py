@@ -23,11 +23,14 @@ RESERVE = 1.5
 """How much faster than the steps the loader should be: images differ in size and in time to decode."""
 
 NUM_TIMED = 8
-"""Images, evenly spaced over the data set, on which the mapper's speed is measured."""
+"""Images, evenly spaced over the data set, on which the loader's speed is measured."""
+
+GRAPH_WINDOWS = 5
+"""Windows of steps after which it is measured with CUDA graphs: before, most steps are the eager ones of new shapes."""
 
 
 class LoaderSizing:
-    """A hook that measures the first window and, once, replaces the loader by one of the right size.
+    """A hook that measures a window of steps and, once, replaces the loader by one of the right size.
 
     Args:
         plan: The trial; the hook runs only where it allows more loader processes than it starts with.
@@ -42,10 +45,10 @@ class LoaderSizing:
         self, plan: TrialPlan, images: TrainingImages, start: int, load: Callable[[int, int], Iterator[Any]]
     ) -> None:
         self.plan, self.images, self.load = plan, images, load
-        self._at = start + plan.log_period
+        self._at = start + plan.log_period * (GRAPH_WINDOWS if plan.recipe.cuda_graphs else 1)
 
     def due(self, iteration: int, ending: bool) -> bool:  # noqa: ARG002 - a hook's interface
-        """Once, after the first window."""
+        """Once, when steps are as fast as they will be."""
         return iteration == self._at and self.plan.most_loader_workers > self.plan.loader_workers
 
     def run(self, loop: TrainingLoop) -> None:
@@ -65,7 +68,7 @@ class LoaderSizing:
         taken = []
         for number in range(NUM_TIMED):
             started = time.perf_counter()
-            self.images[number, number * len(self.images) // NUM_TIMED]
+            self.images.collation([self.images[number, number * len(self.images) // NUM_TIMED]])
             taken.append(time.perf_counter() - started)
         return statistics.median(taken)
 

@@ -80,12 +80,15 @@ def _augmented(cfg: CfgNode, sizes: NDArray[np.int32], rng: np.random.Generator)
 def _cropped(cfg: CfgNode, sizes: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
     """Random sizes of detectron2's `RandomCrop.get_crop_size`."""
     kind, size = cfg.INPUT.CROP.TYPE, np.array(cfg.INPUT.CROP.SIZE)
+    cropped: NDArray[np.int64]
     if kind == "absolute":
-        return np.minimum(sizes, size.astype(np.int64))
-    if kind == "absolute_range":
-        return rng.integers(np.minimum(sizes, size[0]), np.minimum(sizes, size[1]), endpoint=True)
-    shares = size + rng.random(sizes.shape) * (1 - size) if kind == "relative_range" else size
-    return np.maximum(1, (sizes * shares + 0.5).astype(np.int64))
+        cropped = np.minimum(sizes, size.astype(np.int64))
+    elif kind == "absolute_range":
+        cropped = rng.integers(np.minimum(sizes, size[0]), np.minimum(sizes, size[1]), endpoint=True)
+    else:
+        shares = size + rng.random(sizes.shape) * (1 - size) if kind == "relative_range" else size
+        cropped = np.maximum(1, (sizes * shares + 0.5).astype(np.int64))
+    return cropped
 
 
 def _largest(cfg: CfgNode, sizes: NDArray[np.int32]) -> NDArray[np.int64]:
