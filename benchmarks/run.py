@@ -19,6 +19,7 @@ from benchmarks.measure import Row, machine, report, table
 
 ROWS: dict[str, Callable[[], Row]] = {
     "mapper": components.mapper,
+    "decoding": components.decoding,
     "mask_targets": components.mask_targets,
     "roi_pooling": components.roi_pooling,
     "scoring_box": components.scoring_box,
