@@ -75,14 +75,16 @@ class Recipe:
     gradient_views: bool = False
     """With several workers, gradients live in the buckets they are exchanged in. The same."""
     pinned_loader: bool = False
-    """On GPUs, load into page-locked memory and copy the next batch to the device during a step."""
+    """On GPUs, load into page-locked memory and copy the next batch to the device during a step or a detection."""
     batched_encoding: bool = False
-    """Encode an image's masks in one call (trainers/evaluation.py). The same detections."""
+    """Encode a batch's masks at once from the places where they change (trainers/speedups/rle.py). A GPU sends only
+    these to the host, and detects on while they are encoded. The same detections."""
     evaluation_batch: int = 1
     """Images of one size that are detected on together; detectron2 takes them one by one. Rounding."""
     overlapped_evaluation: bool = False
-    """Evaluate in a separate process while rank 0 trains on (trainers/overlap.py). Takes a second model's
-    memory. The same figures; a target that is met ends training some iterations later."""
+    """Evaluate in a separate process while rank 0 trains on (trainers/overlap.py). Takes a second model's memory, and
+    until it is done rank 0 shares its device with it: training slows down instead of waiting. The same figures; a
+    target that is met ends training some iterations later."""
     scorer: Scorer = "pycocotools"
     """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""
 
