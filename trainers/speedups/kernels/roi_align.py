@@ -2,9 +2,8 @@
 
 Every sample of torchvision's `roi_align_kernel.cu` is taken where torchvision takes it, with its operations in 32 bits.
 
-Feature maps are passed as five pointers, from which each program picks that of its level: one launch for each level
-would start five times as many programs, most of them to find that their box is on another level, and levels of few
-pixels would not fill a GPU.
+Each program picks the map of its level from five pointers: a launch for each level would start as many programs again,
+most of them to find that their box is on another level, and levels of few pixels would not fill a GPU.
 """
 
 from collections.abc import Sequence
@@ -50,9 +49,7 @@ def pool(
             *_of_levels([x.contiguous(memory_format=torch.channels_last) for x in features]),
             *_extents(features),
             *_of_levels(scales),
-            boxes.contiguous(),
-            image.contiguous(),
-            level.contiguous(),
+            *(numbers.contiguous() for numbers in (boxes, image, level)),
             pooled,
             channels,
             output_size,
@@ -85,8 +82,9 @@ def pool_backward(
     maps = list(zip(heights, widths, strict=True))
     gradients = [grad.new_empty((num_images, *extents, channels)).permute(0, 3, 1, 2) for extents in maps]
     num_levels = len(gradients)
-    groups = torch.arange(num_images * num_levels + 1, dtype=torch.int32, device=grad.device)
+    # The boxes of one image and level are a group.
     group, order = torch.sort((image * num_levels + level).int(), stable=True)
+    groups = torch.arange(num_images * num_levels + 1, dtype=torch.int32, device=grad.device)
     starts = torch.searchsorted(group, groups, out_int32=True)
     tiles = num_images * sum(triton.cdiv(y, TILE_HEIGHT) * triton.cdiv(x, TILE_WIDTH) for y, x in maps)
     columns = triton.next_power_of_2(size)
