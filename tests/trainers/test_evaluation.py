@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -113,6 +113,31 @@ def test_an_evaluation_writes_what_detectron2s_evaluator_writes(
     inference_on_dataset(model, build_detection_test_loader(cfg, plan.val.name), theirs)
     assert len(ours) == 4 * cfg.TEST.DETECTIONS_PER_IMAGE
     assert ours == json.loads((tmp_path / "coco_instances_results.json").read_bytes())
+
+
+class Copied:
+    """A stand-in for a GPU's event."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_what_is_encoded_in_the_background_stays_in_order(
+    evaluated: tuple[CfgNode, TrialPlan, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, plan, model = evaluated
+    plan = dataclasses.replace(plan, val=plan.train)  # 16 images
+    mask_rcnn.register(cfg, plan.val)
+    written = []
+
+    def on_gpu(model: nn.Module, batch: list[dict[str, Any]]) -> Detections:
+        return dataclasses.replace(detect(model, batch), copied=cast(torch.cuda.Event, Copied()))
+
+    for stand_in in (detect, on_gpu):
+        monkeypatch.setattr("trainers.evaluation.detect", stand_in)
+        Evaluator(cfg, plan).run(model)
+        written.append((Path(plan.trial_dir) / "coco_instances_results.json").read_bytes())
+    assert written[0] == written[1] and len(json.loads(written[0])) == 16 * cfg.TEST.DETECTIONS_PER_IMAGE
 
 
 def test_a_batch_is_detected_on_as_by_the_model_itself(evaluated: tuple[CfgNode, TrialPlan, nn.Module]) -> None:
