@@ -115,7 +115,18 @@ REFERENCE = Recipe(
 POOLING = replace(REFERENCE, sparse_pooling=True)
 LAYOUT = replace(POOLING, channels_last=True)
 
-FAST = replace(LAYOUT, precision="auto", tf32=True, winograd=True, mapper="fast", evaluation_batch=8)
+FAST = replace(
+    LAYOUT,
+    precision="auto",
+    tf32=True,
+    winograd=True,
+    mapper="fast",
+    evaluation_batch=8,
+    fixed_shapes=None,
+    triton_pooling=True,
+    folded_norms=True,
+    cuda_graphs=True,
+)
 """Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
 
 RECIPES = {"plain": PLAIN, "reference": REFERENCE, "pooling": POOLING, "layout": LAYOUT, "fast": FAST}
