@@ -9,11 +9,11 @@ overwrites its snapshot file in place and copies without a checksum.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import logging
-import os
 import pickle
 import re
 import time
@@ -26,6 +26,7 @@ import pyarrow.fs
 import torch
 
 from trainers.contract.memory import is_out_of_memory
+from trainers.contract.storage import ASIDE, folder_identity, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class CheckpointStore:
         self._on_skipped = on_skipped
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._folder_identity: tuple[int, int] | None = None
 
     def save(self, iteration: int, state: dict[str, Any], score: float | None, since: float | None = None) -> None:
         """Takes a snapshot and returns; it is written in the background.
@@ -107,12 +109,24 @@ class CheckpointStore:
         """
         try:
             _write_file(self._files, f"{self._root}/{OWNER}", str(self._attempt).encode())
+            if isinstance(self._files, pyarrow.fs.LocalFileSystem):
+                for aside in Path(self._root).glob(f"iter_*/*{ASIDE}"):
+                    aside.unlink(missing_ok=True)  # of a process that was killed while it wrote
+                self._folder_identity = folder_identity(self._root)
         except OSError as error:
             self._fail(0, error)
 
     def load_newest(self) -> tuple[dict[str, Any], str] | None:
-        """The newest checkpoint that verifies and its path; damaged ones are skipped, which is reported."""
-        for iteration in sorted(self._valid(self._skip), reverse=True):
+        """The newest checkpoint that verifies and its path; damaged ones are skipped, which is reported.
+
+        Raises:
+            StorageError: The folder cannot be read.
+        """
+        try:
+            valid = self._valid(self._skip)
+        except OSError as error:
+            raise StorageError(f"{self._root} cannot be read: {error}") from error
+        for iteration in sorted(valid, reverse=True):
             try:
                 return self.load(iteration)
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
@@ -158,6 +172,7 @@ class CheckpointStore:
             torch.save(state, buffer)
             content = buffer.getvalue()
             name = f"state-{self._attempt}.pt"
+            self._check_folder()
             _write_file(self._files, f"{folder}/{name}", content)
             manifest = {
                 "iteration": iteration,
@@ -202,7 +217,13 @@ class CheckpointStore:
             raise StorageError(message) from error
         self._on_failed(iteration=iteration, message=message)
 
+    def _check_folder(self) -> None:
+        """Makes sure that nothing is written into a folder that somebody put in the place of this trial's."""
+        if self._folder_identity is not None and folder_identity(self._root) != self._folder_identity:
+            raise FileNotFoundError(errno.ENOENT, "the folder was removed or replaced while the trial ran", self._root)
+
     def _check_owner(self) -> None:
+        self._check_folder()
         try:
             owner = int(self._read(f"{self._root}/{OWNER}"))
         except (OSError, ValueError):  # lost or torn: no attempt has taken over since
@@ -240,29 +261,12 @@ class CheckpointStore:
 
 
 def _write_file(files: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:
-    """Makes a file appear whole or not at all, and makes it last through a power failure."""
+    """Makes a file appear whole or not at all."""
     if not isinstance(files, pyarrow.fs.LocalFileSystem):
         with files.open_output_stream(path) as stream:  # an object appears when its upload is complete
             stream.write(content)
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.{os.getpid()}.aside")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(target)
-        for folder in (target.parent, target.parent.parent):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError:
-        aside.unlink(missing_ok=True)  # half a file would fill what is left of a full disk
-        raise
+    write_durably(Path(path), content)
 
 
 def _to_cpu(value: Any) -> Any:

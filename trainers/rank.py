@@ -36,6 +36,7 @@ from trainers.contract.events import (
 from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
 from trainers.contract.plan import TrialPlan
 from trainers.contract.problems import ConfigurationError
+from trainers.contract.storage import is_storage_failure
 from trainers.evaluation import Evaluator
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import NotFiniteError, Request, TrainingLoop
@@ -104,14 +105,14 @@ class Rank:
         # TorchScript (RetinaNet's focal loss) changes its kernels after a process's first calls. On CPU it may not,
         # because a resumed run promises the same bits there.
         repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined]
-        with self._log_file(), self.pulse, repeatable:
+        with self.pulse, repeatable:
             try:
                 self._send_started(entered)
-                cfg = mask_rcnn.build_config(self.plan)
-                with process_settings(self.plan.recipe, torch.device(self.plan.device), cfg.CUDNN_BENCHMARK):
-                    self._train(cfg, entered)
+                with self._log_file():
+                    cfg = mask_rcnn.build_config(self.plan)
+                    with process_settings(self.plan.recipe, torch.device(self.plan.device), cfg.CUDNN_BENCHMARK):
+                        self._train(cfg, entered)
             except Exception as error:
-                logger.exception("training failed")
                 self._send_failure(error)
                 raise
             finally:
@@ -282,6 +283,9 @@ class Rank:
             named.addHandler(handler)
         try:
             yield
+        except Exception:
+            logger.exception("training failed")
+            raise
         finally:
             for named in loggers:
                 named.removeHandler(handler)
@@ -297,6 +301,8 @@ def classify(error: BaseException) -> FailureKind:
     for kind, failure in FAILURES:
         if isinstance(error, kind):
             return failure
+    if is_storage_failure(error):  # of another file of the run than a checkpoint, or of a library's
+        return "storage"
     text = str(error)
     if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
         return "communication"

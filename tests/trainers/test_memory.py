@@ -71,7 +71,7 @@ def test_an_error_that_memory_caused_is_out_of_memory() -> None:
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "unknown"),
         (RuntimeError("NCCL communicator was aborted"), "communication"),
         (BadInputError.of("a.png", "OSError: image file is truncated"), "bad_input"),
-        (OSError(errno.ENOSPC, "No space left on device"), "unknown"),
+        (OSError(errno.ENOSPC, "No space left on device"), "storage"),
     ],
     ids=lambda value: str(value)[:40],
 )

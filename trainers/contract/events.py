@@ -25,7 +25,7 @@ FailureKind = Literal[
     "communication",  # a collective failed or timed out
     "worker_lost",  # the process or its node went away
     "stuck",  # alive, but without progress for longer than the section's time-out
-    "storage",  # a checkpoint could not be written
+    "storage",  # a checkpoint or another file of the run could not be written
     "unknown",
 ]
 
@@ -216,6 +216,15 @@ class ClockChanged(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EventsLost(Event):
+    """Lines of the events file could not be read when the run was resumed (rank -1)."""
+
+    kind: ClassVar[str] = "events_lost"
+    lines: tuple[int, ...]
+    """Their numbers, counted from 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SystemSampled(Event):
     """Load of one node (its local rank 0)."""
 
@@ -278,6 +287,8 @@ class RunStarted(Event):
     """Unique id of the run, the same after `--resume`."""
     tags: dict[str, str]
     """Git commit, versions, command, host: what identifies the run."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """What `--resume --set` changed then, by dotted key; `experiment` has it already."""
 
 
 @dataclass(frozen=True, kw_only=True)

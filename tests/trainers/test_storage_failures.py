@@ -1,0 +1,83 @@
+"""Storage that is full, read-only or taken away ends a worker as `storage`, which is never tried again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.experiment.spec import Faults
+from tests.builders.checkpoints import newest, save, state, store
+from tests.builders.trials import plan
+from trainers.checkpoints import StorageError
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import Event, WorkerFailed, WorkerStarted
+from trainers.rank import Rank, classify
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.ENOENT, errno.EIO])
+def test_a_file_of_the_run_that_cannot_be_written_is_storage_and_not_tried_again(number: int) -> None:
+    error = OSError(number, os.strerror(number), "/runs/r/t/coco_instances_results.json")
+    assert classify(error) == "storage"
+    assert "storage" not in Faults().restart_on
+
+
+def test_a_library_that_keeps_no_more_than_the_words_is_understood() -> None:
+    assert classify(RuntimeError("cannot write: No space left on device (28)")) == "storage"
+    wrapped = ValueError("the file could not be made")
+    wrapped.__cause__ = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    assert classify(wrapped) == "storage"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "no socket of a loader process"),
+        PermissionError(errno.EPERM, "kill"),
+        RuntimeError("so it was"),
+    ],
+)
+def test_what_has_nothing_to_do_with_files_may_be_tried_again(error: Exception) -> None:
+    assert classify(error) == "unknown"
+
+
+def test_a_log_that_cannot_be_opened_is_reported_by_the_worker_itself(tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("not a folder")
+    events: list[Event] = []
+    channel = Channel(push=events.append, beat=lambda _: "run")
+    values: dict[str, Any] = {"trial_dir": str(tmp_path / "a_file" / "trial"), "world_size": 1}
+    with pytest.raises(OSError, match="a_file"):
+        Rank(plan(**values), 0, Placement(0, 1, 0, 1, "here"), channel).train(0.0)
+    assert [event.rank for event in events if isinstance(event, WorkerStarted)] == [0]
+    (failed,) = (event for event in events if isinstance(event, WorkerFailed))
+    assert failed.failure == "storage" and "a_file" in failed.message
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_written_where_the_checkpoints_folder_was_taken_away(tmp_path: Path, replaced: bool) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    target = store(folder)
+    target.take_over()
+    save(target, 4)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    if replaced:
+        folder.mkdir(parents=True)
+    target.save(8, state(8), None)
+    with pytest.raises(StorageError, match="removed or replaced"):
+        target.wait()
+    assert not list(tmp_path.glob("run/**/*.*")) and (tmp_path / "run").exists() == replaced
+    assert newest(tmp_path / "elsewhere" / "checkpoints") == 4
+    shutil.rmtree(tmp_path / "elsewhere")
+
+
+def test_what_a_killed_process_left_half_written_takes_no_room_from_the_next(tmp_path: Path) -> None:
+    save(store(tmp_path), 4)
+    left = tmp_path / "iter_0000008" / "state-0.pt.77.aside"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    store(tmp_path, attempt=1).take_over()
+    assert not left.exists() and newest(tmp_path) == 4
