@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from orchestrator.execution.nodes import NODE_ID
-from orchestrator.runlog.outbox import Outbox
+from orchestrator.runlog.outbox import Outbox, RunFolderError
 from trainers.contract import clock
 from trainers.contract.channel import Command
 from trainers.contract.events import Event, Heartbeat
@@ -24,6 +24,9 @@ DRAIN_INTERVAL_SECONDS = 0.25
 
 RETRY_INTERVAL_SECONDS = 1.0
 """Pause after events could not be written to disk."""
+
+GIVE_UP_SECONDS = 30.0
+"""How long events that cannot be written are tried again: somebody may make room. Meanwhile no checkpoint counts."""
 
 RPC_TIMEOUT_SECONDS = 120.0
 """Longest wait for the actor, on a machine that has far too much to do; after it, the actor counts as lost."""
@@ -110,6 +113,8 @@ class EventPump:
         """Where the workers of the running attempt send their events."""
         self.lost = False
         """Whether the actor died or no longer answers; the next attempt gets a new one."""
+        self.failure: RunFolderError | None = None
+        """Why events can no longer be written; None while they can be."""
         self._persisted = 0
         self._drain_lock = threading.Lock()
         self._ended = threading.Event()
@@ -117,8 +122,12 @@ class EventPump:
         self._thread.start()
 
     def emit(self, *events: Event) -> None:
-        """Takes events of the driver itself."""
-        self.outbox.append(*events)
+        """Takes events of the driver itself.
+
+        Raises:
+            RunFolderError: They cannot be written, also after a while.
+        """
+        self._append(events)
         self.events.extend(events)
         for event in events:
             for listener in self._listeners:
@@ -126,6 +135,21 @@ class EventPump:
                     listener(event)
                 except Exception:
                     logger.exception("a listener failed on %s", event.kind)
+
+    def _append(self, events: Sequence[Event]) -> None:
+        began = time.monotonic()
+        while True:
+            try:
+                return self.outbox.append(*events)
+            except RunFolderError as error:
+                if error.gone or time.monotonic() - began > GIVE_UP_SECONDS:
+                    raise
+                time.sleep(RETRY_INTERVAL_SECONDS)
+
+    def check(self) -> None:
+        """Raises the RunFolderError for which workers' events can no longer be written, if there is one."""
+        if self.failure:
+            raise self.failure
 
     def begin(self, attempt: int) -> None:
         """Prepares for the workers of a new attempt."""
@@ -169,7 +193,7 @@ class EventPump:
         while not self._ended.is_set():
             try:
                 self.drain()
-            except OSError as error:
-                logger.warning("events could not be written to disk: %s", error)
-                time.sleep(RETRY_INTERVAL_SECONDS)
+            except RunFolderError as error:
+                self.failure = error
+                return
             self._ended.wait(DRAIN_INTERVAL_SECONDS)

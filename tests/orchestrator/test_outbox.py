@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from trainers.contract.events import Event, TrialRestarted
 
 
@@ -56,3 +61,66 @@ def test_a_line_that_a_crash_left_half_written_is_cut_off(tmp_path: Path) -> Non
     assert written(path) == [1]
     Outbox(path).append(event(3))
     assert written(path) == [1, 3]
+
+
+def test_a_file_that_is_removed_replaced_or_changed_is_not_written_any_more(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    outbox = Outbox(folder / FILE_NAME)
+    outbox.append(event(1))
+    with outbox.path.open("ab") as file:
+        file.write(b"by somebody else\n")
+    with pytest.raises(RunFolderError, match="was changed from outside") as raised:
+        outbox.append(event(2))
+    assert raised.value.gone
+    folder.rename(tmp_path / "elsewhere")
+    for call in (lambda: outbox.append(event(2)), lambda: outbox.guarded().__enter__(), lambda: list(outbox.read())):
+        with pytest.raises(RunFolderError, match="was removed with its folder") as raised:
+            call()
+        assert raised.value.gone
+    assert not folder.exists()
+    folder.mkdir()
+    Outbox(outbox.path).append(event(7))
+    for call in (lambda: outbox.append(event(2)), lambda: outbox.guarded().__enter__(), lambda: list(outbox.read())):
+        with pytest.raises(RunFolderError, match="was replaced"):
+            call()
+    assert written(outbox.path) == [7]
+
+
+def test_other_writes_that_find_no_room_are_one_line_and_may_be_tried_again(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path / FILE_NAME)
+    outbox.append(event(1))
+    with pytest.raises(RunFolderError) as raised, outbox.guarded():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "results.json"))
+    assert str(raised.value) == f"{tmp_path} cannot be written: No space left on device: {tmp_path / 'results.json'}"
+    assert not raised.value.gone
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 40, b'{"kind":"trial_resta', b"\xff\xfe{}", b'{"kind":"of a later version"}', b"[]"]
+)
+def test_lines_that_cannot_be_read_are_left_out_and_counted_by_trial(tmp_path: Path, garbage: bytes) -> None:
+    path = tmp_path / FILE_NAME
+    Outbox(path).append(event(1), event(2), event(3))
+    first, _, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(garbage + b"\n" + first + garbage + b"\n" + third)
+    assert written(path) == [1, 3]
+    assert Outbox(path).damage() == {"t": (1, 3)}
+    Outbox(path).append(event(4))
+    assert written(path) == [1, 3, 4]
+
+
+@given(st.data())
+def test_whatever_is_done_to_the_file_what_is_whole_is_read(data: st.DataObject) -> None:
+    lines = [f"{event(number).to_json()}\n".encode() for number in range(6)]
+    content = bytearray(b"".join(lines))
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, len(content)))
+    content[start:end] = data.draw(st.binary(max_size=30))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, FILE_NAME)
+        path.write_bytes(content)
+        left = bytes(content).split(b"\n")[:-1]
+        assert written(path) == [number for number, line in enumerate(lines) if line[:-1] in left]
+        Outbox(path).append(event(9))
+        assert written(path)[-1] == 9
