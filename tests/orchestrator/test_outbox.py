@@ -121,6 +121,7 @@ def test_whatever_is_done_to_the_file_what_is_whole_is_read(data: st.DataObject)
         path = Path(folder, FILE_NAME)
         path.write_bytes(content)
         left = bytes(content).split(b"\n")[:-1]
-        assert written(path) == [number for number, line in enumerate(lines) if line[:-1] in left]
+        whole = {number for number, line in enumerate(lines) if line[:-1] in left}
+        assert whole <= set(written(path)), "parts of two lines may make a third one"
         Outbox(path).append(event(9))
         assert written(path)[-1] == 9
