@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import io
 import os
@@ -9,19 +10,27 @@ import stat
 import sys
 import tempfile
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any, TextIO, cast
 
 from orchestrator.files import APPLICATION
 
 
-class LastingConsole(Console):
-    """Goes on without output where its reader is gone (`… | head`): hours of training do not end with it."""
+class LastingFile(io.FileIO):
+    """Goes on without output where it cannot be written: hours of training do not end with it.
 
-    def on_broken_pipe(self) -> None:
-        """Sends all further output to nowhere."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+    Its reader may be gone (`… | head`), its terminal closed, or the disk full that it is redirected to.
+    """
+
+    def write(self, data: Any) -> int | None:
+        """Writes bytes; once nobody can read them any more, all further ones go nowhere."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
+            return memoryview(data).nbytes
 
 
 def prepare_process() -> None:
@@ -29,11 +38,14 @@ def prepare_process() -> None:
 
     In a container, a user id may have no name and no home, or one that cannot be written. Importing MLflow then fails,
     and caches are lost. What the environment names stays as it is. Where the locale's encoding lacks a letter, it is
-    printed as `?`.
+    printed as `?`. Output that cannot be written ends nothing.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed (`>&-`): the next file that is opened would have this number, and get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
     os.environ.setdefault("USER", user_name())
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 - Path.home() raises where there is none
         os.environ["HOME"] = "/"  # as container runtimes do
@@ -41,6 +53,25 @@ def prepare_process() -> None:
         room = _private_folder()
         for name, folder in (("XDG_CACHE_HOME", "cache"), ("MPLCONFIGDIR", "matplotlib")):
             os.environ.setdefault(name, str(room / folder))
+
+
+def _lasting(stream: TextIO | None, number: int) -> TextIO:
+    """A standard stream that outlives its reader; one that is none of the process's (a test's) stays."""
+    if not isinstance(stream, io.TextIOWrapper | None):
+        return stream
+    try:
+        raw = LastingFile(stream.fileno() if stream else number, "wb", closefd=False)
+    except OSError:  # it is in memory
+        return cast("TextIO", stream)
+    if stream is None:
+        return io.TextIOWrapper(io.BufferedWriter(raw), errors="replace")
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]  # unbuffered: as Python does
+        encoding=stream.encoding,
+        errors="replace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 def user_name() -> str:

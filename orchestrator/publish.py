@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from rich.console import Console
 
@@ -30,9 +31,10 @@ from orchestrator.runlog.folder import (
     only_driver,
     read_earlier_run,
 )
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract import clock
-from trainers.contract.events import Event, RunEnded, RunStarted
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
 from trainers.contract.plan import TrialPlan
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -71,6 +73,11 @@ class Publication:
             reference_rows=experiment.reference_rows,
         )
 
+    @property
+    def status(self) -> Status:
+        """How the run ended."""
+        return cast("Status", self._result.status)
+
     def run_started(self) -> RunStarted:
         """The event that begins the run, or goes on with it; a password in the tracking address stays out."""
         values, earlier = self._experiment.model_dump(mode="json"), self._earlier
@@ -104,7 +111,9 @@ class Publication:
         self._result.repeats = repeat_rows(self._result.trials)
         self._write()
 
-    def finish(self, status: Status, emit: Callable[[Event], None], console: Console, seconds_left: float) -> bool:
+    def finish(
+        self, status: Status, emit: Callable[[Event], None], console: Console, seconds_left: float, reason: str = ""
+    ) -> bool:
         """Writes results and report, ends tracking, and shows the table and where everything is.
 
         Args:
@@ -112,6 +121,7 @@ class Publication:
             emit: Takes the event that ends the run, once everything that is tracked with it has been written.
             console: Output for people.
             seconds_left: Until this process is killed; infinite where it is not.
+            reason: Why it could not go on; "" where it could, or was stopped.
 
         Returns:
             Whether MLflow has all of the run.
@@ -136,10 +146,10 @@ class Publication:
             table = table_address(mlflow_base(self._result), str(self._tracker.experiment_id()))
             served = (self._result.mlflow_tracking_uri or "").startswith("http")
             _print_line(console, f"MLflow: {table}" if served else f"MLflow: `make ui`, then {table}")
-        if status == "KILLED":
-            resume = f"python -m orchestrator.run --resume {shlex.quote(str(self._run_dir))}"
-            text = f"Stopped. {self._run_dir} keeps results, events and checkpoints; go on with: {resume}"
-            _print_line(console, text, "yellow")
+        if status == "KILLED" or reason:
+            cause = "Stopped" if status == "KILLED" else reason[0].upper() + reason[1:]
+            text = f"{cause}. {self._run_dir} keeps results, events and checkpoints; go on with: "
+            _print_line(console, text + resume_command(self._run_dir), "yellow")
         return tracked
 
     def to_json(self) -> str:
@@ -156,6 +166,48 @@ class Publication:
 
     def _write(self) -> None:
         self._result.write(self._run_dir / "results.json")
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command that goes on with a run."""
+    return f"python -m orchestrator.run --resume {shlex.quote(str(run_dir))}"
+
+
+def close_run(
+    experiment: Experiment, run_dir: Path, status: Status, reason: str, console: Console
+) -> tuple[Publication, bool]:
+    """Publishes what a run measured whose process was lost, and marks it as ended.
+
+    Args:
+        experiment: What was run.
+        run_dir: Its folder, with the events of at least its start.
+        status: How it ended, where it had not come to its end itself.
+        reason: Why.
+        console: Output for people.
+
+    Returns:
+        The publication, and whether MLflow has all of the run.
+
+    Raises:
+        SpecError: No run was started in the folder, or somebody else drives it by now.
+    """
+    run = read_earlier_run(run_dir)
+    outbox = Outbox(run_dir / FILE_NAME)
+    publication = Publication(experiment, run_dir, Tracker(run_dir, tracking_uri(experiment.tracking.uri)), run)
+    with only_driver(run_dir):
+        events = [event for event, _ in outbox.read()]
+        clock.not_before(events[-1].time)
+        for plan in run.plans.values():
+            attempt = max(event.attempt for event in events if event.trial == plan.name)
+            if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (plan.name, attempt) for e in events):
+                made = {"trial": plan.name, "attempt": attempt, "rank": -1, "time": clock.now()}
+                events.append(TrialEnded(**made, status=status, reason=reason))
+                outbox.append(events[-1])
+            publication.add_trial(plan, events)
+        if run.ended:  # and only its end was not tracked yet
+            status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
+        tracked = publication.finish(status, outbox.append, console, math.inf, reason)
+    return publication, tracked
 
 
 def track_folder(folder: Path) -> str:

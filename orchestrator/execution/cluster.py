@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 
 from orchestrator.experiment.environment import CREDENTIALS, cluster_address
@@ -47,6 +50,11 @@ LOCAL_SETTINGS = {
 VISIBLE = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
 """Shows runs and their workers in the dashboard, where there is one."""
 
+DAEMONS = ("gcs_server", "raylet")
+"""Processes of a local cluster without which it is lost."""
+
+_daemons: dict[str, psutil.Process] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
@@ -79,7 +87,8 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(settings)
     try:
-        url = _join(address, settings) if address else _start(dashboard)
+        with _same_handler(signal.SIGTERM):
+            url = _join(address, settings) if address else _start(dashboard)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise SpecError(f"{what}: {error}") from error
@@ -95,7 +104,16 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
 
 def shutdown() -> None:
     """Leaves the cluster; ends it where it was started for this run. Does nothing the second time."""
+    _daemons.clear()
     ray.shutdown()
+
+
+def lost_daemon() -> str | None:
+    """Name of a daemon of a local cluster that has ended; None while they run, and where a cluster was joined.
+
+    Ray itself ends this process then, but 13 s after its raylet and 61 s after its GCS.
+    """
+    return next((name for name, daemon in _daemons.items() if not _runs(daemon)), None)
 
 
 def token_required() -> bool:
@@ -130,7 +148,27 @@ def _start(dashboard: bool) -> str | None:
         context = ray.init(
             address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
         )
+    _daemons.clear()
+    _daemons.update((each.name(), each) for each in psutil.Process().children() if each.name() in DAEMONS)
     return context.dashboard_url or None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def _same_handler(number: signal.Signals) -> Iterator[None]:
+    """Keeps a signal's handler: that of `ray.init` ends the process with the signal's number as exit code."""
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
 
 
 @contextmanager

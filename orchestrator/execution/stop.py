@@ -1,4 +1,8 @@
-"""Ctrl-C, SIGTERM and `ray job stop`: the first asks the workers for a last checkpoint, the second ends at once."""
+"""Ctrl-C, SIGTERM, a closed terminal, `ray job stop`: the first asks for a last checkpoint, the second ends at once.
+
+A job server sends its signal to every process of a job, so the process that drives a run may have one twice: from
+there, and from the parent that passes it on (`supervisor.py`). Only `AT_ONCE`, which that parent sends, is a second.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a run to end; SIGHUP comes with the end of a terminal."""
+
+AT_ONCE = signal.SIGUSR1
+"""Sent to the process that drives a run when somebody has asked for its end a second time."""
 
 
 class StopRequest:
@@ -20,12 +31,12 @@ class StopRequest:
     def __init__(self, grace_seconds: float, on_request: Callable[[float], None] | None = None) -> None:
         self._grace_seconds, self._on_request = grace_seconds, on_request
         self._first: float | None = None
-        self._signals = 0
+        self._at_once = False
 
     def install(self) -> None:
-        """Handles SIGINT and SIGTERM; to be called after `ray.init`, which replaces the handler of SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._on_signal())
+        """Handles the signals from now on."""
+        handle_stop_signals(self._on_signal)
+        signal.signal(AT_ONCE, self._on_signal)
 
     @property
     def requested(self) -> bool:
@@ -37,7 +48,7 @@ class StopRequest:
         """Whether to wait no longer: time is up, or a second signal has come."""
         if self._first is None:
             return False
-        return self._signals > 1 or time.monotonic() - self._first > self._grace_seconds
+        return self._at_once or time.monotonic() - self._first > self._grace_seconds
 
     @property
     def seconds_left(self) -> float:
@@ -47,12 +58,19 @@ class StopRequest:
             return math.inf
         return max(0.0, float(limit) - (time.monotonic() - self._first))
 
-    def _on_signal(self) -> None:
-        self._signals += 1
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._at_once |= number == AT_ONCE
         if self._first is None:
             self._first = time.monotonic()
             if self._on_request:
                 self._on_request(self._grace_seconds)
+
+
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Has a function called on `STOP_SIGNALS`; where SIGHUP is ignored, as under `nohup`, it stays so."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def grace_seconds() -> float:

@@ -13,11 +13,13 @@ from typing import TypeVar
 from ray.exceptions import RayActorError
 from ray.train import PreemptionError, WorkerGroupError
 
+from orchestrator.execution.cluster import lost_daemon
 from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.nodes import lost_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.stop import StopRequest
+from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
@@ -64,6 +66,9 @@ def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, st
 
     Returns:
         How it ended, which the pump has as its last event.
+
+    Raises:
+        ClusterLostError: The local cluster is gone; neither pump nor Ray can be used any more.
     """
     return _Trial(plan, faults, pump, ray_dir, stop).run()
 
@@ -107,6 +112,7 @@ class _Trial:
         self.pump.begin(self.number)
         group = WorkerGroup(self.plan, self.number, self.pump.actor, self.ray_dir)
         self._watch(group)
+        _check_cluster()
         self.pump.drain()
         finished = next(reversed(self._own(LoopFinished)), None)
         if finished and finished.reason in ("target", "max_iter"):
@@ -132,6 +138,7 @@ class _Trial:
         watchdog: Watchdog | None = None
         stopping = False
         while not group.wait(POLL_INTERVAL_SECONDS):
+            _check_cluster()
             self._note_clock()
             if self.stop.requested and not stopping:
                 stopping = True
@@ -218,6 +225,16 @@ class _Trial:
     def _own(self, kind: type[E]) -> list[E]:
         """Events of this attempt."""
         return [event for event in self._events() if isinstance(event, kind) and event.attempt == self.number]
+
+
+def _check_cluster() -> None:
+    """Looks whether there still is a cluster: what fails without it says nothing about the trial.
+
+    Raises:
+        ClusterLostError: There is none.
+    """
+    if daemon := lost_daemon():
+        raise ClusterLostError(f"the Ray cluster was lost: its {daemon} has ended")
 
 
 def is_preemption(error: Exception | None) -> bool:

@@ -28,6 +28,9 @@ from trainers.contract.plan import TrialPlan
 LOCK, OWNER = "driver.lock", "driver.json"
 """Lock of a run's folder, and the process that holds it."""
 
+LOCK_TIMEOUT_SECONDS = 5.0
+"""Longest wait for the lock: a driver that was killed may still be ending what it started."""
+
 WORKING_DIRECTORY = "run.working_directory"
 """Tag with the folder the command was given in: an experiment file may hold relative paths."""
 
@@ -162,8 +165,12 @@ def enter_working_directory(run: EarlierRun) -> None:
 
 
 @contextmanager
-def only_driver(run_dir: Path) -> Iterator[None]:
+def only_driver(run_dir: Path, owner_pid: int | None = None) -> Iterator[None]:
     """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
+
+    Args:
+        run_dir: The folder.
+        owner_pid: The process that is named to others; None for this one.
 
     Raises:
         SpecError: Another driver is at work there, or the file system has no locks.
@@ -172,7 +179,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
 
     lock, owner = filelock.FileLock(run_dir / LOCK), run_dir / OWNER
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
     except filelock.Timeout as error:
         text = "another process"
         with suppress(OSError, ValueError, KeyError):
@@ -182,7 +189,7 @@ def only_driver(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise SpecError(f"{run_dir}: it cannot be locked: {error}") from error
     try:
-        owner.write_bytes(orjson.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        owner.write_bytes(orjson.dumps({"pid": owner_pid or os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
         lock.release()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from orchestrator.process import prepare_process
 from orchestrator.tracking.driver import POLL_INTERVAL_SECONDS, RETRY_SECONDS, Tracker, TrackingError
 
 
@@ -34,8 +35,10 @@ def _follow(tracker: Tracker) -> bool:
 
 
 if __name__ == "__main__":
-    # Ctrl-C and `ray job stop` are for the driver to handle.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, a closed terminal and `ray job stop` are for the driver to handle.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prepare_process()  # a driver that is gone reads nothing
     os.nice(19)
     where, store = json.loads(sys.stdin.readline())
     sys.exit(0 if _follow(Tracker(Path(where), store)) else 1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.process import LastingConsole, user_name
+from orchestrator.process import user_name
 from tests.builders.commands import ROOT, run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
 
@@ -90,10 +90,33 @@ def test_letters_that_the_locale_lacks_are_replaced(tmp_path: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_ends_no_run() -> None:
-    read, write = os.pipe()
-    with os.fdopen(write, "w") as stream:
-        console = LastingConsole(file=stream)
+SPEAKING = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from orchestrator.process import prepare_process
+prepare_process()
+assert os.open(os.devnull, os.O_RDONLY) > 2, "a file took the number of a stream"
+sys.stdin.readline()
+for stream in (sys.stdout, sys.stderr):
+    for _ in range(2):
+        print("to nobody", file=stream, flush=True)
+os._exit(7)
+"""
+
+
+def test_readers_that_go_away_and_terminals_that_are_closed_end_no_run() -> None:
+    for ends in (os.pipe, os.openpty):
+        read, write = ends()
+        speaking = subprocess.Popen(
+            [sys.executable, "-c", SPEAKING], stdin=subprocess.PIPE, stdout=write, stderr=write, start_new_session=True
+        )
         os.close(read)
-        console.print("to nobody")
-        console.print("still to nobody")
+        os.close(write)
+        speaking.communicate(b"\n")
+        assert speaking.returncode == 7
+
+
+@pytest.mark.parametrize("redirections", [">&- 2>&-", "> /dev/full 2>&1"])
+def test_closed_streams_and_a_full_disk_behind_them_end_no_run(redirections: str) -> None:
+    shell = ["sh", "-c", f'exec "$0" -c "$1" {redirections}', sys.executable, SPEAKING]
+    assert subprocess.run(shell, input=b"\n", check=False).returncode == 7

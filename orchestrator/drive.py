@@ -1,0 +1,250 @@
+"""Drives a run: preflight, then every trial, then results and report; or preflight alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+
+from orchestrator.execution.supervisor import INTERRUPTED
+from orchestrator.experiment.plan import Hardware, expand, generated_root, under
+from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
+from orchestrator.preflight.settings import check_settings
+from orchestrator.report.plan_table import plan_table
+
+if TYPE_CHECKING:
+    from orchestrator.publish import Publication, Status
+    from orchestrator.runlog.folder import EarlierRun
+    from trainers.contract.events import Event
+    from trainers.contract.plan import TrialPlan
+
+DONE, FAILED, UNFIT, NOT_TRACKED = 0, 1, 2, 3
+EXIT_CODES: dict[Status, int] = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one invocation of the command was asked to do."""
+
+    experiment: Experiment
+    """The experiment."""
+    run_dir: Path
+    """Folder of the run."""
+    earlier: EarlierRun | None
+    """The run to go on with; None for a new one."""
+    console: Console
+    """Output for people."""
+    quiet: bool
+    """Show failures and the closing table only."""
+    json_output: TextIO | None
+    """Where the result is printed as JSON; None where it is not asked for."""
+    verify_images: bool
+    """Decode every image while checking."""
+    strict: bool
+    """Treat warnings about the data as errors."""
+
+    def print_json(self, document: str) -> None:
+        """Prints a document where one is asked for."""
+        if self.json_output:
+            Console(file=self.json_output).out(document, highlight=False)
+
+
+def check(request: Request) -> int:
+    """Preflight alone: all findings, exit code 2 on errors."""
+    findings, _ = _preflight(request)
+    _leave_ray()
+    request.print_json(to_json(findings))
+    if not request.json_output and not findings:
+        request.console.print("Everything that can be checked is fit.")
+    return UNFIT if has_errors(findings) else DONE
+
+
+def run(request: Request, working: Callable[[], None]) -> int:
+    """Preflight, then every trial, then results and report.
+
+    Args:
+        request: What was asked for.
+        working: Called once a signal no longer cuts this off, but asks for an end.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ClusterLostError: The local Ray cluster is gone; `close` does what is left to do, in another process.
+    """
+    from orchestrator.runlog.folder import only_driver
+
+    if request.earlier:
+        with only_driver(request.run_dir):
+            pass  # refused before anything is checked or started
+    elif any((request.run_dir / name).exists() for name in ("results.json", "events.jsonl")):
+        raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
+    findings, plans = _preflight(request, to_train=True)
+    if has_errors(findings):
+        request.print_json(to_json(findings))
+        return UNFIT
+    if not request.quiet:
+        request.console.print(plan_table(plans))
+    request.run_dir.mkdir(parents=True, exist_ok=True)
+    with only_driver(request.run_dir, os.getppid()):
+        return _execute(request, plans, working)
+
+
+def close(request: Request, status: Status, reason: str) -> int:
+    """Publishes the results of a run whose process was lost; returns the exit code.
+
+    Args:
+        request: What was asked for.
+        status: How the run ended.
+        reason: Why.
+    """
+    from orchestrator.publish import close_run, resume_command
+
+    request.console.show_cursor()  # a progress bar hides it
+    try:
+        publication, tracked = close_run(request.experiment, request.run_dir, status, reason, request.console)
+    except OSError as error:
+        text = f"{reason}; nor can its results be written: {error}. Go on with: {resume_command(request.run_dir)}"
+        request.console.print(text, style="red", soft_wrap=True, markup=False, highlight=False)
+        return FAILED
+    return _conclude(request, publication, publication.status, tracked=tracked)
+
+
+def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Finding], list[TrialPlan]]:
+    """Generates data where asked for, starts or joins Ray, and checks; returns findings and final plans.
+
+    Where something is wrong already, Ray is not started and the rehearsal not waited for.
+    """
+    from orchestrator.preflight.local import joins_cluster, preflight
+    from orchestrator.preflight.rehearsal import Rehearsal
+    from orchestrator.preflight.tracking import check_earlier_tracking
+
+    experiment = request.experiment
+    try:
+        plans = plan_trials(request, Hardware.local())
+    except SpecError:
+        if not has_errors(check_settings(experiment)):
+            raise
+        plans = []  # the reason is among the findings
+    if experiment.data.generated is not None:
+        from orchestrator.data.generate import generate
+
+        generate(generated_root(experiment), **experiment.data.generated.model_dump())
+    with Rehearsal(plans, elsewhere=joins_cluster(experiment)) as rehearsal:
+        checks = {"verify_images": request.verify_images, "strict": request.strict}
+        findings = preflight(experiment, plans, **checks, rehearsal=rehearsal)
+        if request.earlier:
+            findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
+        if not has_errors(findings):
+            plans, more = _check_cluster(request, to_train=to_train)
+            findings = sort_findings([*findings, *more, *rehearsal.findings()])
+    print_findings(findings)
+    return findings, plans
+
+
+def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan], list[Finding]]:
+    """Starts or joins Ray and checks the cluster; returns the final plans and the findings."""
+    from orchestrator.execution.cluster import start_ray
+    from orchestrator.preflight.cluster import preflight_cluster
+
+    if to_train:
+        _import_in_background("orchestrator.execution.workers")  # seconds, while Ray's daemons start
+    resources = request.experiment.resources
+    cluster = start_ray(resources.address, resources.network_interface, dashboard=resources.dashboard)
+    if cluster.dashboard and not request.quiet:
+        request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
+    plans = plan_trials(request, cluster.hardware)
+    return plans, preflight_cluster(request.experiment, plans)
+
+
+def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], None]) -> int:
+    """Runs the trials one after the other until a signal comes, and publishes what they measured."""
+    from orchestrator.execution.event_pump import EventPump
+    from orchestrator.execution.stop import StopRequest, grace_seconds
+    from orchestrator.execution.trial import run_trial
+    from orchestrator.publish import Publication
+    from orchestrator.report.progress import ProgressDisplay
+    from orchestrator.runlog.outbox import FILE_NAME, Outbox
+    from orchestrator.tracking.driver import Tracker, tracking_uri
+    from trainers.contract.events import TrialStarted
+
+    earlier = request.earlier
+    tracker = Tracker(request.run_dir, tracking_uri(request.experiment.tracking.uri))
+    display = ProgressDisplay(request.console, request.quiet)
+    stop = StopRequest(grace_seconds(), display.stopping)
+    stop.install()
+    working()
+    pump = EventPump(Outbox(request.run_dir / FILE_NAME), [display, tracker, _load_report])
+    publication = Publication(request.experiment, request.run_dir, tracker, earlier)
+    started = publication.run_started()
+    pump.emit(started)
+    statuses: set[Status] = set()
+    for plan in _final_plans(request, plans, started.run_id):
+        finished = earlier is not None and plan.name in earlier.finished
+        if stop.requested and not finished:
+            break
+        if not finished:
+            if earlier and plan.name in earlier.plans:
+                display(TrialStarted(trial=plan.name, attempt=0, rank=-1, time=0.0, plan=dataclasses.asdict(plan)))
+            ended = run_trial(plan, request.experiment.faults, pump, str(request.run_dir / "ray"), stop)
+            statuses.add(ended.status)
+        publication.add_trial(plan, pump.events)
+    display.close()
+    pump.close()
+    status: Status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
+    # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
+    threading.Thread(target=_leave_ray, daemon=True).start()
+    tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
+    code = _conclude(request, publication, status, tracked=tracked)
+    return INTERRUPTED if stop.requested else code
+
+
+def _conclude(request: Request, publication: Publication, status: Status, *, tracked: bool) -> int:
+    """The last of what is printed, and the exit code."""
+    request.print_json(publication.to_json())
+    if not tracked:
+        publication.show_untracked(request.console)
+    return exit_code(status, tracked=tracked or request.experiment.tracking.offline)
+
+
+def exit_code(status: Status, *, tracked: bool) -> int:
+    """The exit code of a run that ended so; `tracked` is whether MLflow has all that it is to have now."""
+    return NOT_TRACKED if status == "FINISHED" and not tracked else EXIT_CODES[status]
+
+
+def _final_plans(request: Request, plans: list[TrialPlan], run_id: str) -> list[TrialPlan]:
+    """The plans as the trials were begun with, or begin with now."""
+    begun = request.earlier.plans if request.earlier else {}
+    if request.experiment.storage.checkpoints:
+        # Storage that outlives run folders: a later run of the same name must not find these checkpoints.
+        plans = [dataclasses.replace(each, checkpoint_dir=under(each.checkpoint_dir, run_id[-12:])) for each in plans]
+    return [begun.get(plan.name, plan) for plan in plans]
+
+
+def _load_report(event: Event) -> None:
+    """Imports what draws the report while a worker loads detectron2: the driver has nothing else to do then."""
+    if event.kind == "worker_started" and event.rank == 0:
+        _import_in_background("orchestrator.report.page")
+
+
+def _import_in_background(module: str) -> None:
+    threading.Thread(target=importlib.import_module, args=[module], daemon=True).start()
+
+
+def _leave_ray() -> None:
+    from orchestrator.execution.cluster import shutdown
+
+    shutdown()
+
+
+def plan_trials(request: Request, hardware: Hardware) -> list[TrialPlan]:
+    """The plans of all trials, on so much hardware."""
+    return expand(request.experiment, hardware, str(request.run_dir), generated_root(request.experiment))

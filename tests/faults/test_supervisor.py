@@ -1,0 +1,200 @@
+"""Signals and lost processes in every phase of a command whose work is a stand-in: no Ray is started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.figures.records import ExperimentResult
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.commands import ROOT
+from tests.builders.experiments import tiny_experiment, write_experiment
+from tests.builders.waiting import wait_for
+from trainers.contract.events import RunEnded, TrialEnded
+
+COMMAND = f"""
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from orchestrator import drive, run
+
+def leave_orphan():
+    "As Ray's agents are: in a session of its own, with a parent that has ended."
+    subprocess.run(["sh", "-c", "setsid sleep 987 > /dev/null 2>&1 & echo $! >> orphans"])
+
+def begin(request, working, iteration):
+    from orchestrator.publish import Publication
+    from orchestrator.runlog.outbox import FILE_NAME, Outbox
+    from orchestrator.tracking.driver import Tracker, tracking_uri
+    from tests.builders.trials import TrialBuilder
+    request.run_dir.mkdir(exist_ok=True)
+    outbox = Outbox(request.run_dir / FILE_NAME)
+    publication = Publication(request.experiment, request.run_dir, Tracker(request.run_dir, "unused"), request.earlier)
+    (plan,) = drive.plan_trials(request, drive.Hardware(num_cpus=1))
+    trial = TrialBuilder(plan, epoch=time.time())
+    outbox.append(publication.run_started())
+    trial.attempt = request.earlier.num_starts if request.earlier else 0
+    if not request.earlier:
+        trial.started()
+    trial.workers(1.0)
+    trial.loop(2.0)
+    trial.steps(3.0, 0, 0.5, 0.5)
+    if iteration:
+        trial.checkpoint(4.0, iteration, 0.1)
+    outbox.append(*trial.events)
+    signal.signal(signal.SIGTERM, lambda *_: open("asked", "w").close())
+    signal.signal(signal.SIGUSR1, lambda *_: open("at_once", "w").close())
+    working()
+    return trial
+
+def hold():
+    open("ready", "w").close()
+    while True:
+        time.sleep(0.05)
+
+def starting(request, working):
+    leave_orphan()
+    hold()
+
+def training(request, working):
+    begin(request, working, 2)
+    leave_orphan()
+    hold()
+
+def lost(request, working):
+    begin(request, working, 0)
+    leave_orphan()
+    os.abort()
+
+def lost_once(request, working):
+    if request.earlier:
+        return drive.DONE
+    lost(request, working)
+
+drive.run = globals()[sys.argv.pop(1)]
+run.app()
+"""
+
+
+class Started:
+    """A command whose work is one of the stand-ins above."""
+
+    def __init__(self, folder: Path, work: str, *options: str) -> None:
+        self.folder = folder
+        config = write_experiment(folder, tiny_experiment())
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMMAND, work, str(config), "--output", str(folder / "run"), *options],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "COLUMNS": "400"},
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
+
+    def has(self, name: str) -> Callable[[], bool]:
+        return lambda: (self.folder / name).exists() or self.process.poll() is not None
+
+    @property
+    def child(self) -> psutil.Process:
+        return psutil.Process(self.process.pid).children()[0]
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output, once it has ended; nothing that it started is left."""
+        output, _ = self.process.communicate(timeout=120)
+        orphans = [int(line) for line in (self.folder / "orphans").read_text().split()]
+        assert orphans and not any(psutil.pid_exists(pid) for pid in orphans)
+        return self.process.returncode, output
+
+    def mlflow_statuses(self) -> set[str]:
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        (experiment,) = (each for each in client.search_experiments() if each.name == "tiny")
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 2
+        return {run.info.status for run in runs}
+
+    @property
+    def result(self) -> ExperimentResult:
+        return ExperimentResult.model_validate_json((self.folder / "run" / "results.json").read_bytes())
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("to", ["command", "child"])
+def test_a_signal_while_ray_starts_ends_at_once_with_one_line(to: str, number: signal.Signals, tmp_path: Path) -> None:
+    command = Started(tmp_path, "starting")
+    wait_for(command.has("ready"))
+    os.kill(command.process.pid if to == "command" else command.child.pid, number)
+    assert command.end() == (130, "stopped before training began\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_ignores_a_closed_terminal_goes_on(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    command = Started(tmp_path, "starting")
+    signal.signal(signal.SIGHUP, before)
+    command.process.terminate()
+    command.process.communicate()
+
+
+def test_a_stop_that_is_not_obeyed_is_enforced_by_the_third_signal_and_recorded(tmp_path: Path) -> None:
+    command = Started(tmp_path, "training")
+    wait_for(command.has("ready"))
+    for number, answer in ((signal.SIGHUP, "asked"), (signal.SIGTERM, "at_once")):
+        command.process.send_signal(number)
+        wait_for(command.has(answer))
+        command.process.send_signal(signal.SIGHUP)  # a terminal may send it again
+    command.process.send_signal(signal.SIGINT)
+    code, output = command.end()
+    assert code == 130 and "Traceback" not in output
+    assert output.rstrip().endswith(f"go on with: python -m orchestrator.run --resume {tmp_path / 'run'}")
+    assert command.result.status == "KILLED" and command.mlflow_statuses() == {"KILLED"}
+
+
+def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> None:
+    command = Started(tmp_path, "training")
+    wait_for(command.has("ready"))
+    command.child.kill()
+    code, output = command.end()
+    assert code == 1 and "Traceback" not in output
+    last = output.rstrip().splitlines()[-1]
+    assert "the process that drives the run was lost (signal SIGKILL)" in last.lower().replace("sigkill", "SIGKILL")
+    assert last.endswith(f"go on with: python -m orchestrator.run --resume {tmp_path / 'run'}")
+    events = [event for event, _ in Outbox(tmp_path / "run" / FILE_NAME).read()]
+    assert [e.status for e in events if isinstance(e, TrialEnded | RunEnded)] == ["FAILED", "FAILED"]
+    (trial,) = command.result.trials
+    assert command.result.status == trial.status == "FAILED" and trial.reason.startswith("the process that drives")
+    assert command.result.tracked and command.mlflow_statuses() == {"FAILED"}
+
+
+def test_a_command_that_is_killed_takes_what_it_started_with_it(tmp_path: Path) -> None:
+    command = Started(tmp_path, "training")
+    wait_for(command.has("ready"))
+    child = command.child
+    helper = psutil.Process(int((tmp_path / "orphans").read_text()))
+    command.process.kill()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=60)
+    helper.kill()  # an orphan whose parent ended before the command did is nobody's
+
+
+def test_a_lost_run_is_gone_on_with_as_often_as_allowed(tmp_path: Path) -> None:
+    (tmp_path / "once").mkdir()
+    code, output = Started(tmp_path / "once", "lost_once", "--auto-resume", "1").end()
+    assert code == 0 and "going on by itself (start 1 of 1" in output
+
+    (tmp_path / "always").mkdir()
+    command = Started(tmp_path / "always", "lost", "--auto-resume", "2")
+    code, output = command.end()
+    assert code == 1 and output.count("going on by itself") == 2
+    assert "exit code" not in output and "(signal SIGABRT)" in output
+    assert command.result.status == "FAILED"
