@@ -51,7 +51,7 @@ hooks: install  ## Run the tools of `make check` on every commit
 bench: install  ## This program against plain detectron2, side by side
 	$(BIN)/python -m benchmarks.run
 
-bench-gpu: install  ## The real model on this machine's GPU
+bench-gpu: install  ## The real model on this machine's GPU, in eight minutes
 	$(BIN)/python -m benchmarks.gpu
 
 ui: install  ## MLflow's pages on the runs of this folder

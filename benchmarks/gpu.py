@@ -158,7 +158,7 @@ class Bench:
     def _dissect(self, entry: Entry) -> None:
         steps = self.settings.block_steps
         found = (entry.block(Order("waits", steps=steps)) or {}) | (entry.block(Order("trace", steps=steps)) or {})
-        for name in ("waits", "waiting_lines", "trace"):
+        for name in ("waits", "waiting_lines", "trace", "no_trace"):
             setattr(entry.row, name, found.get(name))
 
     def ladder(self) -> None:

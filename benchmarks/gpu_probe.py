@@ -179,18 +179,26 @@ def count_waits(found: dict[str, Any], on_gpu: bool) -> Iterator[None]:
 
 @contextmanager
 def trace(found: dict[str, Any], on_gpu: bool) -> Iterator[None]:
-    """Sets `trace`: what `read_trace` finds."""
-    if not on_gpu:
-        yield
-        found["trace"] = None
+    """Sets `trace` to what `read_trace` finds, or to None and `no_trace` to the reason: CUPTI may be out of reach."""
+    found |= {"trace": None, "no_trace": "" if on_gpu else "it is taken on GPUs only"}
+    profiler = None
+    if on_gpu:
+        try:
+            profiler = profile(activities=[ProfilerActivity.CUDA])
+            profiler.start()
+        except (AssertionError, RuntimeError) as error:
+            profiler, found["no_trace"] = None, f"{type(error).__name__}: {error}"
+    yield
+    if profiler is None:
         return
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        yield
+    profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(file))
         events = orjson.loads(file.read_bytes())["traceEvents"]
     found["trace"] = read_trace(events, found["seconds"], found["steps"])
+    if found["trace"] is None:
+        found["no_trace"] = "the profiler saw no kernel"
 
 
 @contextmanager

@@ -19,6 +19,19 @@ DISSECTED = ("detectron2", "fast")
 """Rows whose kernels and waiting lines are on the page; those of all rows are in the JSON file."""
 
 
+RATES = (
+    "TFLOP/s is the arithmetic of detectron2's model for an image, both passes, times images/s; the peak is that of 16",
+    "bits. Joules are the whole GPU's. The peak of memory is that of tensors, without what torch keeps for reuse.",
+)
+ANATOMY = (
+    "Waits are a step's calls in which torch makes the host wait for the device (`set_sync_debug_mode`). Stream waits",
+    "are CUDA's own in a trace, as are launches, of which a graph is one, and the time in which the device was busy. A",
+    "new shape is one that a process meets for the first time, its share that of the second half of its steps. Padding",
+    "is what a canvas has beyond detectron2's own.",
+)
+"""What the columns of the tables mean."""
+
+
 @dataclass
 class Results:
     """All that was measured."""
@@ -124,6 +137,8 @@ def page(results: Results) -> str:
     ]
     if problem := device.get("no_energy"):
         head.append(f"- Energy was not measured: {problem}")
+    if reasons := {row.no_trace for row in results.rows if row.no_trace}:
+        head.append(f"- Launches and kernels were not traced: {'; '.join(sorted(reasons))}")
     head += [f"- Failed: {part}: {problem}" for part, problem in results.problems.items()]
     head += [f"- Failed: {row.name}, batch {row.batch}: {row.problem}" for row in results.failed]
     head += [f"- Not measured: {row.name}, batch {row.batch}: {row.problem}" for row in results.cut]
@@ -135,12 +150,13 @@ def page(results: Results) -> str:
 def _rates(rows: list[GpuRow]) -> list[str]:
     heads = ("row", "batch", "images/s", "of detectron2", "spread", "step p50, p95 (ms)", "peak GiB", "J/image",
              "TFLOP/s", "of peak")  # fmt: skip
-    return _table("Rates", heads, [
+    table = _table("Rates", heads, [
         (row.name, row.batch, _figure(row.images_per_second), _figure(row.ratio, ".2f"), _spread(row.ratios, ".2f"),
          f"{_figure(row.quantile(0.5), '.0f')}, {_figure(row.quantile(0.95), '.0f')}", _figure(row.peak_gib),
          _figure(row.joules_per_image, ".2f"), _figure(row.tflops, ".3g"), _figure(row.peak_share, ".1%"))
         for row in rows
     ])  # fmt: skip
+    return [*table, "", *RATES] if table else []
 
 
 def _targets(results: Results) -> list[str]:
@@ -158,18 +174,27 @@ def _targets(results: Results) -> list[str]:
 
 
 def _anatomy(rows: list[GpuRow]) -> list[str]:
-    heads = ("row", "batch", "waits", "synchronising calls", "launches", "of them graphs", "device busy (ms)",
-             "device busy", "shapes", "new shapes")  # fmt: skip
+    heads = ("row", "batch", "waits", "stream waits", "launches", "graphs", "device busy", "shapes", "new shapes",
+             "step with a new one, without (ms)", "padding", "graphs captured in (s)", "eager")  # fmt: skip
+    lines = []
+    for row in rows:
+        trace, shapes = row.trace or {}, row.shapes or {}
+        eager = {**shapes.get("eager_batches", {}), **shapes.get("eager_steps", {})}
+        busy = f"{_figure(trace.get('device_ms'))} ms, {_figure(trace.get('busy'), '.0%')}" if trace else "–"
+        lines.append((
+            row.name, row.batch, _figure(row.waits), _figure(trace.get("synchronizations")),
+            _figure(trace.get("launches"), ".0f"), _figure(trace.get("graph_launches")), busy,
+            _figure(shapes.get("distinct"), "d"), _figure(shapes.get("new"), ".0%"),
+            f"{_figure(shapes.get('new_ms'), '.0f')}, {_figure(shapes.get('other_ms'), '.0f')}",
+            _figure(shapes.get("waste"), ".0%"), _captured(shapes),
+            "; ".join(f"{count} {reason}" for reason, count in eager.items()) or "–",
+        ))  # fmt: skip
+    table = _table("A step", heads, lines)
+    return [*table, "", *ANATOMY] if table else []
 
-    def of(row: GpuRow, key: str, form: str = ".1f") -> str:
-        return _figure((row.trace or {}).get(key), form)
 
-    return _table("A step", heads, [
-        (row.name, row.batch, _figure(row.waits), of(row, "synchronizations"), of(row, "launches", ".0f"),
-         of(row, "graph_launches"), of(row, "device_ms"), of(row, "busy", ".0%"),
-         _figure((row.shapes or {}).get("distinct"), "d"), _figure((row.shapes or {}).get("new"), ".0%"))
-        for row in rows
-    ])  # fmt: skip
+def _captured(shapes: dict[str, Any]) -> str:
+    return f"{shapes['graphs']}, {shapes['capture_seconds']:.1f}" if shapes.get("graphs") else "–"
 
 
 def _ladder(rows: list[GpuRow]) -> list[str]:

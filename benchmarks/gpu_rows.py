@@ -65,6 +65,8 @@ class GpuRow:
     waiting_lines: dict[str, float] | None = None
     trace: dict[str, Any] | None = None
     """Of a step, as `read_trace` has it."""
+    no_trace: str | None = None
+    """Why there is none; empty where there is."""
     shapes: dict[str, Any] | None = None
     """Of the batches it trained on."""
     flops_per_image: float | None = None

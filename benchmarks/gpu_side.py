@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -155,19 +156,31 @@ def _train_peer(plan: TrialPlan, conductor: Connection) -> dict[str, Any]:
     trainer.model.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     with suppress(EndTraining):
         trainer.train()
-    return {"shapes": shapes_of(shapes)}
-
-
-def shapes_of(shapes: list[tuple[int, ...]]) -> dict[str, Any]:
-    """How many shapes a training's batches had, and in which share of its second half of steps one was new."""
     first_seen = {shape: number for number, shape in reversed(list(enumerate(shapes)))}
-    return _shapes(first_seen.values(), len(shapes))
+    return {"shapes": shapes_met(set(first_seen.values()), trainer.step_seconds)}
 
 
-def _shapes(first_seen: Iterable[int], steps: int) -> dict[str, Any]:
-    first_seen = list(first_seen)
-    new = sum(step >= steps // 2 for step in first_seen)
-    return {"distinct": len(first_seen), "steps": steps, "new": new / (steps - steps // 2) if steps else None}
+def shapes_met(first_seen: set[int], step_seconds: Sequence[float]) -> dict[str, Any]:
+    """What is known of the shapes of a training's batches.
+
+    Args:
+        first_seen: The steps, from 0, in which a shape was met for the first time.
+        step_seconds: Of each step.
+
+    Returns:
+        `distinct` shapes in `steps`; the share of the second half's steps that met a `new` one; milliseconds of the
+        median step that did (`new_ms`) and that did not (`other_ms`).
+    """
+    half = len(step_seconds) // 2
+    late = [number in first_seen for number in range(half, len(step_seconds))]
+    split = {new: [each for number, each in enumerate(step_seconds) if (number in first_seen) == new] for new in (0, 1)}
+    return {
+        "distinct": len(first_seen),
+        "steps": len(step_seconds),
+        "new": sum(late) / len(late) if late else None,
+        "new_ms": 1000 * statistics.median(split[1]) if split[1] else None,
+        "other_ms": 1000 * statistics.median(split[0]) if split[0] else None,
+    }
 
 
 def shapes_of_events(events: list[Event]) -> dict[str, Any] | None:
@@ -175,10 +188,10 @@ def shapes_of_events(events: list[Event]) -> dict[str, Any] | None:
     windows = [event for event in events if isinstance(event, StepsDone)]
     if not windows or any(window.new_shapes is None for window in windows):
         return None
-    first_seen = [window.first_iteration + step for window in windows for step in (window.new_shapes or {}).values()]
+    first_seen = {window.first_iteration + step for window in windows for step in (window.new_shapes or {}).values()}
     pixels = sum(window.pixels or 0 for window in windows)
     return {
-        **_shapes(first_seen, windows[-1].iteration),
+        **shapes_met(first_seen, [seconds for window in windows for seconds in window.step_seconds]),
         "waste": sum(window.wasted_pixels or 0 for window in windows) / pixels if pixels else None,
         "eager_batches": dict(sum((Counter(window.eager_batches or {}) for window in windows), Counter())),
         "graphs": windows[-1].num_graphs,

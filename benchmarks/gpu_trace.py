@@ -21,7 +21,7 @@ NAME_LENGTH = 120
 """Characters of a kernel's name that are kept: template arguments go on for thousands."""
 
 
-def read_trace(events: Iterable[dict[str, Any]], seconds: float, steps: int) -> dict[str, Any]:
+def read_trace(events: Iterable[dict[str, Any]], seconds: float, steps: int) -> dict[str, Any] | None:
     """What a step is made of.
 
     Args:
@@ -32,6 +32,7 @@ def read_trace(events: Iterable[dict[str, Any]], seconds: float, steps: int) -> 
     Returns:
         Per step: `launches`, `synchronizations`, `graph_launches`, `device_ms` (in which the device did anything);
         `busy`, the share of the time in which it did; `kernels`, the longest ones with `name`, `ms` and `calls` a step.
+        None for a trace that has nothing of the device.
     """
     calls: Counter[str] = Counter()
     spans: list[tuple[float, float]] = []
@@ -47,6 +48,8 @@ def read_trace(events: Iterable[dict[str, Any]], seconds: float, steps: int) -> 
             spans.append((event["ts"], event["ts"] + event["dur"]))
             kernels[name] += event["dur"]
             kernel_calls[name] += 1
+    if not spans:
+        return None
     busy = covered(spans) / 1e6
     return {
         "launches": sum(calls[name] for name in LAUNCHES) / steps,

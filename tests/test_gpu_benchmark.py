@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from benchmarks import gpu, gpu_plans
 from benchmarks.coco_shaped import JPEG_QUALITY, OBJECTS, SIZES, coco_shaped, photograph
 from benchmarks.gpu_plans import LADDER, NOT_IN_THE_LADDER, TINY, ladder
+from benchmarks.gpu_probe import count_waits
 from benchmarks.gpu_report import Results, file_stem, page
 from benchmarks.gpu_rows import TARGETS, GpuRow
-from benchmarks.gpu_side import Side, SideError, shapes_of, shapes_of_events
+from benchmarks.gpu_side import Side, SideError, shapes_met, shapes_of_events
 from benchmarks.gpu_trace import read_trace
 from trainers.contract.events import Event, StepsDone
 from trainers.recipes import FAST, REFERENCE, Recipe
@@ -54,9 +56,10 @@ def test_a_trace_gives_launches_and_the_time_in_which_the_device_was_busy() -> N
         seconds=0.002,
         steps=2,
     )
-    assert (found["launches"], found["graph_launches"], found["synchronizations"]) == (1.5, 0.5, 0.5)
+    assert found and (found["launches"], found["graph_launches"], found["synchronizations"]) == (1.5, 0.5, 0.5)
     assert found["device_ms"] == pytest.approx(0.35) and found["busy"] == pytest.approx(0.35)
     assert found["kernels"][0] == {"name": "gemm", "ms": 0.2, "calls": 0.5}
+    assert read_trace([event("cuda_runtime", "cudaLaunchKernel", 0, 5)], seconds=1.0, steps=1) is None
 
 
 def test_the_ladder_turns_on_every_switch_of_the_fast_recipe_once() -> None:
@@ -95,12 +98,14 @@ def test_what_was_not_measured_is_none_in_json_and_a_dash_on_the_page() -> None:
     assert values["images_per_second"] is values["peak_share"] is values["joules_per_image"] is values["waits"] is None
     text = page(results(row))
     assert "- Failed: fast, batch 16: RuntimeError: no memory\n" in text
-    assert "| fast | 16 | – | – | – | –, – | – | – | – | – |" in text
+    assert "| fast | 16 | – | – | – | –, – | – | – | – | – |\n" in text
 
 
 def test_shapes_are_new_where_they_are_met_first() -> None:
-    assert shapes_of([(1,), (1,), (2,), (1,), (3,), (2,)]) == {"distinct": 3, "steps": 6, "new": pytest.approx(1 / 3)}
-    assert shapes_of([]) == {"distinct": 0, "steps": 0, "new": None}
+    found = shapes_met({0, 2, 4}, [0.4, 0.1, 0.2, 0.1, 0.3, 0.1])
+    assert found == pytest.approx({"distinct": 3, "steps": 6, "new": 1 / 3, "new_ms": 300, "other_ms": 100})
+    nothing = {"distinct": 0, "steps": 0, "new": None, "new_ms": None, "other_ms": None}
+    assert shapes_met(set(), []) == nothing
 
 
 def test_what_our_worker_says_of_its_batches_is_added_up() -> None:
@@ -133,6 +138,19 @@ def test_the_images_have_the_sizes_objects_and_details_that_the_tables_say(tmp_p
     bits = 8 * sum(file.stat().st_size for file in train.images.iterdir())
     assert 4.0 < bits / pixels < 5.0, "COCO's files have 4.5"
     assert photograph(64, 48, np.random.default_rng(0)).std() > 20 and JPEG_QUALITY == 95
+
+
+def test_waits_are_counted_by_the_line_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    found: dict[str, Any] = {"steps": 2}
+    with count_waits(found, on_gpu=True):
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert found["waits"] == 1.5 and modes == ["warn", "default"]
+    ((line, count),) = found["waiting_lines"].items()
+    assert "tests/test_gpu_benchmark.py:" in line and count == 1.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
