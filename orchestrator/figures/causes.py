@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from trainers.contract.events import (
     CheckpointFailed,
     CheckpointSkipped,
     ClockChanged,
+    Evaluated,
     Event,
+    EventsLost,
     FailureKind,
+    LogReplayed,
+    LoopFinished,
+    LoopStarted,
+    StepsDone,
     WorkerFailed,
 )
 
@@ -46,6 +53,61 @@ def oddities(events: Sequence[Event]) -> list[str]:
         if isinstance(event, CheckpointFailed | CheckpointSkipped)
     ]
     return clocks + checkpoints
+
+
+def lost_events(events: Sequence[Event], eval_period: int = 0) -> list[str]:
+    """What of a trial its events do not hold any more, since somebody or something cut or damaged the file.
+
+    No checkpoint counts before all earlier events are on disk, and the windows of a rank follow on each other: a start
+    from a later iteration than was reported, or a window that begins later than the one before ended, is a gap.
+
+    Args:
+        events: All events of the trial.
+        eval_period: Iterations between evaluations; 0 for not known.
+    """
+    if any(isinstance(event, LogReplayed) for event in events):
+        return []
+    known, done = 0, dict[int, int]()  # iterations done by any rank so far, and by each one in its last attempt
+    gaps: set[tuple[int, int]] = set()
+    for event in events:
+        if isinstance(event, LoopStarted | LoopFinished):
+            gaps.add((known, event.iteration))
+            known = max(known, event.iteration)
+            done[event.rank] = event.iteration
+        elif isinstance(event, StepsDone):
+            gaps.add((done.get(event.rank, known), event.first_iteration))
+            known = max(known, event.iteration)
+            done[event.rank] = event.iteration
+    evaluated = {event.iteration for event in events if isinstance(event, Evaluated)}
+    texts = [_lines_text(event) for event in events if isinstance(event, EventsLost)]
+    for start, end in _joined(gaps):
+        text = f"the events of iterations {start + 1} to {end} are not in events.jsonl, which was cut or damaged"
+        due = [each for each in range(start + 1, end + 1) if eval_period and each % eval_period == 0]
+        missing = [str(each) for each in due if each not in evaluated]
+        text += f"; so are the evaluations after {', '.join(missing)}" if missing else ""
+        texts.append(f"{text}: figures and curves are made from what is left")
+    return list(dict.fromkeys(texts))
+
+
+def _joined(gaps: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges of iterations without those that lie in another one."""
+    return sorted(
+        (start, end)
+        for start, end in gaps
+        if start < end
+        and not any(first <= start and end <= last and (first, last) != (start, end) for first, last in gaps)
+    )
+
+
+def _lines_text(event: EventsLost) -> str:
+    shown = ", ".join(map(str, event.lines[:5])) + (" …" if len(event.lines) > 5 else "")
+    lines = f"line {shown}" if len(event.lines) == 1 else f"{len(event.lines)} lines ({shown})"
+    return f"{lines} of events.jsonl cannot be read: what it held is missing"
+
+
+def changes_text(changes: dict[str, Any]) -> str:
+    """What `--resume --set` changed, in a line."""
+    return ", ".join(f"{key}={value}" for key, value in changes.items())
 
 
 def clock_note(event: ClockChanged) -> str:

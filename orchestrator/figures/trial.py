@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from orchestrator.figures.causes import oddities, root_cause
+from orchestrator.figures.causes import lost_events, oddities, root_cause
+from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Evaluation, Restart, TrialResult
+from orchestrator.figures.recovery import recovery_parts
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
 from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
@@ -133,7 +135,11 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "num_val_images": loop.num_val_images if loop else None,
         "numerics": loop.numerics if loop else {},
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
-        "notes": ([note] if fewer else []) + oddities(trial.events),
+        "notes": [
+            *([note] if fewer else []),
+            *lost_events(trial.events, plan.solver.eval_period),
+            *oddities(trial.events),
+        ],
     }
 
 
@@ -182,6 +188,7 @@ def _clocks(trial: _Trial) -> dict[str, Any]:
         "checkpoint_seconds": sum(e.stall_seconds for e in _all(trial.events, CheckpointSaved)),
         "sections": where,
         "lost_work_seconds": where.lost_work if where else None,
+        **goodput_figures(where, trial.events, trial.plan.mtbf_hours),
         "wall_images_per_second": _wall_rate(trial),
         "cost": _cost(trial.plan, _between(trial.driver_start, trial.ended.time)),
         "cost_to_target": _cost(trial.plan, time_to_train),
@@ -243,6 +250,7 @@ def _restart(trial: _Trial, event: TrialRestarted) -> Restart:
         lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
         downtime_seconds=after.started - before[-1].last_progress if after and before else None,
         recovery_seconds=_between(failed, after.started + first_step[0]) if after and first_step else None,
+        recovery_part_seconds=recovery_parts(trial.events, event, failed, after) if after and first_step else {},
     )
 
 

@@ -96,6 +96,14 @@ class Outbox:
             with suppress(ValueError):
                 yield event_from_json(line.decode()), after
 
+    def before(self, offset: int, size: int = 4096) -> bytes:
+        """The bytes before an offset, at most so many; none where the file is shorter."""
+        if not self.path.exists() or self.path.stat().st_size < offset:
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(max(0, offset - size))
+            return file.read(min(size, offset))
+
     def damage(self) -> dict[str, tuple[int, ...]]:
         """Numbers of the lines that cannot be read, from 1, by the trial among whose events they are."""
         damaged: dict[str, list[int]] = {}

@@ -7,6 +7,7 @@ starts with the first steps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,12 +15,13 @@ import shlex
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from orchestrator.files import without_credentials, write_atomically
 from orchestrator.findings import root_cause
-from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ RETRY_SECONDS = 30.0
 def tracking_uri(configured: str | None) -> str:
     """The store runs go to: the experiment's, else `$MLFLOW_TRACKING_URI`, else SQLite in the working directory."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> str:
@@ -63,6 +69,7 @@ class Tracker:
         """What the process that follows the outbox said last about events that were not taken; "" for nothing."""
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
+        self._state: dict[str, Any] | None = None
         self._runs: MlflowRuns | None = None
         self._finished = False
         self._process: subprocess.Popen[str] | None = None
@@ -104,6 +111,8 @@ class Tracker:
         """
         try:
             return self._sync()
+        except RunFolderError as error:
+            raise TrackingError(str(error)) from error
         except Exception as error:  # whatever the store, its client and its driver raise
             runs, self._runs = self._runs, None  # rebuilt from what is known to be tracked
             reason = " ".join(without_credentials(root_cause(error)).split())[:300]
@@ -113,12 +122,29 @@ class Tracker:
                 reason += f" It was deleted for good: remove {self._state_file} to track the run again from its start"
             raise TrackingError(f"MLflow at {self.place} does not take events: {reason}") from error
 
-    def _sync(self) -> bool:
-        state = self._read_state()
-        if self._runs is None:
-            from orchestrator.tracking.mlflow_runs import MlflowRuns
+    def fail(self, reason: str) -> None:
+        """Marks the runs as failed that are not at their end, with what can be tracked of them.
 
-            self._runs = MlflowRuns(self._uri, self._run_dir, state)
+        Raises:
+            TrackingError: The store refused or did not answer.
+        """
+        with suppress(TrackingError):
+            self.sync()
+        try:
+            (self._runs or self._open_runs(self._state or self._read_state())).fail(reason)
+        except Exception as error:
+            what = f"MLflow at {self.place} still shows the run as running"
+            raise TrackingError(f"{what}: {without_credentials(root_cause(error))}") from error
+
+    def _open_runs(self, state: dict[str, Any]) -> MlflowRuns:
+        from orchestrator.tracking.mlflow_runs import MlflowRuns
+
+        return MlflowRuns(self._uri, self._run_dir, state)
+
+    def _sync(self) -> bool:
+        state = self._state = self._state or self._read_state()
+        if self._runs is None:
+            self._runs = self._open_runs(state)
             for event, offset in self._outbox.read():
                 if offset > state["offset"]:
                     break
@@ -131,16 +157,29 @@ class Tracker:
             self._finished = isinstance(event, RunEnded)
         self._runs.flush()
         if offset != state["offset"]:
-            write_atomically(self._state_file, json.dumps({**state, **self._runs.known, "offset": offset}))
+            tail = _digest(self._outbox.before(offset))
+            self._state = {**state, **self._runs.known, "offset": offset, "tail": tail}
+            # Where there is no room for it, what was tracked is tracked again, which changes nothing.
+            with suppress(RunFolderError), self._outbox.guarded():
+                write_atomically(self._state_file, json.dumps(self._state))
         return self._finished
 
     def finish(self, timeout: float) -> bool:
         """Waits until the end of the run is tracked, at most `timeout` seconds; returns whether it is."""
+        return self._end("", timeout)
+
+    def abandon(self, reason: str, timeout: float) -> bool:
+        """Has the runs marked as failed, since their events cannot be written any more; returns whether they are."""
+        return self._end(" ".join(reason.split()), timeout)
+
+    def _end(self, reason: str, timeout: float) -> bool:
         process = self._process
         if process is None or process.poll():  # not started, or killed
             process = self.start()
         assert process.stdin is not None
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has just been killed
+            process.stdin.write(reason)
+            process.stdin.close()
         try:
             return process.wait(timeout) == 0
         except subprocess.TimeoutExpired:
@@ -152,11 +191,17 @@ class Tracker:
             self._reader.join()
 
     def _read_state(self) -> dict[str, Any]:
-        if self._state_file.exists():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
             state: dict[str, Any] = json.loads(self._state_file.read_text(encoding="utf-8"))
             if state["place"] == self.place:
-                return state
+                return state if self._is_tracked(state) else {**state, "offset": 0}
         return {"place": self.place, "offset": 0, "runs": {}, "experiment_id": None}
+
+    def _is_tracked(self, state: dict[str, Any]) -> bool:
+        """Whether the outbox still begins with what was tracked of it; else, all of it is tracked again."""
+        before = self._outbox.before(state["offset"])
+        same = before.endswith(b"\n") and state.get("tail", _digest(before)) == _digest(before)
+        return same or state["offset"] == 0
 
     def _log_output(self, process: subprocess.Popen[str]) -> None:
         """Logs the process's output in the driver, which owns the terminal."""

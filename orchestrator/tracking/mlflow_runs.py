@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
+from pydantic import ValidationError
 
 from orchestrator.experiment.reading import flatten, parse_yaml, to_yaml
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.catalog import metrics
+from orchestrator.figures.causes import changes_text
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
+from orchestrator.figures.metrics import metrics
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
@@ -63,6 +66,8 @@ class MlflowRuns:
         self._joins: dict[str, WindowJoin] = {}
         self._events: dict[str, list[Event]] = defaultdict(list)
         self._seen: set[tuple[str, str, int]] = set()
+        self._stored: dict[tuple[str, str, int], int] = {}
+        """Points by run, metric and step that the store has of an earlier start of tracking, and their times (ms)."""
         self._metrics: dict[str, list[Metric]] = defaultdict(list)
 
     @property
@@ -84,11 +89,15 @@ class MlflowRuns:
 
     def recall(self, event: Event) -> None:
         """Takes in an event that is tracked already."""
+        if self._is_out_of_place(event):
+            return
         self._take_in(event)
         self._metrics.clear()
 
     def track(self, event: Event) -> None:
         """Takes in an event and tracks it."""
+        if self._is_out_of_place(event):
+            return
         if isinstance(event, RunStarted):
             self._start_run(event)
         elif isinstance(event, TrialStarted):
@@ -115,6 +124,17 @@ class MlflowRuns:
                 self._client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
         self._metrics.clear()
 
+    def fail(self, reason: str) -> None:
+        """Marks the runs as failed that are not at their end; those of the trials first."""
+        for run_id in reversed(self._runs.values()):
+            if self._client.get_run(run_id).info.status in ("RUNNING", "SCHEDULED"):
+                self._tag(run_id, {"reason": reason})
+                self._client.set_terminated(run_id, "FAILED")
+
+    def _is_out_of_place(self, event: Event) -> bool:
+        """Whether it is of a trial whose start is missing, in a damaged log."""
+        return bool(event.trial) and event.trial not in self._plans and not isinstance(event, TrialStarted)
+
     def _take_in(self, event: Event) -> None:
         """Remembers an event, and adds the metric points that it completes."""
         self._events[event.trial].append(event)
@@ -139,8 +159,9 @@ class MlflowRuns:
         for name, value in values.items():
             if value is not None and (trial, name, step) not in self._seen:
                 self._seen.add((trial, name, step))
-                if trial in self._runs:
-                    self._metrics[self._runs[trial]].append(Metric(fit(name, "key"), value, int(when * 1000), step))
+                run_id, key = self._runs.get(trial), fit(name, "key")
+                if run_id and (run_id, key, step) not in self._stored:
+                    self._metrics[run_id].append(Metric(key, value, int(when * 1000), step))
 
     def _start_run(self, event: RunStarted) -> None:
         name, description = event.experiment["name"], event.experiment.get("description", "")
@@ -153,7 +174,10 @@ class MlflowRuns:
             self._client.set_experiment_tag(self._experiment_id, key, fit(value, "tag"))
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
-        self._params(run_id, dict(flatten(event.experiment)))
+            if event.changes:  # params cannot be changed
+                self._tag(run_id, {f"resume.{event.attempt}": changes_text(event.changes)})
+        else:
+            self._params(run_id, dict(flatten(event.experiment)))
         self._client.log_text(run_id, to_yaml(event.experiment), "experiment.yaml")
         rows = [ReferenceRow.model_validate(row) for row in event.experiment["reference_rows"]]
         for position, row in enumerate(rows):
@@ -197,7 +221,7 @@ class MlflowRuns:
         logs = [Path(plan.source)] if isinstance(plan, LoggedPlan) else sorted(Path(plan.trial_dir).glob("log.txt*"))
         for log in logs:
             self._client.log_artifact(run_id, str(log))
-        started = next(e for e in self._events[""] if isinstance(e, RunStarted))
+        started = next(e for e in reversed(self._events[""]) if isinstance(e, RunStarted))
         if started.experiment["tracking"]["log_model"]:
             log_model(self._client, self._experiment(), run_id, plan, events)
         self._tag(run_id, {"mlflow.note.content": f"{notes.about(plan)}; {notes.outcome(result)}"})
@@ -208,11 +232,11 @@ class MlflowRuns:
         self.flush()
         run_id = self._runs[""]
         results = self._run_dir / "results.json"
-        if results.exists():
+        with suppress(FileNotFoundError, ValidationError):
             result = ExperimentResult.model_validate_json(results.read_text(encoding="utf-8"))
             ends = sum(isinstance(earlier, RunEnded) for earlier in self._events[""]) - 1
             for row in result.scaling:
-                for trial in result.trials:
+                for trial in (each for each in result.trials if each.name in self._runs):
                     if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
                         self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time, ends)
             self._tag(run_id, {"mlflow.note.content": markdown_table(result)})
@@ -226,6 +250,7 @@ class MlflowRuns:
         key = fit(key, "filter")
         found = self._client.search_runs([self._experiment()], f"tags.`{RUN_KEY}` = '{key}'", max_results=1)
         if found:
+            self._recall_points(str(found[0].info.run_id), list(found[0].data.metrics))
             return str(found[0].info.run_id)
         tags = _fit_tags({"mlflow.user": user_name(), **tags}) | {RUN_KEY: key}
         run = self._client.create_run(
@@ -233,15 +258,24 @@ class MlflowRuns:
         )
         return str(run.info.run_id)
 
+    def _recall_points(self, run_id: str, names: list[str]) -> None:
+        """Asks for the points that a run has: the log may have lost those that were tracked from it."""
+        for name in names:
+            for point in self._client.get_metric_history(run_id, name):
+                self._stored[run_id, name, point.step] = point.timestamp
+
     def _experiment(self) -> str:
         if self._experiment_id is None:
             raise ValueError("the outbox does not begin with the start of its run")
         return self._experiment_id
 
     def _figures(self, run_id: str, values: dict[str, float | None], when: float = 0.0, step: int = 0) -> None:
-        """Logs the known ones of some figures at once."""
+        """Logs the known ones of some figures at once, at the first free step."""
         known = {fit(name, "key"): value for name, value in values.items() if value is not None}
-        points = [Metric(name, value, int(when * 1000), step) for name, value in known.items()]
+        at = int(when * 1000)
+        while any(self._stored.get((run_id, name, step), at) != at for name in known):
+            step += 1  # the log has lost the end of the trial that these figures were of
+        points = [Metric(name, value, at, step) for name, value in known.items()]
         self._client.log_batch(run_id, metrics=points)
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
