@@ -7,11 +7,13 @@ a test whose fault never fired proves nothing.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +32,15 @@ VARIABLE = "BENCHMARK_FAULTS"
 class Fault:
     """One thing that goes wrong."""
 
-    kind: Literal["kill", "crash", "freeze", "stall", "hold", "raise", "out_of_memory", "nan"]
-    """`kill` (SIGKILL), `crash` (SIGSEGV), `freeze` (SIGSTOP), `stall` (the training thread sleeps), `hold` (it sleeps
-    until the file is gone), `raise` (an exception that nobody expects), `out_of_memory`, `nan` (in the images of the
-    batch)."""
+    kind: Literal[
+        "kill", "crash", "abort", "freeze", "terminate", "interrupt", "stall", "hold", "deadlock", "hold_gil", "raise",
+        "raise_async", "exit", "gpu_error", "out_of_memory", "nan",
+    ]  # fmt: skip
+    """Signals to its own process: `kill` (SIGKILL), `crash` (SIGSEGV), `abort` (SIGABRT), `freeze` (SIGSTOP),
+    `terminate` (SIGTERM), `interrupt` (SIGINT). What never returns: `stall` (the training thread sleeps), `hold` (it
+    sleeps until the file is gone), `deadlock` (it waits for its own lock), `hold_gil` (C code that keeps all Python
+    threads waiting). Exceptions: `raise` (one that nobody expects), `raise_async` (raised by another thread), `exit`
+    (SystemExit), `gpu_error` (torch's of a GPU that failed), `out_of_memory`. `nan`: in the images of the batch."""
     rank: int
     iteration: int
     """Iterations done."""
@@ -69,6 +76,45 @@ def _nan_like(images: torch.Tensor) -> torch.Tensor:
     return torch.full_like(images, torch.nan, dtype=torch.float32)
 
 
+def _deadlock() -> None:
+    lock = threading.Lock()
+    with lock, lock:
+        pass
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def _raise_async() -> None:
+    here = ctypes.c_ulong(threading.get_ident())
+    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    other = threading.Thread(target=raise_in_thread, args=(here, ctypes.py_object(RuntimeError)))
+    other.start()
+    other.join()
+
+
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "crash": signal.SIGSEGV,
+    "abort": signal.SIGABRT,
+    "freeze": signal.SIGSTOP,
+    "terminate": signal.SIGTERM,
+    "interrupt": signal.SIGINT,
+}
+
+HAPPENINGS: dict[str, Callable[[], object]] = {
+    "stall": lambda: time.sleep(3600),
+    "deadlock": _deadlock,
+    "hold_gil": lambda: ctypes.PyDLL(None).sleep(3600),
+    "raise": lambda: _raise(RuntimeError("a fault on purpose")),
+    "raise_async": _raise_async,
+    "exit": lambda: _raise(SystemExit(1)),
+    "gpu_error": lambda: _raise(RuntimeError("CUDA error: an illegal memory access was encountered")),
+    "out_of_memory": lambda: torch.empty(1 << 48, dtype=torch.uint8),
+}
+
+
 class Injector(Activity):
     """An `Activity` that causes a fault when its place in the loop is entered."""
 
@@ -96,19 +142,14 @@ class Injector(Activity):
 
     def _happen(self, fault: Fault) -> None:
         self._note(fault)
-        signals = {"kill": signal.SIGKILL, "crash": signal.SIGSEGV, "freeze": signal.SIGSTOP}
-        if fault.kind in signals:
-            os.kill(os.getpid(), signals[fault.kind])
+        if fault.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[fault.kind])
             time.sleep(1)  # the interpreter handles a signal to its own process a little later
-        elif fault.kind == "stall":
-            time.sleep(3600)
         elif fault.kind == "hold":
             while self._path.exists():
                 time.sleep(0.1)
-        elif fault.kind == "out_of_memory":
-            torch.empty(1 << 48, dtype=torch.uint8)
         else:
-            raise RuntimeError("a fault on purpose")
+            HAPPENINGS[fault.kind]()
 
     def _note(self, fault: Fault) -> None:
         with self._path.with_suffix(".fired").open("a", encoding="utf-8") as notes:

@@ -7,7 +7,6 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ from torch import nn
 
 from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
 from trainers.batching import Batch
-from trainers.checkpoints import CheckpointStore, StorageError, state_sha256
+from trainers.checkpoints import CheckpointStore, state_sha256
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
@@ -27,19 +26,17 @@ from trainers.contract.events import (
     CheckpointSaved,
     CheckpointSkipped,
     Event,
-    FailureKind,
     LoopFinished,
     LoopStarted,
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
+from trainers.contract.memory import Memory, batch_hint, fitting_batch
 from trainers.contract.plan import TrialPlan
-from trainers.contract.problems import ConfigurationError
-from trainers.contract.storage import is_storage_failure
 from trainers.evaluation import Evaluator
+from trainers.failures import classify, in_short
 from trainers.loader_sizing import LoaderSizing
-from trainers.loop import NotFiniteError, Request, TrainingLoop
+from trainers.loop import Request, TrainingLoop
 from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
 from trainers.speedups.apply import process_settings, resolve_precision
@@ -49,16 +46,6 @@ from trainers.training_order import Epoch, training_epoch
 logger = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Event)
-
-FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], FailureKind]] = [
-    (loading.BadInputError, "bad_input"),
-    ((NotFiniteError, FloatingPointError), "not_finite"),  # the second is detectron2's, of its proposals
-    ((ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
-    ((torch.distributed.DistError, ConnectionError), "communication"),
-    (StorageError, "storage"),
-    (BrokenProcessPool, "worker_lost"),
-]
-"""The kind of failure that an exception is, which decides whether starting again can help; the first match counts."""
 
 
 class Rank:
@@ -108,17 +95,19 @@ class Rank:
         with self.pulse, repeatable:
             try:
                 self._send_started(entered)
+                laps = clock.Laps(entered)
+                laps.lap("imports")
                 with self._log_file():
                     cfg = mask_rcnn.build_config(self.plan)
                     with process_settings(self.plan.recipe, torch.device(self.plan.device), cfg.CUDNN_BENCHMARK):
-                        self._train(cfg, entered)
+                        self._train(cfg, entered, laps)
             except Exception as error:
                 self._send_failure(error)
                 raise
             finally:
                 self.channel.flush()
 
-    def _train(self, cfg: CfgNode, entered: float) -> None:
+    def _train(self, cfg: CfgNode, entered: float, laps: clock.Laps) -> None:
         plan, placement = self.plan, self.placement
         torch.set_num_threads(plan.cpus_per_worker)
         if placement.world_size > 1:
@@ -129,7 +118,9 @@ class Rank:
         records = loading.training_records(cfg, plan)
         epoch = training_epoch(cfg, records, plan.seed)
         evaluator = Evaluator(cfg, plan)
+        laps.lap("data")
         detector = mask_rcnn.build_detector(cfg, plan)
+        laps.lap("model")
 
         self.activity.enter("checkpoint")
         store = CheckpointStore(
@@ -144,6 +135,7 @@ class Rank:
         state, restored_from = self._newest(store) or (None, "")
         start = self.activity.iteration = state["iteration"] if state else 0
         self.activity.enter("setup")
+        laps.lap("checkpoint")
         images = loading.training_images(cfg, plan, records, detector)
         prepare = precise_batch_norm(cfg, plan, detector, images, epoch, placement.rank)
         evaluation = hooks.EvaluationHook(plan, evaluator, epoch.num_images, self.send, store.rate, prepare)
@@ -153,12 +145,14 @@ class Rank:
         config_yaml = cfg.dump()
         logger.info("Running with full config:\n%s", config_yaml)
         logger.info("Starting training from iteration %d", start)
+        laps.lap("loop")
         self.send(
             LoopStarted,
             iteration=start,
             num_train_images=epoch.num_images,
             num_val_images=evaluator.num_images,
             setup_seconds=clock.now() - entered,
+            setup_part_seconds=laps.seconds,
             config_yaml=config_yaml if placement.rank == 0 else "",
             restored_from=restored_from,
             numerics={"precision": resolve_precision(plan.recipe.precision, self._device()), **machine.numerics()},
@@ -249,7 +243,7 @@ class Rank:
         )
 
     def _send_failure(self, error: Exception) -> None:
-        failure, message = classify(error), _in_short(error)
+        failure, message = classify(error), in_short(error)
         if failure == "out_of_memory" and self._before_steps and self.activity.section == "step":
             failed, fitting = machine.memory(self._device()), None
             if self.activity.part not in ("data", "forward"):
@@ -290,26 +284,3 @@ class Rank:
             for named in loggers:
                 named.removeHandler(handler)
             handler.close()
-
-
-def classify(error: BaseException) -> FailureKind:
-    """The kind of failure that an exception is."""
-    if is_out_of_memory(error):  # whatever the library makes of it
-        return "out_of_memory"
-    if isinstance(error, RuntimeError) and "use_deterministic_algorithms" in str(error):
-        return "configuration"  # torch's refusal of an operation, which comes again at each start
-    for kind, failure in FAILURES:
-        if isinstance(error, kind):
-            return failure
-    if is_storage_failure(error):  # of another file of the run than a checkpoint, or of a library's
-        return "storage"
-    text = str(error)
-    if isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "NCCL", "Connection", "ProcessGroup")):
-        return "communication"
-    return "unknown"
-
-
-def _in_short(error: BaseException) -> str:
-    """An exception in one line, without the traceback that a loader process puts into its text."""
-    text = str(error)
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"

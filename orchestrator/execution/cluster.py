@@ -30,7 +30,7 @@ SETTINGS = {
     # A worker's print would show twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # How often the controller looks at the workers; its default of 2 s is added to the end of every trial.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # How often it looks for nodes that are about to be taken away; a spot market may give notice of 30 s.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }

@@ -21,7 +21,7 @@ from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.stop import StopRequest
 from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
-from orchestrator.execution.workers import WorkerGroup
+from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import root_cause
 from trainers.contract import clock
@@ -46,8 +46,6 @@ POLL_INTERVAL_SECONDS = 0.2
 
 CLOCK_TOLERANCE_SECONDS = 2.0
 """How far the wall clock may be off the run's before it counts as set."""
-
-DRIVER_RANK = -1
 
 E = TypeVar("E", bound=Event)
 
@@ -128,6 +126,8 @@ class _Trial:
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
             kind = "out_of_memory" if group.error and is_out_of_memory(group.error) else "unknown"
+            if isinstance(group.error, RayActorError):
+                kind, message = "communication", f"Ray Train's controller was lost: {message}"
             cause = self._failure(kind, DRIVER_RANK, message)
             if not self.stop.requested:
                 self.pump.emit(cause)
@@ -181,18 +181,16 @@ class _Trial:
         nodes = lost_nodes()
         lost = {worker.rank: worker.host for worker in self._own(WorkerStarted) if worker.node_id in nodes}
         for rank, host in lost.items():
-            self._emit_dead("worker_lost", rank, f"its node {host} was lost")
+            self._emit_dead("worker_lost", f"its node {host} was lost", rank)
         for rank in dead.keys() - lost.keys():
             reason = cause_of_death(dead[rank])
             if reason is None:  # the training function raised before it could report that, as an import may do
                 kind = "out_of_memory" if is_out_of_memory(dead[rank]) else "unknown"
-                self._emit_dead(kind, rank, f"{type(dead[rank]).__name__}: {dead[rank]}")
+                self._emit_dead(kind, f"{type(dead[rank]).__name__}: {dead[rank]}", rank)
                 continue
-            text = str(reason)
-            kind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
-            self._emit_dead(kind, rank, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}")
+            self._emit_dead(*death(reason), rank)
 
-    def _emit_dead(self, kind: str, rank: int, message: str) -> None:
+    def _emit_dead(self, kind: str, message: str, rank: int) -> None:
         sample = self.pump.heartbeats.get(rank)
         last, began = (sample.heartbeat, sample.received) if sample else (None, None)
         self.pump.emit(self._failure(kind, rank, message, last, began))

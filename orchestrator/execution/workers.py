@@ -13,22 +13,27 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
+import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import remove_placement_group
 
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
-from orchestrator.execution.ray_internals import placement_groups_of_this_job
+from orchestrator.execution.ray_internals import StartWatch, placement_groups_of_this_job
 from orchestrator.experiment.placement import smaller
 from trainers.contract import clock
-from trainers.contract.events import WorkerStarted
+from trainers.contract.events import Event, FailureKind, GroupStarted, WorkerFailed, WorkerStarted
 from trainers.contract.plan import TrialPlan
 from trainers.worker import train_loop_per_worker
 
 logger = logging.getLogger(__name__)
+
+DRIVER_RANK = -1
 
 END_TIMEOUT_SECONDS = 30.0
 """Longest wait for workers, or for Ray Train, to be gone."""
@@ -108,6 +113,7 @@ class WorkerGroup:
 
     def _trainer(self, nodes: list[dict[str, str]]) -> TorchTrainer:
         plan, attempt = self.plan, self._attempt
+        report = _StartReport(plan, attempt, self._telemetry, clock.anchor())
         return TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"plan": plan, "attempt": attempt, "telemetry": self._telemetry, "clock": clock.anchor()},
@@ -125,6 +131,7 @@ class WorkerGroup:
             run_config=RunConfig(
                 name=f"{plan.name}-attempt{attempt}",
                 storage_path=self._ray_dir,
+                callbacks=[StartWatch(report.lost, report.started)],
                 failure_config=FailureConfig(
                     max_failures=0,
                     controller_failure_limit=0,
@@ -150,6 +157,41 @@ class WorkerGroup:
                 raise TimeoutError(f"no room for {plan.world_size} workers, equally many on each of {on}")
             self._ended.wait(NODES_POLL_INTERVAL_SECONDS)
         return None
+
+
+@dataclass(frozen=True)
+class _StartReport:
+    """Reports from Ray Train's controller, which starts the workers, what they could not report themselves."""
+
+    plan: TrialPlan
+    attempt: int
+    telemetry: Any
+    driver_clock: str
+
+    def lost(self, rank: int | None, reason: RayActorError) -> None:
+        """Reports that a process died; which of several it was is not known before ranks are given."""
+        kind, message = death(reason)
+        known = 0 if rank is None and self.plan.world_size == 1 else rank
+        rank = DRIVER_RANK if known is None else known
+        self._emit(WorkerFailed, rank=rank, failure=kind, iteration=0, section="setup", message=message)
+
+    def started(self, began: float, living: float, connected: float) -> None:
+        """Reports how long the start took."""
+        parts = {"processes": living - began, "process_group": connected - living}
+        self._emit(GroupStarted, rank=DRIVER_RANK, part_seconds=parts)
+
+    def _emit(self, kind: type[Event], **fields: object) -> None:
+        clock.adopt(self.driver_clock)
+        event = kind(trial=self.plan.name, attempt=self.attempt, time=clock.now(), **fields)  # type: ignore[arg-type]
+        with contextlib.suppress(ray.exceptions.RayError):  # then the attempt ends because the actor is lost
+            ray.get(self.telemetry.push.remote(event), timeout=END_TIMEOUT_SECONDS)
+
+
+def death(reason: Exception) -> tuple[FailureKind, str]:
+    """The kind of failure that ended a worker's process, and a sentence, from what Ray says about it."""
+    text = str(reason)
+    kind: FailureKind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
+    return kind, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}"
 
 
 def _free_resources() -> None:

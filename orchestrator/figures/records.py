@@ -1,7 +1,6 @@
 """The result record, results.json: what a run leaves, read by the table, the report, MLflow and comparisons.
 
-A figure that was not measured is null, never 0. Fields without a description are explained by their name or are rows of
-`orchestrator.figures.catalog`, which defines each figure once.
+A figure that was not measured is null, never 0. Fields without a description are rows of `figures.catalog`.
 """
 
 from __future__ import annotations
@@ -114,6 +113,8 @@ class Restart(_Record):
     lost_iterations: int
     downtime_seconds: float | None = None
     recovery_seconds: float | None = None
+    recovery_part_seconds: dict[str, float] = {}
+    """Its parts in order, from `detection` to `first_step` (docs/measurement.md, "Downtime"); empty without it."""
 
 
 class TrialResult(_Record):
@@ -231,7 +232,7 @@ class ScalingFit(_Record):
     world_sizes: list[int]
     """Sizes it was fitted to."""
     computation_seconds: float
-    """Step time that the workers divide: a batch's on one worker (strong), or a worker's own, serial part too (weak)."""
+    """Step time that workers divide: a batch's on one worker (strong), or a worker's own, serial part too (weak)."""
     communication_seconds: float | None = None
     """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
     serial_seconds: float | None = None
@@ -293,7 +294,6 @@ class ExperimentResult(_Record):
     mlflow_tracking_uri: str | None = None
     """Store the runs are in, without credentials."""
     mlflow_run_id: str | None = None
-    """MLflow's parent run."""
     tracked: bool | None = None
     """Whether MLflow has all of the run; null before its end, for replayed logs, and in results of older versions."""
     trials: list[TrialResult] = []

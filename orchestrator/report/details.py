@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text, seconds_text
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
 
@@ -52,13 +52,14 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             shapes.append([trial.label, *_texts(record, SHAPE_KEYS), _reasons(record.eager_steps)])
         for restart in record.restarts:
             what = [str(restart.attempt), restart.cause, restart.message]
-            restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS)])
+            parts = [f"{part} {seconds_text(seconds)}" for part, seconds in restart.recovery_part_seconds.items()]
+            restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS), ", ".join(parts) or NOT_MEASURED])
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
         "Evaluations": (["Trial", *_headings(keys), *columns.values()], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
         "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
-        "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS)], restarts),
+        "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS), "Of it (s)"], restarts),
     }
     return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from orchestrator.experiment.spec import Faults, Timeouts
 from orchestrator.figures.trial import trial_result
 from tests.builders.fault_bench import ITERATIONS, Bench, Outcome, experiment
 from tests.builders.training import MODELS
+from tests.builders.waiting import wait_for
 from trainers.contract.events import (
     CheckpointSaved,
     CheckpointSkipped,
@@ -23,6 +26,7 @@ from trainers.contract.events import (
     StepsDone,
     TrialRestarted,
     WorkerFailed,
+    WorkerStarted,
 )
 from trainers.faults import Fault
 
@@ -87,6 +91,9 @@ def test_a_killed_worker_is_replaced_and_what_that_cost_is_reported(disturbed: O
     step = next(event for event in disturbed.of(StepsDone) if (event.attempt, event.rank) == (1, 0))
     truth = loop.time + step.step_seconds[0] - disturbed.fired[0]["time"]
     assert restart.recovery_seconds is not None and truth <= restart.recovery_seconds < truth + HEARTBEAT_SECONDS
+    parts = restart.recovery_part_seconds
+    assert sum(parts.values()) == pytest.approx(restart.recovery_seconds, abs=0.1)
+    assert {"detection", "processes", "process_group", "imports", "first_step"} <= set(parts)
     print(f"\nkilled worker: {truth:.1f} s to the end of the next step, {restart.recovery_seconds:.1f} s by the run")
 
 
@@ -100,6 +107,45 @@ def test_a_frozen_process_is_noticed_within_twice_the_time_out(disturbed: Outcom
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 2)
     assert stuck.rank == 0 and "no sign of life" in stuck.message
     assert stuck.time - disturbed.fired[2]["time"] < 2 * HEARTBEAT_SECONDS
+
+
+def test_workers_lost_at_set_up_are_named_and_counted_by_max_failures_alone(bench: Bench) -> None:
+    killed: list[int] = []
+
+    def kill(process: psutil.Process) -> None:
+        process.kill()
+        killed.append(process.pid)
+
+    def kill_while_ray_starts_them() -> None:
+        # Ray names a process after what it does: first it imports libraries, then it joins the process group.
+        for phase in ("init_train_context", "execute"):
+            wait_for(lambda phase=phase: sum(phase in title for title in _workers().values()) == 2)
+            kill(max(_workers(), key=lambda process: process.pid))
+
+    def kill_in_the_training_function(event: Event) -> None:
+        if isinstance(event, WorkerStarted) and event.rank == 1 and event.pid:
+            kill(psutil.Process(event.pid))
+
+    thread = threading.Thread(target=kill_while_ray_starts_them)
+    thread.start()
+    outcome = bench.run(policy=Faults(max_failures=2), listeners=[kill_in_the_training_function])
+    thread.join()
+    assert len(killed) == 3
+    assert restarts(outcome) == [("worker_lost", 1), ("worker_lost", 2)]
+    lost = [event for event in outcome.of(WorkerFailed) if event.failure == "worker_lost"]
+    assert [event.attempt for event in lost] == [0, 1, 2] and {event.rank for event in lost} <= {0, 1}
+    last = "worker_lost (rank 1, iteration 0, setup): its process died"
+    assert outcome.ended.reason.startswith(f"3 failures in a row without a new checkpoint; the last: {last}")
+
+
+def _workers() -> dict[psutil.Process, str]:
+    """The living worker processes of Ray Train, and what they do."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in (title := " ".join(process.cmdline())):
+                found[process] = title
+    return found
 
 
 def test_nan_on_one_rank_stops_all_together_and_names_its_images(bench: Bench) -> None:

@@ -1,13 +1,14 @@
 """A trial's record from its events, by figures worked out by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from tests.builders.trials import TrialBuilder, plan, trained
-from trainers.contract.events import Event, WorkerFailed, event_from_json
+from trainers.contract.events import Event, GroupStarted, LoopStarted, WorkerFailed, event_from_json
 
 
 def _result(made: TrialBuilder) -> TrialResult:
@@ -140,10 +141,26 @@ def test_a_restart_in_the_middle_stays_on_the_seed_clock_and_is_recorded_by_itse
     assert result.num_restarts == 1 and result.restarts[0].lost_iterations == 2
     # From the last sign of life of the rank that was lost to the end of the first step of the next attempt.
     assert result.restarts[0].recovery_seconds == pytest.approx(37 + 1 - 23.5)
+    # The peer noticed at 24; what an older version did not tell apart is in `scheduling` and `setup`.
+    parts = {"detection": 0.5, "shutdown": 6.0, "scheduling": 5.0, "setup": 2.0, "first_step": 1.0}
+    assert result.restarts[0].recovery_part_seconds == pytest.approx(parts)
     assert result.lost_work_seconds == pytest.approx(2.0)
     assert result.iterations == 8
     _adds_up(result)
     assert result.sections is not None and result.sections.other == pytest.approx(0.0)
+
+
+def test_a_recovery_is_cut_into_parts_that_add_up_to_it():
+    made = _restarted()
+    made.emit(GroupStarted, 34.5, rank=-1, part_seconds={"processes": 2.0, "process_group": 1.5})
+    setup = {"imports": 1.0, "data": 0.25, "model": 0.25, "checkpoint": 0.4, "loop": 0.1}
+    events = [
+        replace(event, setup_part_seconds=setup) if isinstance(event, LoopStarted) else event for event in made.events
+    ]
+    (restart,) = trial_result(made.trial, events).restarts
+    driver = {"detection": 0.5, "shutdown": 6.0, "scheduling": 1.0, "processes": 2.0, "process_group": 2.0}
+    assert restart.recovery_part_seconds == pytest.approx(driver | setup | {"first_step": 1.0})
+    assert sum(restart.recovery_part_seconds.values()) == pytest.approx(restart.recovery_seconds)
 
 
 def test_work_done_twice_counts_in_the_rate_and_not_in_the_images_per_wall_second():

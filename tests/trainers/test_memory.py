@@ -15,8 +15,8 @@ from tests.builders.commands import ROOT
 from tests.builders.trials import plan
 from trainers.checkpoints import StorageError
 from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
+from trainers.failures import classify
 from trainers.loading import BadInputError
-from trainers.rank import classify
 
 TORCH_ON_CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -82,7 +82,7 @@ def test_other_failures_stay_what_they_are(error: Exception, failure: str) -> No
 EXHAUST = """
 import resource, sys, psutil, torch
 from torch import nn
-from trainers.rank import classify
+from trainers.failures import classify
 torch.set_num_threads(1)
 net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
 net(torch.zeros(1, 3, 32, 32)).sum().backward()

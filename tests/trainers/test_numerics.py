@@ -30,7 +30,7 @@ from trainers import machine, mask_rcnn
 from trainers.contract.events import LoopFinished, LoopStarted, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.contract.problems import ConfigurationError
-from trainers.rank import classify
+from trainers.failures import classify
 from trainers.recipes import PLAIN, REFERENCE
 from trainers.speedups.apply import process_settings, tune_model
 from trainers.speedups.determinism import CUBLAS_VARIABLE, require_deterministic

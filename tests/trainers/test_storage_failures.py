@@ -16,7 +16,8 @@ from tests.builders.trials import plan
 from trainers.checkpoints import StorageError
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import Event, WorkerFailed, WorkerStarted
-from trainers.rank import Rank, classify
+from trainers.failures import classify
+from trainers.rank import Rank
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.ENOENT, errno.EIO])

@@ -60,5 +60,19 @@ def deviation() -> float:
     return time.time() - now()
 
 
+class Laps:
+    """Cuts the time since a moment (Unix seconds) into parts."""
+
+    def __init__(self, start: float) -> None:
+        self._last = start
+        self.seconds: dict[str, float] = {}
+        """Seconds by part, in order."""
+
+    def lap(self, part: str) -> None:
+        """Ends a part."""
+        moment = now()
+        self.seconds[part], self._last = moment - self._last, moment
+
+
 if VARIABLE in os.environ:
     adopt(os.environ[VARIABLE])

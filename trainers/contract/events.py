@@ -67,6 +67,15 @@ class WorkerStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupStarted(Event):
+    """Ray Train has started the processes of an attempt and connected them (rank -1)."""
+
+    kind: ClassVar[str] = "group_started"
+    part_seconds: dict[str, float]
+    """How long it took by part: `processes`, `process_group`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopStarted(Event):
     """Model, optimizer and loader are ready, no batch has been requested yet (MLPerf's run_start on attempt 0)."""
 
@@ -81,6 +90,8 @@ class LoopStarted(Event):
     config_yaml: str
     """The resolved detectron2 config (rank 0 only, else empty)."""
     restored_from: str
+    setup_part_seconds: dict[str, float] = field(default_factory=dict)
+    """`setup_seconds` by part: `imports`, `data`, `model`, `checkpoint` (finding and reading the newest), `loop`."""
     numerics: dict[str, bool | str] = field(default_factory=dict)
     """What decides how the device computes: `precision` (`fp32`, `amp` or `bf16`), and torch's switches by their names
     under `torch.backends`."""
