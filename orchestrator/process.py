@@ -21,10 +21,10 @@ class LastingFile(io.FileIO):
     Its reader may be gone (`… | head`), its terminal closed, or the disk full that it is redirected to.
     """
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Writes bytes; once nobody can read them any more, all further ones go nowhere."""
         try:
-            return super().write(data)
+            return super().write(data) or 0
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -66,7 +66,7 @@ def _lasting(stream: TextIO | None, number: int) -> TextIO:
     if stream is None:
         return io.TextIOWrapper(io.BufferedWriter(raw), errors="replace")
     return io.TextIOWrapper(
-        raw if stream.write_through else io.BufferedWriter(raw),  # type: ignore[type-var]  # unbuffered: as Python does
+        raw if stream.write_through else io.BufferedWriter(raw),  # unbuffered, as Python has it
         encoding=stream.encoding,
         errors="replace",
         line_buffering=stream.line_buffering,

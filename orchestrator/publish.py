@@ -200,9 +200,11 @@ def close_run(
         for plan in run.plans.values():
             attempt = max(event.attempt for event in events if event.trial == plan.name)
             if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (plan.name, attempt) for e in events):
-                made = {"trial": plan.name, "attempt": attempt, "rank": -1, "time": clock.now()}
-                events.append(TrialEnded(**made, status=status, reason=reason))
-                outbox.append(events[-1])
+                ended = TrialEnded(
+                    trial=plan.name, attempt=attempt, rank=-1, time=clock.now(), status=status, reason=reason
+                )
+                outbox.append(ended)
+                events.append(ended)
             publication.add_trial(plan, events)
         if run.ended:  # and only its end was not tracked yet
             status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))

@@ -1,15 +1,19 @@
-"""The real command under signals: what a stop leaves behind, and that `--resume` ends as if nothing had happened."""
+"""The real command under signals and without its cluster: what it leaves, and that it goes on as if undisturbed."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import termios
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,18 +27,68 @@ from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
 from tests.builders.waiting import wait_for
-from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialRestarted
+from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialEnded, TrialRestarted
 from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train
 
 
-@dataclasses.dataclass
 class Command:
-    """A run that was started as a user starts one, and what it left."""
+    """The command, started as a user starts it in a terminal of its own, and what it left."""
 
-    folder: Path
-    process: subprocess.Popen[str]
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.folder = folder
+        self.output = ""
+        """What its terminal has shown."""
+        outside, inside = os.openpty()
+
+        def take_terminal() -> None:
+            os.setsid()
+            fcntl.ioctl(inside, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it
+
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.run", *map(str, arguments)],
+            cwd=folder,
+            env={**os.environ, VARIABLE: str(folder / "faults.json"), "TERM": "dumb", "COLUMNS": "300"},
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            preexec_fn=take_terminal,
+        )
+        os.close(inside)
+        self._closed = threading.Event()
+        self._terminal = threading.Thread(target=self._show, args=[outside], daemon=True)
+        self._terminal.start()
+
+    def _show(self, terminal: int) -> None:
+        with suppress(OSError):  # nobody has it open any more
+            while not self._closed.is_set():
+                if select.select([terminal], [], [], 0.1)[0]:
+                    self.output += os.read(terminal, 1 << 16).decode(errors="replace")
+        os.close(terminal)
+
+    def close_terminal(self) -> None:
+        """Closes its terminal, as the end of a connection does."""
+        self._closed.set()
+        self._terminal.join()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Waits until something is true of it while it runs."""
+        wait_for(lambda: condition() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.output
+
+    def family(self, *names: str) -> list[psutil.Process]:
+        """The processes that it has started: all, or those whose command lines name something."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in family if not names or any(name in " ".join(each.cmdline()) for name in names)]
+
+    def end(self, family: list[psutil.Process]) -> int:
+        """Its exit code, once it has ended; of its processes, none is left."""
+        code = self.process.wait(600)
+        wait_for(lambda: not any(map(_is_alive, family)), lambda: f"left: {[*filter(_is_alive, family)]}", seconds=5)
+        self._terminal.join()
+        return code
 
     @property
     def run_dir(self) -> Path:
@@ -43,6 +97,11 @@ class Command:
     @property
     def events(self) -> list[Event]:
         return [event for event, _ in Outbox(self.run_dir / FILE_NAME).read()]
+
+    @property
+    def saved(self) -> list[int]:
+        """Iterations of its checkpoints."""
+        return [event.iteration for event in self.events if isinstance(event, CheckpointSaved)]
 
     @property
     def result(self) -> ExperimentResult:
@@ -67,46 +126,29 @@ class Command:
 
 
 @contextmanager
-def paused_run(folder: Path, values: dict[str, Any], iteration: int) -> Iterator[Command]:
-    """The command, held at an iteration of rank 0 until the worker knows of a stop; nothing of it is alive in the end.
-
-    Where the driver is killed, the workers end while they are held.
-    """
+def paused_run(folder: Path, values: dict[str, Any], *holds: Fault, options: Sequence[str] = ()) -> Iterator[Command]:
+    """The command, held at the first place until it is let go on; nothing of it is alive in the end."""
     config = write_experiment(folder, values)
-    faults = folder / "faults.json"
-    faults.write_text(json.dumps([dataclasses.asdict(Fault("hold", rank=0, iteration=iteration))]))
-    arguments = [sys.executable, "-m", "orchestrator.run", str(config), "--output", str(folder / "run")]
-    env = {**os.environ, VARIABLE: str(faults)}
-    process = subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    (folder / "faults.json").write_text(json.dumps([dataclasses.asdict(hold) for hold in holds]))
+    command = Command(folder, config, "--output", folder / "run", *options)
     family: list[psutil.Process] = []
     try:
-        wait_for(lambda: fired(faults) or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[0]
-        family = psutil.Process(process.pid).children(recursive=True)
-        workers = [member for member in family if "RayTrainWorker" in " ".join(member.cmdline())]
-        assert workers
-        command = Command(folder, process)
+        command.wait_for(lambda: fired(folder / "faults.json"))
+        family = command.family()
+        assert command.family("RayTrainWorker")
         yield command
-        wait_for(lambda: "The driver's command: stop" in command.log or not any(map(_is_alive, workers)))
-        faults.unlink()
-        process.communicate(timeout=600)
-        if process.returncode == -signal.SIGKILL:
-            # Ray's agents of a driver that was killed look for their parent at leisure; what trains must be gone.
-            family = [member for member in family if not (_is_alive(member) and "Agent" in member.name())]
-        wait_for(lambda: not any(map(_is_alive, family)), lambda: f"left behind: {[*filter(_is_alive, family)]}")
     finally:
-        for member in family:
+        for member in [*family, *([psutil.Process(command.process.pid)] if command.process.poll() is None else [])]:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
-        process.kill()
+
+
+def let_go(command: Command) -> int:
+    """Lets a held worker go on once it knows of a stop; returns the command's exit code."""
+    family = command.family()
+    command.wait_for(lambda: "The driver's command: stop" in command.log)
+    (command.folder / "faults.json").unlink()
+    return command.end(family)
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -131,41 +173,75 @@ def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome) -> Non
     assert command.mlflow_status() == "FINISHED"
 
 
-def test_ctrl_c_keeps_a_last_checkpoint_and_the_resumed_run_is_as_if_it_had_not_been_stopped(
+def test_a_closed_terminal_keeps_a_last_checkpoint_and_what_is_resumed_is_as_if_nothing_had_been(
     tmp_path: Path, undisturbed: Outcome
 ) -> None:
     # A checkpoint is due every 6 iterations, a window ends every 3: the last one is taken because of the stop.
     values = experiment(storage={"checkpoint_period_iterations": 6})
-    with paused_run(tmp_path, values, iteration=8) as command:
-        os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    assert command.process.returncode == 130
-    assert [e.iteration for e in command.events if isinstance(e, CheckpointSaved)] == [6, 9]
+    with paused_run(tmp_path, values, Fault("hold", rank=0, iteration=8)) as command:
+        command.close_terminal()
+        assert let_go(command) == 130
+    assert command.saved == [6, 9]
     assert [e.reason for e in command.events if isinstance(e, LoopFinished)] == ["interrupted"]
     assert command.result.status == "KILLED" and command.mlflow_status() == "KILLED"
+
+    again = Command(tmp_path, "--resume", command.run_dir)
+    again.wait_for(lambda: again.family("RayTrainWorker"))  # they have started, or begin to import
+    family = again.family()
+    os.killpg(again.process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert again.end(family) == 130 and "Stopped." in again.output
+    assert "Traceback" not in again.output and "ERROR" not in again.output and "WARNING" not in again.output
+    assert command.result.status == "KILLED" and command.mlflow_status() == "KILLED"
+
     assert_resumed_as_undisturbed(command, undisturbed)
-    (restart,) = command.result.trials[0].restarts
-    assert (restart.cause, restart.lost_iterations) == ("resumed", 0)
+    assert {(r.cause, r.lost_iterations) for r in command.result.trials[0].restarts} == {("resumed", 0)}
 
 
 @pytest.mark.soak
 def test_a_stop_where_an_evaluation_is_due_does_not_lose_the_evaluation(tmp_path: Path, undisturbed: Outcome) -> None:
-    with paused_run(tmp_path, experiment(), iteration=5) as command:
+    with paused_run(tmp_path, experiment(), Fault("hold", rank=0, iteration=5)) as command:
         command.process.send_signal(signal.SIGTERM)
-    assert command.process.returncode == 130
-    assert max(e.iteration for e in command.events if isinstance(e, CheckpointSaved)) == 6
+        assert let_go(command) == 130
+    assert max(command.saved) == 6
     assert_resumed_as_undisturbed(command, undisturbed)
     assert resume(command).returncode == 0 and command.result.trials[0].num_restarts == 1, "what is finished is kept"
 
 
 def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_path: Path, undisturbed: Outcome) -> None:
-    with paused_run(tmp_path, experiment(), iteration=8) as command:
+    with paused_run(tmp_path, experiment(), Fault("hold", rank=0, iteration=8)) as command:
         second = run_command("--resume", command.run_dir, cwd=tmp_path)
         assert second.returncode == 2 and f"process {command.process.pid} on" in second.stderr
         new = run_command(tmp_path / "tiny.yaml", "--output", command.run_dir, cwd=tmp_path)
         assert new.returncode == 2 and "holds another run" in new.stderr
+        family = command.family()
         command.process.kill()
+        assert command.end(family) == -signal.SIGKILL
     assert not (command.run_dir / "results.json").exists()
     shutil.rmtree(command.run_dir / "ray")  # Ray Train's own bookkeeping may be torn or gone: nothing is read from it
     assert_resumed_as_undisturbed(command, undisturbed)
     (event,) = (event for event in command.events if isinstance(event, TrialRestarted))
     assert (event.failure, event.message) == ("resumed", "resumed after its driver was lost")
+
+
+def test_a_lost_cluster_is_started_again_and_a_stop_while_the_report_is_written_loses_nothing(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    holds = [Fault("hold", rank=0, iteration=7, attempt=0), Fault("hold", rank=0, iteration=10, attempt=1)]
+    # May be lost once without a new checkpoint: between the two losses, that of 9 is saved.
+    with paused_run(tmp_path, experiment(), *holds, options=["--auto-resume", "1"]) as command:
+        for name, saved in (("gcs_server", 0), ("raylet", 9)):
+            command.wait_for(lambda saved=saved: saved in {0, *command.saved})
+            (daemon,) = (each for each in command.family() if each.name() == name)
+            daemon.kill()
+            command.wait_for(lambda name=name: f"its {name} has ended; going on by itself" in command.output)
+        (tmp_path / "faults.json").unlink()
+        command.wait_for(lambda: any(isinstance(event, TrialEnded) for event in command.events))
+        family = command.family()
+        command.process.terminate()
+        assert command.end(family) == 130
+    assert command.output.count("(start 1 of 1 without a new checkpoint)") == 2
+    (trial,) = command.result.trials
+    assert command.result.status == "KILLED" and (trial.status, trial.state_sha256) == ("FINISHED", undisturbed.state)
+    assert {e.iteration: e.figures for e in trial.evaluations} == undisturbed.scores
+    assert trial.mlflow_run_id and metric_rows(command.uri, trial.mlflow_run_id) == undisturbed.rows
+    assert [restart.cause for restart in trial.restarts] == ["resumed", "resumed"]
