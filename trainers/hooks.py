@@ -1,4 +1,4 @@
-"""What the loop does between windows of steps: report progress, evaluate, take checkpoints."""
+"""What the loop does between windows of steps: report progress, evaluate; and the state that checkpoints hold."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.batching import ShapesMet
-from trainers.checkpoints import CheckpointStore
 from trainers.contract import clock
 from trainers.contract.events import Evaluated, StepsDone
 from trainers.contract.plan import TrialPlan
@@ -227,47 +225,6 @@ class EvaluationHook:
             loop.stop_reason = "target"
 
 
-class CheckpointHook:
-    """Takes a checkpoint at the plan's period and whenever training ends.
-
-    Args:
-        plan: The trial.
-        store: Where to.
-        evaluation: Knows whether the model has just been scored.
-        flush: Waits until this rank's events so far have left the process: no checkpoint is newer than the events.
-    """
-
-    every_window = False
-
-    def __init__(
-        self, plan: TrialPlan, store: CheckpointStore, evaluation: EvaluationHook, flush: Callable[[], None]
-    ) -> None:
-        self.plan, self.store, self.evaluation, self.flush = plan, store, evaluation, flush
-
-    def due(self, iteration: int, ending: bool) -> bool:
-        """At multiples of the period, and at the end."""
-        period = self.plan.solver.checkpoint_period
-        return ending or (period > 0 and iteration % period == 0)
-
-    def run(self, loop: TrainingLoop) -> None:
-        """Takes it on rank 0, with the local state of the other ranks.
-
-        An evaluation of an older iteration is waited for: a start from this checkpoint could not make it again.
-        """
-        self.evaluation.wait_for_pending(loop)
-        loop.activity.enter("checkpoint")
-        started = time.perf_counter()
-        self.flush()
-        share_buffers(loop.model, self.plan.world_size)
-        ranks = comm.gather(rank_state(loop.model), dst=0)
-        if loop.rank == 0:
-            pending = self.evaluation.pending(loop.iteration)
-            state = training_state(loop) | {"ranks": ranks, EVALUATION_PENDING_KEY: pending}
-            scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
-            score = scores.figures.get("box_ap") if scores else None
-            self.store.save(loop.iteration, state, score, since=started)
-
-
 def training_state(loop: TrainingLoop) -> dict[str, Any]:
     """All that a later start needs to go on as if nothing had happened.
 
@@ -297,7 +254,7 @@ def rank_state(model: nn.Module) -> dict[str, float]:
 
 
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
-    """Restores a state that the checkpoint hook saved."""
+    """Restores a state that `CheckpointHook` saved."""
     unwrapped(loop.model).load_state_dict(state["model"])
     # There may be more or fewer ranks than when it was saved.
     for name, normalizer in state["ranks"][loop.rank % len(state["ranks"])].items():

@@ -18,6 +18,7 @@ from torch import nn
 
 from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
 from trainers.batching import Batch
+from trainers.checkpoint_hook import CheckpointHook
 from trainers.checkpoints import CheckpointStore, state_sha256
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
@@ -201,7 +202,7 @@ class Rank:
             hooks=[
                 hooks.ProgressHook(plan, self.send),
                 evaluation,
-                hooks.CheckpointHook(plan, store, evaluation, self.channel.flush),
+                CheckpointHook(plan, start, self.placement.num_nodes, store, evaluation, self.channel.flush),
                 LoaderSizing(plan, images, start, load),
             ],
             device=device,

@@ -118,8 +118,11 @@ def scaled_solver(
         if not num_train_images:
             raise SpecError("protocol.eval_period_epochs: the number of training images is not known; give iterations")
         eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / batch))
+    auto_checkpoints = experiment.storage.checkpoint_period == "auto"
     checkpoint_period = period(experiment.storage.checkpoint_period_iterations)
-    if experiment.storage.checkpoint_period_iterations is None:
+    if auto_checkpoints:
+        checkpoint_period = experiment.log_period_iterations  # the first one is there to measure its cost
+    elif experiment.storage.checkpoint_period_iterations is None:
         number: int = usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")
         checkpoint_period = max(1, iterations(number, is_own("CHECKPOINT_PERIOD"))) if number else 0
     max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
@@ -134,6 +137,7 @@ def scaled_solver(
         eval_period=eval_period,
         evaluate_at_end=at_end,
         checkpoint_period=checkpoint_period,
+        auto_checkpoints=auto_checkpoints,
     )
     _check_schedule(experiment, solver, world_size)
     return solver
@@ -264,6 +268,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 keep_checkpoints=experiment.storage.keep_checkpoints,
                 timeouts=experiment.faults.timeouts.model_dump(),
                 survive_storage=experiment.faults.on_storage_failure == "continue",
+                mtbf_hours=experiment.faults.mtbf_hours,
                 price_per_accelerator_hour=resources.price_per_accelerator_hour,
             )
         )

@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from orchestrator.experiment.limits import usable_numbers
+from orchestrator.experiment.data_source import Data
+from orchestrator.experiment.part import Name, Part
 from trainers.contract.events import FailureKind
 from trainers.recipes import RECIPES
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-"""A name that becomes a folder, a Ray run and an MLflow experiment."""
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
@@ -25,72 +23,18 @@ class SpecError(ValueError):
     """The experiment file or a `--set` is wrong; the message says what, where and how to fix it."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-    _usable_numbers = field_validator("*")(usable_numbers)
-
-
 def _known_recipe(name: str) -> str:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return name
 
 
-class GeneratedData(_Model):
-    """Drawn shapes, generated on first use, which a small model learns in minutes."""
-
-    num_train: int = Field(256, ge=1)
-    """Training images."""
-    num_val: int = Field(64, ge=1)
-    """Validation images."""
-    size: int = Field(128, ge=32, le=4096)
-    """Height and width of an image, in pixels."""
-    num_classes: int = Field(3, ge=1, le=80)
-    """Kinds of shapes."""
-    crowd_fraction: float = Field(0.0, ge=0, le=1)
-    """Share of images that also hold a crowd region (RLE)."""
-    seed: int = 0
-    """The same seed draws the same images, byte for byte."""
-
-
-class CocoPair(_Model):
-    """A training and a validation set in COCO's JSON format."""
-
-    name: Name = "custom"
-    """Name in logs and tracking."""
-    train_annotations: Path
-    """Annotation JSON of the training set."""
-    train_images: Path
-    """Folder that its `file_name`s are relative to."""
-    val_annotations: Path
-    """Annotation JSON of the validation set."""
-    val_images: Path
-    """Folder that its `file_name`s are relative to."""
-
-
-class Data(_Model):
-    """What is trained and evaluated on: exactly one of the three."""
-
-    coco2017: bool = False
-    """COCO 2017 as `$DETECTRON2_DATASETS/coco/{annotations,train2017,val2017}` (detectron2's own layout)."""
-    coco: CocoPair | None = None
-    """Any COCO JSON pair; `python -m orchestrator.data init FOLDER` writes an experiment for one."""
-    generated: GeneratedData | None = None
-    """Drawn shapes, generated on first use."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Data:
-        if sum([self.coco2017, self.coco is not None, self.generated is not None]) != 1:
-            raise ValueError("give exactly one of coco2017: true, coco: {…} and generated: {…}")
-        return self
-
-
-class Model(_Model):
+class Model(Part):
     """The detector: a model zoo config and changes to it."""
 
     config: str = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
     """A YAML file's path, or a config of detectron2's model zoo: COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field({})
     """detectron2's own dotted keys and their values, for example `MODEL.RESNETS.DEPTH: 18`. Each is honoured or
     refused (docs/settings.md)."""
     weights: str | None = None
@@ -100,7 +44,7 @@ class Model(_Model):
     """SHA-256 that the file must have; null: not checked, unless its name carries one (detectron2's model zoo)."""
 
 
-class Trials(_Model):
+class Trials(Part):
     """Which trials are run: every world size with every recipe and seed."""
 
     world_sizes: list[Annotated[int, Field(ge=1)]] = Field([1], min_length=1)
@@ -120,7 +64,7 @@ class Trials(_Model):
     """One repeat per seed."""
     recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
     """Named speed recipes (trainers/recipes.py)."""
-    switches: dict[str, Any] = {}
+    switches: dict[str, Any] = Field({})
     """Switches that override those of every recipe, for example `channels_last: true`."""
 
     @model_validator(mode="after")
@@ -134,7 +78,7 @@ class Trials(_Model):
         return self
 
 
-class Protocol(_Model):
+class Protocol(Part):
     """What is measured."""
 
     kind: Literal["throughput", "time_to_train"] = "time_to_train"
@@ -163,7 +107,7 @@ class Protocol(_Model):
         return self
 
 
-class Resources(_Model):
+class Resources(Part):
     """What the workers run on."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -190,7 +134,7 @@ class Resources(_Model):
     """Bring up Ray's dashboard where a cluster is started for this run; a cluster that is joined has its own."""
 
 
-class Tracking(_Model):
+class Tracking(Part):
     """Where runs are tracked."""
 
     uri: str | None = None
@@ -201,7 +145,7 @@ class Tracking(_Model):
     """Log the last checkpoint as an artifact."""
 
 
-class Storage(_Model):
+class Storage(Part):
     """Where results and checkpoints are written, and how many are kept."""
 
     path: str = "runs"
@@ -210,11 +154,20 @@ class Storage(_Model):
     """Folder or URI (`s3://bucket/prefix`) for checkpoints; null: in the run's folder."""
     checkpoint_period_iterations: int | None = Field(None, ge=0)
     """Iterations between checkpoints, scaled as `eval_period_iterations` is; 0: the last only; null: the config's."""
+    checkpoint_period: Literal["auto"] | None = None
+    """`auto`: the workers set the period so that stalls and lost work together cost the least (Young/Daly), from the
+    measured stall and step time and `faults.mtbf_hours`; null: `checkpoint_period_iterations`."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept, besides the best."""
 
+    @model_validator(mode="after")
+    def _one_period(self) -> Storage:
+        if self.checkpoint_period == "auto" and self.checkpoint_period_iterations is not None:
+            raise ValueError("give checkpoint_period: auto or checkpoint_period_iterations, not both")
+        return self
 
-class Timeouts(_Model):
+
+class Timeouts(Part):
     """Seconds without progress after which a worker counts as stuck, by section of the training loop."""
 
     setup: float = Field(1800, gt=0)
@@ -231,21 +184,24 @@ class Timeouts(_Model):
     """Time without a heartbeat of a worker's process; one is sent every second."""
 
 
-class Faults(_Model):
+class Faults(Part):
     """How failures are handled."""
 
     max_failures: int = Field(3, ge=0)
     """Consecutive restarts without a new checkpoint after which a trial is given up."""
-    restart_on: list[FailureKind] = ["worker_lost", "communication", "stuck", "out_of_memory", "unknown"]
+    restart_on: list[FailureKind] = Field(["worker_lost", "communication", "stuck", "out_of_memory", "unknown"])
     """Failures after which the workers are restarted from the newest checkpoint; any other ends the trial at once.
     `out_of_memory` and `unknown` also end it when they occur twice at the same iteration."""
     on_storage_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint cannot be written: end the trial, or keep the older ones and try again at the next."""
+    mtbf_hours: float | None = Field(None, gt=0)
+    """Mean time between failures of a whole trial, in hours, for `storage.checkpoint_period: auto` and the report's
+    advice; null: measured once a trial has failed, and 154 days over the number of hosts before (docs/faults.md)."""
     timeouts: Timeouts = Timeouts()
     """When a worker counts as stuck."""
 
 
-class ReferenceRow(_Model):
+class ReferenceRow(Part):
     """A published figure shown next to the measured ones."""
 
     name: str
@@ -264,7 +220,7 @@ class ReferenceRow(_Model):
     """Where the figure comes from."""
 
 
-class Experiment(_Model):
+class Experiment(Part):
     """One experiment: the model, its data, the scales it is trained at, and what is measured."""
 
     name: Name
@@ -289,7 +245,7 @@ class Experiment(_Model):
     """Restarts and time-outs."""
     log_period_iterations: int = Field(20, ge=1)
     """Iterations between progress events, as in detectron2."""
-    reference_rows: list[ReferenceRow] = []
+    reference_rows: list[ReferenceRow] = Field([])
     """Published figures to show next to the measured ones."""
 
     @model_validator(mode="after")

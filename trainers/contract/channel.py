@@ -27,6 +27,11 @@ class Placement:
     node_id: str = ""
     """Ray's id of the node; empty outside Ray."""
 
+    @property
+    def num_nodes(self) -> int:
+        """Hosts of the workers, which lie equally on them."""
+        return self.world_size // self.local_world_size
+
 
 @dataclass(frozen=True, slots=True)
 class Channel:

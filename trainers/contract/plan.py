@@ -48,6 +48,8 @@ class SolverPlan:
     """Whether the last iteration is followed by an evaluation."""
     checkpoint_period: int
     """Iterations between checkpoints; 0 for none."""
+    auto_checkpoints: bool = False
+    """Whether the workers set another period after each checkpoint, so that `checkpoint_period` is the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class TrialPlan:
     """Seconds a section may take before its worker counts as stuck; `heartbeat`: without a sign of life."""
     survive_storage: bool = False
     """Whether training goes on when a checkpoint cannot be written."""
+    mtbf_hours: float | None = None
+    """Mean time between failures of the trial, given or measured; None where there is neither."""
     price_per_accelerator_hour: float | None = None
     """What one accelerator costs for an hour, in any currency; None where not known."""
     min_workers: int | None = None
