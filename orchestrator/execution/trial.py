@@ -24,6 +24,7 @@ from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import root_cause
+from orchestrator.figures.goodput import measured_mtbf_hours
 from trainers.contract import clock
 from trainers.contract.events import (
     ClockChanged,
@@ -108,7 +109,9 @@ class _Trial:
             What ended it, None when training is done; and why there must be no other start, "" when there may be.
         """
         self.pump.begin(self.number)
-        group = WorkerGroup(self.plan, self.number, self.pump.actor, self.ray_dir)
+        mtbf_hours = self.plan.mtbf_hours or measured_mtbf_hours(self._events())
+        plan = dataclasses.replace(self.plan, mtbf_hours=mtbf_hours)
+        group = WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir)
         self._watch(group)
         _check_cluster()
         self.pump.drain()

@@ -76,6 +76,7 @@ _step_seconds = partial(Figure, unit="s", text=_three_decimals, better="lower")
 _ap = partial(Figure, unit="AP", text=_two_decimals, better="higher")
 _rate = partial(Figure, unit="images/s", text=rate_text, better="higher")
 _share = partial(Figure, text=percent_text, better="lower")
+_useful_share = partial(Figure, text=percent_text, better="higher")
 _cost = partial(Figure, unit="currency of the price", text=_two_decimals, better="lower")
 
 SECTIONS: dict[str, tuple[Figure, ...]] = {
@@ -142,8 +143,9 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "of the first attempt.", mlflow="time/startup_seconds"),
         _seconds("evaluation_seconds", "Evaluations (s)", "How long training was stalled for evaluations in all."),
         _seconds("checkpoint_seconds", "Checkpoints (s)", "How long training was stalled for checkpoints in all; "
-            "writing that overlaps training is not in it."),
-        _seconds("lost_work_seconds", "Lost work (s)", "The first run of steps trained again after a restart."),
+            "writing that overlaps training is not in it.", mlflow="time/checkpoint_seconds"),
+        _seconds("lost_work_seconds", "Lost work (s)", "The first run of steps trained again after a restart.",
+            mlflow="time/lost_work_seconds"),
         _seconds("sections.wall", "wall", "From the driver's start of the trial to its end: the sum.", better=None),
         _seconds("sections.startup", "startup", "From the driver's start of the trial to the first batch request."),
         _seconds("sections.data", "data", "Steps: waiting for the loader."),
@@ -170,6 +172,20 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "batch request."),
         _seconds("restarts.recovery_seconds", "Recovery (s)", "From a failure to the end of the first step trained "
             "after it; null for a resumed run, where nothing failed."),
+    ),
+    "Goodput": (
+        _useful_share("goodput", "Goodput", "Steps of the final state over the wall time from the driver's first start "
+            "of the trial to its end, 0–1; every pause counts.", mlflow="goodput/goodput"),
+        _useful_share("ettr", "ETTR", "Effective training time ratio: steps of the final state and evaluations over "
+            "the wall time without `paused_seconds`, 0–1.", mlflow="goodput/ettr"),
+        _seconds("paused_seconds", "Paused (s)", "From each end of the trial to the moment when a person resumed it; "
+            "part of the downtime.", mlflow="time/paused_seconds"),
+        _seconds("mtbf_seconds", "MTBF (s)", "Mean time between failures behind the advice: stated, measured, or the "
+            "default.", better="higher"),
+        _seconds("checkpoint_interval_seconds", "Checkpoint every (s)", "Median wall time from a checkpoint, or the "
+            "first batch of an attempt, to the next checkpoint.", better=None),
+        _seconds("advised_checkpoint_seconds", "Advised every (s)", "Interval that loses the least: sqrt(2 x median "
+            "stall of a checkpoint x MTBF) (Young/Daly).", better=None, mlflow="goodput/advised_checkpoint_seconds"),
     ),
     "Step times": (
         _step_seconds("step_seconds.p50", "Step, median (s)", "Median wall time of a step after the warm-up, all ranks "
@@ -259,34 +275,6 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
 
 FIGURES = {row.key: row for rows in SECTIONS.values() for row in rows}
 """The rows by their key."""
-
-IN_LISTS = ("evaluations.", "scaling.", "windows.")
-"""Beginnings of the keys of figures in MLflow that a trial has many of."""
-
-PUBLISHED = ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap")
-"""Figures that a published row has under the names of a trial's."""
-
-
-def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
-    """The figures of a record under their names in MLflow.
-
-    Args:
-        record: A trial's record, an `Evaluated` event, a `JointWindow`, a `ScalingRow` or a `ReferenceRow`.
-        prefix: What it is: "" for a trial, one of `IN_LISTS`, or `references.`.
-    """
-    values: dict[str, float | None] = {}
-    for key, row in FIGURES.items():
-        group = next((start for start in IN_LISTS if key.startswith(start)), "")
-        if row.mlflow is None or not (key in PUBLISHED if prefix == "references." else group == prefix):
-            continue
-        name = key.removeprefix(group)
-        if name.endswith(".*"):
-            parts = getattr(record, name.removesuffix(".*"))
-            values |= {row.mlflow.replace("*", part): value for part, value in parts.items()}
-        elif hasattr(record, name.partition(".")[0]):  # an event has its APs among its figures only
-            values[row.mlflow] = attrgetter(name)(record)
-    return values
-
 
 BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 """Lines of docs/measurement.md around the text of `reference()`."""

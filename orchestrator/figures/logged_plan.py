@@ -55,6 +55,7 @@ class LoggedPlan:
     target_mask_ap: float | None
     device: Literal["cuda", "cpu"] | None
     price_per_accelerator_hour: float | None = None
+    mtbf_hours: float | None = None
 
 
 Plan = TrialPlan | LoggedPlan

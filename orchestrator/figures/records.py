@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
 from orchestrator.files import write_atomically
 from trainers.contract.plan import Scaling
 
@@ -168,6 +169,14 @@ class TrialResult(_Record):
     downtime_seconds: float = 0.0
     lost_work_seconds: float | None = None
     sections: Sections | None = None
+    goodput: float | None = None
+    ettr: float | None = None
+    paused_seconds: float | None = None
+    mtbf_seconds: float | None = None
+    mtbf_source: Literal["stated", "measured", "default"] | None = None
+    """Where it is from: `faults.mtbf_hours`, this trial's failures, or what such hosts are known for."""
+    checkpoint_interval_seconds: float | None = None
+    advised_checkpoint_seconds: float | None = None
     num_restarts: int = 0
     restarts: list[Restart] = []
     box_ap: float | None = None
@@ -200,79 +209,6 @@ class TrialResult(_Record):
     notes: list[str] = []
     """What is missing or must be known to read the figures, for a person."""
     mlflow_run_id: str | None = None
-
-
-class ScalingRow(_Record):
-    """One world size against the smallest one of the same recipe and kind of scaling (`scaling.` in the catalogue)."""
-
-    recipe: str
-    kind: Scaling
-    world_size: int
-    base_world_size: int
-    """Workers of the row compared with."""
-    speed_up: float | None
-    efficiency: float | None
-    efficiency_low: float | None = None
-    """Lower end of its 95 % interval."""
-    efficiency_high: float | None = None
-    """Upper end of its 95 % interval."""
-    interval_source: Literal["repeats", "within runs"] | None = None
-    """Spread behind the interval: between repeats, or within one run of each size (blind to what differs by run)."""
-    matched_first_iteration: int | None = None
-    """First iteration compared; null where whole runs are compared."""
-    matched_iteration: int | None = None
-    """Iterations done at the end of what is compared."""
-
-
-class ScalingFit(_Record):
-    """A model of the step time over the world size, and its projection to a size that was not run (`fits.`)."""
-
-    recipe: str
-    kind: Scaling
-    world_sizes: list[int]
-    """Sizes it was fitted to."""
-    computation_seconds: float
-    """Step time that workers divide: a batch's on one worker (strong), or a worker's own, serial part too (weak)."""
-    communication_seconds: float | None = None
-    """Step time that every doubling of the workers adds; null with too few sizes to separate it."""
-    serial_seconds: float | None = None
-    """Step time that no worker saves; null where it cannot be separated."""
-    worst_relative_error: float
-    """Largest deviation of the fit from a measured step time."""
-    projected_world_size: int
-    """The next size."""
-    projected_images_per_second: float
-    projected_efficiency: float
-
-
-class Spread(_Record):
-    """One figure over the repeats that have it."""
-
-    num_values: int
-    median: float
-    minimum: float
-    maximum: float
-    mean: float
-    low: float | None = None
-    """Lower end of the mean's 95 % interval (Student's t); null for one value."""
-    high: float | None = None
-    """Upper end of it."""
-    trimmed_mean: float | None = None
-    """Mean without the smallest and the largest, from five values up (as MLPerf scores)."""
-
-
-class RepeatRow(_Record):
-    """The repeats of one recipe, kind of scaling and world size."""
-
-    recipe: str
-    kind: Scaling
-    world_size: int
-    num_trials: int
-    """Repeats, failed ones too."""
-    num_target_met: int
-    """Repeats that met all targets."""
-    figures: dict[str, Spread]
-    """By the figure's key."""
 
 
 class ExperimentResult(_Record):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from orchestrator.figures.records import CurvePoint, RepeatRow, ScalingFit, ScalingRow, Spread, TrialResult
+from orchestrator.figures.records import CurvePoint, TrialResult
+from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow, Spread
 from orchestrator.figures.steps import join_points, matched, rate
 from trainers.contract.plan import Scaling
 

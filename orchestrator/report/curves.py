@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from orchestrator.figures.records import ScalingRow
+from orchestrator.figures.scaling_records import ScalingRow
 from orchestrator.report import drawing
 from orchestrator.report.drawing import Drawing, ReportInput
 from orchestrator.runlog.folder import TrialEvents

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text, seconds_text
+from orchestrator.figures.records import TrialResult
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
 
@@ -27,13 +28,17 @@ SHAPE_KEYS = (
     *("num_shapes", "new_shape_seconds", "wasted_pixel_share"),
     *("num_graphs", "capture_seconds", "eager_step_share"),
 )
+GOODPUT_KEYS = (
+    "goodput", "ettr", "sections.wall", "lost_work_seconds", "downtime_seconds", "paused_seconds", "checkpoint_seconds",
+    "checkpoint_interval_seconds", "advised_checkpoint_seconds",
+)  # fmt: skip
 RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 
 
 def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Headings and rows of every table that has rows, by its title; the trials' labels begin their rows."""
-    wall, evaluations, steps, shapes, restarts = [], [], [], [], []
+    wall, goodput, evaluations, steps, shapes, restarts = [], [], [], [], [], []
     coco = FIGURES["evaluations.figures.*"]
     figures = {name for trial in trials for each in trial.trial.evaluations for name in each.figures}
     absent = tuple(part for part in PARTS if f"{part}_ap" not in figures)
@@ -43,6 +48,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
         record = trial.trial
         if record.sections:
             wall.append([trial.label, *_texts(record, WALL_KEYS)])
+            goodput.append([trial.label, *_texts(record, GOODPUT_KEYS), checkpoint_advice(record)])
         for evaluation in record.evaluations:
             more = [coco.text(evaluation.figures.get(name)) for name in columns]
             evaluations.append([trial.label, *_texts(evaluation, keys), *more])
@@ -56,12 +62,22 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS), ", ".join(parts) or NOT_MEASURED])
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
+        "Goodput": (["Trial", *_headings(GOODPUT_KEYS), "Checkpoints"], goodput),
         "Evaluations": (["Trial", *_headings(keys), *columns.values()], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
         "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS), "Of it (s)"], restarts),
     }
     return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
+
+
+def checkpoint_advice(record: TrialResult) -> str:
+    """How often checkpoints were taken and how often would be best, in a line; "" where that is not known."""
+    if record.mtbf_seconds is None:
+        return ""
+    taken, best = (seconds_text(s) for s in (record.checkpoint_interval_seconds, record.advised_checkpoint_seconds))
+    hours = f"{number_text(record.mtbf_seconds / 3600, 1)} h between failures ({record.mtbf_source})"
+    return f"taken every {taken} s; every {best} s would lose the least, with {hours}"
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

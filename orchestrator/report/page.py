@@ -30,7 +30,7 @@ from trainers.contract.events import LoopStarted
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DEFINED = ("images_per_second", "time_to_train_seconds", "box_ap", "scaling.efficiency", "cost")
+DEFINED = ("images_per_second", "time_to_train_seconds", "box_ap", "scaling.efficiency", "goodput", "cost")
 """Rows of the catalogue that the results link to, besides those of the plots; each stands for its section."""
 
 NOISE = (

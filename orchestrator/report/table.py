@@ -232,6 +232,7 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
             f"starved: {wait:.0%} of the step time went by waiting for data; "
             "give it more CPUs (resources.cpus_per_worker) or loader processes (resources.loader_workers)"
         )
+    notes += [_goodput_note(trial) for trial in trials if trial.num_restarts and trial.goodput is not None]
     if eager := [trial for trial in trials if trial.eager_steps]:
         share = percent_text(max(trial.eager_step_share or 0.0 for trial in eager))
         reasons = dict.fromkeys(reason for trial in eager for reason in trial.eager_steps)
@@ -245,6 +246,14 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
         figures = ", ".join(f"{name.replace('_ap', ' AP')} {number_text(ap, 2)}" for name, ap in known.items())
         notes.append(f"{figures} after {first.iterations} iterations run for speed, not for accuracy")
     return notes
+
+
+def _goodput_note(trial: TrialResult) -> str:
+    """What failures and stops cost a trial."""
+    lost = (trial.lost_work_seconds, trial.downtime_seconds, trial.checkpoint_seconds)
+    work, down, stalled = map(seconds_text, lost)
+    shares = f"goodput {percent_text(trial.goodput)}, ETTR {percent_text(trial.ettr)}"
+    return f"{shares}: {work} s of work lost, {down} s down, {stalled} s stalled by checkpoints"
 
 
 def _new_shape_share(trial: TrialResult) -> float:

@@ -9,8 +9,9 @@ from typing import get_args
 import pytest
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures import records
-from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, metrics, reference
+from orchestrator.figures import records, scaling_records
+from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
+from orchestrator.figures.metrics import metrics
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
 from tests.builders.commands import ROOT
@@ -36,6 +37,8 @@ WINDOWS = {
 ADDED = {
     "coco/final_keypoint_ap", "coco/best_keypoint_ap", "coco/keypoint_ap", "shapes/distinct",
     "shapes/wasted_pixel_share", "shapes/eager_step_share", "time/new_shape_seconds",
+    "goodput/goodput", "goodput/ettr", "goodput/advised_checkpoint_seconds", "time/lost_work_seconds",
+    "time/checkpoint_seconds", "time/paused_seconds",
 } | WINDOWS  # fmt: skip
 """Names that came later."""
 
@@ -59,8 +62,8 @@ def _types(annotation: object) -> tuple[object, ...]:
         (records.Evaluation, "evaluations."),
         (records.Sections, "sections."),
         (records.Restart, "restarts."),
-        (records.ScalingRow, "scaling."),
-        (records.ScalingFit, "fits."),
+        (scaling_records.ScalingRow, "scaling."),
+        (scaling_records.ScalingFit, "fits."),
     ],
 )
 def test_every_field_of_a_record_is_described_once(record, prefix):
@@ -99,7 +102,7 @@ def test_a_trial_sends_the_metrics_it_always_sent():
     join = WindowJoin(made.trial.world_size)
     windows = [join.add(event) for event in made.events if isinstance(event, StepsDone)]
     evaluation = next(event for event in made.events if isinstance(event, Evaluated))
-    row = records.ScalingRow(
+    row = scaling_records.ScalingRow(
         recipe="reference", kind="weak", world_size=2, base_world_size=1, speed_up=2.0, efficiency=1.0
     )
     assert set(metrics(windows[1], "windows.")) == {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.figures.catalog import metrics
+from orchestrator.figures.metrics import metrics
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.airank import airank_log, airank_table

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.records import ExperimentResult, ScalingRow, TrialResult
+from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.figures.scaling_records import ScalingRow
 from orchestrator.report.table import (
     closing_table,
     csv_table,

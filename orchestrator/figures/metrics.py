@@ -1,0 +1,35 @@
+"""The figures of a record under their names in MLflow."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from orchestrator.figures.catalog import FIGURES
+
+IN_LISTS = ("evaluations.", "scaling.", "windows.")
+"""Beginnings of the keys of figures in MLflow that a trial has many of."""
+
+PUBLISHED = ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap")
+"""Figures that a published row has under the names of a trial's."""
+
+
+def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
+    """The figures of a record under their names in MLflow.
+
+    Args:
+        record: A trial's record, an `Evaluated` event, a `JointWindow`, a `ScalingRow` or a `ReferenceRow`.
+        prefix: What it is: "" for a trial, one of `IN_LISTS`, or `references.`.
+    """
+    values: dict[str, float | None] = {}
+    for key, row in FIGURES.items():
+        group = next((start for start in IN_LISTS if key.startswith(start)), "")
+        if row.mlflow is None or not (key in PUBLISHED if prefix == "references." else group == prefix):
+            continue
+        name = key.removeprefix(group)
+        if name.endswith(".*"):
+            parts = getattr(record, name.removesuffix(".*"))
+            values |= {row.mlflow.replace("*", part): value for part, value in parts.items()}
+        elif hasattr(record, name.partition(".")[0]):  # an event has its APs among its figures only
+            values[row.mlflow] = attrgetter(name)(record)
+    return values
