@@ -55,15 +55,15 @@ MAPPED: Mapping[str, str] = {
 }
 """Keys that have no effect here, and the field of the experiment file that decides instead."""
 
-REPLACED: Mapping[str, str] = {
-    "MODEL.WEIGHTS": "model.weights",
-    "MODEL.ROI_HEADS.NUM_CLASSES": "data.generated.num_classes",
-    "MODEL.RETINANET.NUM_CLASSES": "data.generated.num_classes",
-    "DATALOADER.NUM_WORKERS": "resources.loader_workers",
-    "SOLVER.CHECKPOINT_PERIOD": "storage.checkpoint_period_iterations",
-    "SOLVER.REFERENCE_WORLD_SIZE": "trials.reference_world_size",
+REPLACED: Mapping[str, tuple[str, ...]] = {
+    "MODEL.WEIGHTS": ("model.weights",),
+    "MODEL.ROI_HEADS.NUM_CLASSES": ("data.generated.num_classes",),
+    "MODEL.RETINANET.NUM_CLASSES": ("data.generated.num_classes",),
+    "DATALOADER.NUM_WORKERS": ("resources.loader_workers",),
+    "SOLVER.CHECKPOINT_PERIOD": ("storage.checkpoint_period_iterations", "storage.checkpoint_period"),
+    "SOLVER.REFERENCE_WORLD_SIZE": ("trials.reference_world_size",),
 }
-"""Honoured keys that a field of the experiment file replaces where it is given."""
+"""Honoured keys, each with the fields of the experiment file of which one replaces it where it is given."""
 
 REFUSED: Mapping[str, str] = {
     "DATASETS.PROPOSAL_FILES_TRAIN": "precomputed proposals are not read",

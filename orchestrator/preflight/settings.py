@@ -115,10 +115,11 @@ def _check_effect(experiment: Experiment, setting: Setting, findings: FindingLis
     is_default = _plain(value) == _plain(default_values()[key])
     report = findings.error if is_override else findings.warning
     if kind == "honoured":
-        ours = _field(experiment, REPLACED[key]) if key in REPLACED else None
-        if ours not in (None, value) and (is_override or not is_default):
-            what = f"{value!r} has no effect: {REPLACED[key]} is {ours!r} and replaces it"
-            report("config_replaced", *_place(setting), what, f"Set {REPLACED[key]}, or leave one of them out")
+        for field in REPLACED.get(key, ()):
+            ours = _field(experiment, field)
+            if ours not in (None, value) and (is_override or not is_default):
+                what = f"{value!r} has no effect: {field} is {ours!r} and replaces it"
+                report("config_replaced", *_place(setting), what, f"Set {field}, or leave one of them out")
     elif is_default and (kind == "refused" or not is_override):
         return
     elif kind == "refused":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import chain
 from typing import Any, get_args
 
 import pytest
@@ -58,7 +59,7 @@ def test_no_table_names_a_key_that_detectron2_does_not_have(table: dict[str, obj
         assert value not in CHOICES[key]
 
 
-@pytest.mark.parametrize("field", sorted({*MAPPED.values(), *REPLACED.values()}))
+@pytest.mark.parametrize("field", sorted({*MAPPED.values(), *chain(*REPLACED.values())}))
 def test_a_key_is_mapped_to_a_field_that_exists(field: str) -> None:
     model: Any = Experiment
     for name in field.removesuffix(".precision").split("."):

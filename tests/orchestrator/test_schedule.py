@@ -97,6 +97,16 @@ def test_numbers_of_the_model_zoo_are_for_eight_workers() -> None:
     assert (solver.global_batch_size, solver.base_lr, solver.max_iter) == (2, 0.005, 720_000)
 
 
+def test_a_period_that_sets_itself_begins_with_a_window_at_every_world_size() -> None:
+    values = tiny_experiment(trials={"world_sizes": [1, 2]}, storage={"checkpoint_period": "auto"})
+    planned = plans(parse_experiment({**values, "log_period_iterations": 7, "faults": {"mtbf_hours": 5}}, "test"))
+    assert [(p.solver.checkpoint_period, p.solver.auto_checkpoints, p.mtbf_hours) for p in planned] == [
+        (7, True, 5.0)
+    ] * 2  # fmt: skip
+    (fixed,) = solver_of([1], {}, storage={"checkpoint_period_iterations": 30})
+    assert (fixed.checkpoint_period, fixed.auto_checkpoints) == (30, False)
+
+
 @pytest.mark.parametrize("kind", ["throughput", "time_to_train"])
 @pytest.mark.parametrize("reference", [None, 8])
 def test_the_iterations_of_the_protocol_are_those_of_every_trial(kind: str, reference: int | None) -> None:

@@ -100,6 +100,28 @@ def test_a_batch_set_for_each_worker_replaces_the_files_batch() -> None:
     assert experiment.trials.batch_per_worker == 3 and "SOLVER.IMS_PER_BATCH" not in experiment.model.overrides
 
 
+@pytest.mark.parametrize(
+    ("part", "given", "message"),
+    [
+        (
+            "storage",
+            {"checkpoint_period": "auto", "checkpoint_period_iterations": 5},
+            "or checkpoint_period_iterations",
+        ),
+        ("storage", {"checkpoint_period": "sometimes"}, "storage.checkpoint_period"),
+        ("storage", {"checkpoint_period": 100}, "storage.checkpoint_period"),
+        ("faults", {"mtbf_hours": 0}, "faults.mtbf_hours"),
+        ("faults", {"mtbf_hours": float("inf")}, "faults.mtbf_hours"),
+    ],
+)
+def test_periods_of_checkpoints_that_make_no_sense_are_refused(
+    part: str, given: dict[str, object], message: str
+) -> None:
+    values = {**tiny_experiment(), part: given}
+    with pytest.raises(SpecError, match=message):
+        parse_experiment(values, "x")
+
+
 def test_a_period_set_in_epochs_replaces_the_one_in_iterations_but_a_file_must_not_hold_both() -> None:
     protocol = load_experiment(DEFAULT_CONFIG, ["protocol.eval_period_epochs=1"]).protocol
     assert (protocol.eval_period_epochs, protocol.eval_period_iterations) == (1, None)
