@@ -18,13 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from orchestrator.execution.stop import INTERRUPTED, handle_stop_signals
+
+if __name__ == "__main__":  # what follows takes a second
+    handle_stop_signals(lambda *_: os._exit(INTERRUPTED))
+
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from orchestrator import drive
 from orchestrator.drive import DONE, FAILED, UNFIT, Request
-from orchestrator.execution.supervisor import INTERRUPTED, Supervisor
+from orchestrator.execution.supervisor import Supervisor
 from orchestrator.experiment.plan import Hardware, new_run_dir
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError

@@ -19,6 +19,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE = signal.SIGUSR1
 """Sent to the process that drives a run when somebody has asked for its end a second time."""
 
+INTERRUPTED = 130
+"""Exit code of a command that a signal ended, whichever signal it was."""
+
 
 class StopRequest:
     """Whether somebody wants this run to end, and how long the workers still have.

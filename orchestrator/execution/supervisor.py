@@ -21,10 +21,7 @@ from types import FrameType
 
 import psutil
 
-from orchestrator.execution.stop import AT_ONCE, STOP_SIGNALS, handle_stop_signals
-
-INTERRUPTED = 130
-"""Exit code of a command that a signal ended, whichever signal it was."""
+from orchestrator.execution.stop import AT_ONCE, INTERRUPTED, STOP_SIGNALS, handle_stop_signals
 
 MAX_PATIENCE = 2
 """Signals that are passed on; with the next one, the child is killed."""
@@ -88,6 +85,8 @@ class Supervisor:
         self._forked = True
         _prctl(SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become this one's children
         parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
         # No signal may come between the fork and when the child is known.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self._child = os.fork()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.execution import stop
-from orchestrator.execution.stop import StopRequest
+from orchestrator.execution.stop import AT_ONCE, STOP_SIGNALS, StopRequest
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def request_() -> Iterator[StopRequest]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, AT_ONCE)}
     found = StopRequest(60.0)
     found.install()
     yield found
@@ -50,4 +50,12 @@ def test_a_run_that_is_no_job_is_killed_by_nobody(
     os.kill(os.getpid(), signal.SIGINT)
     assert request_.requested and not request_.overdue and request_.seconds_left == math.inf
     clock[0] += 61.0
+    assert request_.overdue
+
+
+def test_only_the_parent_of_the_driving_process_hurries_it(request_: StopRequest, clock: list[float]) -> None:
+    for number in (*STOP_SIGNALS, *STOP_SIGNALS):  # a job server sends its signal to both
+        os.kill(os.getpid(), number)
+    assert request_.requested and not request_.overdue
+    os.kill(os.getpid(), AT_ONCE)
     assert request_.overdue
