@@ -163,7 +163,7 @@ class Storage(Part):
     @model_validator(mode="after")
     def _one_period(self) -> Storage:
         if self.checkpoint_period == "auto" and self.checkpoint_period_iterations is not None:
-            raise ValueError("give checkpoint_period: auto or checkpoint_period_iterations, not both")
+            raise ValueError("checkpoint_period: auto sets the period itself; leave checkpoint_period_iterations null")
         return self
 
 

@@ -103,11 +103,7 @@ def test_a_batch_set_for_each_worker_replaces_the_files_batch() -> None:
 @pytest.mark.parametrize(
     ("part", "given", "message"),
     [
-        (
-            "storage",
-            {"checkpoint_period": "auto", "checkpoint_period_iterations": 5},
-            "or checkpoint_period_iterations",
-        ),
+        ("storage", {"checkpoint_period": "auto", "checkpoint_period_iterations": 5}, "leave checkpoint_period_iter"),
         ("storage", {"checkpoint_period": "sometimes"}, "storage.checkpoint_period"),
         ("storage", {"checkpoint_period": 100}, "storage.checkpoint_period"),
         ("faults", {"mtbf_hours": 0}, "faults.mtbf_hours"),
