@@ -137,7 +137,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
         "notes": [
             *([note] if fewer else []),
-            *lost_events(trial.events, plan.solver.eval_period),
+            *lost_events(trial.events, plan.solver.eval_period or 0),
             *oddities(trial.events),
         ],
     }
