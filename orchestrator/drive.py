@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
-from orchestrator.execution.supervisor import INTERRUPTED
+from orchestrator.execution.stop import INTERRUPTED
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
@@ -21,7 +21,10 @@ from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table
 
 if TYPE_CHECKING:
+    from orchestrator.execution.event_pump import EventPump
+    from orchestrator.execution.stop import StopRequest
     from orchestrator.publish import Publication, Status
+    from orchestrator.report.progress import ProgressDisplay
     from orchestrator.runlog.folder import EarlierRun
     from trainers.contract.events import Event
     from trainers.contract.plan import TrialPlan
@@ -169,12 +172,10 @@ def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], Non
     """Runs the trials one after the other until a signal comes, and publishes what they measured."""
     from orchestrator.execution.event_pump import EventPump
     from orchestrator.execution.stop import StopRequest, grace_seconds
-    from orchestrator.execution.trial import run_trial
     from orchestrator.publish import Publication
     from orchestrator.report.progress import ProgressDisplay
-    from orchestrator.runlog.outbox import FILE_NAME, Outbox
+    from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
     from orchestrator.tracking.driver import Tracker, tracking_uri
-    from trainers.contract.events import TrialStarted
 
     earlier = request.earlier
     tracker = Tracker(request.run_dir, tracking_uri(request.experiment.tracking.uri))
@@ -182,10 +183,38 @@ def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], Non
     stop = StopRequest(grace_seconds(), display.stopping)
     stop.install()
     working()
-    pump = EventPump(Outbox(request.run_dir / FILE_NAME), [display, tracker, _load_report])
-    publication = Publication(request.experiment, request.run_dir, tracker, earlier)
+    outbox = Outbox(request.run_dir / FILE_NAME)
+    pump = EventPump(outbox, [display, tracker, _load_report])
+    publication = Publication(request.experiment, request.run_dir, tracker, earlier, outbox)
+    try:
+        status = _run_trials(request, plans, pump, publication, display, stop)
+        # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
+        threading.Thread(target=_leave_ray, daemon=True).start()
+        tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
+    except RunFolderError as error:
+        display.close()
+        publication.give_up(error, request.console)
+        request.print_json(publication.to_json())
+        return FAILED
+    code = _conclude(request, publication, status, tracked=tracked)
+    return INTERRUPTED if stop.requested else code
+
+
+def _run_trials(
+    request: Request,
+    plans: list[TrialPlan],
+    pump: EventPump,
+    publication: Publication,
+    display: ProgressDisplay,
+    stop: StopRequest,
+) -> Status:
+    """Runs the trials that have not finished, and publishes each; returns how the run ended."""
+    from orchestrator.execution.trial import run_trial
+    from trainers.contract.events import TrialStarted
+
+    earlier = request.earlier
     started = publication.run_started()
-    pump.emit(started)
+    pump.emit(started, *publication.damage())
     statuses: set[Status] = set()
     for plan in _final_plans(request, plans, started.run_id):
         finished = earlier is not None and plan.name in earlier.finished
@@ -199,12 +228,7 @@ def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], Non
         publication.add_trial(plan, pump.events)
     display.close()
     pump.close()
-    status: Status = "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
-    # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
-    threading.Thread(target=_leave_ray, daemon=True).start()
-    tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
-    code = _conclude(request, publication, status, tracked=tracked)
-    return INTERRUPTED if stop.requested else code
+    return "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
 
 
 def _conclude(request: Request, publication: Publication, status: Status, *, tracked: bool) -> int:

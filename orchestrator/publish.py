@@ -6,14 +6,17 @@ import math
 import shlex
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, cast
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from orchestrator.experiment.environment import command_line, describe
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.figures.causes import lost_events
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
@@ -31,10 +34,10 @@ from orchestrator.runlog.folder import (
     only_driver,
     read_earlier_run,
 )
-from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract import clock
-from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
+from trainers.contract.events import Event, EventsLost, RunEnded, RunStarted, TrialEnded
 from trainers.contract.plan import TrialPlan
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -57,10 +60,15 @@ class Publication:
         run_dir: The run's folder.
         tracker: Follows the run in MLflow.
         earlier: The run that is gone on with; None for a new one.
+        outbox: Its events; they tell its folder from another one in the same place.
     """
 
-    def __init__(self, experiment: Experiment, run_dir: Path, tracker: Tracker, earlier: EarlierRun | None) -> None:
+    def __init__(
+        self, experiment: Experiment, run_dir: Path, tracker: Tracker, earlier: EarlierRun | None, outbox: Outbox
+    ) -> None:
         self._experiment, self._run_dir, self._tracker, self._earlier = experiment, run_dir, tracker, earlier
+        self._outbox = outbox
+        self._lost: list[str] = []
         command = command_line()
         self._result = ExperimentResult(
             experiment=experiment.name,
@@ -94,17 +102,31 @@ class Publication:
             tags=tags | {WORKING_DIRECTORY: str(Path.cwd())},
         )
 
+    def damage(self) -> list[EventsLost]:
+        """An event for each trial of which lines cannot be read, unless it was reported before."""
+        known = {event.lines for event, _ in self._outbox.read() if isinstance(event, EventsLost)}
+        return [
+            EventsLost(trial=trial, attempt=0, rank=-1, time=clock.now(), lines=lines)
+            for trial, lines in self._outbox.damage().items()
+            if lines not in known
+        ]
+
     def add_trial(self, plan: TrialPlan, events: Sequence[Event]) -> None:
         """Adds a trial that has ended, so that its figures are on disk whatever comes after it.
 
         Args:
             plan: The trial.
             events: All events of the run.
+
+        Raises:
+            RunFolderError: They cannot be written.
         """
         own = [event for event in events if event.trial == plan.name]
         trial = trial_result(plan, own, self._tracker.run_ids().get(plan.name))
-        write_airank(plan, own, trial, Path(plan.trial_dir))
-        write_mllog(plan, own, trial, Path(plan.trial_dir))
+        self._lost += [f"{plan.name}: {each}" for each in lost_events(own, plan.solver.eval_period)]
+        with self._outbox.guarded():
+            write_airank(plan, own, trial, Path(plan.trial_dir))
+            write_mllog(plan, own, trial, Path(plan.trial_dir))
         self._result.trials.append(trial)
         self._result.scaling = scaling_rows(self._result.trials)
         self._result.fits = scaling_fits(self._result.trials)
@@ -125,13 +147,17 @@ class Publication:
 
         Returns:
             Whether MLflow has all of the run.
+
+        Raises:
+            RunFolderError: They cannot be written.
         """
         self._result.status = status
         self._result.ended = _utc(clock.now())
         self._result.mlflow_run_id = self._tracker.run_ids().get("")
         self._write()
-        report, report_failure = try_report(self._result, self._run_dir)
-        write_airank_summary(self._result, self._run_dir)
+        with self._outbox.guarded():
+            report, report_failure = try_report(self._result, self._run_dir)
+            write_airank_summary(self._result, self._run_dir)
         emit(RunEnded(trial="", attempt=0, rank=-1, time=clock.now(), status=status))
         tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
@@ -139,6 +165,8 @@ class Publication:
         self._write()
         console.print()
         console.print(closing_table(self._result))
+        for lost in self._lost:
+            _print_line(console, lost, "yellow")
         _print_line(console, f"Report: {report}")
         if report_failure:
             _print_line(console, report_failure, "red")
@@ -164,8 +192,27 @@ class Publication:
         text = f"NOT TRACKED. The run is over, and MLflow does not have {how}: {reason}. Track it with: {command}"
         _print_line(console, text, "bold red")
 
+    def give_up(self, error: RunFolderError, console: Console) -> None:
+        """Ends a run whose folder cannot be written any more, as failed in MLflow, and says what can be done.
+
+        Args:
+            error: What is wrong with the folder.
+            console: Output for people.
+        """
+        self._result.status, self._result.ended, self._result.tracked = "FAILED", _utc(clock.now()), False
+        marked = self._tracker.abandon(str(error), TRACKING_TIMEOUT_SECONDS)
+        with suppress(RunFolderError):
+            self._write()
+        how = f"make room there or make it writable, and go on with: {resume_command(self._run_dir)}"
+        if error.gone:
+            how = f"put it back as it was, and go on with: {resume_command(self._run_dir)}; else the run's events, "
+            how += "results and the checkpoints in its folder are lost"
+        place = f"MLflow at {self._tracker.place} {'shows it as failed' if marked else 'could not be told'}"
+        _print_line(console, f"FAILED: {error}; {place}; {how}", "bold red")
+
     def _write(self) -> None:
-        self._result.write(self._run_dir / "results.json")
+        with self._outbox.guarded():
+            self._result.write(self._run_dir / "results.json")
 
 
 def resume_command(run_dir: Path) -> str:
@@ -193,7 +240,8 @@ def close_run(
     """
     run = read_earlier_run(run_dir)
     outbox = Outbox(run_dir / FILE_NAME)
-    publication = Publication(experiment, run_dir, Tracker(run_dir, tracking_uri(experiment.tracking.uri)), run)
+    tracker = Tracker(run_dir, tracking_uri(experiment.tracking.uri))
+    publication = Publication(experiment, run_dir, tracker, run, outbox)
     with only_driver(run_dir):
         events = [event for event, _ in outbox.read()]
         clock.not_before(events[-1].time)
@@ -237,7 +285,7 @@ def track_folder(folder: Path) -> str:
 def _note_tracked(run_dir: Path, tracker: Tracker) -> None:
     """Notes in the results of a run, where it has any, that it is tracked."""
     path = run_dir / "results.json"
-    if path.exists():
+    with suppress(OSError, ValidationError):  # there are none, or none that can be read or written
         result = ExperimentResult.model_validate_json(path.read_bytes())
         _add_tracking(result, tracker, tracked=True)
         result.write(path)

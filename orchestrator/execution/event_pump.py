@@ -139,10 +139,12 @@ class EventPump:
     def _append(self, events: Sequence[Event]) -> None:
         began = time.monotonic()
         while True:
+            self.check()
             try:
                 return self.outbox.append(*events)
             except RunFolderError as error:
                 if error.gone or time.monotonic() - began > GIVE_UP_SECONDS:
+                    self.failure = error
                     raise
                 time.sleep(RETRY_INTERVAL_SECONDS)
 
@@ -193,7 +195,6 @@ class EventPump:
         while not self._ended.is_set():
             try:
                 self.drain()
-            except RunFolderError as error:
-                self.failure = error
+            except RunFolderError:  # for the main thread, which asks for it
                 return
             self._ended.wait(DRAIN_INTERVAL_SECONDS)

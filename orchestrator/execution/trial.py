@@ -25,10 +25,13 @@ from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import root_cause
 from orchestrator.figures.goodput import measured_mtbf_hours
+from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
 from trainers.contract.events import (
     ClockChanged,
     Event,
+    EventsLost,
+    FailureKind,
     Heartbeat,
     LoopFinished,
     LoopStarted,
@@ -41,6 +44,7 @@ from trainers.contract.events import (
 )
 from trainers.contract.memory import is_out_of_memory
 from trainers.contract.plan import TrialPlan
+from trainers.contract.storage import is_storage_failure
 
 POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks at the workers."""
@@ -81,13 +85,14 @@ class _Trial:
 
     def run(self) -> TrialEnded:
         earlier = self._events()
-        if earlier:
-            self.number = max(event.attempt for event in earlier) + 1
+        begun = any(event.kind != EventsLost.kind for event in earlier)
+        self.number = max(event.attempt for event in earlier) + 1 if begun else 0
+        if not any(isinstance(event, TrialStarted) for event in earlier):  # it is new, or its start is lost
+            self._emit(TrialStarted, plan=dataclasses.asdict(self.plan))
+        if begun:
             last = next((event for event in reversed(earlier) if isinstance(event, TrialEnded)), None)
             message = f"resumed after {last.reason}" if last else "resumed after its driver was lost"
             self._emit(TrialRestarted, failure="resumed", message=message, iteration=_iterations(earlier))
-        else:
-            self._emit(TrialStarted, plan=dataclasses.asdict(self.plan))
         while True:
             cause, reason = self._attempt()
             if cause is None or reason or self.stop.requested:
@@ -112,7 +117,11 @@ class _Trial:
         mtbf_hours = self.plan.mtbf_hours or measured_mtbf_hours(self._events())
         plan = dataclasses.replace(self.plan, mtbf_hours=mtbf_hours)
         group = WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir)
-        self._watch(group)
+        try:
+            self._watch(group)
+        except RunFolderError:
+            group.end()
+            raise
         _check_cluster()
         self.pump.drain()
         finished = next(reversed(self._own(LoopFinished)), None)
@@ -128,7 +137,7 @@ class _Trial:
         cause = root_cause(self._own(WorkerFailed))
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
-            kind = "out_of_memory" if group.error and is_out_of_memory(group.error) else "unknown"
+            kind = _kind(group.error)
             if isinstance(group.error, RayActorError):
                 kind, message = "communication", f"Ray Train's controller was lost: {message}"
             cause = self._failure(kind, DRIVER_RANK, message)
@@ -142,6 +151,7 @@ class _Trial:
         stopping = False
         while not group.wait(POLL_INTERVAL_SECONDS):
             _check_cluster()
+            self.pump.check()
             self._note_clock()
             if self.stop.requested and not stopping:
                 stopping = True
@@ -188,7 +198,7 @@ class _Trial:
         for rank in dead.keys() - lost.keys():
             reason = cause_of_death(dead[rank])
             if reason is None:  # the training function raised before it could report that, as an import may do
-                kind = "out_of_memory" if is_out_of_memory(dead[rank]) else "unknown"
+                kind = _kind(dead[rank])
                 self._emit_dead(kind, f"{type(dead[rank]).__name__}: {dead[rank]}", rank)
                 continue
             self._emit_dead(*death(reason), rank)
@@ -236,6 +246,13 @@ def _check_cluster() -> None:
     """
     if daemon := lost_daemon():
         raise ClusterLostError(f"the Ray cluster was lost: its {daemon} has ended")
+
+
+def _kind(error: BaseException | None) -> FailureKind:
+    """The kind of failure that an exception is which the worker could not report, or which is Ray's own."""
+    if error is None:
+        return "unknown"
+    return "out_of_memory" if is_out_of_memory(error) else "storage" if is_storage_failure(error) else "unknown"
 
 
 def is_preemption(error: Exception | None) -> bool:

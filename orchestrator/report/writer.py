@@ -6,9 +6,11 @@ import csv
 import io
 import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.figures.records import ExperimentResult
+from orchestrator.files import write_atomically
 from orchestrator.report.comparison import (
     COMPARED,
     config_table,
@@ -36,7 +38,8 @@ def try_report(result: ExperimentResult, run_dir: Path) -> tuple[Path, str]:
     try:
         return write_report(result, run_dir)[0], ""
     except Exception as error:  # noqa: BLE001 - whatever the report stumbles over, the run's results are safe
-        (run_dir / FAILURE_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        with suppress(OSError):  # which may be the reason
+            (run_dir / FAILURE_FILE).write_text(traceback.format_exc(), encoding="utf-8")
         what = f"report.html could not be made ({type(error).__name__}: {error}); see {run_dir / FAILURE_FILE}"
         return run_dir / "report.md", f"{what}. Rebuild it: python -m orchestrator.report {run_dir}"
 
@@ -45,9 +48,9 @@ def write_run(run: RunFolder, place: Path) -> list[Path]:
     """Writes the report of a run that was read back into any folder; as `write_report`."""
     from orchestrator.report.page import html_page
 
-    (place / "report.md").write_text(markdown_report(run.result), encoding="utf-8")
-    (place / "table.csv").write_text(csv_table(run.result), encoding="utf-8")
-    (place / "report.html").write_text(html_page([run], place), encoding="utf-8")
+    write_atomically(place / "report.md", markdown_report(run.result))
+    write_atomically(place / "table.csv", csv_table(run.result))
+    write_atomically(place / "report.html", html_page([run], place))
     return [place / name for name in ("report.html", "report.md", "table.csv")]
 
 

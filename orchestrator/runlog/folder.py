@@ -106,7 +106,9 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
         events.setdefault(event.trial, []).append(event)
     plans = {plan.name: plan for own in events.values() for plan in _plans(own)}
     starts = [event for event in events.get("", []) if isinstance(event, RunStarted)]
-    state = path / "tracking.json"
+    tracking: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # it was not tracked, or the file is damaged
+        tracking = orjson.loads((path / "tracking.json").read_bytes())
     return RunFolder(
         path=path,
         result=result,
@@ -114,8 +116,8 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
             TrialEvents(t.name, t, events.get(t.name, []), plans.get(t.name), path / Path(t.name).name)
             for t in result.trials
         ],
-        experiment=starts[0].experiment if starts else {},
-        tracking=orjson.loads(state.read_bytes()) if state.exists() else {},
+        experiment=starts[-1].experiment if starts else {},
+        tracking=tracking,
     )
 
 
@@ -189,7 +191,8 @@ def only_driver(run_dir: Path, owner_pid: int | None = None) -> Iterator[None]:
     except OSError as error:
         raise SpecError(f"{run_dir}: it cannot be locked: {error}") from error
     try:
-        owner.write_bytes(orjson.dumps({"pid": owner_pid or os.getpid(), "host": socket.gethostname()}))
+        with suppress(OSError):  # for messages alone
+            owner.write_bytes(orjson.dumps({"pid": owner_pid or os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
         lock.release()
