@@ -35,7 +35,8 @@ def begin(request, working, iteration):
     from tests.builders.trials import TrialBuilder
     request.run_dir.mkdir(exist_ok=True)
     outbox = Outbox(request.run_dir / FILE_NAME)
-    publication = Publication(request.experiment, request.run_dir, Tracker(request.run_dir, "unused"), request.earlier)
+    tracker = Tracker(request.run_dir, "unused")
+    publication = Publication(request.experiment, request.run_dir, tracker, request.earlier, outbox)
     (plan,) = drive.plan_trials(request, drive.Hardware(num_cpus=1))
     trial = TrialBuilder(plan, epoch=time.time())
     outbox.append(publication.run_started())
@@ -85,7 +86,7 @@ run.app()
 class Started:
     """A command whose work is one of the stand-ins above."""
 
-    def __init__(self, folder: Path, work: str, *options: str) -> None:
+    def __init__(self, folder: Path, work: str, *options: str, hangup: signal.Handlers = signal.SIG_DFL) -> None:
         self.folder = folder
         config = write_experiment(folder, tiny_experiment())
         self.process = subprocess.Popen(
@@ -95,7 +96,7 @@ class Started:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}", "COLUMNS": "400"},
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
         )
 
     def has(self, name: str) -> Callable[[], bool]:
@@ -139,12 +140,14 @@ def test_a_signal_while_ray_starts_ends_at_once_with_one_line(to: str, number: s
     assert not (tmp_path / "run").exists()
 
 
-def test_what_ignores_a_closed_terminal_goes_on(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    command = Started(tmp_path, "starting")
-    signal.signal(signal.SIGHUP, before)
-    command.process.terminate()
-    command.process.communicate()
+def test_nohup_keeps_its_meaning_for_both_processes(tmp_path: Path) -> None:
+    command = Started(tmp_path, "training", hangup=signal.SIG_IGN)
+    wait_for(command.has("ready"))
+    for pid in (command.process.pid, command.child.pid):
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert int(status["SigIgn"], 16) >> (signal.SIGHUP - 1) & 1
+    command.child.kill()
+    command.end()
 
 
 def test_a_stop_that_is_not_obeyed_is_enforced_by_the_third_signal_and_recorded(tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> 
     code, output = command.end()
     assert code == 1 and "Traceback" not in output
     last = output.rstrip().splitlines()[-1]
-    assert "the process that drives the run was lost (signal SIGKILL)" in last.lower().replace("sigkill", "SIGKILL")
+    assert last.startswith("The process that drives the run was lost (signal SIGKILL). ")
     assert last.endswith(f"go on with: python -m orchestrator.run --resume {tmp_path / 'run'}")
     events = [event for event, _ in Outbox(tmp_path / "run" / FILE_NAME).read()]
     assert [e.status for e in events if isinstance(e, TrialEnded | RunEnded)] == ["FAILED", "FAILED"]
