@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import ray
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.context import DistributedContext
+from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from orchestrator.execution import cluster, ray_internals
@@ -50,6 +53,17 @@ def test_a_worker_whose_node_was_taken_away_did_not_fail() -> None:
 
     assert is_preemption(group_error(taken))
     assert not is_preemption(group_error(died)) and not is_preemption(None)
+
+
+def test_ray_train_still_tells_a_callback_about_workers_that_start() -> None:
+    watch = ray_internals.StartWatch(lambda rank, reason: None, lambda began, living, connected: None)
+    assert RunConfig(callbacks=[watch]).callbacks == [watch]
+    assert list(inspect.signature(WorkerGroupCallback.before_init_train_context).parameters) == ["self", "workers"]
+    with WorkerGroupCallback().on_worker_group_start():
+        pass
+    ranks = DistributedContext(world_rank=1, world_size=2, local_rank=1, local_world_size=2, node_rank=0)
+    assert {"distributed_context"} <= set(Worker.__annotations__) and ranks.world_rank == 1
+    assert list(inspect.signature(Worker.execute_async).parameters)[:2] == ["self", "fn"]
 
 
 def test_each_worker_can_be_given_its_own_node() -> None:

@@ -144,7 +144,7 @@ class Injector(Activity):
         self._note(fault)
         if fault.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.kind])
-            time.sleep(1)  # the interpreter handles a signal to its own process a little later
+            time.sleep(3600)  # Python and Ray handle a signal a little later, in the main thread
         elif fault.kind == "hold":
             while self._path.exists():
                 time.sleep(0.1)

@@ -116,14 +116,20 @@ def test_workers_lost_at_set_up_are_named_and_counted_by_max_failures_alone(benc
         process.kill()
         killed.append(process.pid)
 
+    def importing() -> int:
+        workers = {process: title for process, title in _workers().items() if process.pid not in killed}
+        return sum("init_train_context" in title for title in workers.values())
+
     def kill_while_ray_starts_them() -> None:
-        # Ray names a process after what it does: first it imports libraries, then it joins the process group.
-        for phase in ("init_train_context", "execute"):
-            wait_for(lambda phase=phase: sum(phase in title for title in _workers().values()) == 2)
+        # Ray names a process after what it does: workers import torch first, then they join the process group.
+        for done in (False, True):
+            wait_for(lambda: importing() == 2)
+            if done:
+                wait_for(lambda: importing() == 0)
             kill(max(_workers(), key=lambda process: process.pid))
 
     def kill_in_the_training_function(event: Event) -> None:
-        if isinstance(event, WorkerStarted) and event.rank == 1 and event.pid:
+        if isinstance(event, WorkerStarted) and event.rank == 1 and event.pid and len(killed) == 2:
             kill(psutil.Process(event.pid))
 
     thread = threading.Thread(target=kill_while_ray_starts_them)
