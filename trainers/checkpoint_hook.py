@@ -83,12 +83,12 @@ class CheckpointHook:
         """Sets when the next is due: the same iteration on all ranks, from what rank 0 measured."""
         period = torch.zeros(1, dtype=torch.int64, device=loop.device)
         if loop.rank == 0:
-            stall, steps = statistics.median(self._stalls), loop.window.step_seconds
+            stall, steps = statistics.fmean(self._stalls), loop.window.step_seconds
             seconds = advised_checkpoint_seconds(stall, self._mtbf_seconds)
             period += max(1, round(seconds / statistics.fmean(steps)))
             logger.info(
-                "A checkpoint stalls training for %.3f s, and %.1f h are expected between failures: the next one after "
-                "%.0f s of training, %d iterations.", stall, self._mtbf_seconds / 3600, seconds, period.item(),
+                "A checkpoint stalls training for %.3f s, and %.3g h are expected between failures: the next one after "
+                "%.3g s of training, %d iterations.", stall, self._mtbf_seconds / 3600, seconds, period.item(),
             )  # fmt: skip
         if self.plan.world_size > 1:
             dist.broadcast(period, src=0)

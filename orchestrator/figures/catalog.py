@@ -184,7 +184,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "default.", better="higher"),
         _seconds("checkpoint_interval_seconds", "Checkpoint every (s)", "Median wall time from a checkpoint, or the "
             "first batch of an attempt, to the next checkpoint.", better=None),
-        _seconds("advised_checkpoint_seconds", "Advised every (s)", "Interval that loses the least: sqrt(2 x median "
+        _seconds("advised_checkpoint_seconds", "Advised every (s)", "Interval that loses the least: sqrt(2 x mean "
             "stall of a checkpoint x MTBF) (Young/Daly).", better=None, mlflow="goodput/advised_checkpoint_seconds"),
     ),
     "Step times": (

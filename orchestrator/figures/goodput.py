@@ -48,7 +48,7 @@ def goodput_figures(where: Sections | None, events: Sequence[Event], mtbf_hours:
     if any(isinstance(event, LogReplayed) for event in events) or not saved:
         return values
     mtbf, source = _mtbf(events, mtbf_hours)
-    stall = statistics.median(event.stall_seconds for event in saved)
+    stall = statistics.fmean(event.stall_seconds for event in saved)
     return values | {
         "mtbf_seconds": mtbf,
         "mtbf_source": source,

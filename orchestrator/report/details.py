@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text, seconds_text
+from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text, rate_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
@@ -76,7 +76,7 @@ def checkpoint_advice(record: TrialResult) -> str:
     if record.mtbf_seconds is None:
         return ""
     taken, best = (seconds_text(s) for s in (record.checkpoint_interval_seconds, record.advised_checkpoint_seconds))
-    hours = f"{number_text(record.mtbf_seconds / 3600, 1)} h between failures ({record.mtbf_source})"
+    hours = f"{rate_text(record.mtbf_seconds / 3600)} h between failures ({record.mtbf_source})"
     return f"taken every {taken} s; every {best} s would lose the least, with {hours}"
 
 

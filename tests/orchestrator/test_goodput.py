@@ -153,7 +153,7 @@ def test_the_default_is_for_every_host_of_the_trial():
 
 def test_the_report_says_what_is_advised_next_to_what_was_done():
     text = checkpoint_advice(_result(trained(mtbf_hours=2.0)))
-    assert text == "taken every 6.0 s; every 84.9 s would lose the least, with 2.0 h between failures (stated)"
+    assert text == "taken every 6.0 s; every 84.9 s would lose the least, with 2.00 h between failures (stated)"
 
 
 def test_a_log_without_its_start_and_a_trial_that_never_trained_have_neither():
