@@ -13,8 +13,8 @@ ADDRESS ?= http://127.0.0.1:8265
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster test-image chaos check hooks bench bench-gpu ui schema lock image \
-	mlflow-server submit
+.PHONY: help install demo test test-cluster test-faults test-image chaos check hooks bench bench-gpu ui schema lock \
+	image mlflow-server submit
 
 help:  ## This list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COV
 
 test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
+
+test-faults: install  ## All tests of faults, those that take long too
+	$(BIN)/python -m pytest -m "not cluster" tests/faults
 
 test-image: install  ## Tests of the container image
 	$(BIN)/python -m pytest -m image tests/cluster
