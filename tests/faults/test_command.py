@@ -81,7 +81,7 @@ class Command:
     def family(self, *names: str) -> list[psutil.Process]:
         """The processes that it has started: all, or those whose command lines name something."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in family if not names or any(name in " ".join(each.cmdline()) for name in names)]
+        return [each for each in family if not names or any(name in _command_line(each) for name in names)]
 
     def end(self, family: list[psutil.Process]) -> int:
         """Its exit code, once it has ended; of its processes, none is left."""
@@ -149,6 +149,14 @@ def let_go(command: Command) -> int:
     command.wait_for(lambda: "The driver's command: stop" in command.log)
     (command.folder / "faults.json").unlink()
     return command.end(family)
+
+
+def _command_line(process: psutil.Process) -> str:
+    """Its program and arguments; nothing of one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -231,7 +239,7 @@ def test_a_lost_cluster_is_started_again_and_a_stop_while_the_report_is_written_
     with paused_run(tmp_path, experiment(), *holds, options=["--auto-resume", "1"]) as command:
         for name, saved in (("gcs_server", 0), ("raylet", 9)):
             command.wait_for(lambda saved=saved: saved in {0, *command.saved})
-            (daemon,) = (each for each in command.family() if each.name() == name)
+            (daemon,) = command.family(f"/{name.split('_')[0]}/{name} ")
             daemon.kill()
             command.wait_for(lambda name=name: f"its {name} has ended; going on by itself" in command.output)
         (tmp_path / "faults.json").unlink()
