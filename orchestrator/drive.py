@@ -19,6 +19,7 @@ from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table
+from orchestrator.runlog.changes import with_changes
 
 if TYPE_CHECKING:
     from orchestrator.execution.event_pump import EventPump
@@ -216,7 +217,7 @@ def _run_trials(
     started = publication.run_started()
     pump.emit(started, *publication.damage())
     statuses: set[Status] = set()
-    for plan in _final_plans(request, plans, started.run_id):
+    for plan in plans if earlier else _final_plans(request, plans, started.run_id):
         finished = earlier is not None and plan.name in earlier.finished
         if stop.requested and not finished:
             break
@@ -250,7 +251,8 @@ def _final_plans(request: Request, plans: list[TrialPlan], run_id: str) -> list[
     if request.experiment.storage.checkpoints:
         # Storage that outlives run folders: a later run of the same name must not find these checkpoints.
         plans = [dataclasses.replace(each, checkpoint_dir=under(each.checkpoint_dir, run_id[-12:])) for each in plans]
-    return [begun.get(plan.name, plan) for plan in plans]
+    changes = request.earlier.changes if request.earlier else {}
+    return [with_changes(begun[plan.name], plan, changes) if plan.name in begun else plan for plan in plans]
 
 
 def _load_report(event: Event) -> None:
@@ -270,5 +272,6 @@ def _leave_ray() -> None:
 
 
 def plan_trials(request: Request, hardware: Hardware) -> list[TrialPlan]:
-    """The plans of all trials, on so much hardware."""
-    return expand(request.experiment, hardware, str(request.run_dir), generated_root(request.experiment))
+    """The plans of all trials, on so much hardware; of a run that is gone on with, as they were begun."""
+    plans = expand(request.experiment, hardware, str(request.run_dir), generated_root(request.experiment))
+    return _final_plans(request, plans, request.earlier.started.run_id) if request.earlier else plans

@@ -97,9 +97,10 @@ class Publication:
             attempt=earlier.num_starts if earlier else 0,
             rank=-1,
             time=clock.now(),
-            experiment=earlier.started.experiment if earlier else values,
+            experiment=values,
             run_id=earlier.started.run_id if earlier else f"{self._experiment.name}/{uuid.uuid4().hex}",
             tags=tags | {WORKING_DIRECTORY: str(Path.cwd())},
+            changes=earlier.new_changes if earlier else {},
         )
 
     def damage(self) -> list[EventsLost]:
@@ -207,7 +208,7 @@ class Publication:
         if error.gone:
             how = f"put it back as it was, and go on with: {resume_command(self._run_dir)}; else the run's events, "
             how += "results and the checkpoints in its folder are lost"
-        place = f"MLflow at {self._tracker.place} {'shows it as failed' if marked else 'could not be told'}"
+        place = f"MLflow at {self._tracker.place} {'shows it as failed' if marked else 'was not reached'}"
         _print_line(console, f"FAILED: {error}; {place}; {how}", "bold red")
 
     def _write(self) -> None:

@@ -91,8 +91,8 @@ def main(
 
             console.print(track_folder(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
-        others = bool(assignments or output or config != DEFAULT_CONFIG)
-        earlier = _read_earlier(resume, alone=not others) if resume is not None else None
+        others = bool(output or config != DEFAULT_CONFIG)
+        earlier = _read_earlier(resume, assignments or [], alone=not others) if resume is not None else None
         experiment = earlier.experiment if earlier else load_experiment(config, assignments)
         run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
         request = Request(
@@ -192,13 +192,13 @@ def _show_plan(request: Request) -> int:
     return DONE
 
 
-def _read_earlier(folder: Path, *, alone: bool) -> EarlierRun:
+def _read_earlier(folder: Path, assignments: list[str], *, alone: bool) -> EarlierRun:
     """Reads the folder of a run to go on with, and goes where its command was given: it may hold relative paths."""
     from orchestrator.runlog.folder import enter_working_directory, read_earlier_run
 
     if not alone:
-        raise SpecError("--resume goes on with the run as it was; give no experiment file, --set or --output")
-    earlier = read_earlier_run(folder)
+        raise SpecError("--resume goes on with the run as it was; give no experiment file and no --output")
+    earlier = read_earlier_run(folder, assignments)
     enter_working_directory(earlier)
     return earlier
 

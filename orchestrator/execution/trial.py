@@ -23,7 +23,7 @@ from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
-from orchestrator.figures.causes import root_cause
+from orchestrator.figures.causes import changes_text, root_cause
 from orchestrator.figures.goodput import measured_mtbf_hours
 from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
@@ -35,6 +35,7 @@ from trainers.contract.events import (
     Heartbeat,
     LoopFinished,
     LoopStarted,
+    RunStarted,
     StepsDone,
     TrialEnded,
     TrialRestarted,
@@ -92,6 +93,9 @@ class _Trial:
         if begun:
             last = next((event for event in reversed(earlier) if isinstance(event, TrialEnded)), None)
             message = f"resumed after {last.reason}" if last else "resumed after its driver was lost"
+            starts = (event for event in reversed(self.pump.events) if isinstance(event, RunStarted))
+            if (start := next(starts, None)) and start.changes:
+                message += f", with {changes_text(start.changes)}"
             self._emit(TrialRestarted, failure="resumed", message=message, iteration=_iterations(earlier))
         while True:
             cause, reason = self._attempt()

@@ -37,7 +37,7 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
     """
     values = read_yaml(path)
     for assignment in assignments or []:
-        _assign(values, assignment)
+        assign(values, assignment)
     return parse_experiment(values, where=str(path))
 
 
@@ -130,7 +130,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _assign(values: dict[str, Any], assignment: str) -> None:
+def assign(values: dict[str, Any], assignment: str) -> None:
+    """Applies one `--set KEY=VALUE` to the values of an experiment; raises SpecError."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise SpecError(f"--set {assignment}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")

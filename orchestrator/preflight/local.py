@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,10 +192,25 @@ def _reason_within(action: Callable[[], None], seconds: float) -> str:
 
 
 def storage_bytes(experiment: Experiment, trials: Sequence[TrialPlan]) -> float:
-    """Estimates the space for the checkpoints of all trials: those kept, the best, and one being written."""
+    """Estimates the space that the checkpoints of all trials still need: those kept, the best, and one being written.
+
+    Those that a run has which is gone on with take theirs already.
+    """
     one = model_checks.estimate_checkpoint_bytes(experiment)
     # Without a period, the last one only.
-    return one * (1 + sum(trial.keep_checkpoints + 1 if trial.solver.checkpoint_period else 1 for trial in trials))
+    kept = (one * (trial.keep_checkpoints + 1 if trial.solver.checkpoint_period else 1) for trial in trials)
+    present = (_bytes_in(trial.checkpoint_dir) for trial in trials)
+    return one + sum(max(0.0, needed - size) for needed, size in zip(kept, present, strict=True))
+
+
+def _bytes_in(folder: str) -> int:
+    """Size of the files in a folder; 0 for an address."""
+    size = 0
+    for place, _, names in os.walk(folder) if "://" not in folder else ():
+        for name in names:
+            with suppress(OSError):
+                size += Path(place, name).stat().st_size
+    return size
 
 
 def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, num_nodes: int) -> float:

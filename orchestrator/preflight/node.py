@@ -170,7 +170,7 @@ def _judge_folder(
         findings.error("storage_unwritable", folder, node, state.problem, hint)
     elif state.free is not None and state.free < needed:
         what = f"{_size(state.free)} free; the checkpoints of all trials take about {_size(needed)}"
-        hint = "Free some, set storage.checkpoints to another place, or storage.keep_checkpoints lower"
+        hint = "Free some, set storage.keep_checkpoints lower or, in a new run, storage.checkpoints to another place"
         report = findings.warning if survives else findings.error
         report("storage_small", folder, node, what, hint)
     if state.probe_seen is False:

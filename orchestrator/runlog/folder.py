@@ -21,6 +21,7 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.runlog.changes import change
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
@@ -82,6 +83,10 @@ class EarlierRun:
     """Names of the trials with nothing left to do."""
     ended: bool
     """Whether its last driver came to the end, and did not die."""
+    changes: dict[str, Any]
+    """What `--resume --set` has changed since it was begun, this time too, by dotted key."""
+    new_changes: dict[str, Any]
+    """What it changes this time."""
 
 
 def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFolder:
@@ -121,12 +126,12 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
     )
 
 
-def read_earlier_run(folder: Path) -> EarlierRun:
-    """Reads what is needed to go on with a run.
+def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRun:
+    """Reads what is needed to go on with a run, and changes what `--set KEY=VALUE` asks for.
 
     Raises:
-        SpecError: There is no run in the folder, it is elsewhere than when the run was started, or the run was replayed
-            from a log.
+        SpecError: Something may not be changed, there is no run in the folder, it is elsewhere than when the run was
+            started, or the run was replayed from a log.
     """
     folder = folder.expanduser().absolute()
     try:
@@ -149,14 +154,18 @@ def read_earlier_run(folder: Path) -> EarlierRun:
         plans[plan.name] = plan
     last_ends = {event.trial: event for event in events if isinstance(event, TrialEnded)}
     closing = [event for event in events if isinstance(event, RunStarted | RunEnded)]
+    last = parse_experiment(starts[-1].experiment, where=str(folder / FILE_NAME))
+    experiment, changes = change(last, assignments)
     return EarlierRun(
         run_dir=folder,
-        experiment=parse_experiment(starts[0].experiment, where=str(folder / FILE_NAME)),
+        experiment=experiment,
         started=starts[0],
         num_starts=len(starts),
         plans=plans,
         finished=frozenset(name for name, event in last_ends.items() if event.status == "FINISHED"),
         ended=isinstance(closing[-1], RunEnded),
+        changes={key: value for start in starts for key, value in start.changes.items()} | changes,
+        new_changes=changes,
     )
 
 

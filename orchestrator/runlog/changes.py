@@ -1,0 +1,81 @@
+"""What may change in a run that is gone on with: `--resume RUN --set KEY=VALUE`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.experiment.reading import assign, flatten, parse_experiment
+from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.files import without_credentials
+from trainers.contract.plan import TrialPlan
+
+SECTIONS = ("storage", "tracking", "faults", "resources")
+"""Sections of an experiment that decide nothing of what is trained."""
+
+FIXED = {
+    "storage.path": "the run stays in its folder",
+    "storage.checkpoints": "checkpoints are looked for where they were written; a link can lead elsewhere",
+    "resources.device": "trials are named after it",
+}
+"""Keys of these sections that may not change, and why."""
+
+PLANNED = {
+    "storage.keep_checkpoints": ("keep_checkpoints",),
+    "storage.checkpoint_period": ("auto_checkpoints",),
+    "faults.timeouts": ("timeouts",),
+    "faults.on_storage_failure": ("survive_storage",),
+    "faults.mtbf_hours": ("mtbf_hours",),
+    "resources.cpus_per_worker": ("cpus_per_worker", "most_loader_workers"),
+    "resources.loader_workers": ("loader_workers", "most_loader_workers"),
+    "resources.num_nodes": ("num_nodes",),
+    "resources.min_workers": ("min_workers",),
+    "resources.price_per_accelerator_hour": ("price_per_accelerator_hour",),
+}
+"""Fields of a trial's plan that are made of a key, or of what is below it."""
+
+
+def change(experiment: Experiment, assignments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment with `--set KEY=VALUE` applied to it, and what became different, by dotted key.
+
+    Raises:
+        SpecError: A key may not change in a run that is gone on with, is not known, or its value is not allowed.
+    """
+    values = experiment.model_dump(mode="json")
+    before = dict(flatten(values))
+    for assignment in assignments:
+        key = assignment.partition("=")[0]
+        if key.split(".")[0] not in SECTIONS:
+            what = f"{', '.join(SECTIONS[:-1])} and {SECTIONS[-1]}"
+            raise SpecError(f"--set {key}: it may not change in a run that is gone on with; what may: {what}")
+        assign(values, assignment)
+    changed = parse_experiment(values, where="--resume")
+    after = dict(flatten(changed.model_dump(mode="json")))
+    changes = {key: after.get(key) for key in {**before, **after} if before.get(key) != after.get(key)}
+    for key in changes:
+        if key in FIXED:
+            raise SpecError(f"--set {key}: it may not change in a run that is gone on with: {FIXED[key]}")
+    return changed, {key: _shown(value) for key, value in changes.items()}
+
+
+def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> TrialPlan:
+    """The plan of a trial as it was begun, with what changed since.
+
+    Args:
+        begun: The plan that it was begun with.
+        now: The plan that the changed experiment has for it.
+        changes: What changed in all starts since, by dotted key.
+    """
+    fields: dict[str, Any] = {}
+    for key in changes:
+        if key.startswith("storage.checkpoint_period"):
+            fields["solver"] = dataclasses.replace(begun.solver, checkpoint_period=now.solver.checkpoint_period)
+        for name, made in PLANNED.items():
+            if f"{key}.".startswith(f"{name}."):
+                fields |= {field: getattr(now, field) for field in made}
+    return dataclasses.replace(begun, **fields)
+
+
+def _shown(value: Any) -> Any:
+    return without_credentials(value) if isinstance(value, str) else value
