@@ -41,7 +41,7 @@ def cause_of_death(failure: Exception) -> Exception | None:
     return cause
 
 
-class StartWatch(WorkerGroupCallback):  # type: ignore[misc]  # Ray is not typed
+class StartWatch(WorkerGroupCallback):
     """Finds the workers that die while Ray Train starts them, in its controller.
 
     The error that Ray Train has for it names neither rank nor reason, and its public callbacks are called later.
