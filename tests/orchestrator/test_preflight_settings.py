@@ -123,12 +123,6 @@ def test_a_key_that_a_field_of_ours_replaces_is_an_error() -> None:
     assert "data.generated.num_classes is 3 and replaces it" in findings[1].what
 
 
-def test_a_period_that_sets_itself_replaces_one_that_is_given_in_a_key() -> None:
-    (finding,) = check(TINY_OVERRIDES | {"SOLVER.CHECKPOINT_PERIOD": 3}, storage={"checkpoint_period": "auto"})
-    assert (finding.level, finding.code, finding.id) == ("error", "config_replaced", "SOLVER.CHECKPOINT_PERIOD")
-    assert "storage.checkpoint_period is 'auto' and replaces it" in finding.what
-
-
 def test_what_a_file_sets_without_effect_is_a_warning_with_its_line(tmp_path: Path) -> None:
     text = "DATASETS: {TRAIN: [my_train]}\nSEED: 1\nTEST:\n  EVAL_PERIOD: 500\nVIS_PERIOD: 10\nOUTPUT_DIR: ./output\n"
     findings = check(config=own(tmp_path, text))

@@ -9,6 +9,7 @@ import pytest
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.preflight.settings import check_settings
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import SolverPlan, TrialPlan
 
@@ -105,6 +106,14 @@ def test_a_period_that_sets_itself_begins_with_a_window_at_every_world_size() ->
     ] * 2  # fmt: skip
     (fixed,) = solver_of([1], {}, storage={"checkpoint_period_iterations": 30})
     assert (fixed.checkpoint_period, fixed.auto_checkpoints) == (30, False)
+
+
+def test_a_period_that_sets_itself_replaces_one_that_is_given_in_a_key() -> None:
+    values = tiny_experiment(storage={"checkpoint_period": "auto"})
+    values["model"]["overrides"] = {**values["model"]["overrides"], "SOLVER.CHECKPOINT_PERIOD": 3}
+    (finding,) = (each for each in check_settings(parse_experiment(values, "test")) if each.level == "error")
+    assert (finding.code, finding.id) == ("config_replaced", "SOLVER.CHECKPOINT_PERIOD")
+    assert "storage.checkpoint_period is 'auto' and replaces it" in finding.what
 
 
 @pytest.mark.parametrize("kind", ["throughput", "time_to_train"])
