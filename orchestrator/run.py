@@ -130,7 +130,8 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int) -> int:
             request.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
             time.sleep(RETRY_INTERVAL_SECONDS)
         if supervisor.stopped or tries > auto_resume:
-            return _give_up(request, earlier, reason, stopped=supervisor.stopped)
+            code = _give_up(request, earlier, reason, stopped=supervisor.stopped)
+            return INTERRUPTED if supervisor.stopped else code
         request = dataclasses.replace(request, earlier=earlier or request.earlier)
 
 

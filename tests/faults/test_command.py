@@ -246,7 +246,7 @@ def test_a_lost_cluster_is_started_again_and_a_stop_while_the_report_is_written_
         command.wait_for(lambda: any(isinstance(event, TrialEnded) for event in command.events))
         family = command.family()
         command.process.terminate()
-        assert command.end(family) == 130
+        assert command.end(family) == 130, command.output
     assert command.output.count("(start 1 of 1 without a new checkpoint)") == 2
     (trial,) = command.result.trials
     assert command.result.status == "KILLED" and (trial.status, trial.state_sha256) == ("FINISHED", undisturbed.state)
