@@ -199,9 +199,10 @@ class Tracker:
 
     def _is_tracked(self, state: dict[str, Any]) -> bool:
         """Whether the outbox still begins with what was tracked of it; else, all of it is tracked again."""
-        before = self._outbox.before(state["offset"])
+        offset: int = state["offset"]
+        before = self._outbox.before(offset)
         same = before.endswith(b"\n") and state.get("tail", _digest(before)) == _digest(before)
-        return same or state["offset"] == 0
+        return same or offset == 0
 
     def _log_output(self, process: subprocess.Popen[str]) -> None:
         """Logs the process's output in the driver, which owns the terminal."""
