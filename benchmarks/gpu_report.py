@@ -21,7 +21,8 @@ DISSECTED = ("detectron2", "fast")
 
 RATES = (
     "TFLOP/s is the arithmetic of detectron2's model for an image, both passes, times images/s; the peak is that of 16",
-    "bits. Joules are the whole GPU's. The peak of memory is that of tensors, without what torch keeps for reuse.",
+    "bits. Joules are the whole GPU's. The peak of memory is what torch held of the device, what it keeps for reuse",
+    "included: it counts no tensors in the replay of a graph.",
 )
 ANATOMY = (
     "Waits are a step's calls in which torch makes the host wait for the device (`set_sync_debug_mode`). Stream waits",

@@ -104,8 +104,8 @@ class GpuRow:
 
     @property
     def peak_gib(self) -> float | None:
-        """Most memory that tensors took in a timed block."""
-        return max((block["peak_allocated_gib"] for block in self.blocks if block["peak_allocated_gib"]), default=None)
+        """Most memory that torch held in a timed block; it counts no tensors in the replay of a graph."""
+        return max((block["peak_reserved_gib"] for block in self.blocks if block["peak_reserved_gib"]), default=None)
 
     @property
     def tflops(self) -> float | None:
