@@ -144,7 +144,8 @@ class Injector(Activity):
         self._note(fault)
         if fault.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.kind])
-            time.sleep(3600)  # Python and Ray handle a signal a little later, in the main thread
+            if fault.kind != "interrupt":  # Ray's workers ignore that one; others are handled a little later
+                time.sleep(3600)
         elif fault.kind == "hold":
             while self._path.exists():
                 time.sleep(0.1)
