@@ -47,8 +47,8 @@ def test_the_sections_add_up_to_the_wall_time():
     # Steps of rank 0: 8 x 0.9 = 7.2 s, by tenths; 28 to 30 shut down; 30 - 14 - 7.2 - 4 - 0.5 - 2 is left.
     expected = {
         "wall": 30, "startup": 14, "data": 0.72, "forward": 1.44, "backward": 3.6, "optimizer": 1.44,
-        "graph": None, "communication": None, "step_other": 0, "evaluation": 4, "checkpoint": 0.5, "lost_work": 0, "downtime": 0,
-        "shutdown": 2, "other": 2.3,
+        "graph": None, "communication": None, "step_other": 0, "evaluation": 4, "checkpoint": 0.5, "lost_work": 0,
+        "downtime": 0, "shutdown": 2, "other": 2.3,
     }  # fmt: skip
     assert result.sections.model_dump() == pytest.approx(expected)
 
