@@ -18,7 +18,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from orchestrator.run import NOT_TRACKED, exit_code
+from orchestrator.drive import NOT_TRACKED, exit_code
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
 from tests.builders.commands import run_command
