@@ -238,7 +238,8 @@ def _restarts(trial: _Trial) -> dict[str, Any]:
 
 def _restart(trial: _Trial, event: TrialRestarted) -> Restart:
     before = [run for run in trial.attempts if run.attempt < event.attempt]
-    after = next((run for run in trial.attempts if run.attempt == event.attempt), None)
+    next_run = next((run for run in trial.attempts if run.attempt >= event.attempt), None)
+    after = next_run if next_run and next_run.attempt == event.attempt else None  # a start may be lost before training
     cause = root_cause([e for e in trial.events if e.attempt == event.attempt - 1])
     failed = (cause.began or cause.time) if cause and cause.failure == event.failure else None
     first_step = after.steps[0].step_seconds[:1] if after and after.steps else ()  # a replayed log has no single steps
@@ -247,7 +248,7 @@ def _restart(trial: _Trial, event: TrialRestarted) -> Restart:
         cause=event.failure,
         message=event.message,
         world_size=trial.sizes.get(event.attempt),
-        lost_iterations=max(0, event.iteration - after.first_iteration) if after else event.iteration,
+        lost_iterations=max(0, event.iteration - next_run.first_iteration) if next_run else event.iteration,
         downtime_seconds=after.started - before[-1].last_progress if after and before else None,
         recovery_seconds=_between(failed, after.started + first_step[0]) if after and first_step else None,
         recovery_part_seconds=recovery_parts(trial.events, event, failed, after) if after and first_step else {},

@@ -188,6 +188,25 @@ def test_a_restart_before_the_first_window_loses_what_was_not_reported():
     _adds_up(result)
 
 
+def test_a_start_that_is_lost_before_it_trains_costs_no_more_than_the_next_one_repeats():
+    made = TrialBuilder(plan())
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    for rank in (0, 1):
+        made.steps(6.0, 0, 1.0, 1.0, 1.0, 1.0, rank=rank)
+    made.restarted(7.0, iteration=4)
+    made.workers(8.0)
+    made.restarted(10.0, iteration=0)
+    made.workers(11.0)
+    made.loop(12.0, iteration=2)
+    for rank in (0, 1):
+        made.steps(14.0, 2, 1.0, 1.0, rank=rank)
+    made.finished(14.0, 4, "max_iter")
+    made.ended(15.0)
+    assert [restart.lost_iterations for restart in _result(made).restarts] == [2, 0]
+
+
 def test_a_trial_that_never_reached_its_loop_has_figures_of_none():
     made = TrialBuilder(plan())
     made.started()
