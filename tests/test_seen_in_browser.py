@@ -92,7 +92,7 @@ def test_the_report_opens_from_disk_and_shows_every_figure(driver, run):
 def test_a_figure_s_link_leads_to_its_definition(driver, run):
     _open_report(driver, run)
     link = driver.find_element(By.CSS_SELECTOR, "#wall_clock figcaption a")
-    assert "the other sections add up to it" in link.get_attribute("title")
+    assert "the driver's start of the trial to its end" in link.get_attribute("title")
     driver.execute_script("arguments[0].click()", link)
     assert driver.current_url.endswith("#def-wall-clock")
     assert driver.find_element(By.ID, "def-wall-clock").is_displayed()

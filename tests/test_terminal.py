@@ -80,7 +80,7 @@ def test_a_terminal_gets_bars_a_line_per_evaluation_and_tables_that_fit(run):
     assert max(map(len, tables)) <= 80
     for heading in ("Trial", "Run"):
         assert any(line.startswith(heading) for line in tables)
-    assert sum(line.startswith("reference-4xcpu") for line in tables) == 2, "a name was broken"
+    assert sum(line.startswith("reference-4xcpu  ") for line in tables) == 2, "a name was broken"
 
 
 def test_a_job_s_log_gets_plain_lines(run):
