@@ -246,10 +246,11 @@ def test_a_lost_cluster_is_started_again_and_a_stop_while_the_report_is_written_
         command.wait_for(lambda: any(isinstance(event, TrialEnded) for event in command.events))
         family = command.family()
         command.process.terminate()
-        assert command.end(family) == 130, command.output
+        code = command.end(family)
+    # Whether the signal came before the run's status was written, or before its end, depends on the machine.
+    assert code == 130 or (code, command.result.status) == (0, "FINISHED"), command.output
     assert command.output.count("(start 1 of 1 without a new checkpoint)") == 2
     (trial,) = command.result.trials
-    # Whether the signal came before the run's status was written depends on the machine; the trial had ended.
     assert command.result.status in ("KILLED", "FINISHED")
     assert (trial.status, trial.state_sha256) == ("FINISHED", undisturbed.state)
     assert {e.iteration: e.figures for e in trial.evaluations} == undisturbed.scores
