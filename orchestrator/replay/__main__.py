@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.figures.catalog import number_text, percent_text, seconds_text
+from orchestrator.figures.figure import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.findings import print_findings
 from orchestrator.preflight.tracking import check_store

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.figures.catalog import number_text
+from orchestrator.figures.figure import number_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.sections import began

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.experiment.reading import flatten
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure
+from orchestrator.figures.catalog import FIGURES
+from orchestrator.figures.figure import NOT_MEASURED, Figure
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.scaling import Interval, compare, ratio_between_repeats
 from orchestrator.runlog.folder import RunFolder

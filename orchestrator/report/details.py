@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, number_text, rate_text, seconds_text
+from orchestrator.figures.catalog import FIGURES
+from orchestrator.figures.figure import NOT_MEASURED, number_text, rate_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents

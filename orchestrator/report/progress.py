@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from orchestrator.figures.catalog import NOT_MEASURED, number_text, rate_text
 from orchestrator.figures.causes import clock_note
+from orchestrator.figures.figure import NOT_MEASURED, number_text, rate_text
 from orchestrator.figures.steps import JointWindow, WindowJoin
 from trainers.contract.events import (
     CheckpointFailed,

@@ -22,7 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.catalog import FIGURES, NOT_MEASURED, Figure, number_text, percent_text, seconds_text
+from orchestrator.figures.catalog import FIGURES
+from orchestrator.figures.figure import NOT_MEASURED, Figure, number_text, percent_text, seconds_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
 
 DEFINITIONS = "docs/measurement.md"

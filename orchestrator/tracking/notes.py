@@ -7,8 +7,9 @@ import json
 import zlib
 from collections.abc import Sequence
 
-from orchestrator.figures.catalog import FIGURES, number_text, rate_text, seconds_text
+from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.causes import root_cause
+from orchestrator.figures.figure import number_text, rate_text, seconds_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import TrialResult
 from orchestrator.report.mlflow_links import VIEW_KEY
