@@ -31,14 +31,13 @@ test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COV
 test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
 
-test-faults: install  ## All tests of faults, those that take long too
+test-faults: install  ## All tests of faults, in half an hour; `make test` has the faster ones
 	$(BIN)/python -m pytest -m "not cluster" tests/faults
 
 test-image: install  ## Tests of the container image
 	$(BIN)/python -m pytest -m image tests/cluster
 
 chaos: install  ## SEEDS=20 runs with random faults, each compared with an undisturbed one
-	$(BIN)/python -m pytest -m soak tests/faults
 	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS)
 
 check: install  ## Lint, format, types, layers, dependencies

@@ -36,6 +36,7 @@ time.time = _time
 """
 
 
+@pytest.mark.soak
 def test_a_clock_that_is_set_back_in_mid_run_changes_no_duration_and_is_noted(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SET_BACK)
     faults, run = tmp_path / "faults.json", tmp_path / "run"

@@ -215,6 +215,7 @@ def test_a_stop_where_an_evaluation_is_due_does_not_lose_the_evaluation(tmp_path
     assert resume(command).returncode == 0 and command.result.trials[0].num_restarts == 1, "what is finished is kept"
 
 
+@pytest.mark.soak
 def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_path: Path, undisturbed: Outcome) -> None:
     with paused_run(tmp_path, experiment(), Fault("hold", rank=0, iteration=8)) as command:
         second = run_command("--resume", command.run_dir, cwd=tmp_path)
@@ -231,6 +232,7 @@ def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_pat
     assert (event.failure, event.message) == ("resumed", "resumed after its driver was lost")
 
 
+@pytest.mark.soak
 def test_a_lost_cluster_is_started_again_and_a_stop_while_the_report_is_written_loses_nothing(
     tmp_path: Path, undisturbed: Outcome
 ) -> None:

@@ -73,11 +73,13 @@ def disturbed(bench: Bench) -> Outcome:
     return outcome
 
 
+@pytest.mark.soak
 def test_a_trial_that_met_three_faults_ends_as_if_it_had_met_none(disturbed: Outcome, undisturbed: Outcome) -> None:
     assert_as_undisturbed(disturbed, undisturbed)
     assert restarts(disturbed) == [("worker_lost", 1), ("stuck", 2), ("stuck", 3)]
 
 
+@pytest.mark.soak
 def test_a_killed_worker_is_replaced_and_what_that_cost_is_reported(disturbed: Outcome) -> None:
     restart = trial_result(disturbed.plan, disturbed.events).restarts[0]
     assert restart.message.startswith("rank 1: its process died")
@@ -97,18 +99,21 @@ def test_a_killed_worker_is_replaced_and_what_that_cost_is_reported(disturbed: O
     print(f"\nkilled worker: {truth:.1f} s to the end of the next step, {restart.recovery_seconds:.1f} s by the run")
 
 
+@pytest.mark.soak
 def test_a_stuck_training_thread_is_found_and_not_those_that_wait_for_it(disturbed: Outcome) -> None:
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 1)
     assert (stuck.rank, stuck.iteration) == (1, 7) and "step (forward) of iteration 7 has taken" in stuck.message
     assert stuck.time - disturbed.fired[1]["time"] < 2 * STEP_SECONDS
 
 
+@pytest.mark.soak
 def test_a_frozen_process_is_noticed_within_twice_the_time_out(disturbed: Outcome) -> None:
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 2)
     assert stuck.rank == 0 and "no sign of life" in stuck.message
     assert stuck.time - disturbed.fired[2]["time"] < 2 * HEARTBEAT_SECONDS
 
 
+@pytest.mark.soak
 def test_workers_lost_at_set_up_are_named_and_counted_by_max_failures_alone(bench: Bench) -> None:
     killed: list[int] = []
 
@@ -116,17 +121,19 @@ def test_workers_lost_at_set_up_are_named_and_counted_by_max_failures_alone(benc
         process.kill()
         killed.append(process.pid)
 
-    def importing() -> int:
-        workers = {process: title for process, title in _workers().items() if process.pid not in killed}
-        return sum("init_train_context" in title for title in workers.values())
-
     def kill_while_ray_starts_them() -> None:
         # Ray names a process after what it does: workers import torch first, then they join the process group.
-        for done in (False, True):
-            wait_for(lambda: importing() == 2)
-            if done:
-                wait_for(lambda: importing() == 0)
-            kill(max(_workers(), key=lambda process: process.pid))
+        earlier: set[psutil.Process] = set()  # of the attempt before, some of which may live on for a moment
+
+        def importing() -> list[bool]:
+            return ["init_train_context" in title for process, title in _workers().items() if process not in earlier]
+
+        wait_for(lambda: importing() == [True, True])
+        earlier |= _workers().keys()
+        kill(max(earlier, key=lambda process: process.pid))
+        wait_for(lambda: importing() == [True, True])
+        wait_for(lambda: importing() == [False, False])
+        kill(max(_workers().keys() - earlier, key=lambda process: process.pid))
 
     def kill_in_the_training_function(event: Event) -> None:
         if isinstance(event, WorkerStarted) and event.rank == 1 and event.pid and len(killed) == 2:

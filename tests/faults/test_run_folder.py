@@ -83,6 +83,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk_ends_the_run_with_a_sentence_and_what_a_cut_log_lacks_is_named(
     tmp_path: Path, small_disk: Path
 ) -> None:

@@ -171,6 +171,7 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.soak
 def test_a_run_that_trained_and_is_not_tracked_says_so_last_and_by_its_exit_code(tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         Thread(target=server.serve_forever, daemon=True).start()
