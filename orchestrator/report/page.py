@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from orchestrator.experiment.reading import to_yaml
 from orchestrator.figures.catalog import SECTIONS
@@ -40,6 +40,15 @@ NOISE = (
 """When a difference counts as more than noise (docs/measurement.md, "Noise")."""
 
 
+def template(name: str) -> Template:
+    """A template of this folder; it escapes all that it shows."""
+    loader = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return loader.get_template(name)
+
+
 def html_page(runs: Sequence[RunFolder], place: Path) -> str:
     """The report on one run, or on several that are compared with the first, for a file in the folder `place`."""
     names = labels(runs)
@@ -51,11 +60,7 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
     ]
     data = ReportInput({name if several else "": run.result for name, run in zip(names, runs, strict=True)}, trials)
     drawn = [(plot, *plot.svg(data)) for plot in PLOTS]
-    loader = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return loader.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         title=" and ".join(names),
         several=several,
         names=names,

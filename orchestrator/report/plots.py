@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import matplotlib
 from markupsafe import Markup
 
 from orchestrator.figures.catalog import FIGURES, SECTIONS
 from orchestrator.report import curves, timings
-from orchestrator.report.drawing import STYLE, Drawing, ReportInput, to_svg
+from orchestrator.report.drawing import STYLE, Drawing, to_svg
+
+
+Input = TypeVar("Input")
 
 
 @dataclass(frozen=True, slots=True)
-class Plot:
-    """A figure of the report."""
+class Plot(Generic[Input]):
+    """A figure of a page, drawn from `Input`."""
 
-    draw: Callable[[ReportInput], Drawing]
+    draw: Callable[[Input], Drawing]
     title: str
     reading: str
     """How to read it."""
@@ -39,7 +43,7 @@ class Plot:
         """Heading of docs/measurement.md that explains it, as a link has it."""
         return anchor_of(section_of(self.key))
 
-    def svg(self, data: ReportInput) -> tuple[Markup, str]:
+    def svg(self, data: Input) -> tuple[Markup, str]:
         """The figure as SVG, or "" and the reason why there is none."""
         with matplotlib.rc_context(STYLE):
             drawing = self.draw(data)
