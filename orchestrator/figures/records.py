@@ -42,6 +42,12 @@ class Evaluation(_Record):
     keypoint_elapsed_seconds: float | None = None
     figures: dict[str, float | None] = {}
     part_seconds: dict[str, float] = {}
+    class_ap: dict[str, float | None] = {}
+    """AP of each class, 0–100, by `FIGURE/CLASS` (`box_ap/person`); null for a class without an object."""
+    validation_losses: dict[str, float] = {}
+    """Losses on the validation images by detectron2's name, and `total_loss`; empty where they were not computed."""
+    details_file: str = ""
+    """File of its curves, confusions and images, relative to the trial's folder; empty where there is none."""
 
 
 class Sections(_Record):

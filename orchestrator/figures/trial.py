@@ -165,6 +165,9 @@ def _accuracy(trial: _Trial) -> dict[str, Any]:
             keypoint_elapsed_seconds=_between(trial.worker_start, event.keypoint_scored),
             figures=event.figures,
             part_seconds=event.part_seconds,
+            class_ap=event.class_ap,
+            validation_losses=event.validation_losses,
+            details_file=event.details_file,
         )
         for event in trial.evaluations
     ]

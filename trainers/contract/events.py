@@ -168,6 +168,13 @@ class Evaluated(Event):
     was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
     keypoint_scored: float | None = None
     """When the keypoint figures were known; None for a model without keypoints."""
+    class_ap: dict[str, float | None] = field(default_factory=dict)
+    """AP of each class, 0–100, by `FIGURE/CLASS`: `box_ap/person`, `mask_ap/person`, `keypoint_ap/person`. None for a
+    class without an object in the validation set; empty in old files."""
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    """Losses on the validation images by detectron2's name, and `total_loss`; empty where they were not computed."""
+    details_file: str = ""
+    """File of its `EvaluationDetails`, relative to the trial's folder; empty where there is none."""
 
     @property
     def scored(self) -> float:
