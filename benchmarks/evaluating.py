@@ -48,7 +48,7 @@ def main(plan_path: str, result_path: str, side: str) -> None:
         with process_settings(plan.recipe, torch.device(plan.device)):
             for _ in range(ROUNDS):
                 started = time.perf_counter()
-                figures = evaluator.run(model).figures
+                figures = evaluator.run(model, 0).figures
                 rounds.append(time.perf_counter() - started)
     else:
         theirs = COCOEvaluator(plan.val.name, output_dir=plan.trial_dir)

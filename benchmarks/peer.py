@@ -23,6 +23,7 @@ from benchmarks import turns
 from trainers import mask_rcnn
 from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import all_met
+from trainers.evaluation import Scores
 
 
 class TargetReached(Exception):  # noqa: N818 - not an error
@@ -80,7 +81,7 @@ class StopAtTarget(HookBase):
         """Checks the last evaluation."""
         results = self.trainer.last_results
         figures = {"box_ap": results.get("bbox", {}).get("AP"), "mask_ap": results.get("segm", {}).get("AP")}
-        if all_met(figures, self.plan.target_box_ap, self.plan.target_mask_ap):
+        if all_met(Scores(figures, 0.0, None, {}), self.plan):
             raise TargetReached
 
 

@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from trainers.checkpoints import CheckpointStore
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds, default_mtbf_seconds
 from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import metric_rating
 from trainers.hooks import EVALUATION_PENDING_KEY, EvaluationHook, rank_state, share_buffers, training_state
 from trainers.loop import TrainingLoop
 
@@ -73,7 +74,7 @@ class CheckpointHook:
             pending = self.evaluation.pending(loop.iteration)
             state = training_state(loop) | {"ranks": ranks, EVALUATION_PENDING_KEY: pending}
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
-            score = scores.figures.get("box_ap") if scores else None
+            score = metric_rating(scores, self.plan.metric) if scores else None
             self.store.save(loop.iteration, state, score, since=started)
             self._stalls.append(time.perf_counter() - started)
         if self.plan.solver.auto_checkpoints:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +49,9 @@ class Scores:
     mask_scored: float | None
     part_seconds: dict[str, float]
     keypoint_scored: float | None = None
+    class_ap: dict[str, float | None] = field(default_factory=dict)
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    details_file: str = ""
 
     @property
     def scored(self) -> float:
@@ -72,7 +75,7 @@ class Evaluator:
         self._category_ids = {index: category for category, index in contiguous.items()}
 
     @torch.no_grad()
-    def run(self, model: nn.Module) -> Scores:
+    def run(self, model: nn.Module, iteration: int) -> Scores:  # noqa: ARG002
         """The scores of a model that is not wrapped for several workers; all of them call it together.
 
         Returns:

@@ -19,7 +19,7 @@ from trainers.batching import ShapesMet
 from trainers.contract import clock
 from trainers.contract.events import Evaluated, StepsDone
 from trainers.contract.plan import TrialPlan
-from trainers.contract.targets import all_met
+from trainers.contract.targets import all_met, metric_rating
 from trainers.evaluation import Evaluator, Scores
 from trainers.loop import TrainingLoop
 from trainers.machine import peak_memory_gib
@@ -102,7 +102,7 @@ class EvaluationHook:
     """Evaluates at the plan's period and at the end, and stops training at the target where the plan says so.
 
     With `overlapped_evaluation`, rank 0 copies the weights to another process and trains on; the scores come later, and
-    `rate` is called with their iteration and box AP. The last evaluation is made by all ranks in any case, since there
+    `rate` is called with their iteration and rating. The last evaluation is made by all ranks in any case, since there
     is nothing left to train meanwhile. `num_train_images` are those of an epoch; `prepare` is called with the iteration
     before the model is evaluated.
     """
@@ -154,10 +154,10 @@ class EvaluationHook:
         if self.plan.recipe.overlapped_evaluation and not last:
             self._begun = loop.iteration
             if self.overlap:
-                self.overlap.begin(unwrapped(loop.model))
+                self.overlap.begin(unwrapped(loop.model), loop.iteration)
             self._stall_seconds = time.perf_counter() - started
             return
-        scores = self.evaluator.run(unwrapped(loop.model))
+        scores = self.evaluator.run(unwrapped(loop.model), loop.iteration)
         parts = ({"precise_bn": prepared} if self.prepare else {}) | scores.part_seconds
         if loop.rank == 0:
             self._emit(loop.iteration, scores, clock.now(), time.perf_counter() - started, parts)
@@ -192,8 +192,8 @@ class EvaluationHook:
         scores, seconds = found
         stall = self._stall_seconds + time.perf_counter() - waiting_since
         self._emit(self._begun, scores, scores.scored, seconds, {**scores.part_seconds, "stall": stall})
-        if (box_ap := scores.figures.get("box_ap")) is not None:
-            self.rate(self._begun, box_ap)
+        if (rating := metric_rating(scores, self.plan.metric)) is not None:
+            self.rate(self._begun, rating)
 
     def _emit(
         self, iteration: int, scores: Scores, known: float, seconds: float, part_seconds: dict[str, float]
@@ -211,9 +211,12 @@ class EvaluationHook:
             keypoint_scored=scores.keypoint_scored,
             seconds=seconds,
             part_seconds=part_seconds,
+            class_ap=scores.class_ap,
+            validation_losses=scores.validation_losses,
+            details_file=scores.details_file,
         )
         logger.info("Evaluation after %d iterations: %s", iteration, scores.figures)
-        if plan.stop_at_target and all_met(scores.figures, plan.target_box_ap, plan.target_mask_ap):
+        if plan.stop_at_target and all_met(scores, plan):
             self._reached = True
 
     def _stop_all_at_target(self, loop: TrainingLoop) -> None:

@@ -54,8 +54,8 @@ class Overlap:
         self._ready = self._process.submit(_set_up, dataclasses.replace(plan, weights=""), self._shared, device)
         self._found: Future[tuple[Scores, float]] | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Begins to evaluate a model as it is now; the previous evaluation must have been fetched."""
+    def begin(self, model: nn.Module, iteration: int) -> None:
+        """Begins to evaluate a model as it is after an iteration; the previous evaluation must have been fetched."""
         with torch.no_grad():
             for copy, tensor in zip(self._weights, model.state_dict().values(), strict=True):
                 copy.copy_(tensor, non_blocking=True)  # on a GPU, training's next steps follow in the same stream
@@ -63,13 +63,13 @@ class Overlap:
         if self._staging is not self._shared:
             done = torch.cuda.Event(blocking=True)
             done.record()
-        self._found = self._sender.submit(self._send, done)
+        self._found = self._sender.submit(self._send, done, iteration)
 
-    def _send(self, copied: torch.cuda.Event | None) -> tuple[Scores, float]:
+    def _send(self, copied: torch.cuda.Event | None, iteration: int) -> tuple[Scores, float]:
         if copied:
             copied.synchronize()
             self._shared.copy_(self._staging)
-        return self._process.submit(_evaluate).result()
+        return self._process.submit(_evaluate, iteration).result()
 
     def known(self) -> bool:
         """Whether there is the result or the failure of an evaluation to fetch."""
@@ -144,9 +144,9 @@ def _set_up(plan: TrialPlan, shared: Tensor, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _evaluate() -> tuple[Scores, float]:
+def _evaluate(iteration: int) -> tuple[Scores, float]:
     model, weights, evaluator = _serving
     started = time.perf_counter()
     for tensor, sent in zip(model.state_dict().values(), weights, strict=True):
         tensor.copy_(sent)
-    return evaluator.run(model), time.perf_counter() - started
+    return evaluator.run(model, iteration), time.perf_counter() - started

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment.data_source import Data
 from orchestrator.experiment.part import Name, Part
+from orchestrator.experiment.protocol import Protocol
 from trainers.contract.events import FailureKind
 from trainers.recipes import RECIPES
 
@@ -75,35 +76,6 @@ class Trials(Part):
                 raise ValueError(f"{field} holds a value twice: {values}")
         if self.batch_per_worker and self.scaling != "weak":
             raise ValueError("batch_per_worker keeps the batch of a worker: scaling must be weak")
-        return self
-
-
-class Protocol(Part):
-    """What is measured."""
-
-    kind: Literal["throughput", "time_to_train"] = "time_to_train"
-    """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target."""
-    iterations: int | None = Field(None, ge=1)
-    """Iterations of every trial, never scaled. null: the model config's schedule, scaled to the world size."""
-    warmup_iterations: int = Field(20, ge=0)
-    """Iterations at the start that are not counted in the throughput."""
-    eval_period_iterations: int | None = Field(None, ge=1)
-    """Iterations between evaluations, at the reference world size; with `iterations`, at every world size."""
-    eval_period_epochs: float | None = Field(None, gt=0)
-    """Epochs between evaluations, of every image with an object once; not together with eval_period_iterations."""
-    evaluate_at_end: bool | None = None
-    """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
-    target_box_ap: float | None = Field(None, ge=0, le=100)
-    """Box AP (0–100) that counts as trained."""
-    target_mask_ap: float | None = Field(None, ge=0, le=100)
-    """Mask AP (0–100) that counts as trained."""
-    on_target: Literal["stop", "continue"] = "stop"
-    """End the trial when the targets are met, or continue to the end of the schedule."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Protocol:
-        if self.eval_period_iterations and self.eval_period_epochs:
-            raise ValueError("give eval_period_iterations or eval_period_epochs, not both")
         return self
 
 

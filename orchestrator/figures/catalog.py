@@ -58,6 +58,9 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _ap("best_mask_ap", "Best mask AP", "Highest mask AP of all evaluations, 0–100.", mlflow="coco/best_mask_ap"),
         _ap("best_keypoint_ap", "Best keypoint AP", "Highest keypoint AP of all evaluations, 0–100.",
             mlflow="coco/best_keypoint_ap"),
+        Figure("best_metric", "Best by the metric", "Best value of `protocol.metric` of all evaluations: the "
+            "highest, of a loss the lowest.", text=_two_decimals),
+        Figure("best_metric_iteration", "Iteration of the best", "Iterations trained at that evaluation."),
         _ap("evaluations.box_ap", "Box AP", "Box AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
             mlflow="coco/box_ap"),
         _ap("evaluations.mask_ap", "Mask AP", "Mask AP of an evaluation, 0–100: mean over IoU 0.50 to 0.95.",
@@ -210,6 +213,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("num_val_images", "Validation images", "Images of an evaluation.", unit="images"),
         _ap("target_box_ap", "Box target", "Box AP that counts as trained, 0–100.", better=None),
         _ap("target_mask_ap", "Mask target", "Mask AP that counts as trained, 0–100.", better=None),
+        Figure("target", "Target", "Value of `protocol.metric` that counts as trained.", text=setting_text),
     ),
 }  # fmt: skip
 """The rows by the heading of docs/measurement.md under which they are explained."""

@@ -56,6 +56,8 @@ class LoggedPlan:
     device: Literal["cuda", "cpu"] | None
     price_per_accelerator_hour: float | None = None
     mtbf_hours: float | None = None
+    metric: str = "box_ap"
+    target: float | None = None
 
 
 Plan = TrialPlan | LoggedPlan

@@ -193,6 +193,11 @@ class TrialResult(_Record):
     best_keypoint_ap: float | None = None
     target_box_ap: float | None = None
     target_mask_ap: float | None = None
+    metric: str | None = None
+    """What the best checkpoint was chosen by, and `target` is for (`protocol.metric`)."""
+    target: float | None = None
+    best_metric: float | None = None
+    best_metric_iteration: int | None = None
     evaluations: list[Evaluation] = []
     cost: float | None = None
     cost_to_target: float | None = None

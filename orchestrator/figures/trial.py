@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from orchestrator.figures.accuracy import accuracy, first_evaluations, first_to_meet
 from orchestrator.figures.causes import lost_events, oddities, root_cause
 from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
-from orchestrator.figures.records import Evaluation, Restart, TrialResult
+from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
 from orchestrator.figures.shapes import shape_figures
@@ -41,9 +42,12 @@ from trainers.contract.events import (
     TrialStarted,
     WorkerStarted,
 )
-from trainers.contract.targets import all_met, is_met
+from trainers.contract.targets import is_met
 
 E = TypeVar("E", bound=Event)
+
+TARGETS = ("target_box_ap", "target_mask_ap", "metric", "target")
+"""Fields of a plan and of a record."""
 
 
 def trial_result(plan: Plan, events: Sequence[Event], mlflow_run_id: str | None = None) -> TrialResult:
@@ -58,11 +62,12 @@ def trial_result(plan: Plan, events: Sequence[Event], mlflow_run_id: str | None 
         ValueError: The trial has not ended.
     """
     trial = _Trial(plan, events)
-    values = {**_setup(trial), **_accuracy(trial), **_clocks(trial), **_steps(trial), **_restarts(trial)}
+    scores = accuracy(plan, events, trial.evaluations, trial.scored)
+    values = {**_setup(trial), **scores, **_clocks(trial), **_steps(trial), **_restarts(trial)}
     if trial.log:
         values |= _printed(trial, trial.log, values["wall_images_per_second"])
-    reason, has_target = trial.ended.reason, plan.target_box_ap is not None or plan.target_mask_ap is not None
-    if has_target and not reason and values["time_to_train_seconds"] is None:
+    reason, targets = trial.ended.reason, (plan.target_box_ap, plan.target_mask_ap, plan.target)
+    if any(target is not None for target in targets) and not reason and values["time_to_train_seconds"] is None:
         reason = f"target not reached in {trial.iterations} iterations"
     return TrialResult(**values, status=trial.ended.status, reason=reason, mlflow_run_id=mlflow_run_id)
 
@@ -84,8 +89,8 @@ class _Trial:
         """Windows of the attempts with all workers: a rate belongs to one world size."""
         done = [e.iteration for e in steps if e.rank == 0] + ([self.finished.iteration] if self.finished else [])
         self.iterations = max(done, default=0 if self.attempts else None)
-        self.evaluations = _first_evaluations(events)
-        met = _first_to_meet(plan, self.evaluations)
+        self.evaluations = first_evaluations(events)
+        met = first_to_meet(plan, self.evaluations)
         self.scored, self.met_at = met[0] if met else None, met[1] if met else None
         """The first evaluation that met all targets, and when its figures were known (Unix seconds)."""
         self.driver_start = next((e.time for e in _all(events, TrialStarted)), None)
@@ -93,24 +98,6 @@ class _Trial:
         """Start of the seed clock (Unix seconds); None where a log does not have it."""
         self.loop_start = self.attempts[0].started if self.attempts and not lacks(events, "start") else None
         """Start of MLPerf's clock, the first batch request; likewise."""
-
-
-def _first_evaluations(events: Sequence[Event]) -> list[Evaluated]:
-    """Evaluations by iteration, without those a later attempt repeated: the first one's clock is the true one."""
-    attempts: dict[int, int] = {}
-    first = [e for e in _all(events, Evaluated) if attempts.setdefault(e.iteration, e.attempt) == e.attempt]
-    return sorted(first, key=lambda event: event.iteration)
-
-
-def _first_to_meet(plan: Plan, evaluations: Sequence[Evaluated]) -> tuple[Evaluated, float] | None:
-    """The first of the evaluations that met all targets, and when those of its figures were known (Unix seconds)."""
-    for event in evaluations:
-        if all_met(event.figures, plan.target_box_ap, plan.target_mask_ap):
-            known = [] if plan.target_box_ap is None else [event.box_scored]
-            if plan.target_mask_ap is not None and event.mask_scored is not None:
-                known.append(event.mask_scored)
-            return event, max(known, default=event.time)
-    return None
 
 
 def _setup(trial: _Trial) -> dict[str, Any]:
@@ -122,7 +109,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         f"{', '.join(fewer)} of {plan.world_size} workers: rates and step times are of the attempts with all workers, "
         "clocks and costs of all attempts"
     )
-    same = ("name", "world_size", "device", "scaling", "protocol", "seed", "target_box_ap", "target_mask_ap")
+    same = ("name", "world_size", "device", "scaling", "protocol", "seed", *TARGETS)
     return {
         **{name: getattr(plan, name) for name in same},
         **{name: getattr(plan.solver, name) for name in ("global_batch_size", "base_lr", "max_iter")},
@@ -141,37 +128,6 @@ def _setup(trial: _Trial) -> dict[str, Any]:
             *oddities(trial.events),
         ],
     }
-
-
-def _accuracy(trial: _Trial) -> dict[str, Any]:
-    """AP of the last, the best and the scored evaluation, and every evaluation."""
-    last = trial.evaluations[-1].figures if trial.evaluations else {}
-    values: dict[str, Any] = {"scored_iteration": trial.scored.iteration if trial.scored else None}
-    for name in ("box_ap", "mask_ap", "keypoint_ap"):
-        measured = [ap for e in trial.evaluations if (ap := e.figures.get(name)) is not None]
-        values[name] = last.get(name)
-        values[f"best_{name}"] = max(measured, default=None)
-        values[f"scored_{name}"] = trial.scored.figures.get(name) if trial.scored else None
-    values["evaluations"] = [
-        Evaluation(
-            iteration=event.iteration,
-            epoch=event.epoch,
-            box_ap=event.figures.get("box_ap"),
-            mask_ap=event.figures.get("mask_ap"),
-            keypoint_ap=event.figures.get("keypoint_ap"),
-            seconds=None if lacks(trial.events, "times") else event.seconds,
-            elapsed_seconds=_between(trial.worker_start, event.box_scored),
-            mask_elapsed_seconds=_between(trial.worker_start, event.mask_scored),
-            keypoint_elapsed_seconds=_between(trial.worker_start, event.keypoint_scored),
-            figures=event.figures,
-            part_seconds=event.part_seconds,
-            class_ap=event.class_ap,
-            validation_losses=event.validation_losses,
-            details_file=event.details_file,
-        )
-        for event in trial.evaluations
-    ]
-    return values
 
 
 def _clocks(trial: _Trial) -> dict[str, Any]:

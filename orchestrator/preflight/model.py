@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.experiment.config_keys import value_problem
 from orchestrator.experiment.detectron_config import default_values, model_value
 from orchestrator.findings import Finding, FindingList
+from trainers.contract.targets import VALIDATION_LOSS, class_names, known_metrics
 
 if TYPE_CHECKING:
     from orchestrator.data.entries import SplitSummary
@@ -17,6 +18,9 @@ BACKBONE_PARAMETERS = {18: 11.2e6, 34: 21.3e6, 50: 23.5e6, 101: 42.5e6, 152: 58.
 
 GROUPED_PARAMETERS = 86.7e6
 """Parameters of the model zoo's X-101-32x8d, taken for every backbone with grouped convolutions."""
+
+MAX_CLASSES = 20
+"""Most classes that a hint lists."""
 
 
 def check_data_against_model(experiment: Experiment, train: SplitSummary, val: SplitSummary) -> list[Finding]:
@@ -32,6 +36,7 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
     if model_value(experiment, "MODEL.KEYPOINT_ON"):
         for summary in (train, val):
             _check_keypoints(experiment, summary, findings)
+    _check_metric(experiment, val, findings)
     if experiment.data.generated is None and train.categories:
         key = classes_key(experiment)
         asked = _value(experiment, key)
@@ -40,6 +45,26 @@ def check_data_against_model(experiment: Experiment, train: SplitSummary, val: S
             hint = f"Set model.overrides.{key}={len(train.categories)}"
             findings.error("num_classes", train.annotations, "categories", what, hint)
     return findings.to_list()
+
+
+def _check_metric(experiment: Experiment, val: SplitSummary, findings: FindingList) -> None:
+    """Checks that the model is scored for the metric, and that the validation set has its class."""
+    metric = experiment.protocol.metric
+    is_on = {"box": True, "mask": "MODEL.MASK_ON", "keypoint": "MODEL.KEYPOINT_ON"}
+    parts = [part for part, key in is_on.items() if key is True or model_value(experiment, str(key))]
+    scored = {key: name for key, name in class_names(val.categories).items() if key in val.objects_of_category}
+    if metric == VALIDATION_LOSS or metric in known_metrics(parts, scored.values()):
+        return
+    figure, _, name = metric.partition("/")
+    part, hint = figure.partition("_")[0], "Take one of: " + ", ".join(known_metrics(parts))
+    if part not in parts:
+        what = f"{metric}: this model is not scored for it ({is_on[part]} is false)"
+    else:
+        what = f"{metric}: {val.annotations} has no object of a class {name!r}"
+        more = " …" if len(scored) > MAX_CLASSES else ""
+        shown = list(scored.values())[:MAX_CLASSES]
+        hint = "Take one of: " + ", ".join(f"{figure}/{each}" for each in shown) + more
+    findings.error("metric_unknown", "protocol.metric", "", what, hint)
 
 
 def _check_masks(experiment: Experiment, train: SplitSummary, val: SplitSummary, findings: FindingList) -> None:

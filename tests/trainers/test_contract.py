@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from trainers.contract.events import LoopFinished, StepsDone, WorkerStarted, event_from_json
-from trainers.contract.targets import all_met, is_met
+from trainers.contract.targets import all_met, class_names, is_met, metric_rating
 
 WORKER = WorkerStarted(
     trial="t", attempt=0, rank=0, time=1.0, host="h", node_id="", pid=7, local_rank=0, device_name="CPU",
@@ -43,7 +44,29 @@ def test_an_ap_that_was_not_measured_meets_no_target(ap: float | None, target: f
 def test_all_targets_that_are_set_must_be_met(
     figures: dict[str, float | None], box: float | None, mask: float | None, met: bool | None
 ) -> None:
-    assert all_met(figures, box, mask) is met
+    evaluation = SimpleNamespace(figures=figures, class_ap={}, validation_losses={})
+    targets = SimpleNamespace(target_box_ap=box, target_mask_ap=mask, metric="box_ap", target=None)
+    assert all_met(evaluation, targets) is met
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "met"),
+    [("box_ap/cat", 30.0, True), ("box_ap/cat", 31.0, False), ("box_ap/a/b", 1.0, False), ("mask_ap", 0.0, False),
+     ("box_ap50", 50.0, True), ("validation_loss", 1.5, True), ("validation_loss", 1.4, False)],
+)  # fmt: skip
+def test_a_target_is_for_any_metric_and_a_loss_has_to_get_down_to_it(metric: str, target: float, met: bool) -> None:
+    evaluation = SimpleNamespace(
+        figures={"box_ap": 10.0, "box_ap50": 50.0}, class_ap={"box_ap/cat": 30.0, "box_ap/a/b": None},
+        validation_losses={"total_loss": 1.5},
+    )  # fmt: skip
+    targets = SimpleNamespace(target_box_ap=None, target_mask_ap=None, metric=metric, target=target)
+    assert all_met(evaluation, targets) is met
+    assert all_met(evaluation, SimpleNamespace(**{**vars(targets), "target_box_ap": 11.0})) is False
+    assert metric_rating(evaluation, "validation_loss") == -1.5 and metric_rating(evaluation, "box_ap/cat") == 30.0
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    assert class_names({1: "cat", 2: "dog", 7: "cat"}) == {1: "cat (1)", 2: "dog", 7: "cat (7)"}
 
 
 @pytest.mark.parametrize("event", [WORKER, STEPS])

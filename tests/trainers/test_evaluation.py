@@ -107,7 +107,7 @@ def test_an_evaluation_writes_what_detectron2s_evaluator_writes(
     evaluated: tuple[CfgNode, TrialPlan, nn.Module], tmp_path: Path
 ) -> None:
     cfg, plan, model = evaluated
-    Evaluator(cfg, plan).run(model)
+    Evaluator(cfg, plan).run(model, 0)
     ours = json.loads((Path(plan.trial_dir) / "coco_instances_results.json").read_bytes())
     theirs = COCOEvaluator(plan.val.name, output_dir=str(tmp_path), use_fast_impl=False)
     inference_on_dataset(model, build_detection_test_loader(cfg, plan.val.name), theirs)
@@ -135,7 +135,7 @@ def test_what_is_encoded_in_the_background_stays_in_order(
 
     for stand_in in (detect, on_gpu):
         monkeypatch.setattr("trainers.evaluation.detect", stand_in)
-        Evaluator(cfg, plan).run(model)
+        Evaluator(cfg, plan).run(model, 0)
         written.append((Path(plan.trial_dir) / "coco_instances_results.json").read_bytes())
     assert written[0] == written[1] and len(json.loads(written[0])) == 16 * cfg.TEST.DETECTIONS_PER_IMAGE
 

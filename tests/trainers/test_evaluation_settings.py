@@ -125,7 +125,7 @@ def test_with_test_time_augmentation_every_evaluation_detects_on_all_versions_of
     plan = dataclasses.replace(with_overrides(plan_of(tmp_path, "mask_rcnn"), AUGMENTED), recipe=PLAIN)
     cfg, model = built(plan)
     Path(plan.trial_dir).mkdir(parents=True)
-    Evaluator(cfg, plan).run(model)
+    Evaluator(cfg, plan).run(model, 0)
     found = json.loads((Path(plan.trial_dir) / "coco_instances_results.json").read_text())
     assert model.training, "it is left as it was"
 

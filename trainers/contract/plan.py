@@ -116,6 +116,12 @@ class TrialPlan:
     """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
     most_loader_workers: int = 0
     """As many as it may become once the speed of loader and step is known; 0 to leave it."""
+    metric: str = "box_ap"
+    """What the best checkpoint is chosen by: one of `contract.targets`' metrics."""
+    target: float | None = None
+    """Value of the metric at which the run counts as trained, besides the other targets; None for no target."""
+    validation_loss: bool = False
+    """Whether evaluations compute the losses on the validation images."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:

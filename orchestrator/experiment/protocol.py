@@ -1,0 +1,65 @@
+"""The protocol of an experiment file: what is measured, for how long, by which metric and against which target."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.experiment.part import Part
+from trainers.contract.targets import PARTS, VALIDATION_LOSS, known_metrics
+
+
+class Protocol(Part):
+    """What is measured."""
+
+    kind: Literal["throughput", "time_to_train"] = "time_to_train"
+    """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target."""
+    iterations: int | None = Field(None, ge=1)
+    """Iterations of every trial, never scaled. null: the model config's schedule, scaled to the world size."""
+    warmup_iterations: int = Field(20, ge=0)
+    """Iterations at the start that are not counted in the throughput."""
+    eval_period_iterations: int | None = Field(None, ge=1)
+    """Iterations between evaluations, at the reference world size; with `iterations`, at every world size."""
+    eval_period_epochs: float | None = Field(None, gt=0)
+    """Epochs between evaluations, of every image with an object once; not together with eval_period_iterations."""
+    evaluate_at_end: bool | None = None
+    """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
+    target_box_ap: float | None = Field(None, ge=0, le=100)
+    """Box AP (0–100) that counts as trained."""
+    target_mask_ap: float | None = Field(None, ge=0, le=100)
+    """Mask AP (0–100) that counts as trained."""
+    metric: str = "box_ap"
+    """What the best checkpoint is chosen by, and `target` is for: a figure of COCO's (`box_ap`, `mask_ap`, `box_ap50`,
+    `keypoint_ap`, …), the AP of a class (`box_ap/person`), or `validation_loss`."""
+    target: float | None = Field(None, ge=0)
+    """Value of the metric that counts as trained: an AP (0–100) to reach, or a loss to get down to."""
+    validation_loss: bool = False
+    """Compute the training losses on the validation images as well, without augmentation, at every evaluation, which
+    then takes about twice as long (docs/measurement.md, "Accuracy")."""
+    on_target: Literal["stop", "continue"] = "stop"
+    """End the trial when the targets are met, or continue to the end of the schedule."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        if self.eval_period_iterations and self.eval_period_epochs:
+            raise ValueError("give eval_period_iterations or eval_period_epochs, not both")
+        self._check_metric()
+        return self
+
+    def _check_metric(self) -> None:
+        """Checks the metric's name and target; whether the model and the data have it is for preflight."""
+        figure, slash, name = self.metric.partition("/")
+        known = known_metrics(PARTS)
+        is_known = figure in known and (not slash or (name and figure.endswith("_ap")))
+        if self.metric != VALIDATION_LOSS and not is_known:
+            raise ValueError(
+                f"unknown metric {self.metric!r}; known: {VALIDATION_LOSS}, {', '.join(known)}, and box_ap/CLASS, "
+                "mask_ap/CLASS, keypoint_ap/CLASS for the AP of one class"
+            )
+        if self.metric == VALIDATION_LOSS and not self.validation_loss:
+            raise ValueError("metric: validation_loss needs validation_loss: true")
+        if self.target is not None and self.metric != VALIDATION_LOSS and self.target > 100:
+            raise ValueError(f"target {self.target:g} is never reached: {self.metric} is at most 100")
+        if self.target is not None and getattr(self, f"target_{self.metric}", None) is not None:
+            raise ValueError(f"give target or target_{self.metric}, not both")
