@@ -151,7 +151,7 @@ def with_and_without(side: Side, process: psutil.Process) -> tuple[list[float], 
 
 
 def _tracker(side: Side) -> psutil.Process:
-    for process in psutil.Process(side.process.pid).children():
+    for process in psutil.Process(side.process.pid).children(recursive=True):
         if "orchestrator.tracking" in process.cmdline():
             return process
     raise RuntimeError(f"there is no tracking process:\n{side.log.read_text(errors='replace')[-3000:]}")
