@@ -32,6 +32,7 @@ from orchestrator.drive import DONE, FAILED, UNFIT, Request
 from orchestrator.execution.supervisor import Supervisor
 from orchestrator.experiment.plan import Hardware, new_run_dir
 from orchestrator.experiment.reading import load_experiment
+from orchestrator.experiment.references import with_references
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import has_errors, print_findings, to_json
 from orchestrator.preflight.settings import check_settings
@@ -93,7 +94,7 @@ def main(
             raise typer.Exit(DONE)
         others = bool(output or config != DEFAULT_CONFIG)
         earlier = _read_earlier(resume, assignments or [], alone=not others) if resume is not None else None
-        experiment = earlier.experiment if earlier else load_experiment(config, assignments)
+        experiment = earlier.experiment if earlier else with_references(load_experiment(config, assignments))
         run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
         request = Request(
             experiment, run_dir, earlier, console, quiet, sys.stdout if as_json else None, verify_images, strict

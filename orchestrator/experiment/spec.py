@@ -19,6 +19,12 @@ from trainers.recipes import RECIPES
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_CONFIG = CONFIGS / "demo.yaml"
 
+BENCHMARK_SEEDS = 5
+"""Runs of a score of Mask R-CNN (MLPerf Training rules, "Benchmark Results")."""
+
+MIN_BENCHMARK_SEEDS = 3
+"""Fewer leave no score without the fastest and the slowest."""
+
 
 class SpecError(ValueError):
     """The experiment file or a `--set` is wrong; the message says what, where and how to fix it."""
@@ -62,7 +68,7 @@ class Trials(Part):
     your own, periods) are for the smallest of `world_sizes`, which runs exactly them, and those left to the model zoo
     are for 8 workers. With a batch size of yours, all of them are yours."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
-    """One repeat per seed."""
+    """One repeat per seed; a benchmark that gives none has [0, 1, 2, 3, 4]."""
     recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
     """Named speed recipes (trainers/recipes.py)."""
     switches: dict[str, Any] = Field({})
@@ -99,6 +105,10 @@ class Resources(Part):
     """Network interface between hosts (`ens5`), for NCCL and gloo on every host; null: as set in their environment."""
     price_per_accelerator_hour: float | None = Field(None, ge=0)
     """Price of one accelerator for an hour, in any currency; table, report and MLflow then show costs."""
+    price_per_kwh: float | None = Field(None, ge=0)
+    """Price of a kilowatt-hour, in any currency; the energy that is measured then has a cost."""
+    carbon_grams_per_kwh: float | None = Field(None, ge=0)
+    """Grams of CO2 equivalent for a kilowatt-hour from the grid here; the energy that is measured then has them."""
     address: str | None = None
     """Ray cluster to join: `host:6379`, or `auto` for the one on this machine. null: the one this job runs in, else a
     local one that is started and ended with the run."""
@@ -180,10 +190,18 @@ class ReferenceRow(Part):
     """What it is, with its hardware."""
     world_size: int = Field(ge=1)
     """Accelerators."""
+    accelerator: str | None = None
+    """Their model name."""
+    precision: str | None = None
+    """What they computed in: `fp32`, `tf32`, `amp`, `bf16`."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Images per iteration."""
     images_per_second: float | None = Field(None, gt=0)
     """Throughput."""
     time_to_train_seconds: float | None = Field(None, gt=0)
-    """Time to train."""
+    """Time to train, by the seed's clock or one like it."""
+    mlperf_seconds: float | None = Field(None, gt=0)
+    """Time to train by MLPerf's clock and score."""
     box_ap: float | None = Field(None, ge=0, le=100)
     """Box AP (0–100)."""
     mask_ap: float | None = Field(None, ge=0, le=100)
@@ -219,12 +237,50 @@ class Experiment(Part):
     """Iterations between progress events, as in detectron2."""
     reference_rows: list[ReferenceRow] = Field([])
     """Published figures to show next to the measured ones."""
+    reference_files: list[str] = Field([])
+    """Files with more of them (`references/mlperf.yaml`), each with nothing but `reference_rows`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _seeds_of_a_benchmark(cls, values: Any) -> Any:
+        protocol, trials = (values.get(name) or {} for name in ("protocol", "trials")) if values else ({}, {})
+        if isinstance(protocol, dict) and protocol.get("kind") == "benchmark" and isinstance(trials, dict):
+            return {**values, "trials": {"seeds": list(range(BENCHMARK_SEEDS)), **trials}}
+        return values
 
     @model_validator(mode="after")
     def _one_batch(self) -> Experiment:
         if self.trials.batch_per_worker and "SOLVER.IMS_PER_BATCH" in self.model.overrides:
             raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
         return self
+
+    @model_validator(mode="after")
+    def _one_setup(self) -> Experiment:
+        if self.protocol.kind == "benchmark" and (problems := self._benchmark_problems()):
+            raise ValueError(
+                f"protocol.kind benchmark scores seeds of one setup by their targets: {'; '.join(problems)}"
+            )
+        return self
+
+    def _benchmark_problems(self) -> list[str]:
+        """What contradicts a benchmark: a line with the field and the fix for each."""
+        trials, protocol, fewest = self.trials, self.protocol, self.resources.min_workers
+        targets = (protocol.target_box_ap, protocol.target_mask_ap, protocol.target)
+        unevaluated = protocol.evaluate_at_end is False and not (
+            protocol.eval_period_iterations or protocol.eval_period_epochs
+        )
+        found = {
+            f"trials.world_sizes must hold one, not {trials.world_sizes}": len(trials.world_sizes) > 1,
+            f"trials.recipes must hold one, not {trials.recipes}": len(trials.recipes) > 1,
+            "trials.scaling must be weak or strong, not both": trials.scaling == "both",
+            f"trials.seeds must hold {BENCHMARK_SEEDS}, or at least {MIN_BENCHMARK_SEEDS}, not {trials.seeds}":
+                len(trials.seeds) < MIN_BENCHMARK_SEEDS,
+            "give protocol.target_box_ap, target_mask_ap or target": all(target is None for target in targets),
+            "give protocol.eval_period_iterations or eval_period_epochs, as nothing is evaluated without": unevaluated,
+            "resources.min_workers must be null: with fewer workers it is another system":
+                fewest is not None and fewest < max(trials.world_sizes),
+        }  # fmt: skip
+        return [problem for problem, is_there in found.items() if is_there]
 
 
 def experiment_schema() -> dict[str, Any]:
