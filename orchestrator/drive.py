@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from orchestrator.runlog.folder import EarlierRun
     from trainers.contract.events import Event
     from trainers.contract.plan import TrialPlan
+
+Datasets = dict[str, dict[str, Any]]
+"""Fingerprints of `train` and `val` (`RunStarted.datasets`)."""
 
 DONE, FAILED, UNFIT, NOT_TRACKED = 0, 1, 2, 3
 EXIT_CODES: dict[Status, int] = {"FINISHED": DONE, "FAILED": FAILED, "KILLED": INTERRUPTED}
@@ -63,7 +66,7 @@ class Request:
 
 def check(request: Request) -> int:
     """Preflight alone: all findings, exit code 2 on errors."""
-    findings, _ = _preflight(request)
+    findings, _, _ = _preflight(request)
     _leave_ray()
     request.print_json(to_json(findings))
     if not request.json_output and not findings:
@@ -91,7 +94,7 @@ def run(request: Request, working: Callable[[], None]) -> int:
             pass  # refused before anything is checked or started
     elif any((request.run_dir / name).exists() for name in ("results.json", "events.jsonl")):
         raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
-    findings, plans = _preflight(request, to_train=True)
+    findings, plans, datasets = _preflight(request, to_train=True)
     if has_errors(findings):
         request.print_json(to_json(findings))
         return UNFIT
@@ -99,7 +102,7 @@ def run(request: Request, working: Callable[[], None]) -> int:
         request.console.print(plan_table(plans))
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(request.run_dir, os.getppid()):
-        return _execute(request, plans, working)
+        return _execute(request, plans, datasets, working)
 
 
 def close(request: Request, status: Status, reason: str) -> int:
@@ -122,8 +125,8 @@ def close(request: Request, status: Status, reason: str) -> int:
     return _conclude(request, publication, publication.status, tracked=tracked)
 
 
-def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Finding], list[TrialPlan]]:
-    """Generates data where asked for, starts or joins Ray, and checks; returns findings and final plans.
+def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Finding], list[TrialPlan], Datasets]:
+    """Generates data where asked for, starts or joins Ray, and checks; returns findings, final plans and data sets.
 
     Where something is wrong already, Ray is not started and the rehearsal not waited for.
     """
@@ -142,16 +145,17 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         from orchestrator.data.generate import generate
 
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
+    datasets: Datasets = {}
     with Rehearsal(plans, elsewhere=joins_cluster(experiment)) as rehearsal:
         checks = {"verify_images": request.verify_images, "strict": request.strict}
-        findings = preflight(experiment, plans, **checks, rehearsal=rehearsal)
+        findings = preflight(experiment, plans, **checks, rehearsal=rehearsal, datasets=datasets)
         if request.earlier:
             findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
         if not has_errors(findings):
             plans, more = _check_cluster(request, to_train=to_train)
             findings = sort_findings([*findings, *more, *rehearsal.findings()])
     print_findings(findings)
-    return findings, plans
+    return findings, plans, datasets
 
 
 def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan], list[Finding]]:
@@ -169,7 +173,7 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
     return plans, preflight_cluster(request.experiment, plans)
 
 
-def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], None]) -> int:
+def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[[], None]) -> int:
     """Runs the trials one after the other until a signal comes, and publishes what they measured."""
     from orchestrator.execution.event_pump import EventPump
     from orchestrator.execution.stop import StopRequest, grace_seconds
@@ -188,7 +192,7 @@ def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], Non
     pump = EventPump(outbox, [display, tracker, _load_report])
     publication = Publication(request.experiment, request.run_dir, tracker, earlier, outbox)
     try:
-        status = _run_trials(request, plans, pump, publication, display, stop)
+        status = _run_trials(request, plans, datasets, pump, publication, display, stop)
         # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
         threading.Thread(target=_leave_ray, daemon=True).start()
         tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
@@ -204,6 +208,7 @@ def _execute(request: Request, plans: list[TrialPlan], working: Callable[[], Non
 def _run_trials(
     request: Request,
     plans: list[TrialPlan],
+    datasets: Datasets,
     pump: EventPump,
     publication: Publication,
     display: ProgressDisplay,
@@ -214,7 +219,7 @@ def _run_trials(
     from trainers.contract.events import TrialStarted
 
     earlier = request.earlier
-    started = publication.run_started()
+    started = publication.run_started(datasets)
     pump.emit(started, *publication.damage())
     statuses: set[Status] = set()
     for plan in plans if earlier else _final_plans(request, plans, started.run_id):

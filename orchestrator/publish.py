@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from orchestrator.experiment.environment import command_line, describe
+from orchestrator.experiment.environment import command_line, describe, package_hashes
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.causes import lost_events
 from orchestrator.figures.records import ExperimentResult
@@ -86,8 +86,8 @@ class Publication:
         """How the run ended."""
         return cast("Status", self._result.status)
 
-    def run_started(self) -> RunStarted:
-        """The event that begins the run, or goes on with it; a password in the tracking address stays out."""
+    def run_started(self, datasets: dict[str, dict[str, Any]]) -> RunStarted:
+        """The event that begins the run, or goes on with it, on these data sets; the tracking address has no password."""
         values, earlier = self._experiment.model_dump(mode="json"), self._earlier
         if values["tracking"]["uri"]:
             values["tracking"]["uri"] = without_credentials(values["tracking"]["uri"])
@@ -101,6 +101,8 @@ class Publication:
             run_id=earlier.started.run_id if earlier else f"{self._experiment.name}/{uuid.uuid4().hex}",
             tags=tags | {WORKING_DIRECTORY: str(Path.cwd())},
             changes=earlier.new_changes if earlier else {},
+            packages=package_hashes(),
+            datasets=datasets,
         )
 
     def damage(self) -> list[EventsLost]:

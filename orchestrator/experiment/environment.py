@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -45,6 +46,20 @@ def package_versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def package_hashes() -> dict[str, str]:
+    """Every package that is installed, by name: `VERSION sha256:HASH`.
+
+    The hash is that of the package's RECORD, which lists its files with their hashes: another build of the same version
+    has another one. A package without a RECORD has no hash.
+    """
+    found = {}
+    for package in importlib.metadata.distributions():
+        record = package.read_text("RECORD")
+        digest = f" sha256:{hashlib.sha256(record.encode()).hexdigest()}" if record else ""
+        found.setdefault(str(package.metadata["Name"]), f"{package.version}{digest}")
+    return dict(sorted(found.items()))
 
 
 def command_line() -> list[str]:

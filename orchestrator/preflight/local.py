@@ -9,7 +9,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.detectron_config import config_files
 from orchestrator.experiment.environment import cluster_address
@@ -44,12 +44,13 @@ def preflight(
     verify_images: bool = False,
     strict: bool = False,
     rehearsal: Rehearsal | None = None,
+    datasets: dict[str, dict[str, Any]] | None = None,
 ) -> list[Finding]:
     """Checks what can be checked on the driver without a cluster; returns all findings, errors first.
 
     Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded; with
     `strict`, warnings about the data are errors. The rehearsal is started as soon as settings and start weights are
-    fit, and not waited for.
+    fit, and not waited for. `datasets` gets the fingerprints of `train` and `val`.
     """
     findings = check_settings(experiment)
     if trials and not has_errors(findings):
@@ -62,20 +63,29 @@ def preflight(
         *check_nodes_asked(trials),
     ]
     if trials:
-        findings += check_data(experiment, trials[0], verify_images=verify_images, strict=strict)
+        checks = {"verify_images": verify_images, "strict": strict}
+        findings += check_data(experiment, trials[0], **checks, datasets=datasets)
         findings += check_remote_storage(trials[0])
         if not joins_cluster(experiment):
             findings += check_this_machine(experiment, trials)
     return sort_findings(findings)
 
 
-def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool, strict: bool = False) -> list[Finding]:
+def check_data(
+    experiment: Experiment,
+    trial: TrialPlan,
+    *,
+    verify_images: bool,
+    strict: bool = False,
+    datasets: dict[str, dict[str, Any]] | None = None,
+) -> list[Finding]:
     """Checks the training and validation set, each alone, against each other, and against the model.
 
-    With `verify_images`, every image is decoded; with `strict`, warnings are errors.
+    With `verify_images`, every image is decoded; with `strict`, warnings are errors. `datasets` gets the fingerprints.
     """
     from orchestrator.data.checks import check_split, compare_splits
     from orchestrator.data.exports import layout_finding
+    from orchestrator.data.fingerprint import fingerprint
     from orchestrator.data.layout import Dataset, Split
 
     dataset = Dataset(
@@ -86,6 +96,9 @@ def check_data(experiment: Experiment, trial: TrialPlan, *, verify_images: bool,
         # One finding with the whole tree, instead of one for each of its four parts.
         return [layout_finding(dataset.train.annotations.parent.parent, dataset)]
     train, val = (check_split(split, verify_images=verify_images) for split in dataset)
+    if datasets is not None:
+        prints = {"train": fingerprint(train), "val": fingerprint(val)}
+        datasets.update({part: found for part, found in prints.items() if found})
     evaluates = trial.solver.eval_period > 0 or trial.solver.evaluate_at_end
     findings = train.findings + [each if evaluates else _without_scoring(each) for each in val.findings]
     findings += compare_splits(train, val)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Section = Literal["setup", "step", "evaluation", "checkpoint", "report"]
-StopReason = Literal["target", "max_iter", "interrupted", "preempted"]
+StopReason = Literal["target", "patience", "max_iter", "interrupted", "preempted"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]  # of a run, in MLflow's words
 FailureKind = Literal[
     "bad_input",  # an image or annotation that cannot be read
@@ -131,7 +131,7 @@ class StepsDone(Event):
     capture_seconds: float | None = None
     """Capturing graphs, in the seconds of their steps."""
     eager_steps: dict[str, int] = field(default_factory=dict)
-    """With CUDA graphs, the steps that none of them replayed, by the reason."""
+    """With CUDA graphs, the batches that none of them replayed, by the reason."""
     new_shapes: dict[str, int] | None = None
     """Padded shapes of batches (`images x height x width`) that this process met for the first time, and the step of
     the window, counted from 0; None where they were not noted."""
@@ -141,6 +141,8 @@ class StepsDone(Event):
     wasted_pixels: int | None = None
     eager_batches: dict[str, int] | None = None
     """Batches without fixed sizes, by the reason; None where the recipe does not ask for them."""
+    batches_per_step: int = 1
+    """Batches of this rank in a step, whose gradients add up."""
     num_ranks: int = 1
     """1, or all of them where a replayed log does not separate ranks; then `step_seconds` and `data_seconds` are empty,
     because a log prints no single step."""
@@ -307,6 +309,11 @@ class RunStarted(Event):
     """Git commit, versions, command, host: what identifies the run."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What `--resume --set` changed then, by dotted key; `experiment` has it already."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """Every package that the driver had installed: `VERSION sha256:HASH`, the hash of the list of its files (RECORD)."""
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """`train` and `val`, as preflight found them: `annotations_sha256`, `num_images` (of the annotations), `image_bytes`
+    (sum over their files), `image_sizes_sha256` (of a line `NAME BYTES` for each image file, by name)."""
 
 
 @dataclass(frozen=True, kw_only=True)
