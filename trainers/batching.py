@@ -64,6 +64,8 @@ class Batch:
 class BatchTally:
     """What the batches of several steps were like."""
 
+    per_step: int = 1
+    """Batches of a step."""
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
     """Of each batch, in order."""
     wasted_pixels: int = 0
@@ -88,15 +90,16 @@ class ShapesMet:
     def fields(self, tally: BatchTally) -> dict[str, Any]:
         """The fields of `StepsDone` on the batches of the next window of steps."""
         new_shapes = {}
-        for step, shape in enumerate(tally.shapes):
+        for number, shape in enumerate(tally.shapes):
             if shape not in self._met:
                 self._met.add(shape)
-                new_shapes[" x ".join(map(str, shape))] = step
+                new_shapes[" x ".join(map(str, shape))] = number // tally.per_step
         return {
             "new_shapes": new_shapes,
             "pixels": sum(math.prod(shape) for shape in tally.shapes),
             "wasted_pixels": tally.wasted_pixels,
             "eager_batches": dict(tally.eager) if self._fixed else None,
+            "batches_per_step": tally.per_step,
         }
 
 

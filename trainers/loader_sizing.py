@@ -55,11 +55,11 @@ class LoaderSizing:
         """Replaces the loader where another number of processes is right; each rank decides for itself."""
         steps = [step - data for step, data in zip(loop.window.step_seconds, loop.window.data_seconds, strict=True)]
         step = statistics.median(steps[len(steps) // 2 :])  # the first ones compile kernels and fill caches
-        batch = self._seconds_per_image() * self.plan.batch_per_worker
+        batch = self._seconds_per_image() * self.plan.batch_per_worker * self.plan.accumulate
         wanted = processes(batch, step, self.plan.most_loader_workers)
         logger.info(
-            "One process makes a batch in %.3f s, a step takes %.3f s without waiting: %d loader processes, from %d.",
-            batch, step, wanted, self.plan.loader_workers,
+            "One process makes the images of a step in %.3f s, it takes %.3f s without waiting: %d loader processes, "
+            "from %d.", batch, step, wanted, self.plan.loader_workers,
         )  # fmt: skip
         if wanted != self.plan.loader_workers:
             loop.batches = self.load(loop.iteration, wanted)
@@ -77,7 +77,7 @@ def processes(batch_seconds: float, step_seconds: float, max_processes: int) -> 
     """Loader processes, 1 to `max_processes`, that stay ahead of the steps.
 
     Args:
-        batch_seconds: Time in which one process makes a batch.
+        batch_seconds: Time in which one process makes the batches of a step.
         step_seconds: A step without its wait for data.
         max_processes: CPUs available for loading.
     """

@@ -185,14 +185,16 @@ def _collation(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record], model: 
 def training_loader(
     cfg: CfgNode, plan: TrialPlan, images: TrainingImages, epoch: Epoch, rank: int, skip: int, num_processes: int
 ) -> Iterable[Batch]:
-    """The endless batches of one worker after the first `skip`, in the order of the images' seed.
+    """The endless batches of one worker after the first `skip` steps, in the order of the images' seed.
 
     With no processes, they are read in this one.
     """
     sizes = image_sizes(images.records)
     wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
-    batch_size, world_size = plan.batch_per_worker, plan.world_size
-    order = TrainingOrder(epoch.draw, wide.tolist(), batch_size, images.seed, rank, world_size, skip)
+    batch_size = plan.batch_per_worker * plan.accumulate
+    order = TrainingOrder(
+        epoch.draw, wide.tolist(), batch_size, images.seed, rank, plan.world_size, skip, plan.accumulate
+    )
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
     loader: Iterable[Batch] = DataLoader(
         images,

@@ -16,7 +16,7 @@ from torch import nn
 
 from trainers.contract.plan import TrialPlan
 from trainers.loading import TrainingImages, training_loader
-from trainers.loop import step_seed
+from trainers.passes import step_seed
 from trainers.training_order import Epoch
 
 logger = logging.getLogger(__name__)

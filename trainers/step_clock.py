@@ -61,16 +61,22 @@ class StepClock:
         self._ready = self._now()
 
     def read(self) -> tuple[list[float], dict[str, list[float]]]:
-        """The seconds of every step since the last call, and of its parts; the device must be synchronised."""
+        """The seconds of every step since the last call, and of its parts; the device must be synchronised.
+
+        A part that a step has several times, once for each of its batches, is added up.
+        """
         steps: list[float] = []
         parts: dict[str, list[float]] = {}
         before = self._start
         for marks in self._marks:
             began = before
+            of_step: dict[str, float] = {}
             for part, mark in marks:
                 if part != _BETWEEN:
-                    parts.setdefault(part, []).append(self._seconds(before, mark))
+                    of_step[part] = of_step.get(part, 0.0) + self._seconds(before, mark)
                 before = mark
+            for part, seconds in of_step.items():
+                parts.setdefault(part, []).append(seconds)
             steps.append(self._seconds(began, before))
         self._marks = []
         return steps, parts

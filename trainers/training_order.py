@@ -74,16 +74,17 @@ def random_subset(size: int, ratio: float, seed: int) -> Epoch:
 
 
 class TrainingOrder(Sampler[list[Place]]):
-    """The endless sequence of one worker's batches.
+    """The endless sequence of one worker's batches: those of the first step, those of the second, ….
 
     Args:
         draw: The images of each epoch.
         wide: For each image, whether it is wider than high; a batch holds only one of the two kinds.
-        batch_size: Images per batch on this worker.
+        batch_size: Images of a step on this worker.
         seed: Seed of the shuffles, the same on all workers.
         rank: This worker.
         world_size: Number of workers.
-        skip: Batches that were trained on already.
+        skip: Steps that were trained already.
+        parts: Batches into which the images of a step are cut, in their order; divides `batch_size`.
     """
 
     def __init__(
@@ -95,14 +96,17 @@ class TrainingOrder(Sampler[list[Place]]):
         rank: int,
         world_size: int,
         skip: int = 0,
+        parts: int = 1,
     ) -> None:
         self.draw, self.wide, self.batch_size, self.seed = draw, wide, batch_size, seed
-        self.rank, self.world_size, self.skip = rank, world_size, skip
+        self.rank, self.world_size, self.skip, self.parts = rank, world_size, skip, parts
 
     def __iter__(self) -> Iterator[list[Place]]:
-        return itertools.islice(self._batches(), self.skip, None)
+        size = self.batch_size // self.parts
+        for step in itertools.islice(self._steps(), self.skip, None):
+            yield from (step[first : first + size] for first in range(0, self.batch_size, size))
 
-    def _batches(self) -> Iterator[list[Place]]:
+    def _steps(self) -> Iterator[list[Place]]:
         buckets: tuple[list[Place], list[Place]] = ([], [])
         for place in itertools.islice(enumerate(self._indices()), self.rank, None, self.world_size):
             bucket = buckets[self.wide[place[1]]]

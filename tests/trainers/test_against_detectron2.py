@@ -25,7 +25,7 @@ from trainers import mask_rcnn
 from trainers.contract.events import LoopFinished, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.loading import augmentation_seed
-from trainers.loop import step_seed
+from trainers.passes import step_seed
 from trainers.recipes import FAST, PLAIN, REFERENCE, Recipe
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -45,6 +45,7 @@ def test_gradients_lie_in_buckets_in_the_order_of_their_weights() -> None:
     addresses = [weight.grad.data_ptr() for weight in model.parameters() if weight.grad is not None]
     for _ in range(2):
         buckets.zero()
+        buckets.expect_all()
         model(torch.ones(1, 3, 3, 3)).sum().backward()
         buckets.average()
     assert len(buckets.tensors()) == 2
@@ -56,7 +57,7 @@ def test_gradients_lie_in_buckets_in_the_order_of_their_weights() -> None:
 def test_a_weight_without_gradient_is_an_error() -> None:
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
     buckets = GradientBuckets([used, unused], world_size=1)
-    buckets.zero()
+    buckets.expect_all()
     used.sum().backward()
     with pytest.raises(RuntimeError, match=r"got no gradient.*\(3,\)"):
         buckets.average()

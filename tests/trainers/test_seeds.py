@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from trainers.loading import augmentation_seed
-from trainers.loop import step_seed
+from trainers.passes import step_seed
 
 
 def test_every_seed_rank_and_iteration_has_another_step_seed_that_torch_takes() -> None:

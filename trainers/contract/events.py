@@ -322,6 +322,8 @@ class RunEnded(Event):
 
     kind: ClassVar[str] = "run_ended"
     status: Status
+    reason: str = ""
+    """Why it could not go on (its cluster or process was lost); "" where it came to its end, or was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)

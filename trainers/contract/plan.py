@@ -8,6 +8,7 @@ from typing import Any, Literal
 from trainers.recipes import Recipe
 
 Scaling = Literal["weak", "strong"]
+ProtocolKind = Literal["throughput", "time_to_train", "benchmark"]
 
 PREFETCHED_BATCHES = 4
 """Batches that each loader process holds ready."""
@@ -35,7 +36,7 @@ class SolverPlan:
     """The schedule after scaling to the trial's world size."""
 
     global_batch_size: int
-    """Images per iteration over all workers; divisible by the world size."""
+    """Images per iteration over all workers; divisible by the world size times `TrialPlan.accumulate`."""
     base_lr: float
     """Learning rate after warm-up."""
     max_iter: int
@@ -70,7 +71,7 @@ class TrialPlan:
     """Seed of the weights, the training order and the augmentations."""
     scaling: Scaling
     """`weak` (batch per worker fixed) or `strong` (global batch fixed)."""
-    protocol: Literal["throughput", "time_to_train"]
+    protocol: ProtocolKind
     config_file: str
     """Model zoo config, relative to detectron2's `configs/`, or an absolute path to a YAML file."""
     overrides: dict[str, Any]
@@ -122,6 +123,18 @@ class TrialPlan:
     """Value of the metric at which the run counts as trained, besides the other targets; None for no target."""
     validation_loss: bool = False
     """Whether evaluations compute the losses on the validation images."""
+    accumulate: int = 1
+    """Batches of a worker in a step, whose gradients add up."""
+    patience: int | None = None
+    """Evaluations without an improvement of the metric after which training ends; None for never."""
+    min_improvement: float = 0.0
+    """By how much an evaluation must be better than the last improvement to be one."""
+    ema_decay: float | None = None
+    """What an update keeps of the average of the weights; None for no average."""
+    ema_beside: bool = False
+    """Whether the weights are evaluated, too, where there is an average of them."""
+    keep_best: bool = False
+    """Whether each evaluation is followed by a checkpoint, so that the best is among them."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
@@ -139,5 +152,5 @@ class TrialPlan:
 
     @property
     def batch_per_worker(self) -> int:
-        """Images per iteration on one worker."""
-        return self.solver.global_batch_size // self.world_size
+        """Images of one forward pass on one worker; a step has `accumulate` of them."""
+        return self.solver.global_batch_size // (self.world_size * self.accumulate)

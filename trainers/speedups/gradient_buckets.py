@@ -1,12 +1,13 @@
 """Keeps gradients at fixed places in a few flat tensors, and averages these over the workers.
 
 A CUDA graph writes gradients to the addresses at which they were when it was captured. So under graphs they are kept
-from step to step, and are zeroed in place. Averaging is not captured: NCCL demands that all workers launch graphs of
-one and the same capture ("Using NCCL with CUDA Graphs"), while here each worker has the graph of its own batch's shape,
-or none. Instead a graph records an event when a bucket is complete; a second stream waits for it and averages the
-bucket while the rest of the backward pass goes on. It is the same for a pass that is not replayed, so workers meet
-whatever their batches are. `DistributedDataParallel` would do the averaging within its backward hooks, which a replay
-does not run; hence there is none around a model under graphs.
+from step to step, and are zeroed in place: in the graph of a step's one batch, or before those of several. Averaging
+is not captured: NCCL demands that all workers launch graphs of one and the same capture ("Using NCCL with CUDA
+Graphs"), while here each worker has the graph of its own batch's shape, or none. Instead a graph records an event when
+a bucket is complete; a second stream waits for the last one of a step and averages the bucket while the rest of the
+backward pass goes on. It is the same for a pass that is not replayed, so workers meet whatever their batches are.
+`DistributedDataParallel` would do the averaging within its backward hooks, which a replay does not run; hence there is
+none around a model under graphs.
 """
 
 from __future__ import annotations
@@ -47,12 +48,17 @@ class GradientBuckets:
         return [bucket.flat for bucket in self._buckets]
 
     def zero(self) -> None:
-        """Zeroes all gradients in place; to be called before each backward pass, and captured with it."""
+        """Zeroes all gradients in place; to be called before the first backward pass of a step."""
         for bucket in self._buckets:
-            bucket.zero()
+            bucket.flat.zero_()
+
+    def expect_all(self) -> None:
+        """To be called before each backward pass that is not a replay: all parameters must get a gradient in it."""
+        for bucket in self._buckets:
+            bucket.expect_all()
 
     def average(self) -> None:
-        """Averages the gradients of a backward pass, or of its replay, over the workers, without waiting for them.
+        """Averages the gradients of a step over the workers, without waiting for them.
 
         Raises:
             RuntimeError: A parameter got no gradient.
@@ -86,9 +92,8 @@ class _Bucket:
             parameter.grad = self.flat.as_strided(parameter.shape, parameter.stride(), start)
             parameter.register_post_accumulate_grad_hook(self._arrive)
 
-    def zero(self) -> None:
+    def expect_all(self) -> None:
         self._arrived.clear()
-        self.flat.zero_()
 
     def missing(self) -> Iterator[tuple[int, ...]]:
         return (tuple(parameter.shape) for parameter in self._parameters if parameter not in self._arrived)

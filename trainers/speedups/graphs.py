@@ -7,9 +7,9 @@ each. What that demands, and where it is kept (torch, notes/cuda.html, "CUDA Gra
   is `FixedRCNN`'s.
 - The same addresses: batches are copied into tensors that stay (`Graph.inputs`); losses are copied out of the pass into
   one that stays, so no tensor of the shared pool outlives its replay, and replays may come in any order; gradients stay
-  in `GradientBuckets` and are zeroed within the graph; the optimizer, loading a checkpoint and `share_buffers` write
-  weights and buffers in place, and so does `precise_bn`; `forget_replaced` compares the addresses before each window
-  of steps and drops graphs of others.
+  in `GradientBuckets`, where those of a step's batches add up, and are zeroed within the graph or, before several
+  batches, outside; the optimizer, loading a checkpoint and `share_buffers` write weights and buffers in place, and so
+  does `precise_bn`; `forget_replaced` compares the addresses before each window of steps and drops graphs of others.
 - Nothing that waits for the device, nor any value that passes through the host: `tests/trainers/test_graphs.py` replays
   the operations alone, without the Python around them. Losses are read when a window of steps closes, as without
   graphs. Optimizer, gradient scaler, clipping, schedule and collectives are outside.
@@ -49,7 +49,7 @@ from trainers.speedups.padded_batch import PaddedBatch
 logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 3
-"""Eager steps of a shape before its capture, as many as torch's own `make_graphed_callables` takes."""
+"""Eager batches of a shape before its capture, as many as torch's own `make_graphed_callables` takes."""
 
 MAX_GRAPHS = 16
 """Most shapes that get a graph; batches of further ones are trained eagerly."""
@@ -141,7 +141,7 @@ class GraphUse:
     """Held at its end."""
     capture_seconds: float = 0.0
     eager_steps: Counter[str] = field(default_factory=Counter)
-    """Steps that no graph replayed, by the reason."""
+    """Batches that no graph replayed, by the reason."""
 
 
 class Graphs:
@@ -149,7 +149,7 @@ class Graphs:
 
     Args:
         capture: How passes are recorded.
-        passes: Forward and backward pass of a padded batch, the zeroing of the gradients included; returns the losses.
+        passes: Forward and backward pass of a padded batch; returns the losses.
         tensors: Returns all tensors that the passes use and that outlive them: weights, buffers, gradients.
         device: Where the model is.
     """
@@ -170,14 +170,14 @@ class Graphs:
         self.side_stream = capture.side_stream
 
     def graph_of(self, inputs: object, losses: Tensor) -> Graph | None:
-        """The graph for the inputs of a step, captured now if it is time.
+        """The graph for the inputs of a batch, captured now if it is time.
 
         Args:
             inputs: Of the model.
             losses: Any tensor of the losses' shape; read only after a warm-up.
 
         Returns:
-            None where the step must be eager, which is counted.
+            None where the batch must be eager, which is counted.
         """
         if not isinstance(inputs, PaddedBatch):
             self._use.eager_steps["batch not padded"] += 1
