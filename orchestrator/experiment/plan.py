@@ -127,7 +127,7 @@ def scaled_solver(
         checkpoint_period = max(1, iterations(number, is_own("CHECKPOINT_PERIOD"))) if number else 0
     max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
     steps = (iterations(step, own_schedule) for step in usable_value(experiment, "SOLVER.STEPS"))
-    at_end = protocol.kind == "time_to_train" if protocol.evaluate_at_end is None else protocol.evaluate_at_end
+    at_end = protocol.kind != "throughput" if protocol.evaluate_at_end is None else protocol.evaluate_at_end
     solver = SolverPlan(
         global_batch_size=batch,
         base_lr=usable_value(experiment, "SOLVER.BASE_LR") * scale(is_own("BASE_LR")),
@@ -273,6 +273,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 survive_storage=experiment.faults.on_storage_failure == "continue",
                 mtbf_hours=experiment.faults.mtbf_hours,
                 price_per_accelerator_hour=resources.price_per_accelerator_hour,
+                price_per_kwh=resources.price_per_kwh,
+                carbon_grams_per_kwh=resources.carbon_grams_per_kwh,
             )
         )
     return plans

@@ -7,14 +7,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from orchestrator.experiment.part import Part
+from trainers.contract.plan import ProtocolKind
 from trainers.contract.targets import PARTS, VALIDATION_LOSS, known_metrics
 
 
 class Protocol(Part):
     """What is measured."""
 
-    kind: Literal["throughput", "time_to_train"] = "time_to_train"
-    """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target."""
+    kind: ProtocolKind = "time_to_train"
+    """`throughput` measures the rate over a number of iterations; `time_to_train` trains to the target; `benchmark`
+    does so with several seeds of one setup (five where none are given) and scores them as MLPerf does."""
     iterations: int | None = Field(None, ge=1)
     """Iterations of every trial, never scaled. null: the model config's schedule, scaled to the world size."""
     warmup_iterations: int = Field(20, ge=0)
@@ -24,7 +26,7 @@ class Protocol(Part):
     eval_period_epochs: float | None = Field(None, gt=0)
     """Epochs between evaluations, of every image with an object once; not together with eval_period_iterations."""
     evaluate_at_end: bool | None = None
-    """Evaluate after the last iteration; null: for time_to_train yes, for throughput no."""
+    """Evaluate after the last iteration; null: yes, for throughput no."""
     target_box_ap: float | None = Field(None, ge=0, le=100)
     """Box AP (0–100) that counts as trained."""
     target_mask_ap: float | None = Field(None, ge=0, le=100)

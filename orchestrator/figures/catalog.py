@@ -17,6 +17,8 @@ _step_seconds = partial(Figure, unit="s", text=_three_decimals, better="lower")
 _ap = partial(Figure, unit="AP", text=_two_decimals, better="higher")
 _rate = partial(Figure, unit="images/s", text=rate_text, better="higher")
 _share = partial(Figure, text=percent_text, better="lower")
+_joules = partial(Figure, unit="J", better="lower")
+_grams = partial(Figure, unit="g", text=_two_decimals, better="lower")
 _useful_share = partial(Figure, text=percent_text, better="higher")
 _cost = partial(Figure, unit="currency of the price", text=_two_decimals, better="lower")
 
@@ -69,6 +71,9 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "0.95.", mlflow="coco/keypoint_ap"),
         _ap("evaluations.figures.*", "COCO figures", "COCO's figures of an evaluation for boxes, masks and keypoints "
             "(`box_ap50`, `mask_arl`, `keypoint_apm`, …), 0–100.", mlflow="coco/*"),
+        _ap("evaluations.class_ap.*", "AP by class", "AP of a class in an evaluation, by figure and class "
+            "(`box_ap/person`), 0–100; null for a class without an object; in MLflow up to 100 classes.",
+            mlflow="class/*"),
         Figure("evaluations.iteration", "Iteration", "Iterations trained at an evaluation."),
         Figure("evaluations.epoch", "Epoch", "Passes over the training data at an evaluation.", text=_two_decimals),
         _seconds("evaluations.seconds", "Evaluation (s)", "How long an evaluation took; training was stalled as long, "
@@ -178,6 +183,9 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
     "Losses": (
         Figure("windows.losses.*", "Loss", "detectron2's losses and their sum, `total_loss`: mean over the workers, by "
             "window of steps.", text=_three_decimals, better="lower", mlflow="loss/*"),
+        Figure("evaluations.validation_losses.*", "Validation loss", "detectron2's losses on the validation images at "
+            "an evaluation and their sum, `total_loss`.", text=_three_decimals, better="lower",
+            mlflow="validation_loss/*"),
     ),
     "Learning rate": (
         Figure("windows.learning_rate", "Learning rate", "Learning rate of the last step of a window of steps.",
@@ -198,11 +206,52 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("fits.projected_efficiency", "Projected efficiency", "PROJECTION, not a measurement: efficiency there, "
             "against the smallest world size.", text=percent_text, better="higher"),
     ),
+    "Benchmark": (
+        Figure("benchmark.score_minutes", "Score (min)", "Mean of MLPerf's clock over the runs of a benchmark without "
+            "the fastest and the slowest, in minutes; a run that missed its targets is the slowest.", unit="min",
+            text=_two_decimals, better="lower", mlflow="benchmark/score_minutes"),
+        Figure("benchmark.epochs", "Epochs to the targets", "Passes over the training data at the evaluation that "
+            "first met all targets: mean over the runs that count.", text=_two_decimals, better="lower",
+            mlflow="benchmark/epochs"),
+        _rate("benchmark.images_per_second", "Images/s", "Mean of the throughput over the runs that count.",
+            mlflow="benchmark/images_per_second"),
+        Figure("benchmark.joules_per_image", "Energy (J/image)", "Mean of the energy of an image over the runs that "
+            "count.", unit="J/image", text=_three_decimals, better="lower", mlflow="benchmark/joules_per_image"),
+        Figure("benchmark.watt_hours_to_target", "Energy to target (Wh)", "Mean of the energy to the targets over the "
+            "runs that count.", unit="Wh", text=_two_decimals, better="lower",
+            mlflow="benchmark/watt_hours_to_target"),
+        _cost("benchmark.cost_to_target", "Cost to target", "Mean of the price of the accelerators for the time to "
+            "train over the runs that count.", mlflow="benchmark/cost_to_target"),
+    ),
     "Cost": (
         _cost("cost", "Cost", "Price of the accelerators from the driver's start of the trial to its end; null without "
             "a price.", short="Cost", mlflow="cost/total"),
         _cost("cost_to_target", "Cost to target", "Price of the accelerators for the time to train.",
             short="to\ntarget", mlflow="cost/to_target"),
+    ),
+    "Energy": (
+        _joules("energy.joules", "Energy (J)", "Energy of the devices that the trial computes on, from the start of its "
+            "workers to their end, all hosts together.", mlflow="energy/joules"),
+        Figure("energy.joules_per_image", "Energy (J/image)", "Energy during the steps after the warm-up over the "
+            "images that all workers trained on in them.", unit="J/image", text=_three_decimals, better="lower",
+            mlflow="energy/joules_per_image"),
+        Figure("energy.watt_hours_to_target", "Energy to target (Wh)", "Energy until the targets were met.", unit="Wh",
+            text=_two_decimals, better="lower", mlflow="energy/watt_hours_to_target"),
+        _joules("energy.training_joules", "Training (J)", "Energy during the steps; that of concurrent evaluations on "
+            "the same devices is in it.", mlflow="energy/training_joules"),
+        _joules("energy.evaluation_joules", "Evaluations (J)", "Energy during the evaluations for which training "
+            "waited.", mlflow="energy/evaluation_joules"),
+        _joules("energy.idle_joules", "Idle (J)", "The rest of the energy: start-up, checkpoints, the ends of windows.",
+            mlflow="energy/idle_joules"),
+        _joules("energy.host_joules", "Hosts (J)", "Energy of the hosts' processors and memory, whoever used them.",
+            mlflow="energy/host_joules"),
+        _cost("energy.cost", "Energy cost", "Price of the energy; null without a price.", mlflow="cost/energy"),
+        _cost("energy.cost_to_target", "Energy cost to target", "Price of the energy until the targets were met.",
+            mlflow="cost/energy_to_target"),
+        _grams("energy.carbon_grams", "Carbon (g)", "CO2 equivalent of the energy, by the grid intensity that was "
+            "stated; null without one.", mlflow="carbon/grams"),
+        _grams("energy.carbon_grams_to_target", "Carbon to target (g)", "CO2 equivalent of the energy until the "
+            "targets were met.", mlflow="carbon/grams_to_target"),
     ),
     "Settings": (
         Figure("world_size", "Workers", "Workers, one per accelerator.", short="Work\ners"),

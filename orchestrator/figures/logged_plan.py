@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from trainers.contract.plan import Scaling, TrialPlan
+from trainers.contract.plan import ProtocolKind, Scaling, TrialPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class LoggedPlan:
     seed: int | None
     scaling: Scaling
     """`weak` or `strong`: what the runs that were replayed together kept."""
-    protocol: Literal["throughput", "time_to_train"] | None
+    protocol: ProtocolKind | None
     weights: str | None
     train: LoggedDataset
     val: LoggedDataset
@@ -55,6 +55,8 @@ class LoggedPlan:
     target_mask_ap: float | None
     device: Literal["cuda", "cpu"] | None
     price_per_accelerator_hour: float | None = None
+    price_per_kwh: float | None = None
+    carbon_grams_per_kwh: float | None = None
     mtbf_hours: float | None = None
     metric: str = "box_ap"
     target: float | None = None

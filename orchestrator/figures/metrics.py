@@ -7,10 +7,12 @@ from typing import Any
 
 from orchestrator.figures.catalog import FIGURES
 
-IN_LISTS = ("evaluations.", "scaling.", "windows.")
-"""Beginnings of the keys of figures in MLflow that a trial has many of."""
+IN_LISTS = ("evaluations.", "scaling.", "windows.", "benchmark.")
+"""Beginnings of the keys of figures in MLflow that are not in the record of a trial by itself."""
 
-PUBLISHED = ("images_per_second", "time_to_train_seconds", "evaluations.box_ap", "evaluations.mask_ap")
+PUBLISHED = (
+    "images_per_second", "time_to_train_seconds", "mlperf_seconds", "evaluations.box_ap", "evaluations.mask_ap",
+)  # fmt: skip
 """Figures that a published row has under the names of a trial's."""
 
 
@@ -18,7 +20,8 @@ def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
     """The figures of a record under their names in MLflow.
 
     Args:
-        record: A trial's record, an `Evaluated` event, a `JointWindow`, a `ScalingRow` or a `ReferenceRow`.
+        record: A trial's record, an `Evaluated` event, a `JointWindow`, a `ScalingRow`, a
+            `BenchmarkResult` or a `ReferenceRow`.
         prefix: What it is: "" for a trial, one of `IN_LISTS`, or `references.`.
     """
     values: dict[str, float | None] = {}

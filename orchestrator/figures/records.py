@@ -11,9 +11,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.benchmark_records import BenchmarkResult
+from orchestrator.figures.energy_records import Energy
 from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
 from orchestrator.files import write_atomically
-from trainers.contract.plan import Scaling
+from trainers.contract.plan import ProtocolKind, Scaling
 
 
 class _Record(BaseModel):
@@ -43,9 +45,7 @@ class Evaluation(_Record):
     figures: dict[str, float | None] = {}
     part_seconds: dict[str, float] = {}
     class_ap: dict[str, float | None] = {}
-    """AP of each class, 0–100, by `FIGURE/CLASS` (`box_ap/person`); null for a class without an object."""
     validation_losses: dict[str, float] = {}
-    """Losses on the validation images by detectron2's name, and `total_loss`; empty where they were not computed."""
     details_file: str = ""
     """File of its curves, confusions and images, relative to the trial's folder; empty where there is none."""
 
@@ -137,7 +137,7 @@ class TrialResult(_Record):
     recipe: str | None = None
     scaling: Scaling | None = None
     """What stays the same: the batch per worker (weak) or the global batch (strong)."""
-    protocol: Literal["throughput", "time_to_train"] | None = None
+    protocol: ProtocolKind | None = None
     seed: int | None = None
     status: Literal["FINISHED", "FAILED", "KILLED"]
     """MLflow's run status."""
@@ -201,6 +201,8 @@ class TrialResult(_Record):
     evaluations: list[Evaluation] = []
     cost: float | None = None
     cost_to_target: float | None = None
+    energy: Energy = Energy()
+    """What its devices took."""
     peak_memory_gib: float | None = None
     num_shapes: int | None = None
     new_shape_seconds: float | None = None
@@ -249,6 +251,8 @@ class ExperimentResult(_Record):
     """Projections to the next world size."""
     repeats: list[RepeatRow] = []
     """Figures that several runs gave."""
+    benchmark: BenchmarkResult | None = None
+    """The score of its seeds; null for other protocols, and before the end."""
     reference_rows: list[ReferenceRow] = []
     """Published figures shown next to them."""
 

@@ -11,8 +11,10 @@ import io
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from orchestrator.experiment.detectron_config import evaluate, printed_values
@@ -30,6 +32,17 @@ RULESET = "3.1.0"
 CLOSED_TARGETS = (37.7, 33.9)
 """Box and mask AP of the closed division (MLPerf Training rules, Mask R-CNN)."""
 
+CLOSED_MODEL = {
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.DEPTH": "50",
+    "MODEL.RESNETS.NUM_GROUPS": "1",
+    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+}
+"""What a printed config has of the closed division's model."""
+
+SUBMITTER = "none (not a submission)"
+
 Division = Literal["closed", "open"]
 
 
@@ -45,17 +58,20 @@ def write_mllog(plan: Plan, events: Sequence[Event], result: TrialResult, folder
 def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, division: Division | None = None) -> str:
     """MLPerf's lines of a trial; "" where it never reached its training loop or its log lacks the start of training.
 
-    The division whose rules it is to be checked by is closed where data and targets are, else open, unless it is given.
+    The division whose rules it is to be checked by is closed where data, model and targets are, else open, unless it is
+    given.
     """
     start, attempts = began(events), loop_runs(events)
     if start is None or not attempts:
         return ""
     lines = _Lines()
     run_start = attempts[0].started
-    _submission(lines, plan, events, start, division or division_of(plan))
+    loop = next(e for e in events if isinstance(e, LoopStarted) and e.rank == 0)
+    config = printed_values(loop.config_yaml.splitlines())
+    _submission(lines, plan, events, start, division or division_of(plan, config))
     lines.point("cache_clear", start, value=False)
     lines.start("init_start", start)
-    _hyperparameters(lines, plan, events, result, start)
+    _hyperparameters(lines, plan, config, result, start)
     lines.stop("init_stop", run_start)
     lines.start("run_start", run_start)
     end = _blocks(lines, events, result, run_start)
@@ -64,11 +80,18 @@ def mllog_text(plan: Plan, events: Sequence[Event], result: TrialResult, divisio
     return lines.text()
 
 
-def division_of(plan: Plan) -> Division:
-    """`closed` where data and targets are the closed division's; the rest of its rules is for the checker."""
+def division_of(plan: Plan, config: Mapping[str, str] = MappingProxyType({})) -> Division:
+    """`closed` where data, model and targets are the closed division's; the rest of its rules is for the checker.
+
+    Args:
+        plan: The trial.
+        config: Its printed config by dotted key; what it does not hold is taken for the closed division's.
+    """
     targets = zip((plan.target_box_ap, plan.target_mask_ap), CLOSED_TARGETS, strict=True)
     on_coco = "coco_2017_val" in (plan.val.name or "")
-    return "closed" if on_coco and all(is_met(target, closed) for target, closed in targets) else "open"
+    same_model = all(config.get(key, value) == value for key, value in CLOSED_MODEL.items())
+    reached = all(is_met(target, closed) for target, closed in targets)
+    return "closed" if on_coco and same_model and reached else "open"
 
 
 def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
@@ -76,17 +99,23 @@ def failed_rules(text: str, ruleset: str = RULESET) -> list[str]:
     from mlperf_logging.compliance_checker import mlp_compliance
 
     checker = mlp_compliance.make_checker("training", ruleset, quiet=True, werror=False)
+    with quiet_checkers(), tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        mlp_compliance.main(file.name, f"training_{ruleset}/common.yaml", checker)
+    return [_rule(message) for message in (*checker.overwritable.values(), *checker.not_overwritable)]
+
+
+@contextmanager
+def quiet_checkers() -> Iterator[None]:
+    """Keeps what MLPerf's checkers log, all of it through the root logger, off the terminal."""
     logger = logging.getLogger()
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # the checker logs its findings to the root logger
+    logger.setLevel(logging.CRITICAL)
     try:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            mlp_compliance.main(file.name, f"training_{ruleset}/common.yaml", checker)
+        yield
     finally:
         logger.setLevel(level)
-    return [_rule(message) for message in (*checker.overwritable.values(), *checker.not_overwritable)]
 
 
 def _rule(message: str) -> str:
@@ -129,14 +158,12 @@ class _Lines:
 def _submission(lines: _Lines, plan: Plan, events: Sequence[Event], moment: float, division: Division) -> None:
     worker = next((e for e in events if isinstance(e, WorkerStarted)), None)
     platform = f"{plan.world_size} x {(worker and worker.device_name) or plan.device or 'unknown'}"
-    values = {"benchmark": "maskrcnn", "division": division, "org": "none (not a submission)", "platform": platform}
+    values = {"benchmark": "maskrcnn", "division": division, "org": SUBMITTER, "platform": platform}
     for key, value in {**values, "status": "research"}.items():
         lines.point(f"submission_{key}", moment, value)
 
 
-def _hyperparameters(lines: _Lines, plan: Plan, events: Sequence[Event], result: TrialResult, moment: float) -> None:
-    loop = next(e for e in events if isinstance(e, LoopStarted) and e.rank == 0)
-    config = printed_values(loop.config_yaml.splitlines())
+def _hyperparameters(lines: _Lines, plan: Plan, config: Mapping[str, str], result: TrialResult, moment: float) -> None:
     solver = plan.solver
     values: dict[str, Any] = {
         "seed": result.seed,
@@ -185,7 +212,7 @@ def _blocks(lines: _Lines, events: Sequence[Event], result: TrialResult, run_sta
     return ended
 
 
-def _number(config: dict[str, str], key: str) -> float | None:
+def _number(config: Mapping[str, str], key: str) -> float | None:
     """A printed value as a number, the largest of several; None where it is missing or none."""
     value = evaluate(config.get(key))
     parts = value if isinstance(value, tuple | list) else [value]

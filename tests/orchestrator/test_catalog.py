@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures import records, scaling_records
+from orchestrator.figures import benchmark_records, records, scaling_records
 from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
 from orchestrator.figures.metrics import metrics
 from orchestrator.figures.steps import WindowJoin
@@ -34,12 +34,18 @@ WINDOWS = {
 }  # fmt: skip
 """Curves that had the names of a trial's figures before, which then had two points at the last step."""
 
+BENCHMARK = {
+    "benchmark/score_minutes", "benchmark/epochs", "benchmark/images_per_second", "benchmark/joules_per_image",
+    "benchmark/watt_hours_to_target", "benchmark/cost_to_target",
+}  # fmt: skip
+"""Figures of several trials together."""
+
 ADDED = {
     "coco/final_keypoint_ap", "coco/best_keypoint_ap", "coco/keypoint_ap", "shapes/distinct",
     "shapes/wasted_pixel_share", "shapes/eager_step_share", "time/new_shape_seconds",
     "goodput/goodput", "goodput/ettr", "goodput/advised_checkpoint_seconds", "time/lost_work_seconds",
     "time/checkpoint_seconds", "time/paused_seconds",
-} | WINDOWS  # fmt: skip
+} | WINDOWS | BENCHMARK  # fmt: skip
 """Names that came later."""
 
 SAYS_ITS_NAME = {
@@ -48,7 +54,7 @@ SAYS_ITS_NAME = {
 }  # fmt: skip
 """Fields of records that need no description."""
 
-FAMILIES_BEFORE = {"loss/*", "coco/*", "time/evaluation_*_seconds"}
+FAMILIES = {"loss/*", "coco/*", "time/evaluation_*_seconds", "class/*", "validation_loss/*"}
 
 
 def _types(annotation: object) -> tuple[object, ...]:
@@ -64,6 +70,7 @@ def _types(annotation: object) -> tuple[object, ...]:
         (records.Restart, "restarts."),
         (scaling_records.ScalingRow, "scaling."),
         (scaling_records.ScalingFit, "fits."),
+        (benchmark_records.BenchmarkResult, "benchmark."),
     ],
 )
 def test_every_field_of_a_record_is_described_once(record, prefix):
@@ -85,7 +92,7 @@ def test_every_row_of_a_trial_is_in_its_record():
     result = trial_result(trained().trial, trained().events)
     for row in FIGURES.values():
         if (
-            not row.key.startswith(("evaluations.", "restarts.", "scaling.", "fits.", "windows."))
+            not row.key.startswith(("evaluations.", "restarts.", "scaling.", "fits.", "windows.", "benchmark."))
             and "*" not in row.key
         ):
             assert row.text(row.of(result))
@@ -94,7 +101,7 @@ def test_every_row_of_a_trial_is_in_its_record():
 def test_metrics_keep_their_names_in_mlflow_and_no_name_is_given_twice():
     names = [row.mlflow for row in FIGURES.values() if row.mlflow]
     assert len(names) == len(set(names))
-    assert set(names) == METRICS_BEFORE | FAMILIES_BEFORE | ADDED
+    assert set(names) == METRICS_BEFORE | FAMILIES | ADDED
 
 
 def test_a_trial_sends_the_metrics_it_always_sent():
@@ -122,7 +129,7 @@ def test_a_trial_sends_the_metrics_it_always_sent():
     assert set(metrics(trial_result(made.trial, made.events))) == (METRICS_BEFORE | ADDED) - {
         "learning_rate", "time/data_seconds", "time/evaluation_seconds", "coco/box_ap", "coco/mask_ap",
         "coco/keypoint_ap",
-        "scaling/efficiency", "scaling/speed_up", *WINDOWS,
+        "scaling/efficiency", "scaling/speed_up", *WINDOWS, *BENCHMARK,
     }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def test_every_field_says_what_it_means() -> None:
     [
         ("trails.world_sizes=[1]", "trails: unknown key; did you mean 'trials'?"),
         ("trials.worldsizes=[1]", "trials.worldsizes: unknown key; did you mean 'world_sizes'?"),
-        ("protocol.kind=thruput", "protocol.kind: Input should be 'throughput' or 'time_to_train'"),
+        ("protocol.kind=thruput", "protocol.kind: Input should be 'throughput', 'time_to_train' or 'benchmark'"),
         ("name=../evil", "name: String should match pattern"),
         ("trials.recipes=[quick]", "unknown recipe 'quick'; known: plain, reference, "),
         ("trials.seeds=[1,1]", "seeds holds a value twice"),

@@ -113,6 +113,10 @@ class TrialPlan:
     """Mean time between failures of the trial, given or measured; None where there is neither."""
     price_per_accelerator_hour: float | None = None
     """What one accelerator costs for an hour, in any currency; None where not known."""
+    price_per_kwh: float | None = None
+    """What a kilowatt-hour costs, in any currency; None where not known."""
+    carbon_grams_per_kwh: float | None = None
+    """Grams of CO2 equivalent for a kilowatt-hour; None where not known."""
     min_workers: int | None = None
     """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
     most_loader_workers: int = 0
