@@ -92,7 +92,7 @@ def run(request: Request, working: Callable[[], None]) -> int:
     if request.earlier:
         with only_driver(request.run_dir):
             pass  # refused before anything is checked or started
-    elif any((request.run_dir / name).exists() for name in ("results.json", "events.jsonl")):
+    elif any(_is_filled(request.run_dir / name) for name in ("results.json", "events.jsonl")):
         raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
     findings, plans, datasets = _preflight(request, to_train=True)
     if has_errors(findings):
@@ -103,6 +103,11 @@ def run(request: Request, working: Callable[[], None]) -> int:
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(request.run_dir, os.getppid()):
         return _execute(request, plans, datasets, working)
+
+
+def _is_filled(path: Path) -> bool:
+    """Whether there is something in a file; one that was cut off before its first line belongs to no run."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def close(request: Request, status: Status, reason: str) -> int:

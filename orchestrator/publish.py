@@ -7,7 +7,6 @@ import shlex
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +22,7 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.files import redact, without_credentials
 from orchestrator.preflight.tracking import check_store
 from orchestrator.report.airank import write_airank, write_airank_summary
+from orchestrator.report.benchmark import judge_run
 from orchestrator.report.mlflow_links import mlflow_base, table_address
 from orchestrator.report.mlperf import write_mllog
 from orchestrator.report.table import closing_table
@@ -74,7 +74,7 @@ class Publication:
             experiment=experiment.name,
             description=experiment.description,
             status="RUNNING",
-            started=_utc(earlier.started.time if earlier else clock.now()),
+            started=clock.utc(earlier.started.time if earlier else clock.now()),
             command=command,
             environment=describe(command),
             mlflow_tracking_uri=without_credentials(tracking_uri(experiment.tracking.uri)),
@@ -87,7 +87,7 @@ class Publication:
         return cast("Status", self._result.status)
 
     def run_started(self, datasets: dict[str, dict[str, Any]]) -> RunStarted:
-        """The event that begins the run, or goes on with it, on these data sets; the tracking address has no password."""
+        """The event that begins the run, or goes on with it, on these data sets; no password is in it."""
         values, earlier = self._experiment.model_dump(mode="json"), self._earlier
         if values["tracking"]["uri"]:
             values["tracking"]["uri"] = without_credentials(values["tracking"]["uri"])
@@ -155,13 +155,15 @@ class Publication:
             RunFolderError: They cannot be written.
         """
         self._result.status = status
-        self._result.ended = _utc(clock.now())
+        self._result.ended = clock.utc(clock.now())
         self._result.mlflow_run_id = self._tracker.run_ids().get("")
+        with self._outbox.guarded():
+            self._result.benchmark = judge_run(self._experiment, self._result, self._run_dir)
         self._write()
         with self._outbox.guarded():
             report, report_failure = try_report(self._result, self._run_dir)
             write_airank_summary(self._result, self._run_dir)
-        emit(RunEnded(trial="", attempt=0, rank=-1, time=clock.now(), status=status))
+        emit(RunEnded(trial="", attempt=0, rank=-1, time=clock.now(), status=status, reason=reason))
         tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
         _add_tracking(self._result, self._tracker, tracked=tracked)
@@ -202,7 +204,7 @@ class Publication:
             error: What is wrong with the folder.
             console: Output for people.
         """
-        self._result.status, self._result.ended, self._result.tracked = "FAILED", _utc(clock.now()), False
+        self._result.status, self._result.ended, self._result.tracked = "FAILED", clock.utc(clock.now()), False
         marked = self._tracker.abandon(str(error), TRACKING_TIMEOUT_SECONDS)
         with suppress(RunFolderError):
             self._write()
@@ -299,11 +301,6 @@ def _add_tracking(result: ExperimentResult, tracker: Tracker, *, tracked: bool) 
     result.tracked, result.mlflow_run_id = tracked, ids.get("")
     for trial in result.trials:
         trial.mlflow_run_id = ids.get(trial.name)
-
-
-def _utc(when: float) -> str:
-    """Unix seconds as UTC in ISO 8601."""
-    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
 
 
 def _print_line(console: Console, text: str, style: str | None = None) -> None:

@@ -40,7 +40,11 @@ from orchestrator.process import prepare_process
 from orchestrator.report.plan_table import plan_table
 
 if TYPE_CHECKING:
+    from orchestrator.experiment.spec import Experiment
     from orchestrator.runlog.folder import EarlierRun
+
+AUTO = Path("auto")
+"""Value of `--resume` for the run in `--output`; a folder of this name is `./auto`."""
 
 RETRY_INTERVAL_SECONDS = 2.0
 """Pause before a run whose process was lost is gone on with."""
@@ -59,7 +63,12 @@ def main(
         Path | None, typer.Option(help="Folder for results.json and all else; default: runs/EXPERIMENT/UTC-TIME.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with an interrupted run: its folder. Finished trials are kept.")
+        Path | None,
+        typer.Option(
+            metavar="RUN_FOLDER|auto",
+            help="Go on with an interrupted run: its folder. Finished trials are kept. auto: go on with the one in "
+            "--output, or begin it; for jobs that are started again by themselves.",
+        ),
     ] = None,
     replay_outbox: Annotated[
         Path | None, typer.Option(help="Track a run's folder in MLflow after the fact, and stop.")
@@ -92,9 +101,13 @@ def main(
 
             console.print(track_folder(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
-        others = bool(output or config != DEFAULT_CONFIG)
-        earlier = _read_earlier(resume, assignments or [], alone=not others) if resume is not None else None
-        experiment = earlier.experiment if earlier else with_references(load_experiment(config, assignments))
+        if resume is not None and resume != AUTO:
+            others = bool(output or config != DEFAULT_CONFIG)
+            earlier: EarlierRun | None = _read_earlier(resume, assignments or [], alone=not others)
+        else:
+            given = with_references(load_experiment(config, assignments))
+            earlier = _read_begun_job(output, given, console) if resume == AUTO else None
+        experiment = earlier.experiment if earlier else given
         run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
         request = Request(
             experiment, run_dir, earlier, console, quiet, sys.stdout if as_json else None, verify_images, strict
@@ -201,6 +214,23 @@ def _read_earlier(folder: Path, assignments: list[str], *, alone: bool) -> Earli
     if not alone:
         raise SpecError("--resume goes on with the run as it was; give no experiment file and no --output")
     earlier = read_earlier_run(folder, assignments)
+    enter_working_directory(earlier)
+    return earlier
+
+
+def _read_begun_job(output: Path | None, experiment: Experiment, console: Console) -> EarlierRun | None:
+    """The run in `--output`, to go on with; None where it begins now. Ends the command where it failed by itself."""
+    from orchestrator.runlog.folder import enter_working_directory, read_begun_run
+
+    if output is None:
+        raise SpecError("--resume auto: give --output FOLDER, the same at every start of the job")
+    earlier = read_begun_run(output, experiment)
+    if earlier is None:
+        return None
+    if earlier.failed:
+        text = f"{earlier.run_dir}: the run failed ({earlier.failed}) and would again; --resume FOLDER tries it anyway"
+        console.print(text, style="red", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(FAILED)
     enter_working_directory(earlier)
     return earlier
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ PLANNED = {
     "resources.num_nodes": ("num_nodes",),
     "resources.min_workers": ("min_workers",),
     "resources.price_per_accelerator_hour": ("price_per_accelerator_hour",),
+    "resources.price_per_kwh": ("price_per_kwh",),
+    "resources.carbon_grams_per_kwh": ("carbon_grams_per_kwh",),
 }
 """Fields of a trial's plan that are made of a key, or of what is below it."""
 
@@ -57,6 +60,21 @@ def change(experiment: Experiment, assignments: Sequence[str]) -> tuple[Experime
         if key in FIXED:
             raise SpecError(f"--set {key}: it may not change in a run that is gone on with: {FIXED[key]}")
     return changed, {key: _shown(value) for key, value in changes.items()}
+
+
+def assignments_between(begun: Experiment, given: Experiment) -> list[str]:
+    """What an experiment file changes of a run that was begun with it earlier, as `change` takes it.
+
+    Raises:
+        SpecError: It changes something that decides what is trained.
+    """
+    before, after = (dict(flatten(each.model_dump(mode="json"))) for each in (begun, given))
+    changed = [key for key in {**before, **after} if _shown(before.get(key)) != _shown(after.get(key))]
+    if deciding := [key for key in changed if key.split(".")[0] not in SECTIONS]:
+        was = f"{deciding[0]} is {before.get(deciding[0])!r} there and {after.get(deciding[0])!r} here"
+        others = f", and {len(deciding) - 1} more differ" if len(deciding) > 1 else ""
+        raise SpecError(f"it holds a run of another experiment: {was}{others}; name another --output")
+    return [f"{key}={json.dumps(after.get(key))}" for key in changed]
 
 
 def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> TrialPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult, TrialResult
-from orchestrator.runlog.changes import change
+from orchestrator.runlog.changes import assignments_between, change
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
@@ -83,6 +83,8 @@ class EarlierRun:
     """Names of the trials with nothing left to do."""
     ended: bool
     """Whether its last driver came to the end, and did not die."""
+    failed: str
+    """Why it failed by itself, so that it would again; "" where it did not, was stopped, or lost its cluster."""
     changes: dict[str, Any]
     """What `--resume --set` has changed since it was begun, this time too, by dotted key."""
     new_changes: dict[str, Any]
@@ -164,9 +166,41 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         plans=plans,
         finished=frozenset(name for name, event in last_ends.items() if event.status == "FINISHED"),
         ended=isinstance(closing[-1], RunEnded),
+        failed=_failure(closing[-1], last_ends.values()),
         changes={key: value for start in starts for key, value in start.changes.items()} | changes,
         new_changes=changes,
     )
+
+
+def _failure(last: Event, ends: Iterable[TrialEnded]) -> str:
+    """Why a run whose last start or end this is failed by itself; "" where it did not."""
+    if not isinstance(last, RunEnded) or last.status != "FAILED" or last.reason:
+        return ""
+    return next((f"{end.trial}: {end.reason}" for end in ends if end.status == "FAILED"), "")
+
+
+def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:
+    """The run in a folder that a job goes on with which is started again; None where none was begun there.
+
+    Args:
+        folder: The folder.
+        given: The experiment as this start has it; it may differ in what decides nothing of what is trained.
+
+    Raises:
+        SpecError: The run there is another experiment's, or cannot be gone on with.
+    """
+    folder = folder.expanduser().absolute()
+    try:
+        starts = [event for event in _events(folder) if isinstance(event, RunStarted)]
+    except OSError:  # also where the folder is not there: whoever begins the run says what is wrong with it
+        return None
+    if not starts:
+        return None
+    begun = parse_experiment(starts[-1].experiment, where=str(folder / FILE_NAME))
+    try:
+        return read_earlier_run(folder, assignments_between(begun, given))
+    except SpecError as error:
+        raise SpecError(f"--resume auto: {folder}: {error}") from error
 
 
 def enter_working_directory(run: EarlierRun) -> None:

@@ -167,12 +167,13 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def resume(command: Command) -> subprocess.CompletedProcess[str]:
-    return run_command("--resume", command.run_dir, "--quiet", cwd=command.folder, **{VARIABLE: ""})
+def resume(command: Command, *arguments: object) -> subprocess.CompletedProcess[str]:
+    what = arguments or ("--resume", command.run_dir)
+    return run_command(*what, "--quiet", cwd=command.folder, **{VARIABLE: ""})
 
 
-def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome) -> None:
-    again = resume(command)
+def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome, *arguments: object) -> None:
+    again = resume(command, *arguments)
     assert again.returncode == 0, again.stdout + again.stderr
     (trial,) = command.result.trials
     assert trial.status == "FINISHED" and trial.state_sha256 == undisturbed.state
@@ -227,7 +228,9 @@ def test_a_lost_driver_is_replaced_by_resume_and_two_never_drive_one_run(tmp_pat
         assert command.end(family) == -signal.SIGKILL
     assert not (command.run_dir / "results.json").exists()
     shutil.rmtree(command.run_dir / "ray")  # Ray Train's own bookkeeping may be torn or gone: nothing is read from it
-    assert_resumed_as_undisturbed(command, undisturbed)
+    same_job = (tmp_path / "tiny.yaml", "--output", command.run_dir, "--resume", "auto")
+    assert_resumed_as_undisturbed(command, undisturbed, *same_job)
+    assert resume(command, *same_job).returncode == 0, "what is done is done"
     (event,) = (event for event in command.events if isinstance(event, TrialRestarted))
     assert (event.failure, event.message) == ("resumed", "resumed after its driver was lost")
 

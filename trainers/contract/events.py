@@ -167,9 +167,13 @@ class Evaluated(Event):
     """How long it took; training was stalled as long, unless it ran concurrently."""
     part_seconds: dict[str, float]
     """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
-    was stalled for it, copying the weights and waiting at the next evaluation or a checkpoint."""
+    was stalled for it, copying the weights and, at the end of training, waiting for it."""
     keypoint_scored: float | None = None
     """When the keypoint figures were known; None for a model without keypoints."""
+    left_out: tuple[int, ...] = ()
+    """Iterations of older evaluations that were left out for it: one was still in progress when they were due."""
+    num_lost: int = 0
+    """How often it was begun again because the process that made it was lost."""
     class_ap: dict[str, float | None] = field(default_factory=dict)
     """AP of each class, 0–100, by `FIGURE/CLASS`: `box_ap/person`, `mask_ap/person`, `keypoint_ap/person`. None for a
     class without an object in the validation set; empty in old files."""
@@ -252,6 +256,27 @@ class SystemSampled(Event):
     host: str
     values: dict[str, float]
     """MLflow's names of system metrics (`cpu_utilization_percentage`, …) and their values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnergySampled(Event):
+    """Energy that one node has taken since its workers started (its local rank 0)."""
+
+    kind: ClassVar[str] = "energy_sampled"
+    host: str
+    times: tuple[float, ...]
+    """When it was read (Unix seconds), about once a second since the last event."""
+    joules: tuple[float, ...] | None
+    """Of the devices that the trial computes on, then, since the first reading; None where they are not measured."""
+    host_joules: tuple[float, ...] | None
+    """Of the node's processors and memory, likewise."""
+    source: Literal["counter", "power"] | None
+    """Whether the devices count their energy, or report their power."""
+    lost_seconds: float = 0.0
+    """How long a device has not been measured so far: its counter was reset, or it could not be read for too long."""
+    reason: str = ""
+    """Why `joules` is None; `host_reason`: why `host_joules` is."""
+    host_reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,79 @@
+"""`--resume auto`: the same command begins a run, and goes on with it where the job is started again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.runlog.folder import read_begun_run
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.commands import run_command
+from tests.builders.experiments import tiny_experiment, write_experiment
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
+
+
+def parse(**changes: object) -> Experiment:
+    return parse_experiment(tiny_experiment(**changes), where="tiny.yaml")
+
+
+def begun(folder: Path, *ends: Event, **changes: object) -> Experiment:
+    """A run of one trial, begun and ended so; returns its experiment with some sections changed."""
+    driver = {"trial": "", "attempt": 0, "rank": -1, "time": 1.0}
+    values = {"experiment": parse().model_dump(mode="json"), "run_id": "tiny/1", "tags": {}}
+    folder.mkdir(exist_ok=True)
+    Outbox(folder / FILE_NAME).append(RunStarted(**driver, **values), *ends)
+    return parse(**changes)
+
+
+ENDS = {"trial": "", "attempt": 0, "rank": -1, "time": 2.0}
+FAILED = (
+    TrialEnded(**{**ENDS, "trial": "t"}, status="FAILED", reason="bad_input: x.jpg"),
+    RunEnded(**ENDS, status="FAILED"),
+)
+
+
+def test_a_job_that_is_started_again_begins_its_run_once_and_goes_on_with_it(tmp_path):
+    assert read_begun_run(tmp_path / "none", parse()) is None
+    (tmp_path / FILE_NAME).touch()
+    assert read_begun_run(tmp_path, parse()) is None, "cut off before its first line"
+    found = read_begun_run(tmp_path, begun(tmp_path))
+    assert found and (found.started.run_id, found.changes, found.failed) == ("tiny/1", {}, "")
+
+
+def test_a_job_takes_over_what_its_file_says_now_of_where_and_how_safely(tmp_path):
+    found = read_begun_run(tmp_path, begun(tmp_path, faults={"max_failures": 9}, tracking={"uri": "http://u:p@host"}))
+    assert found and found.changes == {"faults.max_failures": 9, "tracking.uri": "http://host"}
+    assert found.experiment.faults.max_failures == 9 and found.experiment.tracking.uri == "http://u:p@host"
+
+
+def test_a_job_does_not_go_on_with_the_run_of_another_experiment(tmp_path):
+    with pytest.raises(SpecError, match=r"auto: .*another experiment: trials.seeds is \[0\] there and \[7\] here"):
+        read_begun_run(tmp_path, begun(tmp_path, trials={"world_sizes": [1], "scaling": "strong", "seeds": [7]}))
+
+
+@pytest.mark.parametrize(
+    ("ends", "reason"),
+    [
+        (FAILED, "t: bad_input: x.jpg"),
+        (FAILED[:1], ""),
+        ((FAILED[0], RunEnded(**ENDS, status="FAILED", reason="the Ray cluster was lost")), ""),
+        ((RunEnded(**ENDS, status="KILLED"),), ""),
+    ],
+    ids=["failed by itself", "its driver died", "lost its cluster", "stopped"],
+)
+def test_only_a_run_that_failed_by_itself_is_not_tried_again_by_itself(tmp_path, ends, reason):
+    found = read_begun_run(tmp_path, begun(tmp_path, *ends))
+    assert found and found.failed == reason
+
+
+def test_a_job_that_is_to_go_on_by_itself_names_its_folder(tmp_path):
+    done = run_command("--resume", "auto", cwd=tmp_path)
+    assert done.returncode == 2 and "give --output FOLDER, the same at every start" in done.stderr
+    begun(tmp_path / "run", *FAILED)
+    done = run_command(
+        write_experiment(tmp_path, tiny_experiment()), "--output", "run", "--resume", "auto", cwd=tmp_path
+    )
+    assert done.returncode == 1 and "bad_input: x.jpg) and would again" in done.stdout
