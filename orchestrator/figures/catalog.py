@@ -230,8 +230,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             short="to\ntarget", mlflow="cost/to_target"),
     ),
     "Energy": (
-        _joules("energy.joules", "Energy (J)", "Energy of the devices that the trial computes on, from the start of its "
-            "workers to their end, all hosts together.", mlflow="energy/joules"),
+        _joules("energy.joules", "Energy (J)", "Energy of the devices that the trial computes on, from the start of "
+            "its workers to their end, all hosts together.", mlflow="energy/joules"),
         Figure("energy.joules_per_image", "Energy (J/image)", "Energy during the steps after the warm-up over the "
             "images that all workers trained on in them.", unit="J/image", text=_three_decimals, better="lower",
             mlflow="energy/joules_per_image"),

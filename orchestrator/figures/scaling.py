@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from operator import attrgetter
 from typing import Literal
 
 from orchestrator.figures.records import CurvePoint, TrialResult
@@ -31,7 +32,7 @@ MIN_BATCHES = 4
 REPEATED_FIGURES = (
     "images_per_second", "wall_images_per_second", "time_to_train_seconds", "time_to_box_target_seconds",
     "mlperf_seconds", "schedule_seconds", "startup_seconds", "box_ap", "mask_ap", "keypoint_ap", "best_box_ap",
-    "best_mask_ap", "best_keypoint_ap", "peak_memory_gib",
+    "best_mask_ap", "best_keypoint_ap", "peak_memory_gib", "energy.joules_per_image", "energy.watt_hours_to_target",
 )  # fmt: skip
 """Figures of a trial that are summed up over repeats."""
 
@@ -52,7 +53,7 @@ def repeat_rows(trials: Sequence[TrialResult]) -> list[RepeatRow]:
         for world_size, repeats in sizes.items():
             if len(repeats) < 2:
                 continue
-            values = {name: [getattr(trial, name) for trial in repeats] for name in REPEATED_FIGURES}
+            values = {name: [attrgetter(name)(trial) for trial in repeats] for name in REPEATED_FIGURES}
             spreads = {name: spread([v for v in found if v is not None]) for name, found in values.items()}
             rows.append(
                 RepeatRow(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from orchestrator.figures.accuracy import accuracy, first_evaluations, first_to_meet
 from orchestrator.figures.causes import lost_events, oddities, root_cause
+from orchestrator.figures.energy import energy_figures
 from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Restart, TrialResult
@@ -151,6 +152,7 @@ def _clocks(trial: _Trial) -> dict[str, Any]:
         "wall_images_per_second": _wall_rate(trial),
         "cost": _cost(trial.plan, _between(trial.driver_start, trial.ended.time)),
         "cost_to_target": _cost(trial.plan, time_to_train),
+        "energy": energy_figures(trial.plan, trial.events, trial.steps, trial.met_at),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from trainers.contract.events import (
     CheckpointSaved,
+    EnergySampled,
     Evaluated,
     Event,
     LoopFinished,
@@ -100,12 +101,14 @@ class TrialBuilder:
             seconds=sum(step_seconds), step_seconds=step_seconds, **{**values, **fields},
         )  # fmt: skip
 
-    def evaluated(self, at: float, iteration: int, box: float | None, mask: float | None, seconds: float = 2.0) -> None:
+    def evaluated(
+        self, at: float, iteration: int, box: float | None, mask: float | None, seconds: float = 2.0, **fields: Any
+    ) -> None:
         """An evaluation that ends at `at`, its boxes scored a second before, its masks then."""
         self.emit(
             Evaluated, at, iteration=iteration, epoch=iteration / 2, figures={"box_ap": box, "mask_ap": mask},
             box_scored=self.epoch + at - 1, mask_scored=self.epoch + at, seconds=seconds,
-            part_seconds={"inference": seconds - 1, "gather": 0.0, "score": 1.0},
+            part_seconds={"inference": seconds - 1, "gather": 0.0, "score": 1.0}, **fields,
         )  # fmt: skip
 
     def checkpoint(self, at: float, iteration: int, stall: float, write: float | None = None) -> None:
@@ -113,6 +116,15 @@ class TrialBuilder:
             CheckpointSaved, at, iteration=iteration, path="/c", size_bytes=1, stall_seconds=stall,
             write_seconds=stall if write is None else write,
         )  # fmt: skip
+
+    def energy(self, at: float, *joules: float, rank: int = 0, host: str = "a", **fields: Any) -> None:
+        """Joules of a node, read once a second from `at` on."""
+        times = tuple(self.epoch + at + second for second in range(len(joules)))
+        values = {"host_joules": None, "source": "counter", "host_reason": "for root alone"}
+        last = at + max(len(joules) - 1, 0)
+        self.emit(
+            EnergySampled, last, rank, host=host, **{**values, "times": times, "joules": joules or None, **fields}
+        )
 
     def finished(self, at: float, iteration: int, reason: str = "target") -> None:
         self.emit(LoopFinished, at, iteration=iteration, reason=reason, state_sha256="0" * 64)

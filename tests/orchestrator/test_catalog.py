@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures import benchmark_records, records, scaling_records
+from orchestrator.figures import benchmark_records, energy_records, records, scaling_records
 from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
 from orchestrator.figures.metrics import metrics
 from orchestrator.figures.steps import WindowJoin
@@ -44,7 +44,9 @@ ADDED = {
     "coco/final_keypoint_ap", "coco/best_keypoint_ap", "coco/keypoint_ap", "shapes/distinct",
     "shapes/wasted_pixel_share", "shapes/eager_step_share", "time/new_shape_seconds",
     "goodput/goodput", "goodput/ettr", "goodput/advised_checkpoint_seconds", "time/lost_work_seconds",
-    "time/checkpoint_seconds", "time/paused_seconds",
+    "time/checkpoint_seconds", "time/paused_seconds", "energy/joules", "energy/joules_per_image",
+    "energy/watt_hours_to_target", "energy/training_joules", "energy/evaluation_joules", "energy/idle_joules",
+    "energy/host_joules", "cost/energy", "cost/energy_to_target", "carbon/grams", "carbon/grams_to_target",
 } | WINDOWS | BENCHMARK  # fmt: skip
 """Names that came later."""
 
@@ -68,6 +70,7 @@ def _types(annotation: object) -> tuple[object, ...]:
         (records.Evaluation, "evaluations."),
         (records.Sections, "sections."),
         (records.Restart, "restarts."),
+        (energy_records.Energy, "energy."),
         (scaling_records.ScalingRow, "scaling."),
         (scaling_records.ScalingFit, "fits."),
         (benchmark_records.BenchmarkResult, "benchmark."),
@@ -123,7 +126,8 @@ def test_a_trial_sends_the_metrics_it_always_sent():
         name="A paper", world_size=8, images_per_second=60.0, time_to_train_seconds=100.0, box_ap=37.0, source="A paper"
     )
     assert metrics(published, "references.") == {
-        "throughput/images_per_second": 60.0, "time/to_train_seconds": 100.0, "coco/box_ap": 37.0, "coco/mask_ap": None,
+        "throughput/images_per_second": 60.0, "time/to_train_seconds": 100.0, "time/mlperf_seconds": None,
+        "coco/box_ap": 37.0, "coco/mask_ap": None,
     }  # fmt: skip
     assert metrics(row, "scaling.") == {"scaling/efficiency": 1.0, "scaling/speed_up": 2.0}
     assert set(metrics(trial_result(made.trial, made.events))) == (METRICS_BEFORE | ADDED) - {

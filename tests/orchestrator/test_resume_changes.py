@@ -40,6 +40,8 @@ def planned(experiment: Experiment) -> TrialPlan:
         ("resources.num_nodes=1", "num_nodes"),
         ("resources.min_workers=1", "min_workers"),
         ("resources.price_per_accelerator_hour=2.5", "price_per_accelerator_hour"),
+        ("resources.price_per_kwh=0.3", "price_per_kwh"),
+        ("resources.carbon_grams_per_kwh=380", "carbon_grams_per_kwh"),
         ("tracking.uri=sqlite:///other.db", None),
         ("tracking.log_model=true", None),
     ],

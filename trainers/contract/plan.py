@@ -121,6 +121,10 @@ class TrialPlan:
     """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
     most_loader_workers: int = 0
     """As many as it may become once the speed of loader and step is known; 0 to leave it."""
+    evaluation_gpus: int = 0
+    """GPUs that are reserved for evaluations, one for each process that evaluates; 0 for none."""
+    evaluation_cpus: int = 0
+    """CPUs that are reserved for the process that evaluates on them; 0 for none."""
     metric: str = "box_ap"
     """What the best checkpoint is chosen by: one of `contract.targets`' metrics."""
     target: float | None = None
@@ -153,6 +157,11 @@ class TrialPlan:
                 "solver": SolverPlan(**{**solver, "steps": tuple(solver["steps"])}),
             }
         )
+
+    @property
+    def evaluates_concurrently(self) -> bool:
+        """Whether evaluations before the last are made in other processes, while training goes on."""
+        return bool(self.recipe.overlapped_evaluation or self.evaluation_gpus or self.evaluation_cpus)
 
     @property
     def batch_per_worker(self) -> int:
