@@ -38,5 +38,5 @@ def equal_shares(capacities: Mapping[str, int], world_size: int, num_nodes: int 
 def smaller(plan: TrialPlan) -> list[TrialPlan]:
     """The trial with fewer workers and the same batch, over any hosts, down to the fewest it allows; the most first."""
     sizes = range(plan.world_size - 1, (plan.min_workers or plan.world_size) - 1, -1)
-    fit = [size for size in sizes if plan.solver.global_batch_size % size == 0]
+    fit = [size for size in sizes if plan.solver.global_batch_size % (size * plan.accumulate) == 0]
     return [dataclasses.replace(plan, world_size=size, num_nodes=None) for size in fit]

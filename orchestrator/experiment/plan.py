@@ -1,8 +1,4 @@
-"""From an experiment to its trials: which there are, and each one's batch, learning rate and iterations.
-
-Scaling to a world size is detectron2's own rule (`DefaultTrainer.auto_scale_workers`), applied only here: the worker
-is given a finished schedule.
-"""
+"""From an experiment to its trials: which there are, on what they run, and where they leave what."""
 
 from __future__ import annotations
 
@@ -10,22 +6,20 @@ import dataclasses
 import hashlib
 import os
 from datetime import UTC, datetime
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.data.layout import Split, coco_layout
 from orchestrator.experiment.config_keys import usable_value
-from orchestrator.experiment.detectron_config import config_for_workers, given_setting
+from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.epochs import epoch_images
+from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.gpus import list_gpus
-from trainers.contract.plan import DatasetPlan, Scaling, SolverPlan, TrialPlan
+from trainers.contract.plan import DatasetPlan, Scaling, TrialPlan
 from trainers.recipes import RECIPES, Recipe
-
-ZOO_WORLD_SIZE = 8
-"""GPUs that the model zoo's batch sizes and learning rates are written for (detectron2, MODEL_ZOO.md)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,119 +73,6 @@ def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[Dataset
     return plan("train", train), plan("val", val)
 
 
-def scaled_solver(
-    experiment: Experiment, world_size: int, scaling: Scaling, num_train_images: int | None
-) -> SolverPlan:
-    """The schedule of one world size, by detectron2's `auto_scale_workers` for weak scaling.
-
-    Where no reference world size is given, numbers of the experiment's own are for the smallest of its world sizes, and
-    those of the model zoo for 8; with a batch of its own, all are its own. With `trials.batch_per_worker`, all but
-    overrides are for the config's batch. `protocol.iterations` is never scaled. An epoch has `num_train_images`.
-
-    Raises:
-        SpecError: A batch does not divide among the workers, or a value of the schedule cannot be used.
-    """
-    protocol, per_worker = experiment.protocol, experiment.trials.batch_per_worker
-    batch = _global_batch(experiment, world_size, scaling)
-
-    def is_own(*names: str) -> bool:
-        if per_worker:
-            return any(f"SOLVER.{name}" in experiment.model.overrides for name in names)
-        return any(_is_own(experiment, f"SOLVER.{name}") for name in (*names, "IMS_PER_BATCH"))
-
-    def scale(own: bool) -> float:
-        if per_worker and not own:
-            return batch / float(usable_value(experiment, "SOLVER.IMS_PER_BATCH"))
-        return world_size / _reference(experiment, own=own) if scaling == "weak" else 1.0
-
-    def iterations(number: int, own: bool) -> int:
-        return round(number / scale(own))
-
-    def period(number: int | None) -> int:
-        """A period that the experiment gives, 0 for none; it goes with the iterations."""
-        scaled = number if protocol.iterations or not number else max(1, iterations(number, own=True))
-        return scaled or 0
-
-    own_schedule = protocol.iterations is not None or is_own("MAX_ITER", "STEPS", "WARMUP_ITERS")
-    eval_period = period(protocol.eval_period_iterations)
-    if protocol.eval_period_epochs:
-        if not num_train_images:
-            raise SpecError("protocol.eval_period_epochs: the number of training images is not known; give iterations")
-        eval_period = max(1, round(protocol.eval_period_epochs * num_train_images / batch))
-    auto_checkpoints = experiment.storage.checkpoint_period == "auto"
-    checkpoint_period = period(experiment.storage.checkpoint_period_iterations)
-    if auto_checkpoints:
-        checkpoint_period = experiment.log_period_iterations  # the first one is there to measure its cost
-    elif experiment.storage.checkpoint_period_iterations is None:
-        number: int = usable_value(experiment, "SOLVER.CHECKPOINT_PERIOD")
-        checkpoint_period = max(1, iterations(number, is_own("CHECKPOINT_PERIOD"))) if number else 0
-    max_iter = protocol.iterations or iterations(usable_value(experiment, "SOLVER.MAX_ITER"), own_schedule)
-    steps = (iterations(step, own_schedule) for step in usable_value(experiment, "SOLVER.STEPS"))
-    at_end = protocol.kind != "throughput" if protocol.evaluate_at_end is None else protocol.evaluate_at_end
-    solver = SolverPlan(
-        global_batch_size=batch,
-        base_lr=usable_value(experiment, "SOLVER.BASE_LR") * scale(is_own("BASE_LR")),
-        max_iter=max_iter,
-        steps=tuple(step for step in steps if step != max_iter),  # one at the end would change nothing
-        warmup_iters=iterations(usable_value(experiment, "SOLVER.WARMUP_ITERS"), own_schedule),
-        eval_period=eval_period,
-        evaluate_at_end=at_end,
-        checkpoint_period=checkpoint_period,
-        auto_checkpoints=auto_checkpoints,
-    )
-    _check_schedule(experiment, solver, world_size)
-    return solver
-
-
-def _is_own(experiment: Experiment, key: str) -> bool:
-    """Whether the experiment, or a YAML file of its own, gives a key; not the model zoo."""
-    setting = given_setting(experiment, key)
-    return setting is not None and not setting.in_zoo
-
-
-def _reference(experiment: Experiment, *, own: bool) -> int:
-    """The number of workers that a number is for: `own` ones of the experiment, or the model zoo's."""
-    trials = experiment.trials
-    given: int | None = trials.reference_world_size or usable_value(experiment, "SOLVER.REFERENCE_WORLD_SIZE")
-    return given or (min(trials.world_sizes) if own else ZOO_WORLD_SIZE)
-
-
-def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling) -> int:
-    if experiment.trials.batch_per_worker:
-        return experiment.trials.batch_per_worker * world_size
-    batch: int = usable_value(experiment, "SOLVER.IMS_PER_BATCH")
-    if scaling == "weak":
-        reference = _reference(experiment, own=_is_own(experiment, "SOLVER.IMS_PER_BATCH"))
-        if batch % reference:
-            raise SpecError(
-                f"SOLVER.IMS_PER_BATCH {batch} does not divide among the {reference} workers that it is for, and weak "
-                "scaling keeps a whole batch per worker; set trials.reference_world_size, or trials.scaling=strong"
-            )
-        batch = batch // reference * world_size
-    if batch % world_size:
-        raise SpecError(
-            f"trials.world_sizes: a batch of {batch} does not divide among {world_size} workers; "
-            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {world_size}, or take other world sizes"
-        )
-    return batch
-
-
-def _check_schedule(experiment: Experiment, solver: SolverPlan, world_size: int) -> None:
-    """Refuses what detectron2's schedulers refuse once they are built, after minutes."""
-    where = f"the plan for world size {world_size}"
-    if solver.max_iter < 1:
-        raise SpecError(f"SOLVER.MAX_ITER is 0 in {where}: scaled to it, nothing is left; take smaller world sizes")
-    scheduler = usable_value(experiment, "SOLVER.LR_SCHEDULER_NAME")
-    if scheduler == "WarmupCosineLR":
-        end = usable_value(experiment, "SOLVER.BASE_LR_END")
-        if not 0 <= end <= solver.base_lr or not solver.base_lr:
-            raise SpecError(f"SOLVER.BASE_LR_END {end} is not between 0 and the learning rate, {solver.base_lr}")
-    elif scheduler == "WarmupMultiStepLR":
-        steps = [step for step in solver.steps if step < solver.max_iter]
-        if any(first >= second for first, second in pairwise((0, *steps))):
-            raise SpecError(f"SOLVER.STEPS {solver.steps} of {where} do not ascend from 1")
-
-
 def _recipe(experiment: Experiment, name: str) -> Recipe:
     switches = experiment.trials.switches
     known = {field.name for field in dataclasses.fields(Recipe)}
@@ -221,7 +102,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.
         cpus = max(1, min(10, hardware.num_cpus // max(hardware.num_gpus, 1))) if device == "cuda" else 1
     loader_workers, most_loader_workers = resources.loader_workers or 0, 0
-    if resources.loader_workers is None and _is_own(experiment, "DATALOADER.NUM_WORKERS"):
+    if resources.loader_workers is None and is_own(experiment, "DATALOADER.NUM_WORKERS"):
         loader_workers = usable_value(experiment, "DATALOADER.NUM_WORKERS")
     elif resources.loader_workers is None and device == "cuda":
         loader_workers = usable_value(experiment, "DATALOADER.NUM_WORKERS")
@@ -260,6 +141,12 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 metric=protocol.metric,
                 target=protocol.target,
                 validation_loss=protocol.validation_loss,
+                accumulate=trials.accumulate,
+                patience=protocol.patience,
+                min_improvement=protocol.min_improvement,
+                ema_decay=protocol.ema.decay if protocol.ema else None,
+                ema_beside=protocol.ema is not None and protocol.ema.evaluate == "beside",
+                keep_best=protocol.patience is not None or experiment.tracking.log_model == "best",
                 stop_at_target=protocol.on_target == "stop",
                 device=device,
                 cpus_per_worker=cpus,

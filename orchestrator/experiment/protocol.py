@@ -11,6 +11,19 @@ from trainers.contract.plan import ProtocolKind
 from trainers.contract.targets import PARTS, VALIDATION_LOSS, known_metrics
 
 
+class Ema(Part):
+    """A running (exponential) average of the weights.
+
+    It takes the memory of the weights again, on each device and in checkpoints, and a pass over them after each step.
+    """
+
+    decay: float = Field(0.9998, gt=0, lt=1)
+    """What is kept of the average in each step; less in the first steps (n / (n + 9) after n of them)."""
+    evaluate: Literal["instead", "beside"] = "instead"
+    """Evaluate the average instead of the weights; or beside them, which takes a second evaluation: its figures are
+    `ema_box_ap`, …, and targets, metric and patience go by those of the weights."""
+
+
 class Protocol(Part):
     """What is measured."""
 
@@ -41,11 +54,22 @@ class Protocol(Part):
     then takes about twice as long (docs/measurement.md, "Accuracy")."""
     on_target: Literal["stop", "continue"] = "stop"
     """End the trial when the targets are met, or continue to the end of the schedule."""
+    patience: int | None = Field(None, ge=1)
+    """End the trial after so many evaluations in which the metric did not improve; null: never. Each evaluation is then
+    followed by a checkpoint, so that the best weights are kept."""
+    min_improvement: float = Field(0.0, ge=0)
+    """By how much the metric must be better than at the last improvement to have improved."""
+    ema: Ema | None = None
+    """Evaluate an average of the weights; null: the weights."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:
         if self.eval_period_iterations and self.eval_period_epochs:
             raise ValueError("give eval_period_iterations or eval_period_epochs, not both")
+        if self.patience and not (self.eval_period_iterations or self.eval_period_epochs):
+            raise ValueError("patience counts evaluations: give eval_period_iterations or eval_period_epochs")
+        if self.min_improvement and not self.patience:
+            raise ValueError("min_improvement has no effect without patience")
         self._check_metric()
         return self
 

@@ -60,13 +60,17 @@ class Trials(Part):
     """`weak` keeps the batch per worker (learning rate up, iterations down with the world size, as detectron2's
     `SOLVER.REFERENCE_WORLD_SIZE` does); `strong` keeps the global batch; `both` runs every world size both ways."""
     batch_per_worker: int | None = Field(None, ge=1)
-    """Images of a worker in a step, instead of `SOLVER.IMS_PER_BATCH`. Learning rate and schedule follow from the
-    config's by the linear rule; those given as overrides are for the smallest of `world_sizes`."""
+    """Images of a worker in a step (with `accumulate`, in one of its batches), instead of `SOLVER.IMS_PER_BATCH`.
+    Learning rate and schedule follow from the config's by the linear rule; those given as overrides are for the
+    smallest of `world_sizes`."""
+    accumulate: int = Field(1, ge=1, le=4096)
+    """Batches of a worker in a step, whose gradients add up: large batches on few accelerators. The batch of a step is
+    workers x batch x accumulate; a worker counts so often where the schedule is scaled (docs/settings.md)."""
     reference_world_size: int | None = Field(None, ge=1)
-    """World size that batch, learning rate, iterations and periods are written for; weak scaling starts from it. null:
-    the config's `SOLVER.REFERENCE_WORLD_SIZE` where that is not 0; else numbers that you give (overrides, a YAML of
-    your own, periods) are for the smallest of `world_sizes`, which runs exactly them, and those left to the model zoo
-    are for 8 workers. With a batch size of yours, all of them are yours."""
+    """Workers of one batch in a step that batch, learning rate, iterations and periods are written for; weak scaling
+    starts from it. null: the config's `SOLVER.REFERENCE_WORLD_SIZE` where that is not 0; else numbers that you give
+    (overrides, a YAML of your own, periods) are for the smallest of `world_sizes` with its `accumulate`, which runs
+    exactly them, and those left to the model zoo are for 8 workers. With a batch of yours, all of them are yours."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1)
     """One repeat per seed; a benchmark that gives none has [0, 1, 2, 3, 4]."""
     recipes: list[Annotated[str, AfterValidator(_known_recipe)]] = Field(["reference"], min_length=1)
@@ -123,8 +127,9 @@ class Tracking(Part):
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` here."""
     offline: bool = False
     """Continue without a tracking server that cannot be reached, and record everything for a replay."""
-    log_model: bool = False
-    """Log the last checkpoint as an artifact."""
+    log_model: bool | Literal["last", "best"] = False
+    """Log a checkpoint as an MLflow model: the last one (`true`, `last`), or the one of the best evaluation by
+    `protocol.metric` (`best`; each evaluation is then followed by a checkpoint)."""
 
 
 class Storage(Part):

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
-from orchestrator.experiment.plan import Hardware, expand, scaled_solver
+from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import load_experiment, parse_experiment
+from orchestrator.experiment.schedule import scaled_solver
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
 from tests.builders.commands import run_command
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
