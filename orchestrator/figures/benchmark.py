@@ -15,7 +15,7 @@ from operator import attrgetter
 
 from orchestrator.figures.benchmark_records import BenchmarkResult, ConvergenceCheck
 from orchestrator.figures.figure import number_text, rate_text
-from orchestrator.figures.records import TrialResult
+from orchestrator.figures.records import ExperimentResult, TrialResult
 
 MIN_VALID_RUNS = 3
 """Fewer leave nothing to average, or one run alone that says nothing of the others."""
@@ -88,8 +88,14 @@ def epochs_to_target(trial: TrialResult) -> float | None:
     return next((each.epoch for each in trial.evaluations if each.iteration == trial.scored_iteration), None)
 
 
-def verdict_lines(benchmark: BenchmarkResult, trials: Sequence[TrialResult]) -> list[str]:
-    """The score with its runs, and whether it may be compared with MLPerf's, for a person: a line each."""
+def verdict_lines(result: ExperimentResult) -> list[str]:
+    """The score with its runs, and whether it may be compared with MLPerf's, for a person: a line each.
+
+    None where the run is no benchmark, or has not ended.
+    """
+    benchmark, trials = result.benchmark, result.trials
+    if benchmark is None:
+        return []
     runs = ", ".join(f"{trial.name} {_minutes(trial)}{_mark(trial, benchmark)}" for trial in trials)
     if benchmark.score_minutes is None:
         score = f"no score: {benchmark.score_reason}"

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
+from orchestrator.experiment.spec import Experiment
 from orchestrator.figures.benchmark import epochs_to_target, olympic_score, scored
 from orchestrator.figures.benchmark_records import BenchmarkResult, ConvergenceCheck
 from orchestrator.figures.records import ExperimentResult, TrialResult
@@ -66,22 +67,24 @@ def benchmark_result(
     return result
 
 
-def judge_run(result: ExperimentResult, run_dir: Path, num_runs: int) -> BenchmarkResult:
-    """Scores a run whose trials have ended, and writes its logs in the layout of a submission.
+def judge_run(experiment: Experiment, result: ExperimentResult, run_dir: Path) -> BenchmarkResult | None:
+    """Scores a run that has ended, and writes its logs in the layout of a submission; None for another protocol.
 
     Args:
-        result: The run.
+        experiment: What was run.
+        result: Its trials.
         run_dir: Its folder, with MLPerf's log and AI-Rank's description of the system in the folders of the trials.
-        num_runs: Seeds that were asked for.
 
     Raises:
         OSError: A log cannot be read, or the folder not be written.
     """
+    if experiment.protocol.kind != "benchmark":
+        return None
     folders = [run_dir / trial.name for trial in result.trials]
     logs = [
         (folder / LOG_NAME).read_text(encoding="utf-8") if (folder / LOG_NAME).exists() else "" for folder in folders
     ]
-    judged = benchmark_result(result.trials, logs, num_runs)
+    judged = benchmark_result(result.trials, logs, len(experiment.trials.seeds))
     if any(logs):
         trial = result.trials[next(number for number, log in enumerate(logs) if log)]
         known = json.loads((run_dir / trial.name / SYSTEM_NAME).read_text(encoding="utf-8"))

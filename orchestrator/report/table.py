@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.benchmark import verdict_lines
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import NOT_MEASURED, Figure, number_text, percent_text, seconds_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
@@ -135,7 +136,7 @@ def closing_table(result: ExperimentResult) -> Group:
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*map(escape, line), style="dim" if row.kind == "reference" else None)
     notes = [Text(f"{row.name}: {row.note}", style="dim") for row in rows if row.note]
-    return Group(Text(result.experiment, style="bold"), table, *notes)
+    return Group(Text(result.experiment, style="bold"), table, *map(Text, verdict_lines(result)), *notes)
 
 
 def markdown_table(result: ExperimentResult) -> str:
@@ -148,6 +149,7 @@ def markdown_table(result: ExperimentResult) -> str:
         "|:---|" + "---:|" * (len(headings) - 1),
         *("| " + " | ".join(map(escape_markdown, line)) + " |" for line in body),
         "",
+        *(f"{escape_markdown(line)}\n" for line in verdict_lines(result)),
         *([*notes, ""] if notes else []),
     ]
     return "\n".join([*lines, f"{NOT_MEASURED} is not measured. Every figure is defined in {DEFINITIONS}.", ""])

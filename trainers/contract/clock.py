@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from datetime import UTC, datetime
 from pathlib import Path
 
 VARIABLE = "BENCHMARK_CLOCK"
@@ -76,3 +77,8 @@ class Laps:
 
 if VARIABLE in os.environ:
     adopt(os.environ[VARIABLE])
+
+
+def utc(when: float) -> str:
+    """A moment (Unix seconds) as UTC in ISO 8601."""
+    return datetime.fromtimestamp(when, UTC).isoformat(timespec="seconds")
