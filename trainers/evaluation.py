@@ -22,13 +22,17 @@ from detectron2.utils import comm
 from torch import nn
 
 from trainers.batching import Record
+from trainers.class_scores import Scored
 from trainers.contract import clock
+from trainers.contract.evaluation_details import DETAILS_FOLDER, MIN_SCORE, ClassCurve, EvaluationDetails
 from trainers.contract.events import measured
 from trainers.contract.plan import SAMPLES_FILE, TrialPlan
 from trainers.detections import detect
 from trainers.loading import evaluation_loader, evaluation_records
-from trainers.scoring import score
+from trainers.matches import match, read_objects
+from trainers.scoring import score_classes
 from trainers.scoring_input import IouType
+from trainers.validation_loss import ValidationLoss
 
 NUM_SAMPLES = 6
 """Images, evenly spaced over the validation set, whose detections are written to a file for the report."""
@@ -68,6 +72,7 @@ class Evaluator:
         self.num_images = len(records)
         """Validation images over all workers."""
         self._loader = evaluation_loader(cfg, plan, records)
+        self._loss = ValidationLoss(cfg, plan) if plan.validation_loss else None
         shown = [record["image_id"] for record in records if record.get("annotations")] or [None]
         self._sample_ids = {shown[n * len(shown) // NUM_SAMPLES] for n in range(NUM_SAMPLES)}
         # The model's class indices are contiguous, COCO's category ids have gaps between them.
@@ -75,12 +80,19 @@ class Evaluator:
         self._category_ids = {index: category for category, index in contiguous.items()}
 
     @torch.no_grad()
-    def run(self, model: nn.Module, iteration: int) -> Scores:  # noqa: ARG002
+    def run(self, model: nn.Module, iteration: int) -> Scores:
         """The scores of a model that is not wrapped for several workers; all of them call it together.
+
+        Args:
+            model: The model.
+            iteration: Iterations it was trained for; names the file of details.
 
         Returns:
             The scores on rank 0; on other ranks the same without figures.
         """
+        started = time.perf_counter()
+        losses = self._loss.run(model) if self._loss else {}
+        parts = {"loss": time.perf_counter() - started} if self._loss else {}
         started = time.perf_counter()
         if self._cfg.TEST.AUG.ENABLED:
             model = GeneralizedRCNNWithTTA(self._cfg, model)
@@ -89,7 +101,7 @@ class Evaluator:
             detections = [detection for batch in found for detection in batch]
         detected = time.perf_counter()
         gathered = comm.gather(detections, dst=0)
-        parts = {"inference": detected - started, "gather": time.perf_counter() - detected}
+        parts |= {"inference": detected - started, "gather": time.perf_counter() - detected}
         if not comm.is_main_process():
             return Scores({}, clock.now(), None, parts)
         everything = [found for share in gathered for found in share]
@@ -99,13 +111,57 @@ class Evaluator:
         values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
         (folder / SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
         scoring_started = time.perf_counter()
-        figures: dict[str, float | None] = {}
-        known: dict[IouType, float] = {}
+        scored, known = {}, {}
         for iou_type in scored_types(self._cfg):
-            figures |= self._figures(iou_type, everything)
+            scored[PARTS[iou_type]] = self._score(iou_type, everything)
             known[iou_type] = clock.now()
         parts["score"] = time.perf_counter() - scoring_started
-        return Scores(figures, known["bbox"], known.get("segm"), parts, known.get("keypoints"))
+        file = self._write_details(iteration, {part: each.curves for part, each in scored.items()}, everything)
+        parts["details"] = time.perf_counter() - scoring_started - parts["score"]
+        return Scores(
+            figures={
+                f"{part}_{name}": measured(value)
+                for part, each in scored.items()
+                for name, value in each.figures.items()
+            },
+            box_scored=known["bbox"],
+            mask_scored=known.get("segm"),
+            part_seconds=parts,
+            keypoint_scored=known.get("keypoints"),
+            class_ap={
+                f"{part}_ap/{name}": measured(value)
+                for part, each in scored.items()
+                for name, value in each.class_ap.items()
+            },
+            validation_losses=losses,
+            details_file=file,
+        )
+
+    def _write_details(
+        self, iteration: int, curves: dict[str, tuple[ClassCurve, ...]], detections: list[dict[str, Any]]
+    ) -> str:
+        """Writes the file of an evaluation's details; returns its path within the trial's folder."""
+        objects = read_objects(self._plan.val.annotations)
+        matches = match(objects, detections)
+        sample_ids = tuple(sorted(self._sample_ids - {None}))
+        shown = {*sample_ids, *(image.image_id for image in matches.worst_images)}
+        certain = [each for each in detections if each["image_id"] in shown and each["score"] >= MIN_SCORE]
+        details = EvaluationDetails(
+            iteration=iteration,
+            classes=objects.class_names,
+            curves=curves,
+            confusion=matches.confusion,
+            worst_images=matches.worst_images,
+            sample_ids=sample_ids,
+            detections=tuple(sorted(certain, key=lambda each: -each["score"])),
+        )
+        file = f"{DETAILS_FOLDER}/{iteration:07d}.json"
+        path = Path(self._plan.trial_dir, file)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(details.to_json(), encoding="utf-8")
+        part.replace(path)
+        return file
 
     def _batches(self) -> Iterator[list[Record]]:
         for batch in self._loader:
@@ -135,13 +191,17 @@ class Evaluator:
             for future in pending:
                 yield future.result()
 
-    def _figures(self, iou_type: IouType, detections: list[dict[str, Any]]) -> dict[str, float | None]:
+    def _score(self, iou_type: IouType, detections: list[dict[str, Any]]) -> Scored:
         sigmas = self._cfg.TEST.KEYPOINT_OKS_SIGMAS
-        figures = score(self._plan.val.annotations, detections, iou_type, self._plan.recipe.scorer, sigmas)
-        return {f"{PARTS[iou_type]}_{name}": measured(value) for name, value in figures.items()}
+        return score_classes(self._plan.val.annotations, detections, iou_type, self._plan.recipe.scorer, sigmas)
 
 
 def scored_types(cfg: CfgNode) -> list[IouType]:
     """What is scored of a model's detections, in this order."""
     types: dict[IouType, bool] = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
     return [iou_type for iou_type, is_on in types.items() if is_on]
+
+
+def _joined(middle: str, values: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    """Values by two names as values by one; what is not finite was not measured."""
+    return {f"{part}{middle}{name}": measured(value) for part, each in values.items() for name, value in each.items()}

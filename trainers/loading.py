@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from trainers.batching import Batch, Collation, DevicePrefetch, Record
 from trainers.contract.memory import is_out_of_memory
-from trainers.contract.plan import PREFETCHED_BATCHES, TrialPlan
+from trainers.contract.plan import PREFETCHED_BATCHES, DatasetPlan, TrialPlan
 from trainers.dataset_cache import cached_records, image_sizes
 from trainers.speedups.canvases import choose_canvases
 from trainers.speedups.fast_mapper import FastMapper
@@ -113,20 +113,29 @@ def training_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
 
     A model of keypoints leaves out images with few of them (`MIN_KEYPOINTS_PER_IMAGE`), as in detectron2.
     """
+    return _usable_records(cfg, plan, plan.train, cfg.DATASETS.TRAIN)
+
+
+def validation_loss_records(cfg: CfgNode, plan: TrialPlan) -> Sequence[Record]:
+    """The validation images that would be trained on, if they were training images; ValueError if there is none."""
+    return _usable_records(cfg, plan, plan.val, cfg.DATASETS.TEST)
+
+
+def _usable_records(cfg: CfgNode, plan: TrialPlan, dataset: DatasetPlan, names: Sequence[str]) -> Sequence[Record]:
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     records: Sequence[Record]
     if plan.recipe.cached_annotations:
-        records = cached_records(plan.train, filter_empty)
+        records = cached_records(dataset, filter_empty)
     else:
         try:
-            records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=filter_empty)
+            records = get_detection_dataset_dicts(names, filter_empty=filter_empty)
         except AssertionError as error:  # detectron2's way of saying that there are none
-            raise ValueError(f"{plan.train.name}: no image with a usable object: {error}") from error
+            raise ValueError(f"{dataset.name}: no image with a usable object: {error}") from error
     min_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     if min_keypoints > 0 and records:
         records = filter_images_with_few_keypoints(records, min_keypoints)
     if not records:
-        raise ValueError(f"{plan.train.name}: no image with a usable object: every image is empty or holds crowds only")
+        raise ValueError(f"{dataset.name}: no image with a usable object: every image is empty or holds crowds only")
     return records
 
 
@@ -215,18 +224,43 @@ def evaluation_loader(cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]) 
     They are read while others are detected on: by loader processes, and copied to a GPU ahead of their turn.
     """
     batches = batches_of_a_size(InferenceSampler(len(records)), image_sizes(records), plan.recipe.evaluation_batch)
+    images = EvaluationImages(records, build_mapper(cfg, plan, is_train=False))
+    # detectron2's test-time augmentation transforms images on the host.
+    return _validation_loader(plan, images, batches, on_device=not cfg.TEST.AUG.ENABLED)
+
+
+def validation_loss_loader(
+    cfg: CfgNode, plan: TrialPlan, records: Sequence[Record]
+) -> tuple[Sequence[int], Iterable[Batch]]:
+    """This worker's share of `validation_loss_records` one by one, with their objects but not augmented.
+
+    Returns:
+        Their places among the records, and the batches.
+    """
+    plain = cfg.clone()
+    plain.defrost()
+    plain.INPUT.MIN_SIZE_TRAIN, plain.INPUT.MAX_SIZE_TRAIN = (cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST
+    plain.INPUT.MIN_SIZE_TRAIN_SAMPLING, plain.INPUT.RANDOM_FLIP, plain.INPUT.CROP.ENABLED = "choice", "none", False
+    images = EvaluationImages(records, build_mapper(plain, plan, is_train=True))
+    places = list(InferenceSampler(len(records)))
+    return places, _validation_loader(plan, images, [[place] for place in places], on_device=True)
+
+
+def _validation_loader(
+    plan: TrialPlan, images: EvaluationImages, batches: list[list[int]], *, on_device: bool
+) -> Iterable[Batch]:
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
     loader: Iterable[Batch] = DataLoader(
-        EvaluationImages(records, build_mapper(cfg, plan, is_train=False)),
+        images,
         batch_sampler=batches,
         num_workers=plan.loader_workers,
         collate_fn=Collation(),
         pin_memory=pinned,
         persistent_workers=plan.loader_workers > 0,
     )
-    # detectron2's test-time augmentation transforms images on the host.
-    on_device = pinned and not cfg.TEST.AUG.ENABLED
-    return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device())) if on_device else loader
+    if pinned and on_device:
+        return DevicePrefetch(loader, torch.device("cuda", torch.cuda.current_device()))
+    return loader
 
 
 def batches_of_a_size(indices: Iterable[int], sizes: NDArray[np.int32], max_batch: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from trainers.class_scores import Scored, by_class
+from trainers.contract.targets import FIGURES, KEYPOINT_FIGURES
 from trainers.recipes import Scorer
 from trainers.scoring_input import GroundTruth, IouType, ScoringInputError, ground_truth, polygons_rle
 
@@ -29,12 +32,6 @@ logger = logging.getLogger(__name__)
 Detection = Mapping[str, Any]
 """A detection in COCO's result format: image_id, category_id, score, bbox (x, y, width, height), and segmentation (RLE)
 or keypoints (x, y, score of each)."""
-
-FIGURES = ("ap", "ap50", "ap75", "aps", "apm", "apl", "ar1", "ar10", "ar100", "ars", "arm", "arl")
-"""The order of COCOeval's `stats` for boxes and masks (pycocotools/cocoeval.py, `summarize`)."""
-
-KEYPOINT_FIGURES = ("ap", "ap50", "ap75", "apm", "apl", "ar", "ar50", "ar75", "arm", "arl")
-"""The same for keypoints, of at most 20 detections per image."""
 
 NUM_EXAMPLES = 10
 """Objects, about, that a dry scoring takes for detections."""
@@ -75,7 +72,18 @@ def score(
     found: Sequence[Detection] = (
         json.loads(Path(detections).read_bytes()) if isinstance(detections, (str, Path)) else detections
     )
-    return _score(Path(annotations), found, iou_type, scorer, sigmas)[0]
+    return score_classes(annotations, found, iou_type, scorer, sigmas).figures
+
+
+def score_classes(
+    annotations: str | Path,
+    detections: Sequence[Detection],
+    iou_type: IouType,
+    scorer: Scorer = "hotcoco",
+    sigmas: Sequence[float] | None = None,
+) -> Scored:
+    """The same with what was found of each class; arguments and errors are those of `score`."""
+    return _score(Path(annotations), detections, iou_type, scorer, sigmas)[0]
 
 
 def dry_score(
@@ -112,6 +120,8 @@ class _Loaded:
     coco: Any
     image_ids: dict[Any, int]
     category_ids: dict[Any, int]
+    num_objects: dict[str, int]
+    """Of each class by its name: those that can be found."""
     num_keypoints: int
     examples: list[Detection]
     """A few of its objects, as detections."""
@@ -123,7 +133,7 @@ def _score(
     iou_type: IouType,
     scorer: Scorer,
     sigmas: Sequence[float] | None,
-) -> tuple[dict[str, float | None], list[str]]:
+) -> tuple[Scored, list[str]]:
     """Figures and warnings; detections None for examples of the annotations' own objects."""
     try:
         return _score_with(scorer, annotations, detections, iou_type, sigmas), []
@@ -145,7 +155,7 @@ def _score_with(
     detections: Sequence[Detection] | None,
     iou_type: IouType,
     sigmas: Sequence[float] | None,
-) -> dict[str, float | None]:
+) -> Scored:
     path = annotations.absolute()
     stat = path.stat()
     # Both libraries print their progress, and hotcoco warns of sigmas that are not COCO's.
@@ -170,7 +180,10 @@ def _score_with(
         evaluation.accumulate()
         evaluation.summarize()
     figures = zip(KEYPOINT_FIGURES if iou_type == "keypoints" else FIGURES, evaluation.stats, strict=True)
-    return {name: None if value < 0 else float(value) * 100.0 for name, value in figures}
+    return Scored(
+        {name: None if value < 0 else float(value) * 100.0 for name, value in figures},
+        *by_class(evaluation.eval, truth.num_objects),
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -179,12 +192,16 @@ def _loaded(path: Path, size: int, mtime_ns: int, iou_type: IouType, scorer: Sco
     truth = ground_truth(path, iou_type)
     annotations = truth.document["annotations"]
     num_keypoints = len(annotations[0]["keypoints"]) // 3 if iou_type == "keypoints" and annotations else 0
+    numbers = Counter(
+        each["category_id"] for each in annotations if not each["iscrowd"] and each.get("num_keypoints", 1)
+    )
+    num_objects = {truth.class_names[key]: numbers[number] for key, number in truth.category_ids.items()}
     examples = _examples(truth)
     if scorer == "hotcoco":
         coco = importlib.import_module("hotcoco").COCO(truth.document)
     else:
         coco = _pycocotools_coco(truth.document)
-    return _Loaded(coco, truth.image_ids, truth.category_ids, num_keypoints, examples)
+    return _Loaded(coco, truth.image_ids, truth.category_ids, num_objects, num_keypoints, examples)
 
 
 def _examples(truth: GroundTruth) -> list[Detection]:

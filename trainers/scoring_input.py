@@ -17,6 +17,7 @@ import orjson
 from pycocotools import mask as coco_mask
 
 from trainers.contract.annotations import AnnotationFileError, read_annotations
+from trainers.contract.targets import class_names
 
 IouType = Literal["bbox", "segm", "keypoints"]
 Entry = dict[str, Any]
@@ -40,7 +41,11 @@ class GroundTruth:
     image_ids: dict[Any, int]
     """The document's id of each image of the file."""
     category_ids: dict[Any, int]
-    """The same of each category."""
+    """The same of each category, in their order."""
+    class_names: dict[Any, str]
+    """A different name for each category, by the file's id."""
+    file_names: dict[Any, str]
+    """File of each image, by the file's id; empty where it names none."""
 
 
 def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
@@ -87,7 +92,9 @@ def ground_truth(path: Path, iou_type: IouType) -> GroundTruth:
         _complete_masks(document, path)
     elif iou_type == "keypoints":
         _complete_keypoints(annotations, path)
-    return GroundTruth(document, image_ids, category_ids)
+    names = class_names({key: str(categories[key].get("name", key)) for key in category_ids})
+    files = {key: str(image.get("file_name", "")) for key, image in images.items()}
+    return GroundTruth(document, image_ids, category_ids, names, files)
 
 
 def _entries(content: Any, key: str, path: Path) -> list[Any]:

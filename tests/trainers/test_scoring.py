@@ -11,7 +11,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from tests.builders.scoring import HEIGHT, NUM_KEYPOINTS, SCORERS, WIDTH, detections_near, write_truth
-from trainers.scoring import FIGURES, KEYPOINT_FIGURES, dry_score, score
+from trainers.contract.targets import FIGURES, KEYPOINT_FIGURES
+from trainers.scoring import dry_score, score
 
 if TYPE_CHECKING:
     from pathlib import Path

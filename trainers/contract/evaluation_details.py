@@ -1,7 +1,7 @@
 """What an evaluation leaves besides its figures: curves, confusions, and the images to look at. Standard library only.
 
-Every evaluation writes one file, `evaluation/ITERATION.json` in the trial's folder; `Evaluated.details_file` names it.
-For COCO's 80 classes it is some 0.5 MB.
+Every evaluation writes one file into the trial's folder, `evaluation/0000400.json` for iteration 400, which
+`Evaluated.details_file` names. For COCO's 80 classes it is some 0.5 MB.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 DETAILS_FOLDER = "evaluation"
 """In a trial's folder."""
+
+MIN_SCORE = 0.5
+"""Detections below it are not counted as confusions or errors, and not kept for pictures; COCO's AP counts them."""
 
 NUM_POINTS = 101
 """Points of a curve: recall 0.00, 0.01, …, 1.00, as in COCO's evaluation."""
@@ -47,10 +50,11 @@ class ClassCurve:
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Which class was taken for which: detections and objects of an image matched by boxes, whatever their classes.
+    """Which class was taken for which: detections and objects of an image matched by their boxes.
 
-    Detections choose in the order of their scores, each the object that it overlaps most of those still free; of
-    equally good ones, one of its own class. Crowds are not counted, and neither is a detection within one.
+    First those of the same class, in the order of the scores, each detection with the free object that it overlaps
+    most, as COCO does; then what is left, whatever its class. Crowds are not counted, and neither is a detection within
+    one of its class.
     """
 
     iou: float
