@@ -24,6 +24,7 @@ from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import changes_text, root_cause
+from orchestrator.figures.early_stop import early_stop_reason
 from orchestrator.figures.goodput import measured_mtbf_hours
 from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
@@ -106,7 +107,7 @@ class _Trial:
             message = f"rank {cause.rank}: {cause.message}" if cause.rank != DRIVER_RANK else cause.message
             self._emit(TrialRestarted, failure=cause.failure, message=message, iteration=iteration)
         if cause is None:
-            return self._emit(TrialEnded, status="FINISHED", reason="")
+            return self._emit(TrialEnded, status="FINISHED", reason=early_stop_reason(self.plan, self._events()))
         if self.stop.requested:
             return self._emit(TrialEnded, status="KILLED", reason="stopped by the user")
         return self._emit(TrialEnded, status="FAILED", reason=reason)
@@ -129,7 +130,7 @@ class _Trial:
         _check_cluster()
         self.pump.drain()
         finished = next(reversed(self._own(LoopFinished)), None)
-        if finished and finished.reason in ("target", "max_iter"):
+        if finished and finished.reason in ("target", "patience", "max_iter"):
             return None, ""
         if is_preemption(group.error) or (finished and finished.reason == "preempted"):
             return self._failure(NOT_COUNTED, DRIVER_RANK, "a node is being taken away"), ""

@@ -258,6 +258,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("num_nodes", "Hosts", "Hosts the workers ran on."),
         Figure("seed", "Seed", "Seed of the weights, the training order and the augmentations.", text=setting_text),
         Figure("global_batch_size", "Batch", "Images per iteration over all workers.", unit="images"),
+        Figure("accumulate", "Batches of a step", "Batches of a worker in an iteration, whose gradients add up."),
         Figure("num_train_images", "Training images", "Images of an epoch.", unit="images"),
         Figure("num_val_images", "Validation images", "Images of an evaluation.", unit="images"),
         _ap("target_box_ap", "Box target", "Box AP that counts as trained, 0–100.", better=None),

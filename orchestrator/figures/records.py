@@ -144,6 +144,7 @@ class TrialResult(_Record):
     reason: str = ""
     """Why it failed or was ended, or why a figure is missing."""
     global_batch_size: int | None = None
+    accumulate: int | None = None
     base_lr: float | None = None
     max_iter: int | None = None
     iterations: int | None = None

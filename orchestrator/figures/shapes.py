@@ -10,14 +10,14 @@ from typing import Any
 from trainers.contract.events import StepsDone
 
 NOT_EAGER = ("warm-up", "batch not padded")
-"""Reasons for a step without a CUDA graph that are none of their own: every graph begins so; the batch has a reason."""
+"""Reasons for no CUDA graph that are none of their own: every graph begins so; the batch has a reason."""
 
 
 def shape_figures(steps: Sequence[StepsDone]) -> dict[str, Any]:
     """The fields of a trial's record on the shapes of its batches, from the windows of all ranks and attempts."""
     noted = [e for e in steps if e.new_shapes is not None]
     pixels = sum(e.pixels or 0 for e in noted)
-    asked = sum(e.iteration - e.first_iteration for e in steps if e.eager_batches is not None)
+    asked = sum((e.iteration - e.first_iteration) * e.batches_per_step for e in steps if e.eager_batches is not None)
     eager: Counter[str] = Counter()
     captures: dict[int, float] = defaultdict(float)
     for event in steps:

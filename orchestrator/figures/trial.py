@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from orchestrator.figures.accuracy import accuracy, first_evaluations, first_to_meet
 from orchestrator.figures.causes import lost_events, oddities, root_cause
+from orchestrator.figures.early_stop import average_notes
 from orchestrator.figures.energy import energy_figures
 from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
@@ -43,6 +44,7 @@ from trainers.contract.events import (
     TrialStarted,
     WorkerStarted,
 )
+from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import is_met
 
 E = TypeVar("E", bound=Event)
@@ -68,8 +70,10 @@ def trial_result(plan: Plan, events: Sequence[Event], mlflow_run_id: str | None 
     if trial.log:
         values |= _printed(trial, trial.log, values["wall_images_per_second"])
     reason, targets = trial.ended.reason, (plan.target_box_ap, plan.target_mask_ap, plan.target)
-    if any(target is not None for target in targets) and not reason and values["time_to_train_seconds"] is None:
-        reason = f"target not reached in {trial.iterations} iterations"
+    stopped = trial.ended.status == "FINISHED"  # by patience, if there is a reason
+    missed = any(target is not None for target in targets) and values["time_to_train_seconds"] is None
+    if missed and (stopped or not reason):
+        reason = "; ".join(filter(None, [f"target not reached in {trial.iterations} iterations", reason]))
     return TrialResult(**values, status=trial.ended.status, reason=reason, mlflow_run_id=mlflow_run_id)
 
 
@@ -114,6 +118,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
     return {
         **{name: getattr(plan, name) for name in same},
         **{name: getattr(plan.solver, name) for name in ("global_batch_size", "base_lr", "max_iter")},
+        "accumulate": plan.accumulate if isinstance(plan, TrialPlan) else None,
         "num_nodes": len({e.host + e.node_id for e in workers if e.attempt == workers[-1].attempt}) or None,
         "hosts": sorted({e.host for e in workers}),
         "device_name": workers[0].device_name or None if workers else None,
@@ -125,6 +130,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "state_sha256": trial.finished.state_sha256 if trial.finished else None,
         "notes": [
             *([note] if fewer else []),
+            *average_notes(plan),
             *lost_events(trial.events, plan.solver.eval_period or 0),
             *oddities(trial.events),
         ],

@@ -168,7 +168,7 @@ def _hyperparameters(lines: _Lines, plan: Plan, config: Mapping[str, str], resul
     values: dict[str, Any] = {
         "seed": result.seed,
         "global_batch_size": result.global_batch_size,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": result.accumulate or 1,
         "train_samples": result.num_train_images,
         "eval_samples": result.num_val_images,
         "opt_name": "sgd",

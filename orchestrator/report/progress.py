@@ -197,6 +197,8 @@ class ProgressDisplay:
         self.close()
         if event.status != "FINISHED":
             self._print(f"[red]{event.status.lower()}[/]: {escape(event.reason)}", always=True)
+        elif event.reason:
+            self._print(f"[yellow]ended early[/]: {escape(event.reason)}", always=True)
 
     def _update(self, **fields: Any) -> None:
         if self._progress:

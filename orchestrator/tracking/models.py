@@ -10,11 +10,13 @@ from pathlib import Path
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric
 from mlflow.tracking import MlflowClient
 
+from orchestrator.figures.accuracy import first_evaluations
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.files import file_sha256
 from orchestrator.tracking.text import fit
 from trainers.contract.events import CheckpointSaved, Evaluated, Event, LoopStarted
 from trainers.contract.plan import DatasetPlan, TrialPlan
+from trainers.contract.targets import metric_rating
 
 HOW_TO_LOAD = """\
 # To load this model
@@ -30,7 +32,8 @@ HOW_TO_LOAD = """\
     model.load_state_dict(torch.load("state.pt", map_location=cfg.MODEL.DEVICE, weights_only=True)["model"])
     model.eval()
 
-`state.pt` also holds optimizer and schedule. Where it is missing, the model's tag `checkpoint` names the checkpoint.
+`state.pt` also holds optimizer and schedule, and with `protocol.ema` the averaged weights, under `["ema"]["model"]`.
+Where it is missing, the model's tag `checkpoint` names the checkpoint.
 """
 
 
@@ -46,16 +49,23 @@ def dataset_inputs(plan: Plan) -> list[DatasetInput]:
     ]
 
 
-def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan, events: Sequence[Event]) -> None:
-    """Logs a trial's last checkpoint as a model with the AP of its iteration; does nothing where there is none."""
+def log_model(
+    client: MlflowClient, experiment_id: str, run_id: str, plan: Plan, events: Sequence[Event], *, best: bool = False
+) -> None:
+    """Logs a checkpoint of a trial as a model with the AP of its iteration; does nothing where there is none.
+
+    It is the last one, or the `best` by the trial's metric, whose name then ends in `-best`; where no checkpoint was
+    evaluated, the last all the same.
+    """
     saved = [e for e in events if isinstance(e, CheckpointSaved)]
     configs = [e.config_yaml for e in events if isinstance(e, LoopStarted) and e.config_yaml]
     if not saved or not configs or not isinstance(plan, TrialPlan):
         return
-    last = saved[-1]
+    chosen = (best and _best(plan, saved, events)) or saved[-1]
+    name = f"{plan.name}-best" if best else plan.name
     found = client.search_logged_models([experiment_id], f"source_run_id = '{fit(run_id, 'filter')}'")
     model = found[0] if found else client.create_logged_model(
-        experiment_id, plan.name, run_id, tags={"checkpoint": last.path, "iteration": str(last.iteration)},
+        experiment_id, name, run_id, tags={"checkpoint": chosen.path, "iteration": str(chosen.iteration)},
         params={"config": plan.config_file, "recipe": plan.recipe_name, "workers": str(plan.world_size)},
         model_type="detectron2",
     )  # fmt: skip
@@ -65,11 +75,11 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan,
         Path(folder, "config.yaml").write_text(configs[-1], encoding="utf-8")
         Path(folder, "README.md").write_text(HOW_TO_LOAD, encoding="utf-8")
         # A checkpoint in an object store stays there; the tag names it.
-        for state in sorted(Path(last.path).glob("state*.pt"))[-1:]:
+        for state in sorted(Path(chosen.path).glob("state*.pt"))[-1:]:
             Path(folder, "state.pt").symlink_to(state)
         client.log_model_artifacts(model.model_id, folder)
     data = _dataset(plan.val) if Path(plan.val.annotations).is_file() else None
-    evaluated = [e for e in events if isinstance(e, Evaluated) and e.iteration == last.iteration]
+    evaluated = [e for e in events if isinstance(e, Evaluated) and e.iteration == chosen.iteration]
     val, digest = (data.name, data.digest) if data else (None, None)
     metrics = [
         Metric(f"coco/{name}", value, int(event.time * 1000), event.iteration, model.model_id, val, digest, run_id)
@@ -79,6 +89,13 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, plan: Plan,
     ]
     client.log_batch(run_id, metrics=metrics)
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def _best(plan: TrialPlan, saved: Sequence[CheckpointSaved], events: Sequence[Event]) -> CheckpointSaved | None:
+    """The checkpoint of the best evaluation, which the workers keep; None where none of them was evaluated."""
+    ratings = {event.iteration: metric_rating(event, plan.metric) for event in first_evaluations(events)}
+    rated = [(rating, each.iteration, each) for each in saved if (rating := ratings.get(each.iteration)) is not None]
+    return max(rated, key=lambda found: found[:2])[2] if rated else None
 
 
 def _dataset(dataset: DatasetPlan) -> Dataset:

@@ -105,6 +105,16 @@ def test_a_process_reports_a_shape_when_it_meets_it_first() -> None:
         "pixels": 2 * 2 * 32 * 64 + 2 * 64 * 96,
         "wasted_pixels": 2 * 128,
         "eager_batches": {"objects": 1},
+        "batches_per_step": 1,
     }
     assert met.fields(tally(large))["new_shapes"] == {}
     assert ShapesMet(fixed=False).fields(tally(small))["eager_batches"] is None
+
+
+def test_the_batches_of_a_step_share_its_number_and_are_counted_one_by_one() -> None:
+    tally = BatchTally(per_step=2)
+    for shape in ((2, 32, 64), (2, 32, 64), (2, 32, 64), (2, 64, 96)):
+        tally.add(Batch([], (), shape, eager_reason="objects"))
+    fields = ShapesMet(fixed=True).fields(tally)
+    assert fields["new_shapes"] == {"2 x 32 x 64": 0, "2 x 64 x 96": 1}
+    assert result_of([(0, (1.0, 1.0), fields), (1, (1.0, 1.0), fields)]).eager_step_share == 1.0
