@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 
 from orchestrator.experiment.references import read_references
 from orchestrator.experiment.spec import ReferenceRow
+from orchestrator.figures.benchmark import scored, verdict_lines
 from orchestrator.figures.records import ExperimentResult, TrialResult
-from orchestrator.figures.scaling import repeat_rows, scaling_rows, spread
+from orchestrator.figures.scaling import scaling_rows, spread
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.table import Row, table_rows
 from orchestrator.runlog.folder import RunFolder, read_run_folder
@@ -59,11 +60,13 @@ class Entry:
     time_to_train: Estimate = NOT_KNOWN
     """In seconds, by the seed clock (docs/measurement.md)."""
     mlperf_time: Estimate = NOT_KNOWN
-    """In seconds, by MLPerf's clock."""
+    """In seconds, by MLPerf's clock; of a benchmark, its score."""
     rate_per_chip: Estimate = NOT_KNOWN
     """Images per second and accelerator."""
     efficiency: Estimate = NOT_KNOWN
     """Of scaling, from the smallest size of the same run; 1 is ideal."""
+    energy: Estimate = NOT_KNOWN
+    """Watt-hours to the target."""
     cost: Estimate = NOT_KNOWN
     """Cost to the target, in the currency of the entry."""
     note: str = ""
@@ -149,9 +152,11 @@ def _stated_and_recomputed(run: RunFolder, source: str) -> list[Entry]:
         return [replace(row, verified=f"run folder: not recomputed: {error}") for row in stated]
     if len(trials) < len(run.trials):
         return [replace(row, verified="run folder: not recomputed: its events are not there") for row in stated]
-    found = run.result.model_copy(
-        update={"trials": trials, "scaling": scaling_rows(trials), "repeats": repeat_rows(trials)}
-    )
+    benchmark = run.result.benchmark
+    if benchmark:  # MLPerf's verdict is the business of bundles
+        score = scored(trials, benchmark.num_runs).score_minutes
+        benchmark = benchmark.model_copy(update={"score_minutes": score})
+    found = run.result.model_copy(update={"trials": trials, "scaling": scaling_rows(trials), "benchmark": benchmark})
     recomputed = {row.name: row for row in _rows(found, source)}
     return [_compared(row, recomputed.get(row.name)) for row in stated]
 
@@ -181,6 +186,10 @@ def _measured(result: ExperimentResult, row: Row, source: str) -> Entry:
         (s for s in result.scaling if (s.recipe, s.kind, s.world_size) == (first.recipe, first.scaling, row.workers)),
         None,
     )
+    mlperf_time, benchmark = _estimate([t.mlperf_seconds for t in trials], misses=True), result.benchmark
+    if benchmark:
+        score = benchmark.score_minutes
+        mlperf_time = NOT_KNOWN if score is None else mlperf_time._replace(value=60 * score)
     repeats = f"median of {row.num_trials}" if row.num_trials > 1 else ""
     failed = row.status.lower() if row.status != "FINISHED" else ""
     return Entry(
@@ -193,11 +202,12 @@ def _measured(result: ExperimentResult, row: Row, source: str) -> Entry:
         recipe=first.recipe,
         target=_target(first),
         time_to_train=_estimate([t.time_to_train_seconds for t in trials], misses=True),
-        mlperf_time=_estimate([t.mlperf_seconds for t in trials], misses=True),
+        mlperf_time=mlperf_time,
         rate_per_chip=_estimate([_per_chip(t.images_per_second, t.world_size) for t in trials]),
         efficiency=Estimate(size.efficiency, size.efficiency_low, size.efficiency_high) if size else NOT_KNOWN,
+        energy=_estimate([t.energy.watt_hours_to_target for t in trials], misses=True),
         cost=_estimate([t.cost_to_target for t in trials], misses=True),
-        note="; ".join(filter(None, (failed, repeats, row.note))),
+        note="; ".join(filter(None, (failed, repeats, *verdict_lines(result)[1:], row.note))),
     )
 
 

@@ -84,12 +84,16 @@ COLUMNS = (
     Column("recipe", "Recipe", "Named set of speed switches (docs/performance.md)."),
     Column("target", "Target", "What counts as trained, and the number of training images."),
     _figure("time_to_train", "time_to_train_seconds"),
-    _figure("mlperf_time", "mlperf_seconds"),
+    _figure(
+        "mlperf_time", "mlperf_seconds",
+        definition="{} Of a benchmark, its score.".format(FIGURES["mlperf_seconds"].definition),
+    ),
     _figure(
         "rate_per_chip", "images_per_second", "Images/s per chip",
         "Throughput over the number of accelerators. {}".format(FIGURES["images_per_second"].definition),
     ),
     _figure("efficiency", "scaling.efficiency"),
+    _figure("energy", "energy.watt_hours_to_target"),
     _figure("cost", "cost_to_target"),
     Column(
         "verified", "Verified", "What the program that made this page recomputed. Of a bundle: what `bundle verify` "
