@@ -23,6 +23,9 @@ MIN_VALID_RUNS = 3
 MAX_MISSES = 1
 """Runs that may miss the targets."""
 
+MEANS = ("images_per_second", "energy.joules_per_image", "energy.watt_hours_to_target", "cost_to_target")
+"""Figures of a trial of which a benchmark has the mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -76,10 +79,7 @@ def scored(trials: Sequence[TrialResult], num_runs: int) -> BenchmarkResult:
         comparable=False,
         reasons=[],
         epochs=_mean([epochs_to_target(trial) for trial in counted]),
-        **{
-            key.rpartition(".")[2]: _mean([attrgetter(key)(trial) for trial in counted])
-            for key in ("images_per_second", "cost_to_target")
-        },
+        **{key.rpartition(".")[2]: _mean([attrgetter(key)(trial) for trial in counted]) for key in MEANS},
     )
 
 
