@@ -1,0 +1,1 @@
+"""Bundles: what strangers need to check a run's figures, in one file."""
