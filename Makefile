@@ -9,12 +9,13 @@ IMAGE ?= ray-detectron2-benchmark:0.2.0
 ENGINE ?= $(shell for engine in docker podman buildah; do $$engine info > /dev/null 2>&1 && echo $$engine && break; done)
 CONFIG ?= configs/scale_out.yaml
 SEEDS ?= 20
+BENCHMARK := runs/demo_benchmark/$(shell date -u +%Y-%m-%dT%H-%M-%SZ)
 ADDRESS ?= http://127.0.0.1:8265
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-cluster test-faults test-image chaos check hooks bench bench-gpu ui schema lock \
-	image mlflow-server submit
+.PHONY: help install demo demo-benchmark test test-cluster test-faults test-image chaos check hooks bench bench-gpu ui \
+	schema lock image mlflow-server submit
 
 help:  ## This list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +25,12 @@ install:  ## The environment in .venv; PYTHON=python3.12 picks the interpreter
 
 demo: install  ## The main job on generated data, on CPU, in minutes
 	$(BIN)/python -m orchestrator.run
+
+demo-benchmark: install  ## Five seeds on CPU in minutes: a score, a verified bundle, a page with published figures
+	$(BIN)/python -m orchestrator.run configs/demo_benchmark.yaml --output $(BENCHMARK)
+	$(BIN)/python -m orchestrator.bundle $(BENCHMARK) --to $(BENCHMARK).zip
+	$(BIN)/python -m orchestrator.bundle verify $(BENCHMARK).zip
+	$(BIN)/python -m orchestrator.report $(BENCHMARK).zip references/*.yaml --to $(BENCHMARK)-page
 
 test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COVERAGE=1 measures and gates coverage
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered) $(TESTS)
