@@ -79,6 +79,9 @@ REFUSED: Mapping[str, str] = {
 """Keys that have no effect here, and why."""
 
 
+ADDED_ELSEWHERE: Mapping[str, str] = {"MODEL_EMA": "protocol.ema, whose decay is MODEL_EMA.DECAY"}
+"""Groups of keys that relatives of detectron2 add (d2go), and the field that does the same here."""
+
 FPN_BACKBONES = ("build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 

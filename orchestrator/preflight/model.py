@@ -110,7 +110,7 @@ def classes_key(experiment: Experiment) -> str:
 
 
 def estimate_checkpoint_bytes(experiment: Experiment) -> float:
-    """Estimates the size of one checkpoint: fp32 weights and the optimizer's momentum, 8 bytes a parameter.
+    """Estimates the size of one checkpoint: fp32 weights, momentum and the weights' average, if any, 4 bytes each.
 
     Counts the parts of a Mask R-CNN with FPN: backbone, FPN and RPN, box head, mask head. For detectron2's
     R50-FPN that gives 44.3 million parameters; it has 44.4.
@@ -127,7 +127,8 @@ def estimate_checkpoint_bytes(experiment: Experiment) -> float:
     pyramid = 15 * width * channels + 45 * channels**2
     box = 49 * channels * hidden + hidden**2 + hidden * (5 * value(classes_key(experiment)) + 1)
     mask = (9 * value("MODEL.ROI_MASK_HEAD.NUM_CONV") + 4) * value("MODEL.ROI_MASK_HEAD.CONV_DIM") ** 2
-    return 8 * (backbone + pyramid + box + mask)
+    each = 12 if experiment.protocol.ema else 8
+    return each * (backbone + pyramid + box + mask)
 
 
 def estimate_image_bytes(experiment: Experiment) -> float:

@@ -6,6 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.config_keys import (
+    ADDED_ELSEWHERE,
     CHOICES,
     CONDITIONS,
     REPLACED,
@@ -92,6 +93,8 @@ def _unknown_group(key: str) -> str | None:
 
 def _meant(key: str) -> str:
     """What to do about a key that detectron2 does not have."""
+    if field := ADDED_ELSEWHERE.get(key.partition(".")[0]):
+        return f"Leave it out and set {field}"
     parent, _, last = key.rpartition(".")
     parts = len(key.split("."))
     known = dict.fromkeys(".".join(name.split(".")[:parts]) for name in default_values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import subprocess
 import sys
@@ -117,9 +118,16 @@ def test_the_batch_that_would_fit_is_computed_from_what_the_images_used() -> Non
 
 def test_the_setting_that_makes_a_trial_fit_is_named() -> None:
     weak, strong = plan(global_batch_size=16, scaling="weak"), plan(global_batch_size=16)
-    assert batch_hint(weak, 7) == "; 7 images would fit per worker instead of 8 (trials.batch_per_worker: 7)"
-    assert batch_hint(strong, 7).endswith("instead of 8 (model.overrides.SOLVER.IMS_PER_BATCH: 14)")
-    assert batch_hint(weak, None).endswith("; try 4 images per worker instead of 8 (trials.batch_per_worker: 4)")
+    same = "4 with trials.accumulate: 2 make the same step"
+    assert batch_hint(weak, 7) == f"; 7 images would fit per worker instead of 8 (trials.batch_per_worker: 7; {same})"
+    assert batch_hint(strong, 7).endswith(f"instead of 8 (model.overrides.SOLVER.IMS_PER_BATCH: 14; {same})")
+    half = batch_hint(weak, None)
+    assert half.endswith(f"; try 4 images per worker instead of 8 (trials.batch_per_worker: 4; {same})")
+    halves = dataclasses.replace(strong, accumulate=2)
+    assert batch_hint(halves, 3) == (
+        "; 3 images would fit per worker instead of 4 (model.overrides.SOLVER.IMS_PER_BATCH: 12; "
+        "2 with trials.accumulate: 4 make the same step)"
+    )
     for hint in (batch_hint(weak, 0), batch_hint(plan(global_batch_size=2), None)):
         assert hint == "; not even one image fits: make INPUT.MIN_SIZE_TRAIN or the model smaller"
 

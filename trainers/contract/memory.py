@@ -67,6 +67,9 @@ def batch_hint(plan: TrialPlan, fitting: int | None) -> str:
     batch = fitting or plan.batch_per_worker // 2
     setting = f"trials.batch_per_worker: {batch}"
     if plan.scaling == "strong":
-        setting = f"model.overrides.SOLVER.IMS_PER_BATCH: {batch * plan.world_size}"
+        setting = f"model.overrides.SOLVER.IMS_PER_BATCH: {batch * plan.world_size * plan.accumulate}"
+    images = plan.batch_per_worker
+    parts = next(number for number in range(1, images + 1) if images % number == 0 and images // number <= batch)
     advice = f"{batch} images would fit" if fitting else f"try {batch} images"
-    return f"; {advice} per worker instead of {plan.batch_per_worker} ({setting})"
+    same = f"{images // parts} with trials.accumulate: {parts * plan.accumulate} make the same step"
+    return f"; {advice} per worker instead of {images} ({setting}; {same})"
