@@ -12,6 +12,7 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.early_stop import early_stop_reason
 from orchestrator.figures.trial import trial_result
+from orchestrator.preflight.settings import check_settings
 from tests.builders.experiments import tiny_experiment
 from tests.builders.trials import TrialBuilder, plan
 from trainers.contract.events import Evaluated
@@ -114,3 +115,10 @@ def test_the_record_says_of_which_weights_its_figures_are() -> None:
     for beside, words in ((False, "evaluations are of a running average"), (True, "evaluations are of the weights; ")):
         made = stopped(ema_decay=0.99, ema_beside=beside)
         assert trial_result(made.trial, made.events).notes[0].startswith(words)
+
+
+def test_keys_of_a_relative_of_detectron2_name_the_field_that_averages_weights() -> None:
+    values = tiny_experiment(model={"overrides": {"MODEL_EMA.ENABLED": True, "MODEL_EMA.DECAY": 0.99}})
+    (finding,) = check_settings(parse_experiment(values, "test"))
+    assert finding.what == "detectron2 has no MODEL_EMA and no keys in it"
+    assert finding.hint == "Leave it out and set protocol.ema, whose decay is MODEL_EMA.DECAY"

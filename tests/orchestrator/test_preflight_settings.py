@@ -283,11 +283,6 @@ def test_what_other_projects_add_is_one_error_for_each_group_of_keys(tmp_path: P
             "Leave it out; what other projects add is not known here",
         ),
     ]
-    (ema,) = check({"MODEL_EMA.ENABLED": True})
-    assert (ema.what, ema.hint) == (
-        "detectron2 has no MODEL_EMA and no keys in it",
-        "Leave it out and set protocol.ema, whose decay is MODEL_EMA.DECAY",
-    )
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--preflight"])
