@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import components, tracking, training
+from benchmarks import components, evaluation_rows, tracking, training
 from benchmarks.measure import Row, machine, report, table
 
 ROWS: dict[str, Callable[[], Row]] = {
@@ -25,7 +25,8 @@ ROWS: dict[str, Callable[[], Row]] = {
     "scoring_box": components.scoring_box,
     "scoring_mask": components.scoring_mask,
     "evaluation": training.evaluation,
-    "evaluation_stall": training.evaluation_stall,
+    "evaluation_stall": evaluation_rows.evaluation_stall,
+    "evaluation_rate": evaluation_rows.evaluation_rate,
     "reference_recipe": training.reference_recipe,
     "fast_recipe": training.fast_recipe,
     "fast_r50": training.fast_r50,

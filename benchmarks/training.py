@@ -24,7 +24,7 @@ from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG
-from trainers.contract.events import Evaluated, Event, StepsDone, event_from_json
+from trainers.contract.events import Event, StepsDone, event_from_json
 from trainers.contract.plan import TrialPlan
 
 DATA = Path("data/benchmarks")
@@ -162,37 +162,6 @@ def evaluation() -> Row:
 
     found, theirs = alternate(lambda: side("ours"), lambda: side("peer"), 3)
     return Row("evaluation", "inference_on_dataset with COCOEvaluator", "s", tuple(found), tuple(theirs), 1.5,
-               higher_is_better=False)  # fmt: skip
-
-
-def evaluation_stall() -> Row:
-    """What one evaluation of 256 images adds to the time of training: concurrent, and with training waiting for it.
-
-    Against training without any, all three in slots; a difference below the noise counts as 10 ms.
-    """
-    plan = demo(79, kind="time_to_train", iterations=79, eval_period_iterations=40, evaluate_at_end=False)
-    plan = dataclasses.replace(plan, val=dataclasses.replace(plan.train, name=plan.val.name))
-    without = dataclasses.replace(plan, solver=dataclasses.replace(plan.solver, eval_period=0))
-    concurrent = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, overlapped_evaluation=True))
-
-    def stalls() -> list[float]:
-        with tempfile.TemporaryDirectory() as name:
-            folders = [Path(name, each) for each in ("without", "concurrent", "blocking")]
-            for folder in folders:
-                folder.mkdir()
-            plans = zip((without, concurrent, plan), folders, strict=True)
-            taken = slots.in_slots([ours_command(each, str(folder)) for each, folder in plans])
-            seconds = []
-            for own, folder in zip(taken, folders, strict=True):
-                events = read_events(folder / "events")
-                if len([event for event in events if isinstance(event, Evaluated)]) != (folder != folders[0]):
-                    raise RuntimeError("not as many evaluations as asked for")
-                times = {event.kind: event.time for event in events}
-                seconds.append(slots.ran(own, times["loop_started"], times["loop_finished"]))
-        return [max(each - seconds[0], 0.01) for each in seconds[1:]]
-
-    ours, peer = zip(*(stalls() for _ in range(2)), strict=True)
-    return Row("evaluation_stall", "the same evaluation with training waiting for it", "s", ours, peer, 5,
                higher_is_better=False)  # fmt: skip
 
 

@@ -15,7 +15,15 @@ from trainers.checkpoints import CheckpointStore
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds, default_mtbf_seconds
 from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import metric_rating
-from trainers.hooks import EVALUATION_PENDING_KEY, EvaluationHook, rank_state, share_buffers, training_state
+from trainers.evaluation_server import rank_state
+from trainers.hooks import (
+    EVALUATION_PENDING_KEY,
+    EVALUATIONS_KEY,
+    EvaluationHook,
+    share_buffers,
+    training_state,
+    unwrapped,
+)
 from trainers.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -62,20 +70,23 @@ class CheckpointHook:
     def run(self, loop: TrainingLoop) -> None:
         """Takes it on rank 0, with the local state of the other ranks.
 
-        An evaluation of an older iteration is waited for: a start from this checkpoint could not make it again.
+        Evaluations of older iterations that are in progress are part of it: a start from it makes them again. At the
+        end of the schedule they are waited for.
         """
-        self.evaluation.wait_for_pending(loop)
+        self.evaluation.take_found(loop, wait=loop.iteration == self.plan.solver.max_iter)
         loop.activity.enter("checkpoint")
         started = time.perf_counter()
         self.flush()
         share_buffers(loop.model, self.plan.world_size)
-        ranks = comm.gather(rank_state(loop.model), dst=0)
+        ranks = comm.gather(rank_state(unwrapped(loop.model)), dst=0)
         if loop.rank == 0:
             pending = self.evaluation.pending(loop.iteration)
             state = training_state(loop) | {"ranks": ranks, EVALUATION_PENDING_KEY: pending}
+            if evaluations := self.evaluation.saved(loop):
+                state[EVALUATIONS_KEY] = evaluations
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = metric_rating(scores, self.plan.metric) if scores else None
-            self.store.save(loop.iteration, state, score, since=started)
+            self.store.save(loop.iteration, state, score, started, self.evaluation.awaited())
             self._stalls.append(time.perf_counter() - started)
         if self.plan.solver.auto_checkpoints:
             self._set_next(loop)

@@ -17,7 +17,7 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,17 @@ class CheckpointStore:
         self._on_skipped = on_skipped
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._awaited: set[int] = set()
         self._folder_identity: tuple[int, int] | None = None
 
-    def save(self, iteration: int, state: dict[str, Any], score: float | None, since: float | None = None) -> None:
+    def save(
+        self,
+        iteration: int,
+        state: dict[str, Any],
+        score: float | None,
+        since: float | None = None,
+        awaited: Collection[int] = (),
+    ) -> None:
         """Takes a snapshot and returns; it is written in the background.
 
         Args:
@@ -81,6 +89,7 @@ class CheckpointStore:
             state: Tensors and plain values, as `torch.load(weights_only=True)` reads back.
             score: The higher the better; None where the model was not evaluated.
             since: When training began to be stalled for it (`time.perf_counter`); None for now.
+            awaited: Iterations of which the checkpoints are kept until they are rated, or until another is saved.
 
         Raises:
             StorageError: The previous write failed.
@@ -89,6 +98,7 @@ class CheckpointStore:
         self.wait()
         snapshot = _to_cpu(state)
         taken = time.perf_counter()
+        self._awaited = set(awaited)
         self._pending = self._writer.submit(self._write, iteration, snapshot, score, taken - started, taken)
 
     def wait(self) -> None:
@@ -244,9 +254,9 @@ class CheckpointStore:
         return found
 
     def _prune(self) -> None:
-        """Deletes all but the newest and the best, and the remains of interrupted writes."""
+        """Deletes all but the newest, the best and the awaited, and the remains of interrupted writes."""
         valid = self._valid()
-        kept = set(sorted(valid)[-self._keep :])
+        kept = self._awaited | set(sorted(valid)[-self._keep :])
         scored = {iteration: score for iteration, score in valid.items() if score is not None}
         if scored:
             kept.add(max(scored, key=lambda iteration: (scored[iteration], iteration)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures.process import BrokenProcessPool
-
 import torch
 
 from trainers.checkpoints import StorageError
@@ -20,7 +18,6 @@ FAILURES: list[tuple[type[BaseException] | tuple[type[BaseException], ...], Fail
     ((ConfigurationError, ImportError), "configuration"),  # the second: a package that a setting needs
     ((torch.distributed.DistError, ConnectionError), "communication"),
     (StorageError, "storage"),
-    (BrokenProcessPool, "worker_lost"),
 ]
 """The first match counts."""
 

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
-from trainers import faults, hooks, loading, machine, mask_rcnn, overlap
+from trainers import energy, faults, hooks, loading, machine, mask_rcnn
 from trainers.batching import Batch
 from trainers.checkpoint_hook import CheckpointHook
 from trainers.checkpoints import CheckpointStore, state_sha256
@@ -38,6 +38,7 @@ from trainers.evaluation import Evaluator
 from trainers.failures import classify, in_short
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import Request, TrainingLoop
+from trainers.overlap import Start, overlap, process_here
 from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
 from trainers.speedups.apply import process_settings, resolve_precision
@@ -58,6 +59,7 @@ class Rank:
         placement: Which rank this is.
         channel: The connection to the driver.
         before_step: Called before every step.
+        start_evaluating: Starts the process that evaluates concurrently, where the plan does so.
     """
 
     def __init__(
@@ -67,9 +69,10 @@ class Rank:
         placement: Placement,
         channel: Channel,
         before_step: Callable[[], None] = lambda: None,
+        start_evaluating: Start = process_here,
     ) -> None:
         self.plan, self.attempt, self.placement, self.channel = plan, attempt, placement, channel
-        self.before_step = before_step
+        self.before_step, self.start_evaluating = before_step, start_evaluating
         self.injector = faults.from_environment(placement.rank, attempt)
         self.activity: Activity = self.injector or Activity()
         self.pulse = Pulse(self.event, placement, channel, self.activity)
@@ -98,7 +101,7 @@ class Rank:
                 self._send_started(entered)
                 laps = clock.Laps(entered)
                 laps.lap("imports")
-                with self._log_file():
+                with energy.measured(self.send, self.placement, self.plan.device), self._log_file():
                     cfg = mask_rcnn.build_config(self.plan)
                     with process_settings(self.plan.recipe, torch.device(self.plan.device), cfg.CUDNN_BENCHMARK):
                         self._train(cfg, entered, laps)
@@ -139,7 +142,9 @@ class Rank:
         laps.lap("checkpoint")
         images = loading.training_images(cfg, plan, records, detector)
         prepare = precise_batch_norm(cfg, plan, detector, images, epoch, placement.rank)
-        evaluation = hooks.EvaluationHook(plan, evaluator, epoch.num_images, self.send, store.rate, prepare)
+        evaluation = hooks.EvaluationHook(
+            plan, evaluator, epoch.num_images, self.send, store.rate, self.activity, prepare
+        )
         loop = self._build_loop(cfg, detector, images, epoch, start, evaluation, store)
         if state:
             hooks.restore(loop, state)
@@ -158,7 +163,8 @@ class Rank:
             restored_from=restored_from,
             numerics={"precision": resolve_precision(plan.recipe.precision, self._device()), **machine.numerics()},
         )
-        with overlap.process(plan, detector, placement.rank) as evaluation.overlap:
+        models, saved = hooks.evaluated_models(loop), state.get(hooks.EVALUATIONS_KEY, []) if state else []
+        with overlap(plan, models, placement.rank, self.start_evaluating, saved) as evaluation.overlap:
             if state and state[hooks.EVALUATION_PENDING_KEY]:
                 evaluation.run(loop)
             sizes = (weight.nbytes for weight in detector.parameters() if weight.requires_grad)

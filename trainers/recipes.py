@@ -81,10 +81,11 @@ class Recipe:
     these to the host, and detects on while they are encoded. The same detections."""
     evaluation_batch: int = 1
     """Images of one size that are detected on together; detectron2 takes them one by one. Rounding."""
-    overlapped_evaluation: bool = False
-    """Evaluate in a separate process while rank 0 trains on (trainers/overlap.py). Takes a second model's memory, and
-    until it is done rank 0 shares its device with it: training slows down instead of waiting. The same figures; a
-    target that is met ends training some iterations later."""
+    overlapped_evaluation: bool | None = False
+    """Evaluate in a separate process while training goes on (trainers/overlap.py): the one on the device of rank 0,
+    unless `resources.evaluation` reserves others. Takes a second model's memory. The same figures; a target that is met
+    ends training some iterations later. None: where a run's one host has CPUs to spare for it, or others are reserved
+    (docs/performance.md)."""
     scorer: Scorer = "pycocotools"
     """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""
 
@@ -126,6 +127,7 @@ FAST = replace(
     triton_pooling=True,
     folded_norms=True,
     cuda_graphs=True,
+    overlapped_evaluation=None,
 )
 """Everything that pays, also where results differ by rounding; AP within the spread of the seeds."""
 

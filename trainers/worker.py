@@ -15,9 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from trainers.canary import find_port
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Command, Placement
 from trainers.contract.events import Heartbeat
+from trainers.contract.plan import TrialPlan
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     channel = _channel(config["telemetry"], _watch_for_preemption())
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
-    Rank(config["plan"], config["attempt"], placement, channel, before_step()).train(entered)
+    plan: TrialPlan = config["plan"]
+    reserved = {"start_evaluating": RayEvaluators} if plan.evaluation_gpus or plan.evaluation_cpus else {}
+    Rank(plan, config["attempt"], placement, channel, before_step(), **reserved).train(entered)
 
 
 def before_step() -> Callable[[], None]:
@@ -69,6 +73,61 @@ def before_step() -> Callable[[], None]:
     name = os.environ.get(BEFORE_STEP_VARIABLE)
     function: Callable[[], None] = pkgutil.resolve_name(name)() if name else lambda: None
     return function
+
+
+class RayEvaluators:
+    """Servers that evaluate on what a trial reserves for it, wherever Ray finds room; they end with this process.
+
+    See `trainers.evaluation_server.Evaluating`.
+    """
+
+    def __init__(self, plan: TrialPlan) -> None:
+        import ray
+
+        from trainers.evaluation_server import EvaluationServer
+
+        class Server(EvaluationServer):
+            def address(self) -> str:
+                return f"{ray.util.get_node_ip_address()}:{find_port()}"
+
+        self._timeout = plan.timeouts["evaluation"]
+        number, device = max(plan.evaluation_gpus, 1), "cuda" if plan.evaluation_gpus else "cpu"
+        resources = {
+            "num_cpus": plan.evaluation_cpus or plan.cpus_per_worker,
+            "num_gpus": int(device == "cuda"),
+            "scheduling_strategy": "DEFAULT",  # not among what the workers have reserved
+        }
+        start = ray.remote(Server).options(**resources).remote
+        self._servers = [start(plan, device, clock.anchor(), rank, number) for rank in range(number)]
+        address = self._servers[0].address.remote() if number > 1 else ""
+        for server in self._servers:
+            server.set_up.remote(address)
+
+    def evaluate(self, iteration: int, values: list[dict[str, float]], weights: Any) -> Any:
+        """As `Evaluating.evaluate`; what is lost with one of several servers is lost."""
+        import ray
+
+        from trainers.evaluation_server import EvaluatorLostError, answer
+
+        try:
+            sent = ray.put(weights)
+            calls = waiting = [server.evaluate.remote(iteration, values, sent) for server in self._servers]
+            deadline = time.monotonic() + self._timeout
+            while waiting:
+                done, waiting = ray.wait(waiting, timeout=max(deadline - time.monotonic(), 0.0))
+                if not done:
+                    raise EvaluatorLostError(f"it took longer than {self._timeout:g} s (faults.timeouts.evaluation)")
+                answer(ray.get(done[0]))
+            return answer(ray.get(calls[0]))
+        except ray.exceptions.RayError as error:
+            raise EvaluatorLostError(str(error).splitlines()[0]) from error
+
+    def end(self) -> None:
+        """As `Evaluating.end`."""
+        import ray
+
+        for server in self._servers:
+            ray.kill(server)
 
 
 def _channel(telemetry: Any, preemption: threading.Event) -> Channel:

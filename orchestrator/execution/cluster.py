@@ -96,7 +96,7 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
     return Cluster(
-        hardware=Hardware(num_gpus=gpus, num_cpus=cpus),
+        hardware=Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(counted)),
         # Ray names an address also where nothing listens, as in a local cluster without a dashboard.
         dashboard=f"http://{url}" if url and _listens(url) else None,
     )

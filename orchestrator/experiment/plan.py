@@ -8,6 +8,7 @@ import os
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,6 +16,7 @@ from orchestrator.data.layout import Split, coco_layout
 from orchestrator.experiment.config_keys import usable_value
 from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.epochs import epoch_images
+from orchestrator.experiment.evaluation_resources import evaluation_fields
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.gpus import list_gpus
@@ -28,6 +30,7 @@ class Hardware:
 
     num_gpus: int = 0
     num_cpus: int = 1
+    num_hosts: int = 1
 
     @classmethod
     def local(cls) -> Hardware:
@@ -115,6 +118,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         name = f"{recipe}-{world_size}x{device}"
         name += f"-{scaling}" if len(scalings) > 1 else ""
         name += f"-seed{seed}" if len(trials.seeds) > 1 else ""
+        solver = scaled_solver(experiment, world_size, scaling, num_train_images)
+        spare_cpus = hardware.num_cpus - world_size * cpus if hardware.num_hosts == 1 else 0
         plans.append(
             TrialPlan(
                 experiment=experiment.name,
@@ -123,7 +128,6 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 num_nodes=resources.num_nodes,
                 min_workers=resources.min_workers,
                 recipe_name=recipe,
-                recipe=_recipe(experiment, recipe),
                 seed=seed,
                 scaling=scaling,
                 protocol=protocol.kind,
@@ -134,7 +138,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 train=train,
                 val=val,
                 num_classes=experiment.data.generated.num_classes if experiment.data.generated else None,
-                solver=scaled_solver(experiment, world_size, scaling, num_train_images),
+                solver=solver,
+                **_evaluation_fields(experiment, recipe, solver, device, spare_cpus, cpus),
                 throughput_warmup_iters=protocol.warmup_iterations,
                 target_box_ap=protocol.target_box_ap,
                 target_mask_ap=protocol.target_mask_ap,
@@ -145,7 +150,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 patience=protocol.patience,
                 min_improvement=protocol.min_improvement,
                 ema_decay=protocol.ema.decay if protocol.ema else None,
-                ema_beside=protocol.ema is not None and protocol.ema.evaluate == "beside",
+                ema_both=protocol.ema is not None and protocol.ema.evaluate == "both",
                 keep_best=protocol.patience is not None or experiment.tracking.log_model == "best",
                 stop_at_target=protocol.on_target == "stop",
                 device=device,
@@ -165,6 +170,14 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
             )
         )
     return plans
+
+
+def _evaluation_fields(experiment: Experiment, name: str, *given: Any) -> dict[str, Any]:
+    recipe = _recipe(experiment, name)
+    try:
+        return evaluation_fields(experiment, recipe, *given)
+    except ValueError as error:
+        raise SpecError(f"resources.evaluation: {error}") from error
 
 
 def under(uri: str, path: str) -> str:

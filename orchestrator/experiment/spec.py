@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from orchestrator.experiment.data_source import Data
+from orchestrator.experiment.evaluation_resources import EvaluationResources
 from orchestrator.experiment.part import Name, Part
 from orchestrator.experiment.protocol import Protocol
 from trainers.contract.events import FailureKind
@@ -105,6 +106,8 @@ class Resources(Part):
     """Fewest workers with which a trial may continue after a failure if, a minute later, there is no room for all of
     them; it takes the most that divide the batch and the hosts equally. Batch and learning rate stay the same.
     null: it waits for room."""
+    evaluation: EvaluationResources | None = None
+    """What is reserved for evaluations before the last, which are then made while training goes on; null: nothing."""
     network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
     """Network interface between hosts (`ens5`), for NCCL and gloo on every host; null: as set in their environment."""
     price_per_accelerator_hour: float | None = Field(None, ge=0)
@@ -248,9 +251,9 @@ class Experiment(Part):
     @model_validator(mode="before")
     @classmethod
     def _seeds_of_a_benchmark(cls, values: Any) -> Any:
-        protocol, trials = (values.get(name) or {} for name in ("protocol", "trials")) if values else ({}, {})
-        if isinstance(protocol, dict) and protocol.get("kind") == "benchmark" and isinstance(trials, dict):
-            return {**values, "trials": {"seeds": list(range(BENCHMARK_SEEDS)), **trials}}
+        sections = [values.get(name) or {} for name in ("protocol", "trials")] if isinstance(values, dict) else [None]
+        if all(isinstance(each, dict) for each in sections) and sections[0].get("kind") == "benchmark":
+            return {**values, "trials": {"seeds": list(range(BENCHMARK_SEEDS)), **sections[1]}}
         return values
 
     @model_validator(mode="after")

@@ -52,7 +52,21 @@ def oddities(events: Sequence[Event]) -> list[str]:
         for event in events
         if isinstance(event, CheckpointFailed | CheckpointSkipped)
     ]
-    return clocks + checkpoints
+    evaluations = [note for event in events if isinstance(event, Evaluated) for note in evaluation_notes(event)]
+    return clocks + checkpoints + evaluations
+
+
+def evaluation_notes(event: Evaluated) -> list[str]:
+    """What was not as planned with an evaluation."""
+    notes = []
+    if event.left_out:
+        iterations = ", ".join(f"{iteration:,}" for iteration in event.left_out)
+        notes.append(f"the evaluation after {iterations} iterations was left out, since an older one was in progress")
+    if event.num_lost:
+        times = "once" if event.num_lost == 1 else f"{event.num_lost} times"
+        what = f"the process that made the evaluation after {event.iteration:,} iterations was lost {times}"
+        notes.append(f"{what} and was replaced")
+    return notes
 
 
 def lost_events(events: Sequence[Event], eval_period: int = 0) -> list[str]:

@@ -81,7 +81,24 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Findin
                 what = f"{trial.world_size} workers of {each} do not spread equally over the hosts: {have}"
                 hint = "Take world sizes that several hosts take equally; uneven hosts would wait for the fullest"
                 findings.error("uneven_nodes", "trials.world_sizes", place, what, hint)
+        elif not fits_evaluation(trial, nodes):
+            kind, number = ("GPUs", trial.evaluation_gpus) if trial.evaluation_gpus else ("CPUs", trial.evaluation_cpus)
+            what = f"its workers leave too little for evaluations on {number} {kind}: {have}"
+            hint = "Reserve less, or null, which evaluates with the workers; or take smaller world sizes"
+            findings.error(f"too_few_{kind.lower()}", "resources.evaluation", place, what, hint)
     return findings.to_list()
+
+
+def fits_evaluation(trial: TrialPlan, nodes: Sequence[Node]) -> bool:
+    """Whether what a trial reserves for evaluations has room next to its workers, as they are placed on free nodes."""
+    shares = equal_shares({node.id: node.capacity(trial) for node in nodes}, trial.world_size, trial.num_nodes) or {}
+    free = []
+    for node in nodes:
+        num_workers = shares.get(node.id, 0)
+        num_gpus = node.num_gpus - (num_workers if trial.device == "cuda" else 0)
+        free.append((num_gpus, node.num_cpus - num_workers * trial.cpus_per_worker))
+    on_gpus = sum(min(num_gpus, num_cpus // trial.cpus_per_worker) for num_gpus, num_cpus in free)
+    return on_gpus >= trial.evaluation_gpus and max(num_cpus for _, num_cpus in free) >= trial.evaluation_cpus
 
 
 def _describe(node: Node, trial: TrialPlan) -> str:

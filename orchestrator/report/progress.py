@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from orchestrator.figures.causes import clock_note
+from orchestrator.figures.causes import clock_note, evaluation_notes
 from orchestrator.figures.figure import NOT_MEASURED, number_text, rate_text
 from orchestrator.figures.steps import JointWindow, WindowJoin
 from trainers.contract.events import (
@@ -161,6 +161,8 @@ class ProgressDisplay:
         if event.overlapped:
             took += f", concurrently; training stalled for {number_text(event.stall_seconds, 1)} s"
         self._print(f"evaluation at {event.iteration}: {'; '.join(parts) or 'no AP'} ({took})")
+        for note in evaluation_notes(event):
+            self._print(f"[yellow]{note}[/]", always=True)
         self._update(ap=f"AP {number_text(event.figures.get('box_ap'), 1)}")
 
     @__call__.register

@@ -30,6 +30,7 @@ PLANNED = {
     "faults.mtbf_hours": ("mtbf_hours",),
     "resources.cpus_per_worker": ("cpus_per_worker", "most_loader_workers"),
     "resources.loader_workers": ("loader_workers", "most_loader_workers"),
+    "resources.evaluation": ("evaluation_gpus", "evaluation_cpus"),
     "resources.num_nodes": ("num_nodes",),
     "resources.min_workers": ("min_workers",),
     "resources.price_per_accelerator_hour": ("price_per_accelerator_hour",),

@@ -26,6 +26,7 @@ def odd() -> TrialBuilder:
     made.emit(CheckpointFailed, 29.2, iteration=8, message="the checkpoint of iteration 8 could not be written")
     made.emit(ClockChanged, 29.5, rank=-1, seconds=-7200.2)
     made.emit(ClockChanged, 29.6, rank=-1, seconds=86400.0)
+    made.evaluated(29.8, 7, 1.0, 1.0, left_out=(5, 6), num_lost=2)
     return made
 
 
@@ -34,6 +35,8 @@ NOTES = [
     "the clock of the driver's machine is 86,400 s ahead of the run's times, which go on as they began",
     f"the checkpoint {PATH} is damaged and was skipped: its SHA-256 is not the manifest's",
     "the checkpoint of iteration 8 could not be written",
+    "the evaluation after 5, 6 iterations was left out, since an older one was in progress",
+    "the process that made the evaluation after 7 iterations was lost 2 times and was replaced",
 ]
 
 
@@ -57,6 +60,7 @@ def test_the_terminal_shows_it_also_where_it_is_quiet(odd: TrialBuilder) -> None
     shown = output.getvalue()
     assert f"skipping a damaged checkpoint {PATH}: its SHA-256 is not the manifest's" in shown
     assert shown.count("the clock was set: ") == 2
+    assert "evaluation after 5, 6 iterations was left out" in shown
 
 
 def test_the_events_are_read_back(odd: TrialBuilder) -> None:

@@ -385,6 +385,10 @@ class LogReplayed(Event):
     `times`, so that no moment is. Older versions list fields of the result record here."""
     notes: tuple[str, ...]
     """What is missing or must be known to read the figures."""
+    run_status: str = ""
+    """What `run_stop` of MLPerf's log says (`success`, `aborted`), or `missing`; empty for other logs."""
+    run_seconds: float | None = None
+    """From `run_start` to `run_stop` of a successful one: MLPerf's time to train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ class TrialPlan:
     """By how much an evaluation must be better than the last improvement to be one."""
     ema_decay: float | None = None
     """What an update keeps of the average of the weights; None for no average."""
-    ema_beside: bool = False
+    ema_both: bool = False
     """Whether the weights are evaluated, too, where there is an average of them."""
     keep_best: bool = False
     """Whether each evaluation is followed by a checkpoint, so that the best is among them."""
