@@ -1,4 +1,4 @@
-"""A running average of a model's weights, which is evaluated beside them or instead (`protocol.ema`).
+"""A running average of a model's weights, which is evaluated instead of them or as well (`protocol.ema`).
 
 The average is exponential, as that of detectron2's relatives (d2go's `MODEL_EMA`) and of torch's own
 `swa_utils.get_ema_multi_avg_fn`, which computes it. Buffers, such as the statistics of batch norm, are averaged too,

@@ -19,8 +19,8 @@ class Ema(Part):
 
     decay: float = Field(0.9998, gt=0, lt=1)
     """What is kept of the average in each step; less in the first steps (n / (n + 9) after n of them)."""
-    evaluate: Literal["instead", "beside"] = "instead"
-    """Evaluate the average instead of the weights; or beside them, which takes a second evaluation: its figures are
+    evaluate: Literal["instead", "both"] = "instead"
+    """Evaluate the average instead of the weights, or both, which takes a second evaluation: its figures are then
     `ema_box_ap`, …, and targets, metric and patience go by those of the weights."""
 
 

@@ -36,6 +36,6 @@ def average_notes(plan: Plan) -> list[str]:
     if not isinstance(plan, TrialPlan) or plan.ema_decay is None:
         return []
     average = f"a running average of the weights (protocol.ema, decay {plan.ema_decay:g})"
-    if plan.ema_beside:
+    if plan.ema_both:
         return [f"evaluations are of the weights; those of {average} are the figures ema_…"]
     return [f"evaluations are of {average}"]

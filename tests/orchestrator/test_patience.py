@@ -56,7 +56,7 @@ def test_an_improvement_is_one_over_the_last_improvement(
         ({"patience": 0, "eval_period_iterations": 4}, "greater than or equal to 1"),
         ({"patience": 1, "min_improvement": -1, "eval_period_iterations": 4}, "greater than or equal to 0"),
         ({"ema": {"decay": 1.0}}, "less than 1"),
-        ({"ema": {"decay": 0.9, "evaluate": "never"}}, "'instead' or 'beside'"),
+        ({"ema": {"decay": 0.9, "evaluate": "never"}}, "'instead' or 'both'"),
         ({"ema": {"decai": 0.9}}, "decai"),
         ({"ema": True}, "ema"),
     ],
@@ -93,7 +93,7 @@ def test_the_record_says_why_training_ended_and_which_target_it_missed() -> None
     assert trial_result(without.trial, without.events).reason == reason
 
 
-def test_a_loss_that_does_not_fall_is_told_as_a_loss() -> None:
+def test_a_loss_that_does_not_fall_is_named_as_a_loss() -> None:
     made = stopped(metric="validation_loss", validation_loss=True)
     losses = iter([2.0, 1.5, 1.5, 1.75])
     made.events = [
@@ -112,8 +112,8 @@ def test_a_trial_that_ended_otherwise_has_no_such_reason() -> None:
 
 
 def test_the_record_says_of_which_weights_its_figures_are() -> None:
-    for beside, words in ((False, "evaluations are of a running average"), (True, "evaluations are of the weights; ")):
-        made = stopped(ema_decay=0.99, ema_beside=beside)
+    for both, words in ((False, "evaluations are of a running average"), (True, "evaluations are of the weights; ")):
+        made = stopped(ema_decay=0.99, ema_both=both)
         assert trial_result(made.trial, made.events).notes[0].startswith(words)
 
 
