@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -45,19 +44,17 @@ def rate_against_chips(entries: Sequence[Entry]) -> Drawing:
     _draw(axes, entries, lambda entry: entry.chips, lambda entry: entry.images_per_second)
     axes.set_title("images/s")
     axes.set_xlabel("accelerators")
-    _log_axis(axes.xaxis, base=2)
-    _log_axis(axes.yaxis)
+    _log_axes(axes, x_base=2)
     return figure
 
 
 def _time_against(entries: Sequence[Entry], cost: Value, xlabel: str) -> Drawing:
     figure, axes = drawing.new_axes()
-    unit, divisor = drawing.time_unit(max(e.seconds for e in entries if e.seconds is not None and _positive(e.seconds)))
+    unit, divisor = drawing.time_unit(max(seconds for entry in entries if (seconds := _positive(entry.seconds))))
     _draw(axes, entries, cost, lambda entry: None if entry.seconds is None else entry.seconds / divisor)
     axes.set_title(f"{unit} to target")
     axes.set_xlabel(xlabel)
-    _log_axis(axes.xaxis)
-    _log_axis(axes.yaxis)
+    _log_axes(axes)
     return figure
 
 
@@ -65,39 +62,41 @@ def _draw(axes: Axes, entries: Sequence[Entry], x: Value, y: Value) -> None:
     """A point for every entry that has a y, at the right edge where it has no x, with the id of its row on the page."""
     chips = Counter(entry.chip for entry in entries if entry.kind == "measured")
     colors = {chip: drawing.color_of(place) for place, (chip, _) in enumerate(chips.most_common(MAX_COLORS))}
-    named: dict[str, dict[str, Any]] = {}
+    looks: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
-        if not _positive(y(entry)):
+        at, height = _positive(x(entry)), _positive(y(entry))
+        if height is None:
             continue
+        look: dict[str, Any]
         if entry.kind == "reference":
             name, look = "published", {"color": drawing.INK, "marker": "D", "fillstyle": "none"}
         elif entry.chip in colors:
             name, look = entry.chip or "chip not known", {"color": colors[entry.chip], "marker": "o"}
         else:
             name, look = "other chips", {"color": drawing.MUTED, "marker": "o"}
-        named.setdefault(name[:40], look)
-        placed = {"gid": f"entry-{number}", "linestyle": "", "markersize": 5.5}
-        if _positive(x(entry)):
-            axes.plot(x(entry), y(entry), **look, **placed)
-        else:
-            edge = {"transform": axes.get_yaxis_transform(), "clip_on": False, "marker": "<"}
-            axes.plot(1, y(entry), **{**look, **placed, **edge})
-    drawing.legend(axes, [Line2D([], [], linestyle="", label=name, **look) for name, look in sorted(named.items())])
+        looks.setdefault(name[:40], look)
+        line = Line2D([at or 1], [height], gid=f"entry-{number}", linestyle="", markersize=5.5, **look)
+        if at is None:
+            line.set(marker="<", transform=axes.get_yaxis_transform(), clip_on=False)
+        axes.add_line(line)
+    axes.autoscale_view()
+    drawing.legend(axes, [Line2D([], [], linestyle="", label=name, **look) for name, look in sorted(looks.items())])
 
 
-def _positive(value: float | None) -> bool:
-    """Whether a logarithmic axis can show a value."""
-    return value is not None and 0 < value < math.inf
+def _positive(value: float | None) -> float | None:
+    """A value that a logarithmic axis can show, else None."""
+    return value if value is not None and 0 < value < math.inf else None
 
 
-def _log_axis(axis: Axis, base: int = 10) -> None:
-    """A logarithmic axis with plain numbers, several of them."""
-    low, high = axis.get_data_interval()
-    few = base == 10 and high < 30 * low
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+def _log_axes(axes: Axes, x_base: int = 10) -> None:
+    """Logarithmic axes with plain numbers, several of them on each."""
+    bounds = axes.dataLim
+    axes.set(xscale="log", yscale="log")
+    for axis, base, low, high in ((axes.xaxis, x_base, *bounds.intervalx), (axes.yaxis, 10, *bounds.intervaly)):
+        few = base == 10 and high < 30 * low
+        axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if few else (1,)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 CLOCK = "Times are by MLPerf's clock, or by the seed clock where only that is known."
