@@ -251,9 +251,11 @@ class Experiment(Part):
     @model_validator(mode="before")
     @classmethod
     def _seeds_of_a_benchmark(cls, values: Any) -> Any:
-        sections = [values.get(name) or {} for name in ("protocol", "trials")] if isinstance(values, dict) else [None]
-        if all(isinstance(each, dict) for each in sections) and sections[0].get("kind") == "benchmark":
-            return {**values, "trials": {"seeds": list(range(BENCHMARK_SEEDS)), **sections[1]}}
+        if not isinstance(values, dict):
+            return values
+        protocol, trials = (values.get(name) or {} for name in ("protocol", "trials"))
+        if isinstance(protocol, dict) and protocol.get("kind") == "benchmark" and isinstance(trials, dict):
+            return {**values, "trials": {"seeds": list(range(BENCHMARK_SEEDS)), **trials}}
         return values
 
     @model_validator(mode="after")
