@@ -63,5 +63,8 @@ def evaluation_fields(
         raise ValueError("trials.switches.overlapped_evaluation: false leaves it unused; take away one of them")
     if given.gpus and device == "cpu":
         raise ValueError("the workers train on CPUs; give cpus, or resources.device: cuda")
-    fields = {"evaluation_gpus": given.gpus or 0, "evaluation_cpus": given.cpus or 0}
-    return {"recipe": dataclasses.replace(recipe, overlapped_evaluation=True), **fields}
+    return {
+        "recipe": dataclasses.replace(recipe, overlapped_evaluation=bool(recipe.overlapped_evaluation)),
+        "evaluation_gpus": given.gpus or 0,
+        "evaluation_cpus": given.cpus or 0,
+    }

@@ -14,11 +14,8 @@ pytestmark = pytest.mark.train
 
 def servers() -> list[psutil.Process]:
     """The processes that evaluate."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        if process.status() != psutil.STATUS_ZOMBIE and any("ray::Server" in part for part in process.cmdline()):
-            found.append(process)
-    return found
+    living = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in living if any("ray::Server" in part for part in each.cmdline())]
 
 
 def test_a_process_that_evaluates_on_reserved_cpus_is_replaced_when_it_is_killed(bench: Bench) -> None:

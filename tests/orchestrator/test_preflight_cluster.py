@@ -64,6 +64,21 @@ def test_cpu_trials_are_counted_by_cpus() -> None:
     assert finding.code == "too_few_cpus"
 
 
+def evaluated_on(number: int, kind: str, *given: Any, **options: Any) -> list[Any]:
+    return [replace(trial, **{f"evaluation_{kind}": number}) for trial in trials(*given, **options)]
+
+
+def test_what_evaluations_reserve_must_fit_next_to_the_workers() -> None:
+    assert check_fit([node("a", 8, 32)], evaluated_on(2, "gpus", 6)) == []
+    assert check_fit([node("a", 4, 16), node("b", 1, 4)], evaluated_on(1, "gpus", 4)) == []
+    (finding,) = check_fit([node("a", 8, 32)], evaluated_on(1, "gpus", 8))
+    assert (finding.code, finding.file) == ("too_few_gpus", "resources.evaluation")
+    assert "leave too little for evaluations on 1 GPUs: a (8 GPUs, 32 CPUs)" in finding.what
+    assert check_fit([node("a", 0, 4)], evaluated_on(2, "cpus", 2, device="cpu", cpus=1)) == []
+    (finding,) = check_fit([node("a", 0, 4), node("b", 0, 1)], evaluated_on(2, "cpus", 3, device="cpu", cpus=1))
+    assert finding.code == "too_few_cpus"  # one is left on each
+
+
 def test_a_trial_needs_several_hosts_where_none_holds_all_its_workers() -> None:
     (trial,) = trials(4, device="cpu", cpus=1)
     assert needs_several_hosts(trial, [node("a", 0, 2), node("b", 0, 2)])

@@ -37,6 +37,7 @@ def planned(experiment: Experiment) -> TrialPlan:
         ("faults.max_failures=9", None),
         ("resources.cpus_per_worker=2", "cpus_per_worker"),
         ("resources.loader_workers=3", "loader_workers"),
+        ("resources.evaluation={cpus: 1}", "evaluation_cpus"),
         ("resources.num_nodes=1", "num_nodes"),
         ("resources.min_workers=1", "min_workers"),
         ("resources.price_per_accelerator_hour=2.5", "price_per_accelerator_hour"),
