@@ -52,8 +52,13 @@ def _page(entries: Sequence[Path], place: Path) -> list[Path]:
     return [write_entries(read_entries(entries, _open_bundle), place.absolute())]
 
 
-def _open_bundle(path: Path, _: Path) -> Unpacked:
-    raise ValueError(f"{path}: neither a run's folder nor a reference file (.yaml)")
+def _open_bundle(path: Path, to: Path) -> Unpacked:
+    from orchestrator.bundle.verify import unpack_verified
+
+    verified = unpack_verified(path, to)
+    unchecked = sum(finding.level == "warning" for finding in verified.findings)
+    statements = ", ".join(verified.statements)
+    return Unpacked(verified.runs, f"{statements}; {unchecked} could not be checked" if unchecked else statements)
 
 
 if __name__ == "__main__":
