@@ -113,8 +113,8 @@ def match(
         each = sorted(found.get(image_id, ()), key=lambda detection: -detection["score"])
         boxes = np.array([detection["bbox"] for detection in each], dtype=np.float64).reshape(-1, 4)
         classes = np.array([objects.class_numbers[detection["category_id"]] for detection in each], dtype=np.int64)
-        there = objects.by_image.get(image_id, NO_OBJECTS)
-        pairs = Counter(match_image(there, boxes, classes, background, min_iou))
+        annotated = objects.by_image.get(image_id, NO_OBJECTS)
+        pairs = Counter(match_image(annotated, boxes, classes, background, min_iou))
         counts += pairs
         missed = sum(number for (_, detected), number in pairs.items() if detected == background)
         false = sum(number for (true, detected), number in pairs.items() if detected not in (true, background))

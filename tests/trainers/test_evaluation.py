@@ -65,6 +65,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[CfgNode, TrialP
     plan = plan_of(tmp_path_factory.mktemp("evaluated"), "mask_rcnn")
     plan = dataclasses.replace(plan, overrides={**plan.overrides, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0})
     Path(plan.trial_dir).mkdir(parents=True)
+    torch.set_num_threads(plan.cpus_per_worker)
     cfg = mask_rcnn.build_config(plan)
     mask_rcnn.register(cfg, plan.val)
     torch.manual_seed(0)
