@@ -165,6 +165,29 @@ def losses(data: ReportInput) -> Drawing:
     return _over_iterations(curves, "total loss") or "no loss is known"
 
 
+def validation_loss(data: ReportInput) -> Drawing:
+    """Total loss of every trial on the validation images, with its training loss."""
+    figure, axes = drawing.new_axes()
+    measured = False
+    for position, trial in enumerate(data.trials):
+        points = _known((e.iteration, e.validation_losses.get("total_loss")) for e in trial.trial.evaluations)
+        if not points:
+            continue
+        color, measured = drawing.color_of(position), True
+        trained = _known((e.iteration, e.losses.get("total_loss")) for e in _steps(trial))
+        for piece in _pieces(trained):
+            axes.plot(*drawing.thinned(piece), ":", color=color, linewidth=1)
+        axes.plot(*drawing.thinned(points), "o-", color=color, markersize=3.5, label=trial.label)
+    if not measured:
+        return "no validation loss is known (protocol.validation_loss computes it)"
+    drawing.start_at_zero(axes)
+    axes.set_title("total loss")
+    axes.set_xlabel("iterations")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    drawing.legend(axes)
+    return figure
+
+
 def loss_parts(data: ReportInput) -> Drawing:
     """The last trial's loss by its parts."""
     parts: dict[str, list[tuple[float, float]]] = defaultdict(list)

@@ -45,6 +45,8 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
     absent = tuple(part for part in PARTS if f"{part}_ap" not in figures)
     keys = [key for key in EVALUATION_KEYS if not key.removeprefix("evaluations.").startswith(absent)]
     columns = {name: heading for name, heading in COCO_COLUMNS.items() if not name.startswith(absent)}
+    losses = FIGURES["evaluations.validation_losses.*"]
+    with_loss = any(each.validation_losses for trial in trials for each in trial.trial.evaluations)
     for trial in trials:
         record = trial.trial
         if record.sections:
@@ -52,6 +54,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             goodput.append([trial.label, *_texts(record, GOODPUT_KEYS), checkpoint_advice(record)])
         for evaluation in record.evaluations:
             more = [coco.text(evaluation.figures.get(name)) for name in columns]
+            more += [losses.text(evaluation.validation_losses.get("total_loss"))] if with_loss else []
             evaluations.append([trial.label, *_texts(evaluation, keys), *more])
         device = f"{record.world_size} × {record.device_name or record.device or NOT_MEASURED}"
         steps.append([trial.label, *_texts(record, STEP_KEYS), device])
@@ -64,7 +67,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
         "Goodput": (["Trial", *_headings(GOODPUT_KEYS), "Checkpoints"], goodput),
-        "Evaluations": (["Trial", *_headings(keys), *columns.values()], evaluations),
+        "Evaluations": (["Trial", *_headings(keys), *columns.values(), *[losses.heading] * with_loss], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
         "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS), "Of it (s)"], restarts),

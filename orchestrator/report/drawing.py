@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +92,14 @@ def _themed(style: str) -> str:
     for color, variable in THEME.items():
         style = style.replace(color, f"var({variable})")
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", style)
+
+
+@contextmanager
+def quiet_glyphs() -> Iterator[None]:
+    """Keeps Matplotlib from warning of letters that its font lacks: on a page, the reader's fonts draw them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
 
 
 def new_axes(height: float = HEIGHT_INCHES) -> tuple[Figure, Axes]:

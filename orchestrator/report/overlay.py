@@ -19,8 +19,8 @@ from pycocotools import mask as rle
 from orchestrator.data.masks import check_rle
 from orchestrator.report.class_colors import Color
 
-LONGER_SIDE, LARGE_SIDE = 420, 760
-"""Pixels of the longer side of a picture, and of one with many objects or of a strip."""
+LONGER_SIDE, LARGE_SIDE, THUMBNAIL_SIDE = 420, 760, 210
+"""Pixels of the longer side of a picture, of one with many objects or of a strip, and of a small one without labels."""
 
 MAX_ASPECT = 4.0
 """Of the longer to the shorter side; what is longer is cut into pieces that are stacked."""
@@ -78,8 +78,9 @@ class _Shape:
 
 
 def draw(
-    photo: Image.Image, entries: Sequence[Mapping[str, Any]], names: Mapping[Any, str], colors: Mapping[str, Color]
-) -> Drawn:
+    photo: Image.Image, entries: Sequence[Mapping[str, Any]], names: Mapping[Any, str], colors: Mapping[str, Color],
+    *, thumbnail: bool = False,
+) -> Drawn:  # fmt: skip
     """Draws annotations or detections in COCO's form over a photo.
 
     Args:
@@ -87,12 +88,14 @@ def draw(
         entries: The objects; those without a usable box are left out.
         names: Names of the classes, by category id.
         colors: Their colours, by name.
+        thumbnail: Draw it small, without labels.
     """
     is_wide = photo.width >= photo.height
     aspect = max(photo.size) / min(photo.size)
     num_pieces = round(math.sqrt(aspect)) if aspect > MAX_ASPECT else 1
     is_large = num_pieces > 1 or len(entries) > CROWDED
-    scale = (LARGE_SIDE if is_large else LONGER_SIDE) / max(max(photo.size) / num_pieces, min(photo.size) * num_pieces)
+    side = THUMBNAIL_SIDE if thumbnail else LARGE_SIDE if is_large else LONGER_SIDE
+    scale = side / max(max(photo.size) / num_pieces, min(photo.size) * num_pieces)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     made = (_shape(entry, photo, size, names, colors) for entry in entries)
     # The largest first: a small object in front of it stays visible.
@@ -104,7 +107,7 @@ def draw(
         is_tiny = shape.area <= 4 * MIN_BOX**2
         _outline(ImageDraw.Draw(drawn), shape, with_box=shape.mask is None or is_tiny or len(shapes) <= CROWDED)
     cuts = [round(max(size) * piece / num_pieces) for piece in range(num_pieces + 1)]
-    num_labels = _label(drawn, shapes, cuts, is_wide=is_wide)
+    num_labels = 0 if thumbnail else _label(drawn, shapes, cuts, is_wide=is_wide)
     return Drawn(_stack(drawn, cuts, is_wide=is_wide), len(shapes), len(shapes) - num_labels, num_pieces, is_wide)
 
 

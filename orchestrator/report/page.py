@@ -1,11 +1,14 @@
-"""The HTML report: one file without scripts or external resources, so that it opens from a mail.
+"""The HTML report: one file without external resources, so that it opens from a mail.
 
 Everything in an experiment file is untrusted: the template escapes all of it, Matplotlib escapes the text of the
-figures, and the page's content security policy lets nothing be loaded or run.
+figures, and the page's content security policy lets nothing be loaded, and no script run but the one written here. It
+sorts and searches tables and chooses curves; all else, and all rows, are there without it.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import shlex
 from collections.abc import Sequence
@@ -15,12 +18,15 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from orchestrator.experiment.reading import to_yaml
+from orchestrator.figures.benchmark import verdict_lines
 from orchestrator.figures.catalog import SECTIONS
 from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
 from orchestrator.report.details import detail_tables
 from orchestrator.report.drawing import ReportInput
+from orchestrator.report.evaluation import ClassFigures, class_figures
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS, anchor_of, section_of
 from orchestrator.report.samples import MIN_SCORE, Samples, sample_pictures
@@ -38,6 +44,17 @@ NOISE = (
     "cannot see what differs from run to run."
 )
 """When a difference counts as more than noise (docs/measurement.md, "Noise")."""
+
+
+SCRIPTS = ("tables.js", "chooser.js")
+"""Files of this folder that the report's script consists of."""
+
+MAX_DETAILED = 3
+"""Runs of which one page shows classes, progress and worst images; for each, they are some 1 MB with 80 classes."""
+
+TOO_MANY = (
+    f"A page of more than {MAX_DETAILED} runs leaves out classes, progress and worst images: see each run's report."
+)
 
 
 def template(name: str) -> Template:
@@ -64,7 +81,10 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
         title=" and ".join(names),
         several=several,
         names=names,
-        runs=[_run_values(name, run) for name, run in zip(names, runs, strict=True)],
+        runs=[
+            _run_values(name, run, f"run-{number}", detailed=len(runs) <= MAX_DETAILED)
+            for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
+        ],
         figures=drawn,
         details=detail_tables(trials),
         definitions=_definitions(),
@@ -74,20 +94,37 @@ def html_page(runs: Sequence[RunFolder], place: Path) -> str:
         config_differences=differing([config_table(run) for run in runs]),
         environment_differences=differing([environment_table(run) for run in runs]),
         result_differences=result_differences(runs[0], list(zip(names[1:], runs[1:], strict=True))),
+        **script_values(SCRIPTS),
     )
 
 
-def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
+def script_values(names: Sequence[str]) -> dict[str, str]:
+    """The script of a page from files of this folder, and the hash by which the page's policy knows it."""
+    script = "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+    digest = hashlib.sha256(script.encode()).digest()
+    return {
+        "script": Markup(script),  # noqa: S704 - files of this program
+        "script_hash": base64.b64encode(digest).decode(),
+    }
+
+
+def _run_values(name: str, run: RunFolder, prefix: str, *, detailed: bool) -> dict[str, Any]:
     result = run.result
     headings, lines = table_cells(result)
     samples, trial, missing = _samples(run)
+    classes, classes_missing = _classes(run, prefix) if detailed else (None, TOO_MANY)
     return {
         "label": name,
         "result": result,
         "headings": headings,
         "rows": list(zip(table_rows(result), lines, strict=True)),
+        "verdict": verdict_lines(result),
         "samples": samples.pictures,
         "legend": {name: "#{:02x}{:02x}{:02x}".format(*color) for name, color in samples.legend.items()},
+        "progress": samples.progress if detailed else None,
+        "worst": samples.worst if detailed else [],
+        "classes": classes,
+        "classes_missing": classes_missing,
         "samples_trial": trial,
         "samples_missing": missing,
         "experiment_yaml": to_yaml(run.experiment) if run.experiment else "",
@@ -95,6 +132,14 @@ def _run_values(name: str, run: RunFolder) -> dict[str, Any]:
         "command": shlex.join(result.command),
         "links": mlflow_links(run),
     }
+
+
+def _classes(run: RunFolder, prefix: str) -> tuple[ClassFigures | None, str]:
+    """Figures by class of the last trial that has any, and the reason where there are none."""
+    for trial in reversed(run.trials):
+        if found := class_figures(trial, prefix):
+            return found, ""
+    return None, "No evaluation has figures by class."
 
 
 def _samples(run: RunFolder) -> tuple[Samples, str, str]:

@@ -13,7 +13,6 @@ from orchestrator.figures.catalog import FIGURES, SECTIONS
 from orchestrator.report import curves, timings
 from orchestrator.report.drawing import STYLE, Drawing, to_svg
 
-
 Input = TypeVar("Input")
 
 
@@ -64,6 +63,10 @@ PLOTS = (
     Plot(
         curves.accuracy_over_iterations, "AP over iterations", "The same evaluations by iterations trained.",
         "evaluations.box_ap",
+    ),
+    Plot(
+        curves.validation_loss, "Validation loss", "Dots: on the validation images, as they are. Dotted: in training.",
+        "evaluations.validation_losses.*",
     ),
     Plot(
         timings.wall_clock, "Where the wall clock went", "All seconds of a trial; its sections add up to it.",

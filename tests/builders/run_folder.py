@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.evaluations import leave_details, made_details
 from tests.builders.trials import TrialBuilder
 from trainers.contract.events import RunEnded, RunStarted
 from trainers.contract.events import WorkerStarted as Started
@@ -38,7 +40,10 @@ def made_experiment(name: str = "demo", **changes: Any) -> Experiment:
     return parse_experiment({**values, **changes}, where="made")
 
 
-def make_run(folder: Path, experiment: Experiment | None = None, *, slower: float = 1.0, seed: int = 0) -> Path:
+def make_run(
+    folder: Path, experiment: Experiment | None = None, *, slower: float = 1.0, seed: int = 0,
+    classes: Sequence[str] = (), old: bool = False,
+) -> Path:  # fmt: skip
     """Writes the folder of a run of made-up trials, the last of which loses a worker once.
 
     Args:
@@ -46,6 +51,8 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
         experiment: What was run; None for `made_experiment()`.
         slower: Factor on every step's seconds.
         seed: Of the noise.
+        classes: Names of the classes in figures, instead of the data set's.
+        old: Without what version 0.2 did not measure: figures by class, validation losses.
     """
     experiment = experiment or made_experiment()
     folder.mkdir(parents=True)
@@ -67,11 +74,12 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     )  # fmt: skip
     for plan in plans:
         noise = random.Random(f"{seed}/{plan.name}")  # noqa: S311 - nothing secret is drawn
-        made = _emit(plan, epoch, noise, slower, restart=plan is plans[-1])
+        made = _emit(plan, epoch, noise, slower, restart=plan is plans[-1], classes=None if old else classes)
         outbox.append(*made.events)
         epoch = made.events[-1].time
         result.trials.append(trial_result(plan, made.events, mlflow_run_id="1" * 32))
-        _leave_samples(plan)
+        if old:
+            _leave_samples(plan)
     outbox.append(RunEnded(**driver, time=epoch, status="FINISHED"))
     result.scaling, result.fits = scaling_rows(result.trials), scaling_fits(result.trials)
     result.repeats = repeat_rows(result.trials)
@@ -79,7 +87,9 @@ def make_run(folder: Path, experiment: Experiment | None = None, *, slower: floa
     return folder
 
 
-def _emit(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *, restart: bool) -> TrialBuilder:
+def _emit(
+    plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *, restart: bool, classes: Sequence[str] | None
+) -> TrialBuilder:
     made, at, iteration = TrialBuilder(plan, epoch), 0.0, 0
     made.started()
     restart_at = 130 if restart else -1
@@ -114,7 +124,8 @@ def _emit(plan: TrialPlan, epoch: float, noise: random.Random, slower: float, *,
             if iteration % plan.solver.eval_period == 0:
                 at += 3.0
                 box = 78 * (1 - 2.718 ** (-iteration / 90)) + noise.gauss(0, 0.6)
-                made.evaluated(at, iteration, box, box * 0.97, seconds=3.0)
+                more = {} if classes is None else _details(plan, iteration, box / 80, classes)
+                made.evaluated(at, iteration, box, box * 0.97, seconds=3.0, **more)
             if iteration % plan.solver.checkpoint_period == 0:
                 at += 0.5
                 made.checkpoint(at, iteration, 0.5)
@@ -143,6 +154,17 @@ def _window(
         losses={**loss, "total_loss": sum(loss.values())} if rank == 0 else {},
         learning_rate=plan.solver.base_lr * min(1.0, (first + 10) / plan.solver.warmup_iters),
     )  # fmt: skip
+
+
+def _details(plan: TrialPlan, iteration: int, quality: float, classes: Sequence[str]) -> dict[str, Any]:
+    """What an evaluation leaves besides its figures: a file in the trial's folder, and the fields that go with it."""
+    noise = random.Random(plan.name)  # noqa: S311 - nothing secret is drawn
+    details = made_details(plan.val, iteration, quality, noise, classes)
+    losses = {"loss_cls": 1.2 - quality, "loss_mask": 1.0 - 0.6 * quality}
+    return {
+        **leave_details(Path(plan.trial_dir), details),
+        "validation_losses": {**losses, "total_loss": sum(losses.values())},
+    }
 
 
 def _leave_samples(plan: TrialPlan) -> None:

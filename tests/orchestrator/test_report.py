@@ -1,6 +1,8 @@
 """The report's page: what it shows, and that it loads and runs nothing."""
 
+import base64
 import csv
+import hashlib
 import io
 import re
 from pathlib import Path
@@ -31,11 +33,14 @@ def html(run) -> str:
     return (run / "report.html").read_text()
 
 
-def test_the_report_is_one_small_file_that_loads_and_runs_nothing(html):
+def test_the_report_is_one_small_file_that_loads_nothing_and_runs_one_script(html):
     assert len(html) < 3_000_000
-    assert "<script" not in html and "<link" not in html and "@import" not in html
+    assert "<link" not in html and "@import" not in html
     assert not re.findall(r'src="(?!data:)', html)
-    assert "default-src 'none'" in html
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in html and f"script-src 'sha256-{digest}'" in html
+    assert len(script) < 8_000 and "fetch(" not in script and "innerHTML" not in script
 
 
 def test_every_figure_is_drawn_and_links_to_its_definition(html):
@@ -61,7 +66,8 @@ def test_the_table_has_trials_references_efficiency_and_costs(run, html):
 
 
 def test_sample_images_show_what_is_true_and_what_was_found(html):
-    assert html.count("data:image/webp;base64,") == 6
+    # 3 samples and 3 worst images twice, 3 images at 4 evaluations and annotated.
+    assert html.count("data:image/webp;base64,") == 6 + 6 + 15
     assert "predicted: " in html and "true: " in html
 
 
@@ -97,6 +103,7 @@ def test_a_report_is_rebuilt_without_events_and_without_the_data(run, tmp_path):
     write_report(read_run_folder(tmp_path).result, tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "Nothing to show: no loss is known." in html and "No pictures:" in html
+    assert "<td>circle</td>" in html, "AP by class is in the results"
 
 
 def test_a_folder_without_results_is_refused_by_name(tmp_path):

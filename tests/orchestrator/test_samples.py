@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from pycocotools import mask as rle
 from orchestrator.report import overlay
 from orchestrator.report.class_colors import class_colors
 from orchestrator.report.overlay import DARK, LARGE_SIDE, LONGER_SIDE, MAX_LABELS, draw
-from orchestrator.report.samples import read_photo, sample_pictures
+from orchestrator.report.photos import read_photo
+from orchestrator.report.samples import MAX_EVALUATIONS, sample_pictures
 from orchestrator.runlog.folder import read_run_folder
 from tests.builders.run_folder import make_run
+from trainers.contract.evaluation_details import DETAILS_FOLDER
 from trainers.contract.plan import SAMPLES_FILE
 
 NAMES = {number: f"class {number}" for number in range(1, 21)}
@@ -208,6 +211,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("made") / "run")
 
 
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a version that kept the detections of the last evaluation alone."""
+    return make_run(tmp_path_factory.mktemp("old") / "run", old=True)
+
+
 def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
 
@@ -219,8 +228,8 @@ def test_the_legend_names_the_classes_that_are_shown(run: Path) -> None:
     assert max(decoded(samples.pictures[0].true).size) == LONGER_SIDE
 
 
-def test_what_was_left_out_is_said(run: Path) -> None:
-    trial = read_run_folder(run).trials[0]
+def test_what_was_left_out_is_said(old_run: Path) -> None:
+    trial = read_run_folder(old_run).trials[0]
     saved = json.loads((trial.folder / SAMPLES_FILE).read_text())
     shown = saved["image_ids"][0]
     saved["detections"] = [
@@ -234,6 +243,40 @@ def test_what_was_left_out_is_said(run: Path) -> None:
         (trial.folder / SAMPLES_FILE).write_text(before)
     (large,) = [sample for sample in samples.pictures if sample.is_large]
     assert large.num_predicted == 80 and "objects without a label, for want of room" in large.notes
+
+
+def test_an_older_run_has_its_samples_and_neither_progress_nor_worst_images(old_run: Path) -> None:
+    samples = sample_pictures(read_run_folder(old_run).trials[0])
+    assert len(samples.pictures) == 3 and samples.progress is None and samples.worst == []
+
+
+def test_the_same_images_are_shown_at_several_evaluations(run: Path) -> None:
+    trial = read_run_folder(run).trials[0]
+    progress = sample_pictures(trial).progress
+    assert progress is not None
+    assert [text.split(",")[0] for text in progress.evaluations] == [f"iteration {n}" for n in (60, 120, 180, 240)]
+    assert len(progress.images) == 3
+    for _, pictures in progress.images:
+        assert len(pictures) == 1 + 4
+        assert max(decoded(pictures[0][0]).size) == overlay.THUMBNAIL_SIDE
+    found = [sum(pictures[at][1] for _, pictures in progress.images) for at in range(5)]
+    assert found[0] >= found[-1] > found[1], "a better model finds more"
+
+
+def test_an_evaluation_whose_file_is_gone_is_left_out_and_the_last_one_is_named(run: Path, tmp_path: Path) -> None:
+    trial = read_run_folder(Path(shutil.copytree(run, tmp_path / "run"))).trials[0]
+    (trial.folder / DETAILS_FOLDER / "0000120.json").write_text("{}")
+    progress = sample_pictures(trial).progress
+    assert progress is not None and len(progress.evaluations) == 3 <= MAX_EVALUATIONS
+    (trial.folder / DETAILS_FOLDER / "0000240.json").unlink()
+    with pytest.raises(OSError, match=r"0000240\.json"):
+        sample_pictures(trial)
+
+
+def test_the_worst_images_say_what_was_missed(run: Path) -> None:
+    worst = sample_pictures(read_run_folder(run).trials[0]).worst
+    assert [sample.notes for sample in worst] == [f"{missed} missed, 2 false" for missed in (3, 2, 1)]
+    assert all(sample.num_true for sample in worst)
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
