@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Literal
 
-MAX_LENGTHS = {"filter": 250, "name": 250, "key": 250, "param": 6000, "tag": 5000}
+MAX_LENGTHS = {"filter": 250, "name": 250, "key": 250, "unique key": 250, "param": 6000, "tag": 5000}
 """Characters that every store takes, in MLflow's rules and in the columns of its tables."""
 
 _UNFIT = {
@@ -19,17 +19,21 @@ _UNFIT_ANYWHERE = re.compile(r"[\x00\ud800-\udfff]")
 """Of every text: what PostgreSQL and UTF-8 do not have."""
 
 
-def fit(text: object, use: Literal["filter", "name", "key", "param", "tag"]) -> str:
+def fit(text: object, use: Literal["filter", "name", "key", "unique key", "param", "tag"]) -> str:
     """A text for one use in MLflow: unchanged wherever it can be used as it is, cut where it is too long.
 
     Args:
         text: Anything with a text.
         use: `filter` for a value that is searched for, which must be stored in this form as well; `key` for the name of
-            a metric, param or tag; `name` for a run's; `param` and `tag` for their values.
+            a metric, param or tag, `unique key` for one that somebody typed a part of; `name` for a run's; `param` and
+            `tag` for their values.
 
     Returns:
-        For `filter`, different texts stay different.
+        For `filter` and `unique key`, different texts stay different.
     """
+    if use == "unique key":
+        key, digest = fit(text, "key"), hashlib.sha256(str(text).encode(errors="surrogatepass")).hexdigest()[:8]
+        return key if key == text else f"{key[: MAX_LENGTHS[use] - 9].rstrip('/')}-{digest}"
     whole = _UNFIT.get(use, _UNFIT_ANYWHERE).sub(_escaped if use != "key" else "_", str(text))
     limit = MAX_LENGTHS[use]
     if use == "key":  # MLflow takes a key for a path as well
