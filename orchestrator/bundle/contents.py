@@ -141,6 +141,16 @@ def derived_files(run: BundledRun) -> dict[str, bytes]:
     return files
 
 
+def unknown_files(run: BundledRun) -> list[str]:
+    """Files of a run in a bundle that `run_files` does not put there, relative to its folder."""
+    known = {run.folder / name for name in (RESULTS, FILE_NAME, EXPERIMENT, ENVIRONMENT)}
+    for trial in run.result.trials:
+        for pattern in (*TRIAL_FILES, CONFIG, *LOG_NAMES):
+            known |= set(run.place(trial.name).glob(pattern))
+    found = {path for path in run.folder.rglob("*") if path.is_file()}
+    return sorted(path.relative_to(run.folder).as_posix() for path in found - known)
+
+
 def _redacted(path: Path, redaction: Redaction) -> bytes:
     """A JSON file, or one of a JSON document in each line, which it must still be afterwards."""
     try:

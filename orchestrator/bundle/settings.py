@@ -96,8 +96,9 @@ def _plain(value: Any) -> Any:
 
 def _check_rates(run: BundledRun, plan: TrialPlan, config: dict[str, str], findings: FindingList) -> None:
     """Compares the learning rate of every window's last step with the schedule."""
-    if config.get("SOLVER.LR_SCHEDULER_NAME") != "WarmupMultiStepLR" or config.get("SOLVER.WARMUP_METHOD") != "linear":
-        what = f"the schedule {config.get('SOLVER.LR_SCHEDULER_NAME')} is not recomputed"
+    kind = tuple(config.get(f"SOLVER.{name}") for name in ("LR_SCHEDULER_NAME", "WARMUP_METHOD", "RESCALE_INTERVAL"))
+    if kind != ("WarmupMultiStepLR", "linear", "false"):
+        what = f"the schedule {kind[0]} is not recomputed"
         findings.warning("rates_unchecked", f"{run.name}/{FILE_NAME}", plan.name, what, "Compare the curves by eye")
         return
     factor, gamma = (float(config.get(f"SOLVER.{name}", "nan")) for name in ("WARMUP_FACTOR", "GAMMA"))
@@ -113,12 +114,14 @@ def _check_rates(run: BundledRun, plan: TrialPlan, config: dict[str, str], findi
 
 def _rate(solver: SolverPlan, iteration: int, warmup_factor: float, gamma: float) -> float:
     """The learning rate of a step, counted from 0, by detectron2's WarmupMultiStepLR with linear warm-up (fvcore)."""
-    rate = solver.base_lr * gamma ** bisect_right(solver.steps, iteration)
-    if iteration >= solver.warmup_iters:
-        return rate
-    end = solver.base_lr * gamma ** bisect_right(solver.steps, solver.warmup_iters)
-    start = warmup_factor * solver.base_lr
-    return start + (end - start) * iteration / solver.warmup_iters
+    drops, warmup = (
+        [step for step in solver.steps if step <= solver.max_iter],
+        min(solver.warmup_iters, solver.max_iter),
+    )
+    if iteration >= warmup:
+        return solver.base_lr * gamma ** bisect_right(drops, iteration)
+    start, end = solver.base_lr * warmup_factor, solver.base_lr * gamma ** bisect_right(drops, warmup)
+    return start + (end - start) * iteration / warmup
 
 
 def check_data(run: BundledRun, findings: FindingList) -> None:

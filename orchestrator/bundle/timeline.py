@@ -30,6 +30,9 @@ TOLERANCE_SECONDS, RELATIVE_TOLERANCE = 0.2, 0.05
 SETUP_TOLERANCE_SECONDS = 1.0
 """Between a worker's start, and the start of its loop minus its set-up; both are of one clock."""
 
+AP_TOLERANCE = 1e-4
+"""Of AP, 0-100; scorers sum up in another order."""
+
 CUT = "Ask for the whole of its events"
 MOVED = "Of two clocks, one was moved"
 
@@ -49,6 +52,7 @@ def check_trial(run: BundledRun, plan: TrialPlan, findings: FindingList) -> None
     for code, hint, problems in (
         ("events_cut", CUT, _missing(plan, events)),
         ("images_differ", "A rate is made of images and seconds", _miscounted(plan, events)),
+        ("classes_differ", "A figure is the mean of those of the classes with objects", _averages(events)),
         ("clock_moved", MOVED, _misplaced(plan, events)),
     ):
         for what in problems:
@@ -102,6 +106,18 @@ def _miscounted(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
             epoch = event.iteration * plan.solver.global_batch_size / images_of_epoch
             if not _close(event.epoch, epoch):
                 yield f"the evaluation after {event.iteration} iterations is at epoch {event.epoch:g}, not {epoch:g}"
+
+
+def _averages(events: Sequence[Event]) -> Iterator[str]:
+    """Evaluations with an AP that is not the mean of the classes' (COCO's definition)."""
+    for event in events:
+        if isinstance(event, Evaluated):
+            for figure, value in event.figures.items():
+                own = [ap for name, ap in event.class_ap.items() if name.startswith(f"{figure}/") and ap is not None]
+                mean = sum(own) / len(own) if own else None
+                if value is not None and mean is not None and abs(value - mean) > AP_TOLERANCE:
+                    where = f"the evaluation after {event.iteration} iterations"
+                    yield f"{where} has {figure} {value:.4f}, and its {len(own)} classes {mean:.4f}"
 
 
 def _misplaced(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:

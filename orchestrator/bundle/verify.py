@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.bundle import settings, timeline
 from orchestrator.bundle.archive import Bundle, BundleError, check_files, unpack
-from orchestrator.bundle.contents import BundledRun, read_run
+from orchestrator.bundle.contents import BundledRun, read_run, unknown_files
 from orchestrator.bundle.record import check_record, recompute
 from orchestrator.bundle.signature import check_signature
 from orchestrator.bundle.witnesses import check_checkpoints, check_logs
@@ -51,6 +51,8 @@ def verify(path: Path, to: Path, signers: Path | None = None, manifest_sha256: s
         findings.error("manifest_changed", "manifest.json", "", what, f"It was to be {manifest_sha256:.80}")
     signer = check_signature(bundle, signers, findings)
     runs = read_runs(path, bundle)
+    for name in sorted(name for name in bundle.found if not name.startswith(f"{RUNS}/")):
+        findings.error("file_added", name, "", "no bundle holds such a file", "Ask what it is for")
     statements = {"files": None}
     for run in runs:
         statements |= dict.fromkeys(_check_run(run, findings))
@@ -90,6 +92,8 @@ def _check_run(run: BundledRun, findings: FindingList) -> list[str]:
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             findings.error("not_checkable", run.name, what, f"{what} cannot be checked: {reason}", "Ask for its files")
 
+    for file in unknown_files(run):
+        findings.error("file_added", f"{run.name}/{file}", "", "no bundle holds such a file", "Ask what it is for")
     recomputed = recompute(run, findings)
     guarded(lambda: check_record(run, recomputed, findings), "its figures")
     statements = ["figures", *(["score"] if run.result.benchmark else [])]

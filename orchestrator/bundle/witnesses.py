@@ -16,7 +16,7 @@ from orchestrator.figures.records import TrialResult
 from orchestrator.findings import FindingList
 from orchestrator.report.airank import airank_log, system_information
 from orchestrator.report.mlperf import mllog_text
-from trainers.contract.events import CheckpointSaved, Evaluated, Event
+from trainers.contract.events import CheckpointSaved, ClockChanged, Evaluated, Event
 from trainers.contract.plan import TrialPlan
 
 PREFIX = ":::MLLOG "
@@ -59,6 +59,7 @@ def check_logs(
 
 def check_checkpoints(run: BundledRun, plan: TrialPlan, findings: FindingList) -> None:
     """Compares the manifests of the trial's checkpoints with its events."""
+    clock_set = any(isinstance(event, ClockChanged) for event in run.of(plan.name))
     saved = {event.iteration: event for event in run.of(plan.name) if isinstance(event, CheckpointSaved)}
     scores = {event.iteration: event.figures for event in run.of(plan.name) if isinstance(event, Evaluated)}
     for path in sorted(run.place(plan.name, "checkpoints").glob("*/manifest.json")):
@@ -71,7 +72,7 @@ def check_checkpoints(run: BundledRun, plan: TrialPlan, findings: FindingList) -
             size = sum(file["bytes"] for file in manifest["files"].values())
             if size != event.size_bytes:
                 problems.append(f"it holds {size} bytes, the event of it has {event.size_bytes}")
-            if abs(manifest["time"] - event.time) > CLOCK_TOLERANCE_SECONDS + event.write_seconds:
+            if not clock_set and abs(manifest["time"] - event.time) > CLOCK_TOLERANCE_SECONDS + event.write_seconds:
                 problems.append(f"it is {abs(manifest['time'] - event.time):.0f} s away from the event of it")
         figures = [each for each in scores.get(manifest["iteration"], {}).values() if each is not None]
         score = manifest.get("score")

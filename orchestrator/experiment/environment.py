@@ -51,13 +51,16 @@ def package_versions() -> dict[str, str]:
 def package_hashes() -> dict[str, str]:
     """Every package that is installed, by name: `VERSION sha256:HASH`.
 
-    The hash is that of the package's RECORD, which lists its files with their hashes: another build of the same version
-    has another one. A package without a RECORD has no hash.
+    The hash is over the hashes of its files, as its RECORD lists them: another build of the same version has another
+    one. What the installation adds (bytecode, scripts, notes of the installer) does not count. A package without a
+    RECORD has no hash.
     """
     found = {}
     for package in importlib.metadata.distributions():
-        record = package.read_text("RECORD")
-        digest = f" sha256:{hashlib.sha256(record.encode()).hexdigest()}" if record else ""
+        lines = (package.read_text("RECORD") or "").splitlines()
+        files = sorted(line for line in lines if ",sha256=" in line and ".dist-info/" not in line and line[:2] != "..")
+        content = "\n".join(files).encode()
+        digest = f" sha256:{hashlib.sha256(content).hexdigest()}" if files else ""
         found.setdefault(str(package.metadata["Name"]), f"{package.version}{digest}")
     return dict(sorted(found.items()))
 

@@ -159,7 +159,8 @@ class Evaluated(Event):
     figures: dict[str, float | None]
     """COCO's figures, 0–100: `box_ap`, `box_ap50`, `box_ap75`, `box_aps`, `box_apm`, `box_apl`, `box_ar1`, `box_ar10`,
     `box_ar100`, `box_ars`, `box_arm`, `box_arl`, and the same with `mask_` for a model with masks; for one with
-    keypoints `keypoint_ap`, `keypoint_ap50`, … (COCO's ten figures of keypoints). None where COCO gives none."""
+    keypoints `keypoint_ap`, `keypoint_ap50`, … (COCO's ten figures of keypoints). None where COCO gives none.
+    Where weights and their average were evaluated, those of the average as `ema_box_ap`, …."""
     box_scored: float
     """When the box figures were known; `mask_scored` is None for a model without masks."""
     mask_scored: float | None
@@ -335,7 +336,7 @@ class RunStarted(Event):
     changes: dict[str, Any] = field(default_factory=dict)
     """What `--resume --set` changed then, by dotted key; `experiment` has it already."""
     packages: dict[str, str] = field(default_factory=dict)
-    """Every package that the driver had installed: `VERSION sha256:HASH`, the hash of the list of its files (RECORD)."""
+    """Every package that the driver had installed: `VERSION sha256:HASH`, of the hashes of its files in its RECORD."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     """`train` and `val`, as preflight found them: `annotations_sha256`, `num_images` (of the annotations), `image_bytes`
     (sum over their files), `image_sizes_sha256` (of a line `NAME BYTES` for each image file, by name)."""
