@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from orchestrator.experiment.part import Part
 
 if TYPE_CHECKING:
-    from orchestrator.experiment.spec import Experiment
     from trainers.contract.plan import SolverPlan
     from trainers.recipes import Recipe
 
@@ -31,7 +30,13 @@ class EvaluationResources(Part):
 
 
 def evaluation_fields(
-    experiment: Experiment, recipe: Recipe, solver: SolverPlan, device: str, spare_cpus: int, cpus: int
+    given: EvaluationResources | None,
+    switches: dict[str, Any],
+    recipe: Recipe,
+    solver: SolverPlan,
+    device: str,
+    spare_cpus: int,
+    cpus: int,
 ) -> dict[str, Any]:
     """The fields of a trial's plan that say where its evaluations are made.
 
@@ -41,7 +46,8 @@ def evaluation_fields(
     down all, and take longer.
 
     Args:
-        experiment: What it reserves, and its own switches.
+        given: What the experiment reserves.
+        switches: Those of the experiment, over the recipe's.
         recipe: With these.
         solver: The trial's periods.
         device: `cuda` or `cpu`, of the workers.
@@ -51,7 +57,6 @@ def evaluation_fields(
     Raises:
         ValueError: What is reserved could not be used.
     """
-    given = experiment.resources.evaluation
     if given is None:
         concurrent = recipe.overlapped_evaluation
         if concurrent is None:
@@ -59,7 +64,7 @@ def evaluation_fields(
         return {"recipe": dataclasses.replace(recipe, overlapped_evaluation=concurrent)}
     if not 0 < solver.eval_period < solver.max_iter:
         raise ValueError("no evaluation comes before the last one, which all workers make; give them a shorter period")
-    if experiment.trials.switches.get("overlapped_evaluation") is False:
+    if switches.get("overlapped_evaluation") is False:
         raise ValueError("trials.switches.overlapped_evaluation: false leaves it unused; take away one of them")
     if given.gpus and device == "cpu":
         raise ValueError("the workers train on CPUs; give cpus, or resources.device: cuda")

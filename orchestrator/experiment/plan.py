@@ -173,9 +173,9 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
 
 
 def _evaluation_fields(experiment: Experiment, name: str, *given: Any) -> dict[str, Any]:
-    recipe = _recipe(experiment, name)
+    reserved, switches, recipe = experiment.resources.evaluation, experiment.trials.switches, _recipe(experiment, name)
     try:
-        return evaluation_fields(experiment, recipe, *given)
+        return evaluation_fields(reserved, switches, recipe, *given)
     except ValueError as error:
         raise SpecError(f"resources.evaluation: {error}") from error
 
