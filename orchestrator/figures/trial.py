@@ -238,6 +238,7 @@ def _printed(trial: _Trial, log: LogReplayed, wall_rate: float | None) -> dict[s
         "wall_images_per_second": wall_rate,
         "throughput_warmup_iters": warmup,
         "checkpoint_seconds": None,
+        **({"mlperf_seconds": log.run_seconds} if log.run_status else {}),
         # Release 0.1 wrote 0 where a log has no value, and named the figures.
         **dict.fromkeys(name for name in log.unknown if name in TrialResult.model_fields),
     }

@@ -1,4 +1,4 @@
-"""`python -m orchestrator.replay LOG…`: reads logs of detectron2 into this program's record, table and report."""
+"""`python -m orchestrator.replay LOG…`: logs of detectron2 and MLPerf in this program's record, table and report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from orchestrator.experiment.references import read_references
+from orchestrator.experiment.spec import ReferenceRow, SpecError
 from orchestrator.figures.figure import number_text, percent_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.findings import print_findings
@@ -26,7 +28,9 @@ from orchestrator.tracking.driver import tracking_uri as store_address
 
 
 def main(
-    logs: Annotated[list[Path], typer.Argument(help="detectron2's log.txt, metrics.json, or folders with them.")],
+    logs: Annotated[
+        list[Path], typer.Argument(help="detectron2's log.txt, metrics.json, MLPerf's results, or folders.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the table.")] = False,
     as_reference: Annotated[bool, typer.Option("--track", help="Put the runs into MLflow as reference runs.")] = False,
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow store; default as for runs of ours.")] = None,
@@ -37,9 +41,12 @@ def main(
     ] = None,
     target_box_ap: Annotated[float | None, typer.Option(help="Box AP that counts as trained, 0–100.")] = None,
     target_mask_ap: Annotated[float | None, typer.Option(help="Mask AP that counts as trained, 0–100.")] = None,
+    references: Annotated[
+        list[Path] | None, typer.Option(help="Show the published figures of this file (references/mlperf.yaml).")
+    ] = None,
     year: Annotated[int | None, typer.Option(help="Year of the first line; the logs have none.")] = None,
 ) -> None:
-    """Reads detectron2 logs of runs made without this program into its record, table and report."""
+    """Reads logs of runs made without this program, detectron2's or MLPerf's, into its record, table and report."""
     given = target_box_ap is not None or target_mask_ap is not None
     targets = Targets(target_box_ap, target_mask_ap) if given else None
     if as_reference and (findings := check_store(store_address(tracking_uri), experiment)):
@@ -49,6 +56,7 @@ def main(
         run_dir = (output or Path(temporary)).absolute()
         replayed = _read(logs, targets, year, single=mllog is not None)
         result = experiment_result(experiment, replayed, sys.argv)
+        result.reference_rows = _references(references or [])
         try:
             write(result, replayed, run_dir)
             if mllog is not None:
@@ -110,6 +118,14 @@ def _read(logs: list[Path], targets: Targets | None, year: int | None, *, single
     if single and len(replayed) > 1:
         raise _refusal(f"--mllog takes one run, as MLPerf's log holds one; here are {len(replayed)}")
     return replayed
+
+
+def _references(files: list[Path]) -> list[ReferenceRow]:
+    """Published figures; a file that holds none ends the command."""
+    try:
+        return [row for file in files for row in read_references(file)]
+    except SpecError as error:
+        raise _refusal(str(error)) from error
 
 
 def _refusal(text: str) -> typer.Exit:

@@ -11,22 +11,33 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.experiment.spec import Tracking
+from orchestrator.figures.benchmark_records import BenchmarkResult
 from orchestrator.figures.logged_plan import LoggedPlan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
+from orchestrator.replay.launches import Launch
 from orchestrator.replay.messages import read_messages
 from orchestrator.replay.metrics_json import is_metrics_json, read_metrics
+from orchestrator.replay.mllog import BENCHMARK, MllogRun, find_mllog_runs, is_mllog
+from orchestrator.replay.mlperf import mlperf_events, mlperf_plan, system_name
 from orchestrator.replay.runs import LoggedRun, find_runs
 from orchestrator.replay.trial import RECIPE, Targets, gpu_name, known_targets, logged_plan, replayed_events
 from orchestrator.replay.unpacking import ReplayError, read_text
 from orchestrator.report.airank import write_airank, write_airank_summary
-from orchestrator.report.mlperf import write_mllog
+from orchestrator.report.benchmark import benchmark_result
+from orchestrator.report.mlperf import LOG_NAME, RULESET, failed_rules, write_mllog
 from orchestrator.report.writer import write_report
-from trainers.contract.events import Event, RunEnded, RunStarted
+from trainers.contract.events import Event, LogReplayed, RunEnded, RunStarted
 
 LOG_NAMES = ("log.txt", "metrics.json")
 """Files that detectron2 leaves in its output folder, the better one first."""
+
+MLPERF_RESULTS = "result_*.txt"
+"""Files of a folder of MLPerf's results: the runs of one system."""
+
+RULESETS = (RULESET, "3.0.0", "2.1.0", "2.0.0", "1.1.0", "1.0.0")
+"""Rules of MLPerf Training for Mask R-CNN, the newest first: a log does not say of which round it is."""
 
 PACKED = ("", ".gz", ".xz", ".bz2")
 """What is added to their names where they were packed."""
@@ -47,18 +58,27 @@ def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | Non
     """Reads the runs of some logs.
 
     Args:
-        logs: Files (log.txt, or metrics.json alone) or folders that hold them.
+        logs: Files (log.txt, metrics.json alone, MLPerf's results) or folders that hold them.
         targets: AP that counts as trained; None for the task's public one, where it has one.
         year: Year of the logs' first lines; None to guess it.
 
     Raises:
-        ReplayError: A file is not detectron2's, holds no training, or mixes runs.
+        ReplayError: A file is neither detectron2's nor MLPerf's, holds no training, or mixes runs.
     """
     runs = [run for log in logs for run in _runs(log, year)]
     named = zip(runs, _names(runs), strict=True)
-    plans = _comparable([logged_plan(run, name, targets or known_targets(run)) for run, name in named], runs)
-    events = [replayed_events(run, plan) for run, plan in zip(runs, plans, strict=True)]
+    plans = _comparable([_plan(run, name, targets) for run, name in named], runs)
+    events = [
+        mlperf_events(run, plan) if isinstance(run, MllogRun) else replayed_events(run, plan)
+        for run, plan in zip(runs, plans, strict=True)
+    ]
     return [Replayed(run.source, p, e, trial_result(p, e)) for run, p, e in zip(runs, plans, events, strict=True)]
+
+
+def _plan(run: LoggedRun | MllogRun, name: str, targets: Targets | None) -> LoggedPlan:
+    if isinstance(run, MllogRun):
+        return mlperf_plan(run, name, targets)
+    return logged_plan(run, name, targets or known_targets(run))
 
 
 def experiment_result(name: str, replayed: Sequence[Replayed], command: Sequence[str]) -> ExperimentResult:
@@ -68,8 +88,20 @@ def experiment_result(name: str, replayed: Sequence[Replayed], command: Sequence
     return ExperimentResult(
         experiment=name, description="Read from the logs of runs of another program.", status="FINISHED", started=now,
         ended=now, command=list(command), trials=trials, scaling=scaling_rows(trials) if len(trials) > 1 else [],
-        fits=scaling_fits(trials), repeats=repeat_rows(trials),
+        fits=scaling_fits(trials), repeats=repeat_rows(trials), benchmark=_benchmark(replayed),
     )  # fmt: skip
+
+
+def _benchmark(replayed: Sequence[Replayed]) -> BenchmarkResult | None:
+    """The score of several runs of one system of MLPerf's, checked by the rules of its round; None for other logs."""
+    setups = {(one.plan.recipe_name, one.plan.world_size) for one in replayed}
+    ended = [event for one in replayed for event in one.events if isinstance(event, LogReplayed)]
+    sources = dict.fromkeys(one.source for one in replayed)
+    if len(setups) > 1 or not all(event.run_status for event in ended) or not 1 < len(sources) == len(replayed):
+        return None
+    logs = [read_text(source)[0] for source in sources]
+    ruleset = next((rules for rules in RULESETS if not failed_rules(logs[0], rules)), RULESET)
+    return benchmark_result([one.result for one in replayed], logs, len(replayed), ruleset)
 
 
 def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path) -> None:
@@ -119,44 +151,57 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
     return store
 
 
-def _runs(path: Path, year: int | None) -> list[LoggedRun]:
+def _runs(path: Path, year: int | None) -> Sequence[LoggedRun | MllogRun]:
     if path.is_dir():
+        if results := sorted([*path.glob(MLPERF_RESULTS), *path.glob(f"{BENCHMARK}/{MLPERF_RESULTS}")]):
+            return [run for file in results for run in find_mllog_runs(file, *read_text(file))]
         files = [path / f"{name}{packed}" for name in LOG_NAMES for packed in PACKED]
         inside = next((file for file in files if file.is_file()), None)
         if inside is None:
-            raise ReplayError(f"{path}: holds neither {' nor '.join(LOG_NAMES)}")
+            raise ReplayError(f"{path}: holds neither {' nor '.join((*LOG_NAMES, MLPERF_RESULTS))}")
         path = inside
     text, notes = read_text(path)
+    if is_mllog(text):
+        return find_mllog_runs(path, text, notes)
     if is_metrics_json(text):
         return read_metrics(path, text, notes)
     messages, found = read_messages(path, text, year)
     return find_runs(path, messages, [*notes, *found])
 
 
-def _names(runs: Sequence[LoggedRun]) -> list[str]:
-    """A name per run, fit for a folder: its file's, or its folder's where the file has detectron2's own name."""
+def _names(runs: Sequence[LoggedRun | MllogRun]) -> list[str]:
+    """A name per run, fit for a folder: its file's, or its folder's where the file has a name that many have."""
     names: list[str] = []
     for run in runs:
         path = run.source.absolute()
         name = path.name.removesuffix(path.suffix) if path.suffix in PACKED else path.name
-        stem = path.parent.name if name in LOG_NAMES else Path(name).stem
+        stem = path.parent.name if name in (*LOG_NAMES, LOG_NAME) else Path(name).stem
+        stem = f"{system_name(path)}-{stem}" if path.match(MLPERF_RESULTS) else stem
         base = "".join(c if c.isalnum() or c in "._-" else "-" for c in stem).strip(".-") or "run"
         taken = sum(name == base or name.startswith(f"{base}-run") for name in names)
         names.append(f"{base}-run{taken + 1}" if taken else base)
     return names
 
 
-def _comparable(plans: Sequence[LoggedPlan], runs: Sequence[LoggedRun]) -> list[LoggedPlan]:
-    """The plans with a recipe that names GPU and version where these differ, and strong scaling where it was that."""
-    marks = [
-        (gpu_name(head), head.environment.get("detectron2", "").split(" ")[0])
-        for head in (run.launches[0] for run in runs)
-    ]
+def _comparable(plans: Sequence[LoggedPlan], runs: Sequence[LoggedRun | MllogRun]) -> list[LoggedPlan]:
+    """The plans with a recipe that names GPU and version where these differ, and strong scaling where it was that.
+
+    Those of MLPerf's logs stay as they are: their recipe names the system.
+    """
+    marks = [None if isinstance(run, MllogRun) else _mark(run.launches[0]) for run in runs]
     comparable = []
     for plan, mark in zip(plans, marks, strict=True):
-        recipe = RECIPE if len(set(marks)) == 1 else f"{RECIPE} {mark[1]} on {mark[0] or 'unknown'}"
+        if mark is None:
+            comparable.append(plan)
+            continue
+        recipe = RECIPE if len({*marks} - {None}) == 1 else f"{RECIPE} {mark[1]} on {mark[0] or 'unknown'}"
         base = min((p for p, m in zip(plans, marks, strict=True) if m == mark), key=lambda p: p.world_size)
         batch = plan.solver.global_batch_size
         strong = batch is not None and batch == base.solver.global_batch_size and plan.world_size > base.world_size
         comparable.append(replace(plan, recipe_name=recipe, scaling="strong" if strong else "weak"))
     return comparable
+
+
+def _mark(head: Launch) -> tuple[str | None, str]:
+    """What makes runs of detectron2 comparable: GPU and version."""
+    return gpu_name(head), head.environment.get("detectron2", "").split(" ")[0]
