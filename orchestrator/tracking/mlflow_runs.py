@@ -27,7 +27,8 @@ from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
 from orchestrator.process import user_name
 from orchestrator.report.table import markdown_table
-from orchestrator.tracking import notes
+from orchestrator.tracking import benchmark, notes
+from orchestrator.tracking.evaluations import EvaluationLog, evaluation_metrics
 from orchestrator.tracking.models import dataset_inputs, log_model
 from orchestrator.tracking.text import fit
 from trainers.contract.events import (
@@ -60,6 +61,7 @@ class MlflowRuns:
         for name in ("mlflow", "alembic", "urllib3"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self._client, self._run_dir = MlflowClient(uri), run_dir
+        self._evaluations = EvaluationLog(self._client)
         self._experiment_id: str | None = state["experiment_id"]
         self._runs: dict[str, str] = state["runs"]
         self._plans: dict[str, Plan] = {}
@@ -110,6 +112,10 @@ class MlflowRuns:
         elif isinstance(event, LoopStarted) and event.config_yaml:
             self._params(self._runs[event.trial], dict(flatten(parse_yaml(event.config_yaml), "d2.")))
             self._client.log_text(self._runs[event.trial], event.config_yaml, "config.yaml")
+        elif isinstance(event, Evaluated):
+            run_id = self._runs[event.trial]
+            if missing := self._evaluations.log_photos(run_id, self._plans[event.trial], event):
+                self._tag(run_id, {"photos": f"none: {missing}"})
         elif isinstance(event, TrialEnded):
             self._end_trial(event)
         elif isinstance(event, RunEnded):
@@ -148,7 +154,7 @@ class MlflowRuns:
             if window:
                 self._add_points(event.trial, metrics(window, "windows."), window.iteration, window.time)
         elif isinstance(event, Evaluated):
-            self._add_points(event.trial, metrics(event, "evaluations."), event.iteration, event.time)
+            self._add_points(event.trial, evaluation_metrics(event), event.iteration, event.time)
         elif isinstance(event, SystemSampled):
             started = self._events[event.trial][0].time
             values = {f"system/{event.host}/{name}": value for name, value in event.values.items()}
@@ -164,13 +170,13 @@ class MlflowRuns:
                     self._metrics[run_id].append(Metric(key, value, int(when * 1000), step))
 
     def _start_run(self, event: RunStarted) -> None:
-        name, description = event.experiment["name"], event.experiment.get("description", "")
+        name = event.experiment["name"]
         experiment = self._client.get_experiment_by_name(name)
         self._experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, notes.run_tags(event))
         self._runs[""] = run_id
-        for key, value in notes.experiment_tags(description).items():
+        for key, value in notes.experiment_tags(event).items():
             self._client.set_experiment_tag(self._experiment_id, key, fit(value, "tag"))
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
@@ -191,7 +197,7 @@ class MlflowRuns:
         self._runs[f"reference/{label}"] = run_id
         if self._client.get_run(run_id).info.status == "FINISHED":
             return
-        self._figures(run_id, metrics(row, "references."))
+        self._figures(run_id, metrics(row, "references.") | benchmark.published(row))
         self._params(run_id, {"workers": str(row.world_size)})
         self._client.set_terminated(run_id, "FINISHED")
 
@@ -218,12 +224,13 @@ class MlflowRuns:
         ends = sum(isinstance(earlier, TrialEnded) for earlier in events) - 1
         self._figures(run_id, metrics(result), event.time, (result.iterations or 0) + ends)
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
+        self._evaluations.log_artifacts(run_id, plan, [e for e in events if isinstance(e, Evaluated)])
         logs = [Path(plan.source)] if isinstance(plan, LoggedPlan) else sorted(Path(plan.trial_dir).glob("log.txt*"))
         for log in logs:
             self._client.log_artifact(run_id, str(log))
         started = next(e for e in reversed(self._events[""]) if isinstance(e, RunStarted))
-        if started.experiment["tracking"]["log_model"]:
-            log_model(self._client, self._experiment(), run_id, plan, events)
+        if which := started.experiment["tracking"]["log_model"]:
+            log_model(self._client, self._experiment(), run_id, plan, events, best=which == "best")
         self._tag(run_id, {"mlflow.note.content": f"{notes.about(plan)}; {notes.outcome(result)}"})
         self._tag(run_id, notes.outcome_tags(result, events))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))
@@ -239,7 +246,10 @@ class MlflowRuns:
                 for trial in (each for each in result.trials if each.name in self._runs):
                     if (trial.recipe, trial.scaling, trial.world_size) == (row.recipe, row.kind, row.world_size):
                         self._figures(self._runs[trial.name], metrics(row, "scaling."), event.time, ends)
-            self._tag(run_id, {"mlflow.note.content": markdown_table(result)})
+            if result.benchmark:
+                self._figures(run_id, metrics(result.benchmark, "benchmark."), event.time, ends)
+            self._tag(run_id, {"mlflow.note.content": markdown_table(result), **benchmark.summary_tags(result)})
+        benchmark.log_package(self._client, run_id, self._run_dir)
         for name in ("results.json", "report.md", "report.html", "table.csv"):
             if (self._run_dir / name).exists():
                 self._client.log_artifact(run_id, str(self._run_dir / name))

@@ -13,6 +13,7 @@ from orchestrator.figures.figure import number_text, rate_text, seconds_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import TrialResult
 from orchestrator.report.mlflow_links import VIEW_KEY
+from orchestrator.tracking import benchmark
 from trainers.contract.events import Event, RunStarted, WorkerStarted
 
 HEADLINE = (
@@ -22,14 +23,16 @@ HEADLINE = (
 """What distinguishes trials: the first five are columns of MLflow's table of runs, all are explained in its note."""
 
 
-def experiment_tags(description: str) -> dict[str, str]:
+def experiment_tags(event: RunStarted) -> dict[str, str]:
     """The experiment's note, and the view of its table of runs: the columns that matter, trials and references."""
+    description = event.experiment.get("description", "")
     figures = [FIGURES[key] for key in HEADLINE]
     meanings = "\n".join(f"- `{figure.mlflow}`: {figure.definition}" for figure in figures)
     columns = ["params.`workers`", *(f"metrics.`{figure.mlflow}`" for figure in figures[:5]), "tags.`device_name`"]
     # Sorted by anything but the date: else MLflow folds the trials away under their parents.
     order = {"orderByKey": "metrics.`throughput/images_per_second`", "orderByAsc": True}
-    view = json.dumps({"selectedColumns": columns, "searchFilter": "tags.kind != 'experiment'", **order})
+    trials = {"selectedColumns": columns, "searchFilter": "tags.kind != 'experiment'", **order}
+    view = json.dumps(benchmark.VIEW if _kind(event) == benchmark.KIND else trials)
     return {
         "mlflow.note.content": f"{description}\n\n{meanings}",
         "mlflow.experimentKind": "custom_model_development",
@@ -45,8 +48,14 @@ def run_tags(event: RunStarted) -> dict[str, str]:
         "mlflow.source.name": event.tags.get("run.command", ""),
         "mlflow.source.type": "JOB" if "run.ray_job_id" in event.tags else "LOCAL",
         "mlflow.source.git.commit": event.tags.get("run.git_commit", ""),
-        "kind": "experiment",
+        "kind": _kind(event),
     }
+
+
+def _kind(event: RunStarted) -> str:
+    """What the parent run is: the summary of a benchmark, or the trials of an experiment together."""
+    is_benchmark = event.experiment.get("protocol", {}).get("kind") == benchmark.KIND
+    return benchmark.KIND if is_benchmark else "experiment"
 
 
 def trial_tags(plan: Plan) -> dict[str, str]:

@@ -258,6 +258,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experiment = made_experiment(
         trials={"world_sizes": [1], "seeds": [0, 1, 2], "scaling": "strong", "recipes": ["fast"]},
         protocol={"kind": "benchmark", "iterations": 240, "eval_period_iterations": 60, "target_box_ap": 30},
+        reference_rows=[{"name": "published", "world_size": 8, "mlperf_seconds": 1200, "images_per_second": 700}],
     )
     make_run(folder / "run", experiment)
     read = read_run_folder(folder / "run")
@@ -304,5 +305,8 @@ def test_mlflow_has_one_summary_above_the_trials(run: Path, tmp_path: Path) -> N
     assert "mlperf" in {file.path for file in client.list_artifacts(summary.info.run_id)}
     rows = client.search_runs([str(tracker.experiment_id())], "tags.kind != 'trial' AND tags.kind != 'experiment'")
     assert {each.data.tags["kind"] for each in rows} == {"benchmark", "reference"}
+    (published,) = (each for each in rows if each.data.tags["kind"] == "reference")
+    assert published.data.metrics["benchmark/score_minutes"] == 20
+    assert published.data.metrics["benchmark/images_per_second"] == 700
     assert Tracker(run, store).sync(), "a second time changes nothing"
     assert len(client.get_metric_history(summary.info.run_id, "benchmark/score_minutes")) == 1
