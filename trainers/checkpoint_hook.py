@@ -15,15 +15,9 @@ from trainers.checkpoints import CheckpointStore
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds, default_mtbf_seconds
 from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import metric_rating
+from trainers.evaluation_hook import EVALUATION_PENDING_KEY, EVALUATIONS_KEY, PATIENCE_KEY, EvaluationHook
 from trainers.evaluation_server import rank_state
-from trainers.hooks import (
-    EVALUATION_PENDING_KEY,
-    EVALUATIONS_KEY,
-    EvaluationHook,
-    share_buffers,
-    training_state,
-    unwrapped,
-)
+from trainers.hooks import share_buffers, training_state, unwrapped
 from trainers.loop import TrainingLoop
 
 logger = logging.getLogger(__name__)
@@ -61,7 +55,9 @@ class CheckpointHook:
         self._stalls: list[float] = []  # of the checkpoints so far, in seconds; on rank 0
 
     def due(self, iteration: int, ending: bool) -> bool:
-        """At multiples of the period, or when the one that was set is over, and at the end."""
+        """At multiples of the period or when the one that was set is over, at the end, and as planned for the best."""
+        if self.plan.keep_best and self.evaluation.due(iteration, ending):
+            return True
         if self.plan.solver.auto_checkpoints:
             return ending or iteration >= self._next
         period = self.plan.solver.checkpoint_period
@@ -84,6 +80,8 @@ class CheckpointHook:
             state = training_state(loop) | {"ranks": ranks, EVALUATION_PENDING_KEY: pending}
             if evaluations := self.evaluation.saved(loop):
                 state[EVALUATIONS_KEY] = evaluations
+            if self.plan.patience:
+                state[PATIENCE_KEY] = self.evaluation.patience.state()
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = metric_rating(scores, self.plan.metric) if scores else None
             self.store.save(loop.iteration, state, score, started, self.evaluation.awaited())

@@ -66,9 +66,8 @@ class CheckpointStore:
         before_valid: Callable[[], bool] = lambda: True,
     ) -> None:
         self._files, self._root = pyarrow.fs.FileSystem.from_uri(uri)
-        self._keep, self._attempt = keep, attempt
-        self._on_saved, self._on_failed, self._before_valid = on_saved, on_failed, before_valid
-        self._on_skipped = on_skipped
+        self._keep, self._attempt, self._before_valid = keep, attempt, before_valid
+        self._on_saved, self._on_failed, self._on_skipped = on_saved, on_failed, on_skipped
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._awaited: set[int] = set()

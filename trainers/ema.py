@@ -63,3 +63,10 @@ class WeightAverage:
         """Goes on from a state."""
         self.model.load_state_dict(state["model"])
         self._num_updates = state["num_updates"]
+
+
+def evaluated_models(model: nn.Module, average: WeightAverage | None, *, both: bool) -> list[nn.Module]:
+    """What each evaluation evaluates: the model, its average, or first the average and then the model."""
+    if average is None:
+        return [model]
+    return [average.model, model] if both else [average.model]

@@ -34,7 +34,9 @@ from trainers.contract.events import (
 )
 from trainers.contract.memory import Memory, batch_hint, fitting_batch
 from trainers.contract.plan import TrialPlan
+from trainers.ema import WeightAverage, evaluated_models
 from trainers.evaluation import Evaluator
+from trainers.evaluation_hook import EVALUATION_PENDING_KEY, EVALUATIONS_KEY, EvaluationHook
 from trainers.failures import classify, in_short
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import Request, TrainingLoop
@@ -141,13 +143,18 @@ class Rank:
         self.activity.enter("setup")
         laps.lap("checkpoint")
         images = loading.training_images(cfg, plan, records, detector)
-        prepare = precise_batch_norm(cfg, plan, detector, images, epoch, placement.rank)
-        evaluation = hooks.EvaluationHook(
-            plan, evaluator, epoch.num_images, self.send, store.rate, self.activity, prepare
+        average = WeightAverage(detector, plan.ema_decay) if plan.ema_decay else None
+        models = evaluated_models(detector, average, both=plan.ema_both)
+        prepare = [
+            each for model in models if (each := precise_batch_norm(cfg, plan, model, images, epoch, placement.rank))
+        ]
+        evaluation = EvaluationHook(
+            plan, models, evaluator, epoch.num_images, self.send, store.rate, self.activity, prepare
         )
-        loop = self._build_loop(cfg, detector, images, epoch, start, evaluation, store)
+        loop = self._build_loop(cfg, detector, images, epoch, start, evaluation, store, average)
         if state:
             hooks.restore(loop, state)
+            evaluation.restore(state)
         config_yaml = cfg.dump()
         logger.info("Running with full config:\n%s", config_yaml)
         logger.info("Starting training from iteration %d", start)
@@ -163,9 +170,9 @@ class Rank:
             restored_from=restored_from,
             numerics={"precision": resolve_precision(plan.recipe.precision, self._device()), **machine.numerics()},
         )
-        models, saved = hooks.evaluated_models(loop), state.get(hooks.EVALUATIONS_KEY, []) if state else []
+        saved = state.get(EVALUATIONS_KEY, []) if state else []
         with overlap(plan, models, placement.rank, self.start_evaluating, saved) as evaluation.overlap:
-            if state and state[hooks.EVALUATION_PENDING_KEY]:
+            if state and state[EVALUATION_PENDING_KEY]:
                 evaluation.run(loop)
             sizes = (weight.nbytes for weight in detector.parameters() if weight.requires_grad)
             self._before_steps = machine.memory(self._device()), float(sum(sizes))
@@ -183,8 +190,9 @@ class Rank:
         images: loading.TrainingImages,
         epoch: Epoch,
         start: int,
-        evaluation: hooks.EvaluationHook,
+        evaluation: EvaluationHook,
         store: CheckpointStore,
+        average: WeightAverage | None,
     ) -> TrainingLoop:
         plan, rank, device = self.plan, self.placement.rank, self._device()
 
@@ -193,7 +201,7 @@ class Rank:
             return self.injector.poison(batches) if self.injector else batches
 
         def request() -> Request:
-            return "target" if evaluation.target_reached() else self.pulse.command
+            return evaluation.wanted_end() or self.pulse.command
 
         optimizer, scheduler = mask_rcnn.build_solver(cfg, detector, plan.recipe)
         capture = capture_for(detector, plan.recipe, device, plan.world_size)
@@ -218,6 +226,7 @@ class Rank:
             request=request,
             before_step=self.before_step,
             capture=capture,
+            average=average,
         )
 
     def _newest(self, store: CheckpointStore) -> tuple[dict[str, Any], str] | None:

@@ -21,6 +21,7 @@ from trainers.batching import Batch
 from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
 from trainers.contract.plan import TrialPlan
+from trainers.ema import WeightAverage
 from trainers.loop import TrainingLoop
 from trainers.pulse import Activity
 from trainers.speedups.padded_batch import PaddedBatch
@@ -117,6 +118,7 @@ def train(
     build: Callable[[], nn.Module] = TinyDetector,
     batch: Callable[[int, int], Batch] = batch_of,
     more_hooks: Sequence[Any] = (),
+    ema_decay: float | None = None,
 ) -> Trained:
     """Trains a model to the end of the plan, or to `stop_at`, from its start or a state, on batches of an iteration."""
     torch.manual_seed(0)
@@ -138,6 +140,7 @@ def train(
         Activity(),
         request=lambda: "stop" if loop.iteration == stop_at else "run",
         capture=capture,
+        average=WeightAverage(model, ema_decay) if ema_decay else None,
     )
     if resume:
         hooks.restore(loop, {**resume, "ranks": [{}]})
