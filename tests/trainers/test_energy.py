@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.figures.energy import energy_figures
+from tests.builders.training import plan_of, train
 from trainers import energy
 from trainers.contract import clock
 from trainers.contract.channel import Placement
-from trainers.contract.events import EnergySampled
+from trainers.contract.events import EnergySampled, Event, StepsDone
 from trainers.energy import EnergyMeter, Sensor, SensorTotal, gpu_sensors, host_sensors, measured
 
 
@@ -242,3 +244,23 @@ def test_one_rank_of_a_node_measures(local_rank: int, number: int):
     with measured(lambda kind, **fields: sent.append(kind), Placement(2 + local_rank, 4, local_rank, 2, "b"), "cpu"):
         pass
     assert set(sent) <= {EnergySampled} and bool(sent) == bool(number)
+
+
+@pytest.mark.train
+def test_a_trained_run_has_the_energy_of_its_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    zone = _zone(tmp_path / "powercap", "intel-rapl:0", "package-0", "5000000")
+
+    def use(event: Event) -> None:
+        if isinstance(event, StepsDone):  # 2 J for each window, as the processors count it
+            used = int((zone / "energy_uj").read_text())
+            (zone / "energy_uj").write_text(f"{used + 2_000_000}\n")
+
+    monkeypatch.setattr(energy, "host_sensors", lambda: host_sensors(tmp_path / "powercap"))
+    plan = plan_of(tmp_path, "mask_rcnn")
+    events = train(plan, act=use)
+    windows = [event for event in events if isinstance(event, StepsDone)]
+    found = energy_figures(plan, events, windows, windows[-1].time)
+    assert len(windows) > 2 and found.joules == pytest.approx(2.0 * len(windows)) == found.host_joules
+    assert found.training_joules + found.evaluation_joules + found.idle_joules == pytest.approx(found.joules)
+    assert found.joules_per_image > 0 and found.source == "counter" and found.reason == ""
+    assert [(node.host, node.joules) for node in found.nodes] == [("here", found.joules)]
