@@ -33,6 +33,10 @@ GOODPUT_KEYS = (
     "goodput", "ettr", "sections.wall", "lost_work_seconds", "downtime_seconds", "paused_seconds", "checkpoint_seconds",
     "checkpoint_interval_seconds", "advised_checkpoint_seconds",
 )  # fmt: skip
+ENERGY_KEYS = (
+    *("energy.joules", "energy.joules_per_image", "energy.watt_hours_to_target", "energy.training_joules"),
+    *("energy.evaluation_joules", "energy.idle_joules", "energy.host_joules", "energy.cost", "energy.carbon_grams"),
+)
 RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 
@@ -70,9 +74,19 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
         "Evaluations": (["Trial", *_headings(keys), *columns.values(), *[losses.heading] * with_loss], evaluations),
         "Steps and memory": (["Trial", *_headings(STEP_KEYS), "Device"], steps),
         "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
+        "Energy": (["Trial", *_headings(ENERGY_KEYS), "Not measured"], _energy_rows(trials)),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS), "Of it (s)"], restarts),
     }
     return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
+
+
+def _energy_rows(trials: Sequence[TrialEvents]) -> list[list[str]]:
+    """A row for each trial whose hosts looked for energy counters, with the reason where figures are missing."""
+    return [
+        [trial.label, *_texts(trial.trial, ENERGY_KEYS), trial.trial.energy.reason]
+        for trial in trials
+        if trial.trial.energy.nodes
+    ]
 
 
 def checkpoint_advice(record: TrialResult) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from orchestrator.figures.energy_records import Energy
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.scaling import repeat_rows
 from orchestrator.figures.trial import trial_result
+from orchestrator.report.details import detail_tables
 from tests.builders.trials import TrialBuilder, trained
 from trainers.contract.events import EnergySampled, StepsDone, WorkerStarted, event_from_json
 
@@ -178,3 +180,13 @@ def test_repeats_have_the_spread_of_their_energy():
     (row,) = repeat_rows(trials)
     assert row.figures["energy.joules_per_image"].median == pytest.approx(1.5 * 22.5)
     assert json.loads(row.model_dump_json())["figures"]["energy.watt_hours_to_target"]["num_values"] == 2
+
+
+def test_the_report_shows_energy_where_hosts_looked_for_it_and_why_it_is_missing():
+    trials = [
+        SimpleNamespace(label=label, trial=trial_result(made.trial, made.events))
+        for label, made in (("old", trained()), ("known", _steady()), ("half", _two_nodes(joules=None, reason="none")))
+    ]
+    headings, rows = detail_tables(trials)["Energy"]
+    assert (headings[1], headings[-1]) == ("Energy (J)", "Not measured")
+    assert [(row[0], row[1], row[-1]) for row in rows] == [("known", "1,800", ""), ("half", "–", "b: none")]
