@@ -96,7 +96,7 @@ def verdict_lines(result: ExperimentResult) -> list[str]:
     benchmark, trials = result.benchmark, result.trials
     if benchmark is None:
         return []
-    runs = ", ".join(f"{trial.name} {_minutes(trial)}{_mark(trial, benchmark)}" for trial in trials)
+    runs = "; ".join(_run_text(trial, benchmark) for trial in trials)
     if benchmark.score_minutes is None:
         score = f"no score: {benchmark.score_reason}"
     else:
@@ -121,13 +121,12 @@ def _convergence_text(check: ConvergenceCheck) -> str:
     return f"{number_text(check.epochs, 2)} epochs{reference}: {check.message}{factor}"
 
 
-def _minutes(trial: TrialResult) -> str:
-    return "missed" if trial.mlperf_seconds is None else number_text(trial.mlperf_seconds / 60, 2)
-
-
-def _mark(trial: TrialResult, benchmark: BenchmarkResult) -> str:
+def _run_text(trial: TrialResult, benchmark: BenchmarkResult) -> str:
+    """A run in a few words: its seed, its minutes, and whether it counts."""
+    name = trial.name if trial.seed is None else f"seed {trial.seed}"
+    minutes = "missed" if trial.mlperf_seconds is None else number_text(trial.mlperf_seconds / 60, 2)
     left_out = benchmark.score_minutes is not None and trial.name not in benchmark.counted
-    return " left out" if left_out else ""
+    return f"{name}: {minutes}{', left out' if left_out else ''}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

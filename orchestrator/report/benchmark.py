@@ -116,7 +116,7 @@ def _rule_reasons(result: BenchmarkResult, trials: Sequence[TrialResult], num_lo
     if not num_logs == result.num_runs == required:
         reasons.append(f"{num_logs} logs of {result.num_runs} runs, where MLPerf's rules require {required}")
     if result.division == "open":
-        reasons.append(f"the task is another than the closed division's, {CLOSED_TASK}")
+        reasons.append(f"another task than {CLOSED_TASK}")
     elif result.division is None and num_logs:
         reasons.append("the logs do not name one division")
     if len(result.failed_rules) > 1:  # one log that does not comply is accepted, as the slowest run

@@ -15,9 +15,12 @@ from orchestrator.report.benchmark import FOLDER
 KIND = "benchmark"
 """Tag `kind` of the parent run, which is `experiment` for other protocols."""
 
+HEADLINE = ("score_minutes", "images_per_second", "watt_hours_to_target", "cost_to_target")
+"""What systems are compared by."""
+
 VIEW = {
     "selectedColumns": [
-        *(f"metrics.`{row.mlflow}`" for key, row in FIGURES.items() if key.startswith("benchmark.")),
+        *(f"metrics.`{FIGURES[f'benchmark.{key}'].mlflow}`" for key in HEADLINE),
         *(f"tags.`{name}`" for name in ("verdict", "device_name", "recipe")),
     ],
     "searchFilter": "tags.kind != 'trial' AND tags.kind != 'experiment'",
