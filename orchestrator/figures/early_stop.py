@@ -25,10 +25,11 @@ def early_stop_reason(plan: TrialPlan, events: Sequence[Event]) -> str:
             values[event.iteration] = metric_value(event, plan.metric)
     by = f" by {plan.min_improvement:g}" if plan.min_improvement else ""
     in_vain = f"{patience.num_since} evaluations" if patience.num_since != 1 else "an evaluation"
-    best = "it had no value"
+    last = "it had no value"
     if patience.best_iteration is not None:
-        best = f"its best is {values[patience.best_iteration]:.4g}, after {patience.best_iteration:,} iterations"
-    return f"stopped by protocol.patience: {plan.metric} did not improve{by} in {in_vain}; {best}"
+        last = f"its last improvement was to {values[patience.best_iteration]:.4g}, after {patience.best_iteration:,}"
+        last += " iterations"
+    return f"stopped by protocol.patience: {plan.metric} did not improve{by} in {in_vain}; {last}"
 
 
 def average_notes(plan: Plan) -> list[str]:

@@ -83,8 +83,8 @@ def stopped(**fields: Any) -> TrialBuilder:
 def test_the_record_says_why_training_ended_and_which_target_it_missed() -> None:
     made = stopped(min_improvement=0.5)
     reason = (
-        "stopped by protocol.patience: box_ap did not improve by 0.5 in 2 evaluations; its best is 40, after 4 "
-        "iterations"
+        "stopped by protocol.patience: box_ap did not improve by 0.5 in 2 evaluations; its last improvement "
+        "was to 40, after 4 iterations"
     )
     result = trial_result(made.trial, made.events)
     assert result.status == "FINISHED"
@@ -100,8 +100,9 @@ def test_a_loss_that_does_not_fall_is_named_as_a_loss() -> None:
         dataclasses.replace(e, validation_losses={"total_loss": next(losses)}) if isinstance(e, Evaluated) else e
         for e in made.events
     ]
-    assert "validation_loss did not improve in 2 evaluations; its best is 1.5, after 4 iterations" in early_stop_reason(
-        made.trial, made.events
+    assert (
+        "validation_loss did not improve in 2 evaluations; its last improvement was to 1.5, after 4 iterations"
+        in early_stop_reason(made.trial, made.events)
     )
 
 

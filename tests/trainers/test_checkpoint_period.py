@@ -67,12 +67,13 @@ def _two_ranks(rank: int, folder: str, found: Any) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     loop: Any = SimpleNamespace(
         model=model, optimizer=optimizer, scheduler=optimizer, scaler=optimizer, rank=rank, iteration=2,
-        stop_reason=None, device=torch.device("cpu"), activity=SimpleNamespace(enter=lambda *_: None),
+        stop_reason=None, average=None, device=torch.device("cpu"), activity=SimpleNamespace(enter=lambda *_: None),
         window=SimpleNamespace(step_seconds=[1e-4 if rank == 0 else 1e-2]),
     )  # fmt: skip
     evaluation: Any = SimpleNamespace(
-        wait_for_pending=lambda _: None, pending=lambda _: False, last_scores=None, last_iteration=0
-    )
+        take_found=lambda *_, **__: None, pending=lambda _: False, saved=lambda _: [], awaited=set, last_scores=None,
+        last_iteration=0,
+    )  # fmt: skip
     store: Any = _Store()
     hook = CheckpointHook(plan_without_data(mtbf_hours=1.0, **solver), 0, 1, store, evaluation, lambda: None)
     assert not hook.due(1, ending=False) and hook.due(1, ending=True) and hook.due(2, ending=False)
