@@ -181,10 +181,12 @@ def gpu_sensors(number: int) -> list[Sensor]:
     """
     import pynvml
 
+    if torch.cuda.device_count() < number:
+        raise OSError(f"a worker sees {torch.cuda.device_count()} of the {number} GPUs of its host's workers")
+    names = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(number)]
     try:
         pynvml.nvmlInit()
-        uuids = [torch.cuda.get_device_properties(index).uuid for index in range(number)]
-        return [_gpu_sensor(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"), str(uuid)) for uuid in uuids]
+        return [_gpu_sensor(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name), name) for name in names]
     except pynvml.NVMLError as error:
         raise OSError(f"NVML does not measure the GPUs' energy: {error}") from error
 

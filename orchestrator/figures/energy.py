@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.sections import loop_runs
 from orchestrator.figures.steps import after_warmup
 from trainers.contract.events import EnergySampled, Evaluated, Event, StepsDone, WorkerStarted
+from trainers.contract.plan import TrialPlan
 
 JOULES_PER_WATT_HOUR = 3600.0
 
@@ -69,7 +70,7 @@ def energy_figures(plan: Plan, events: Sequence[Event], steps: Sequence[StepsDon
     nodes, hosts = _readings(sampled, "joules"), _readings(sampled, "host_joules")
     reason = _missing(nodes, events)
     energy = Energy(
-        reason=reason or _lost(nodes, events),
+        reason=reason or "; ".join(_left_out(plan, nodes, events)),
         host_joules=None if _missing(hosts, events) else sum(node.total for node in hosts.values()),
         nodes=_by_host(nodes, hosts),
     )
@@ -117,9 +118,13 @@ def _missing(nodes: dict[tuple[int, int], _Readings], events: Sequence[Event]) -
     return ""
 
 
-def _lost(nodes: dict[tuple[int, int], _Readings], events: Sequence[Event]) -> str:
+def _left_out(plan: Plan, nodes: dict[tuple[int, int], _Readings], events: Sequence[Event]) -> Iterator[str]:
+    """What is not in the figures."""
     lost, whole = _lost_seconds(nodes, events)
-    return f"{lost:.1f} of {whole:.1f} s of the nodes are missing from it" if lost >= 1 else ""
+    if lost >= 1:
+        yield f"{lost:.1f} of {whole:.1f} s of the nodes are missing from it"
+    if isinstance(plan, TrialPlan) and plan.evaluation_gpus:
+        yield f"the {plan.evaluation_gpus} GPUs that are reserved for evaluations are not in it"
 
 
 def _lost_seconds(nodes: dict[tuple[int, int], _Readings], events: Sequence[Event]) -> Span:

@@ -169,6 +169,11 @@ def test_no_moment_counts_twice():
     assert math.fsum((energy.training_joules, energy.evaluation_joules, energy.idle_joules)) == pytest.approx(1800)
 
 
+def test_gpus_that_only_evaluate_are_named_as_left_out():
+    energy = _energy(_steady(evaluation_gpus=2))
+    assert energy.joules == 1800 and energy.reason == "the 2 GPUs that are reserved for evaluations are not in it"
+
+
 def test_power_that_was_integrated_is_named_as_that():
     made = trained()
     made.energy(10.0, *(100.0 * second for second in range(19)), source="power")

@@ -213,6 +213,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", made)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=index))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     return made
 
 
@@ -225,6 +226,11 @@ def test_gpus_count_their_energy_and_older_ones_give_their_power(nvml):
 def test_a_gpu_that_measures_nothing_is_the_reason(nvml):
     with pytest.raises(OSError, match="NVML does not measure the GPUs' energy: Unknown Error"):
         gpu_sensors(3)
+
+
+def test_gpus_that_a_worker_does_not_see_are_the_reason(nvml):
+    with pytest.raises(OSError, match="a worker sees 3 of the 8 GPUs"):
+        gpu_sensors(8)
 
 
 def test_a_gpu_that_fails_later_is_a_gap_and_no_error(nvml, monkeypatch: pytest.MonkeyPatch):
