@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from trainers.class_scores import Scored
 from trainers.contract import clock
 from trainers.contract.evaluation_details import DETAILS_FOLDER, MIN_SCORE, ClassCurve, EvaluationDetails
 from trainers.contract.events import measured
-from trainers.contract.plan import SAMPLES_FILE, TrialPlan
+from trainers.contract.plan import TrialPlan
 from trainers.detections import detect
 from trainers.loading import evaluation_loader, evaluation_records
 from trainers.matches import match, read_objects
@@ -35,7 +34,7 @@ from trainers.scoring_input import IouType
 from trainers.validation_loss import ValidationLoss
 
 NUM_SAMPLES = 6
-"""Images, evenly spaced over the validation set, whose detections are written to a file for the report."""
+"""Images, evenly spaced over the validation set, whose detections every evaluation keeps for the report."""
 
 MAX_PENDING = 2
 """Batches whose detections are encoded while a GPU detects on the next one."""
@@ -105,11 +104,7 @@ class Evaluator:
         if not comm.is_main_process():
             return Scores({}, clock.now(), None, parts)
         everything = [found for share in gathered for found in share]
-        folder = Path(self._plan.trial_dir)
-        (folder / "coco_instances_results.json").write_bytes(orjson.dumps(everything))
-        samples = [found for found in everything if found["image_id"] in self._sample_ids]
-        values = {"image_ids": sorted(self._sample_ids - {None}), "detections": samples}
-        (folder / SAMPLES_FILE).write_text(json.dumps(values), encoding="utf-8")
+        Path(self._plan.trial_dir, "coco_instances_results.json").write_bytes(orjson.dumps(everything))
         scoring_started = time.perf_counter()
         scored, known = {}, {}
         for iou_type in scored_types(self._cfg):
@@ -119,20 +114,12 @@ class Evaluator:
         file = self._write_details(iteration, {part: each.curves for part, each in scored.items()}, everything)
         parts["details"] = time.perf_counter() - scoring_started - parts["score"]
         return Scores(
-            figures={
-                f"{part}_{name}": measured(value)
-                for part, each in scored.items()
-                for name, value in each.figures.items()
-            },
+            figures=_joined("_", {part: each.figures for part, each in scored.items()}),
             box_scored=known["bbox"],
             mask_scored=known.get("segm"),
             part_seconds=parts,
             keypoint_scored=known.get("keypoints"),
-            class_ap={
-                f"{part}_ap/{name}": measured(value)
-                for part, each in scored.items()
-                for name, value in each.class_ap.items()
-            },
+            class_ap=_joined("_ap/", {part: each.class_ap for part, each in scored.items()}),
             validation_losses=losses,
             details_file=file,
         )

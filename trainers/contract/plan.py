@@ -17,8 +17,8 @@ ADDED_CONFIG_KEYS: dict[str, Any] = {"DATALOADER.RANDOM_SUBSET_RATIO": 1.0}
 """Keys that detectron2 reads and its defaults lack, with their defaults here."""
 
 SAMPLES_FILE = "sample_detections.json"
-"""In a trial's folder: `image_ids` of a few validation images, and their `detections` of the last evaluation as COCO's
-results format has them. The file with all detections is hundreds of megabytes on COCO; this one is for looking."""
+"""In a trial's folder, of versions before `evaluation_details`: `image_ids` of a few validation images, and their
+`detections` of the last evaluation in COCO's results format."""
 
 
 @dataclass(frozen=True, slots=True)
