@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,13 +36,14 @@ def pack(
     from orchestrator.bundle.archive import BundleError, write_archive
     from orchestrator.bundle.contents import read_run, run_files
     from orchestrator.bundle.redaction import Redaction
+    from orchestrator.bundle.signature import signature
 
     redaction = Redaction()
     try:
         names = _names(runs)
         target = to or Path(f"{read_run(runs[0], str(runs[0])).result.experiment}.bundle.zip")
         files = (file for run, name in zip(runs, names, strict=True) for file in run_files(run, name, redaction))
-        digest = write_archive(target, files, sign)
+        digest = write_archive(target, files, partial(signature, key=sign) if sign else None)
     except BundleError as error:
         raise _refusal(str(error)) from None
     except OSError as error:

@@ -8,7 +8,7 @@ import stat
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -76,20 +76,18 @@ class Bundle:
         return (self.folder / SIGNATURE).is_file()
 
 
-def write_archive(path: Path, files: Iterable[tuple[str, bytes]], sign: Path | None = None) -> str:
+def write_archive(path: Path, files: Iterable[tuple[str, bytes]], sign: Callable[[bytes], bytes] | None = None) -> str:
     """Writes a bundle: the same files make the same bytes. Returns the SHA-256 of its manifest.
 
     Args:
         path: The file; one that exists is replaced when the new one is complete.
         files: Name in the bundle (`runs/NAME/…`) and content of each file, by name.
-        sign: SSH key that signs the manifest; None for no signature.
+        sign: Makes the signature of the manifest's bytes; None for none.
 
     Raises:
-        BundleError: There is too much for one bundle, or no signature can be made.
+        BundleError: There is too much for one bundle.
         OSError: It cannot be written.
     """
-    from orchestrator.bundle.signature import signature
-
     manifest, size = Manifest(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
@@ -103,7 +101,7 @@ def write_archive(path: Path, files: Iterable[tuple[str, bytes]], sign: Path | N
                 text = (manifest.model_dump_json(indent=1) + "\n").encode()
                 _add(archive, MANIFEST, text)
                 if sign is not None:
-                    _add(archive, SIGNATURE, signature(text, sign))
+                    _add(archive, SIGNATURE, sign(text))
             partial.flush()
             os.fchmod(partial.fileno(), 0o644)
             Path(partial.name).replace(path)

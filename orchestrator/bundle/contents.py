@@ -90,6 +90,8 @@ def read_run(folder: Path, name: str) -> BundledRun:
         raise BundleError(f"{name}/{RESULTS}: not results that this version reads: {what}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{name}/{FILE_NAME}: not events that this version reads: {printable(str(error))}") from error
+    if not events and (folder / FILE_NAME).exists():
+        raise BundleError(f"{name}/{FILE_NAME}: holds no event that can be read")
     replayed = not events or any(isinstance(plan, LoggedPlan) for plan in plans.values())
     return BundledRun(
         name, folder, result, orjson.loads(content), [] if replayed else events, {} if replayed else plans

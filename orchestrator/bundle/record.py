@@ -57,8 +57,8 @@ def recompute(run: BundledRun, findings: FindingList) -> Recomputed:
         )
     trials, plans = [], {}
     for name, plan in run.plans.items():
-        plans[name] = _changed(plan, run)
         try:
+            plans[name] = _changed(plan, run)
             trials.append(trial_result(plans[name], run.of(name)))
         except Exception as error:  # noqa: BLE001 - the events may be anybody's, and hold anything
             what = f"its figures cannot be computed from its events: {error}"
@@ -217,10 +217,10 @@ def _check_origin(run: BundledRun, findings: FindingList) -> None:
     first = next((event for event in run.events if isinstance(event, RunStarted)), None)
     last, ended = run.started, next((e for e in reversed(run.events) if isinstance(e, RunEnded)), None)
     if first is None or last is None:
-        findings.error("events_cut", f"{run.name}/events.jsonl", "", "they do not hold the start of the run", ASK)
+        findings.error("events_cut", f"{run.name}/events.jsonl", "start", "they do not hold the start of the run", ASK)
         return
     if ended is None or run.events[-1] is not ended:
-        findings.error("events_cut", f"{run.name}/events.jsonl", "", "they do not hold the end of the run", ASK)
+        findings.error("events_cut", f"{run.name}/events.jsonl", "end", "they do not hold the end of the run", ASK)
     environment = {key[4:]: text for key, text in last.tags.items() if key.startswith("run.")}
     environment.pop(WORKING_DIRECTORY[4:], None)
     experiment = last.experiment

@@ -18,12 +18,15 @@ MIN_SECRET = 8
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
 
-_TEXT = r"(?:[^\s\"'<>\\]|\\.)"
-"""A character of an address; in JSON, one with its backslash."""
+_ESCAPED = r"\\(?![\"'])."
+"""A character with its backslash, in JSON; a quote ends the text, which may itself be JSON."""
 
 _PATTERNS = (
-    (r"(?<=://)(?:[^\s\"'<>\\/?#]|\\.)*@", ""),  # user and password
-    (rf"(://(?:[^\s\"'<>\\?]|\\.)*)\?{_TEXT}*", r"\1"),  # an address's options, which may hold keys
+    (rf"(?<=://)(?:[^\s\"'<>\\/?#]|{_ESCAPED})*@", ""),  # user and password
+    (
+        rf"(://(?:[^\s\"'<>\\?]|{_ESCAPED})*)\?(?:[^\s\"'<>\\]|{_ESCAPED})*",
+        r"\1",
+    ),  # an address's options, which may hold keys
     (r"\b(Bearer|Basic) [\w.~+/=-]{8,}", rf"\1 {HIDDEN}"),
     (r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", HIDDEN),
     (r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", HIDDEN),

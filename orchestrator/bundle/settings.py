@@ -156,7 +156,7 @@ def _draw_again(run: BundledRun, parameters: dict[str, Any], findings: FindingLi
     from orchestrator.data.generate import generate
 
     assert run.started is not None
-    place, recorded, here = f"{run.name}/{FILE_NAME}", run.started.packages, package_hashes()
+    place, recorded, here = f"{run.name}/{FILE_NAME}", run.started.packages, package_hashes(DRAWN_WITH)
     pixels = (parameters["num_train"] + parameters["num_val"]) * parameters["size"] ** 2
     other = [name for name in DRAWN_WITH if recorded.get(name) != here.get(name)]
     if other or pixels > MAX_DRAWN_PIXELS:

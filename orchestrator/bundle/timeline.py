@@ -43,7 +43,7 @@ def check_file(run: BundledRun, findings: FindingList) -> None:
     if damage := sorted(line for lines in Outbox(path).damage().values() for line in lines):
         findings.error("events_cut", place, f"line {damage[0]}", f"{len(damage)} lines cannot be read", CUT)
     if not path.read_bytes().endswith(b"\n"):
-        findings.error("events_cut", place, "", "the last line is cut off", CUT)
+        findings.error("events_cut", place, "its end", "the last line is cut off", CUT)
 
 
 def check_trial(run: BundledRun, plan: TrialPlan, findings: FindingList) -> None:
@@ -73,7 +73,7 @@ def _missing(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
         yield "the trial finished, and its loop did not"
         return
     last = {event.rank: event.iteration for event in events if isinstance(event, StepsDone)}
-    size = _world_size(plan, events, finished.attempt)
+    size = _world_sizes(plan, events).get(finished.attempt, plan.world_size)
     for rank in range(min(size, len(last) + 1)):
         if last.get(rank) != finished.iteration:
             yield f"the steps of rank {rank} end at iteration {last.get(rank)}, training at {finished.iteration}"
@@ -88,9 +88,10 @@ def _missing(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
 
 def _miscounted(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
     """Windows of steps whose numbers do not fit together."""
+    sizes = _world_sizes(plan, events)
     for event in events:
         if isinstance(event, StepsDone):
-            steps, size = event.iteration - event.first_iteration, _world_size(plan, events, event.attempt)
+            steps, size = event.iteration - event.first_iteration, sizes.get(event.attempt, plan.world_size)
             images = steps * plan.solver.global_batch_size / size
             where = f"iterations {event.first_iteration} to {event.iteration} of rank {event.rank}"
             if event.num_images != images or len(event.step_seconds) != steps:
@@ -141,8 +142,8 @@ def _misplaced(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
             if between < took * (1 - RELATIVE_TOLERANCE) - TOLERANCE_SECONDS:
                 what = f"{after.kind} at iteration {after.iteration} of rank {rank} comes {between:.3f} s after"
                 yield f"{what} {before.kind}, and took {took:.3f} s"
-    moments = [event.time for event in events if event.rank >= 0]
-    if moments and not events[0].time <= min(moments) <= max(moments) <= events[-1].time + TOLERANCE_SECONDS:
+    times = [event.time for event in events if event.rank >= 0]
+    if times and not events[0].time <= min(times) <= max(times) <= events[-1].time + TOLERANCE_SECONDS:
         yield f"events of its workers lie outside of the trial {plan.name}"
 
 
@@ -156,9 +157,9 @@ def _set_up(own: Sequence[Event], rank: int) -> Iterator[str]:
             yield f"rank {rank} took {between} from its start to its loop, and set up for {loop.setup_seconds:.3f} s"
 
 
-def _world_size(plan: TrialPlan, events: Sequence[Event], attempt: int) -> int:
-    sizes = (e.world_size for e in events if isinstance(e, WorkerStarted) and e.attempt == attempt)
-    return next(sizes, None) or plan.world_size
+def _world_sizes(plan: TrialPlan, events: Sequence[Event]) -> dict[int, int]:
+    """The number of workers of each attempt, which may be fewer after a failure."""
+    return {e.attempt: e.world_size or plan.world_size for e in events if isinstance(e, WorkerStarted)}
 
 
 def _close(one: float, other: float) -> bool:

@@ -85,9 +85,9 @@ def read_runs(path: Path, bundle: Bundle) -> list[BundledRun]:
 def _check_run(run: BundledRun, findings: FindingList) -> list[str]:
     """Checks one run; returns what was compared."""
 
-    def guarded(check: Callable[[], object], what: str) -> None:
+    def guarded(what: str, check: Callable[..., object], *arguments: object) -> None:
         try:
-            check()
+            check(*arguments, findings)
         except Exception as error:  # noqa: BLE001 - the files may be anybody's, and hold anything
             reason = printable(f"{type(error).__name__}: {error}")[:200]
             findings.error("not_checkable", run.name, what, f"{what} cannot be checked: {reason}", "Ask for its files")
@@ -95,23 +95,23 @@ def _check_run(run: BundledRun, findings: FindingList) -> list[str]:
     for file in unknown_files(run):
         findings.error("file_added", f"{run.name}/{file}", "", "no bundle holds such a file", "Ask what it is for")
     recomputed = recompute(run, findings)
-    guarded(lambda: check_record(run, recomputed, findings), "its figures")
+    guarded("its figures", check_record, run, recomputed)
     statements = ["figures", *(["score"] if run.result.benchmark else [])]
     events = {name: run.of(name) for name in recomputed.plans}
     for each in recomputed.replayed:
         events[each.plan.name] = each.events
     for trial in recomputed.trials:
         plan = recomputed.plans[trial.name]
-        guarded(lambda t=trial, p=plan: check_logs(run, p, events[t.name], t, findings), f"the logs of {trial.name}")
+        guarded(f"the logs of {trial.name}", check_logs, run, plan, events[trial.name], trial)
     if run.is_replayed:
         return [*statements, "logs of another program"]
-    guarded(lambda: timeline.check_file(run, findings), "its events")
-    guarded(lambda: settings.check_data(run, findings), "its data sets")
-    logs = []
+    guarded("its events", timeline.check_file, run)
+    guarded("its data sets", settings.check_data, run)
     for plan in recomputed.plans.values():
         assert isinstance(plan, TrialPlan)
-        guarded(lambda p=plan: timeline.check_trial(run, p, findings), f"the events of {plan.name}")
-        guarded(lambda p=plan: settings.check_trial(run, p, findings), f"the settings of {plan.name}")
-        guarded(lambda p=plan: logs.append(check_log(run, p, findings)), f"the log of {plan.name}")
-        guarded(lambda p=plan: check_checkpoints(run, p, findings), f"the checkpoints of {plan.name}")
-    return [*statements, "settings", "times", *(["logs"] if all(logs) else [])]
+        guarded(f"the events of {plan.name}", timeline.check_trial, run, plan)
+        guarded(f"the settings of {plan.name}", settings.check_trial, run, plan)
+        guarded(f"the log of {plan.name}", check_log, run, plan)
+        guarded(f"the checkpoints of {plan.name}", check_checkpoints, run, plan)
+    has_logs = all(run.place(name, "log.txt").is_file() for name in recomputed.plans)
+    return [*statements, "settings", "times", *(["logs"] if has_logs else [])]

@@ -48,13 +48,13 @@ class _Log:
     """Iterations that were measured, and seconds of each."""
 
 
-def check_log(run: BundledRun, plan: TrialPlan, findings: FindingList) -> bool:
-    """Compares the events of rank 0 with its log; returns whether there is one."""
+def check_log(run: BundledRun, plan: TrialPlan, findings: FindingList) -> None:
+    """Compares the events of a trial with the logs of its workers, where they are there."""
     path = run.place(plan.name, "log.txt")
     if not path.is_file():
         what = "there is no log.txt, so that its events have no witness"
         findings.warning("log_unchecked", f"{run.name}/{plan.name}", "", what, "Ask for it")
-        return False
+        return
     events = run.of(plan.name)
     log = _read(path, events[0].time)
     own = [event for event in events if event.rank == 0]
@@ -72,11 +72,11 @@ def check_log(run: BundledRun, plan: TrialPlan, findings: FindingList) -> bool:
             mine = [event for event in events if event.rank == rank]
             for what in _speed(_read(other, events[0].time), mine, plan):
                 findings.error("log_disagrees", f"{place}.rank{rank}", "", what, HINT)
-    return True
 
 
 def _read(path: Path, begun: float) -> _Log:
-    log, config = _Log(), None
+    log = _Log()
+    config: list[str] | None = None
     year = datetime.fromtimestamp(begun, UTC).year
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         match = _LINE.match(line)

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,21 +49,27 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def package_hashes() -> dict[str, str]:
-    """Every package that is installed, by name: `VERSION sha256:HASH`.
+def package_hashes(names: Iterable[str] | None = None) -> dict[str, str]:
+    """The packages of these names, or all, that are installed, by name: `VERSION sha256:HASH`.
 
     The hash is over the hashes of its files, as its RECORD lists them: another build of the same version has another
     one. What the installation adds (bytecode, scripts, notes of the installer) does not count. A package without a
     RECORD has no hash.
     """
-    found = {}
-    for package in importlib.metadata.distributions():
+    found: dict[str, str] = {}
+    for package in importlib.metadata.distributions() if names is None else _installed(names):
         lines = (package.read_text("RECORD") or "").splitlines()
         files = sorted(line for line in lines if ",sha256=" in line and ".dist-info/" not in line and line[:2] != "..")
         content = "\n".join(files).encode()
         digest = f" sha256:{hashlib.sha256(content).hexdigest()}" if files else ""
         found.setdefault(str(package.metadata["Name"]), f"{package.version}{digest}")
     return dict(sorted(found.items()))
+
+
+def _installed(names: Iterable[str]) -> Iterator[importlib.metadata.Distribution]:
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield importlib.metadata.distribution(name)
 
 
 def command_line() -> list[str]:
