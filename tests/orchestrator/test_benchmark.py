@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,19 @@ from mlperf_logging.package_checker import package_checker
 from mlperf_logging.rcp_checker import rcp_checker
 from mlperf_logging.result_summarizer import result_summarizer
 from mlperf_logging.system_desc_checker import system_desc_checker
+from rich.console import Console
 
-from orchestrator.experiment.reading import parse_experiment
-from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.benchmark import olympic_score, verdict_lines
 from orchestrator.figures.benchmark_records import BenchmarkResult
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
-from orchestrator.report.airank import write_airank
-from orchestrator.report.benchmark import benchmark_result, judge_run
-from orchestrator.report.mlperf import mllog_text, write_mllog
+from orchestrator.publish import close_run
+from orchestrator.report.benchmark import benchmark_result
+from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import markdown_table
-from orchestrator.report.writer import write_run
-from orchestrator.runlog.folder import read_run_folder
+from orchestrator.runlog.outbox import FILE_NAME
 from orchestrator.tracking.driver import Tracker
 from tests.builders.benchmarks import NAME, five, judged, seed_run
-from tests.builders.experiments import tiny_experiment
 from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.trials import TrialBuilder
 
@@ -214,60 +213,36 @@ def test_people_read_the_score_and_the_verdict_in_two_lines(tmp_path: Path) -> N
     assert "missed" in verdict_lines(missed)[0] and "no score" in markdown_table(missed)
 
 
-def _spec(protocol: dict[str, Any], **sections: Any) -> Experiment:
-    return parse_experiment(tiny_experiment(protocol={"kind": "benchmark", **protocol}, **sections), "x")
-
-
-def test_a_benchmark_has_five_seeds_unless_it_gives_others() -> None:
-    assert _spec({"target_box_ap": 1}).trials.seeds == [0, 1, 2, 3, 4]
-    assert _spec({"target_box_ap": 1}, trials={"seeds": [7, 8, 9]}).trials.seeds == [7, 8, 9]
-    with pytest.raises(SpecError, match=r"trials\.seeds"):
-        _spec({"target_box_ap": 1}, trials={"seeds": None})
-    with pytest.raises(SpecError, match="protocol"):
-        parse_experiment({**tiny_experiment(), "protocol": ["benchmark"]}, "x")
-
-
-@pytest.mark.parametrize(
-    ("protocol", "sections", "message"),
-    [
-        ({}, {}, "give protocol.target_box_ap, target_mask_ap or target"),
-        ({"target_box_ap": 1}, {"trials": {"world_sizes": [1, 2]}}, r"world_sizes must hold one, not \[1, 2\]"),
-        ({"target_box_ap": 1}, {"trials": {"recipes": ["fast", "plain"]}}, "recipes must hold one"),
-        ({"target_box_ap": 1}, {"trials": {"scaling": "both"}}, "scaling must be weak or strong"),
-        ({"target_box_ap": 1}, {"trials": {"seeds": [1, 2]}}, "seeds must hold 5, or at least 3"),
-        ({"target_box_ap": 1, "evaluate_at_end": False}, {}, "nothing is evaluated"),
-        ({"target_box_ap": 1}, {"trials": {"world_sizes": [2]}, "resources": {"min_workers": 1}}, "another system"),
-    ],
-)
-def test_what_contradicts_a_benchmark_is_refused(
-    protocol: dict[str, Any], sections: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(SpecError, match=message):
-        _spec(protocol, **sections)
+@dataclass
+class Published:
+    folder: Path
+    result: ExperimentResult
+    printed: str
+    store: str
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a benchmark on drawn shapes, three seeds, as a run leaves it."""
+def done(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """A benchmark on drawn shapes, three seeds, whose trials are over and which is published now."""
     folder = tmp_path_factory.mktemp("benchmark")
     experiment = made_experiment(
         trials={"world_sizes": [1], "seeds": [0, 1, 2], "scaling": "strong", "recipes": ["fast"]},
         protocol={"kind": "benchmark", "iterations": 240, "eval_period_iterations": 60, "target_box_ap": 30},
         reference_rows=[{"name": "published", "world_size": 8, "mlperf_seconds": 1200, "images_per_second": 700}],
+        tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     )
-    make_run(folder / "run", experiment)
-    read = read_run_folder(folder / "run")
-    for trial in read.trials:
-        assert trial.plan is not None
-        write_airank(trial.plan, trial.events, trial.trial, folder / "run" / trial.label)
-        write_mllog(trial.plan, trial.events, trial.trial, folder / "run" / trial.label)
-    read.result.benchmark = judge_run(experiment, read.result, folder / "run")
-    read.result.write(folder / "run" / "results.json")
-    return folder / "run"
+    run_dir = make_run(folder / "run", experiment)
+    events = (run_dir / FILE_NAME).read_text().splitlines(keepends=True)
+    (run_dir / FILE_NAME).write_text("".join(events[:-1]))  # without its end
+    printed = io.StringIO()
+    _, tracked = close_run(experiment, run_dir, "FINISHED", "", Console(file=printed, width=400))
+    assert tracked
+    result = ExperimentResult.model_validate_json((run_dir / "results.json").read_text())
+    return Published(run_dir, result, printed.getvalue(), str(experiment.tracking.uri))
 
 
-def test_another_task_is_scored_but_not_comparable(run: Path) -> None:
-    benchmark = ExperimentResult.model_validate_json((run / "results.json").read_text()).benchmark
+def test_another_task_is_scored_but_not_comparable(done: Published) -> None:
+    benchmark = done.result.benchmark
     assert benchmark and benchmark.score_minutes and benchmark.images_per_second and benchmark.cost_to_target
     assert (benchmark.division, benchmark.convergence, benchmark.failed_rules) == ("open", None, {})
     assert [reason.split(",")[0].split(" on ")[0] for reason in benchmark.reasons] == [
@@ -275,26 +250,22 @@ def test_another_task_is_scored_but_not_comparable(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_the_report_shows_the_verdict(run: Path, tmp_path: Path) -> None:
-    html, markdown, _ = write_run(read_run_folder(run), tmp_path)
-    for text in (html.read_text(), markdown.read_text()):
+def test_table_and_report_show_the_verdict(done: Published) -> None:
+    report = [(done.folder / name).read_text() for name in ("report.html", "report.md")]
+    for text in (done.printed, *report):
         assert "not comparable with MLPerf" in text and "score 0." in text
 
 
-def test_mlflow_has_one_summary_above_the_trials(run: Path, tmp_path: Path) -> None:
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    tracker = Tracker(run, store)
-    assert tracker.sync()
-    client = MlflowClient(store)
+def test_mlflow_has_one_summary_above_the_trials(done: Published) -> None:
+    client, tracker = MlflowClient(done.store), Tracker(done.folder, done.store)
     runs = client.search_runs([str(tracker.experiment_id())])
     (summary,) = (each for each in runs if each.data.tags["kind"] == "benchmark")
     below = [each for each in runs if each.data.tags.get("mlflow.parentRunId") == summary.info.run_id]
     assert len(below) == 3 and {each.data.tags["kind"] for each in below} == {"trial"}
-    benchmark = ExperimentResult.model_validate_json((run / "results.json").read_text()).benchmark
+    benchmark = done.result.benchmark
     assert benchmark
-    assert summary.data.metrics["benchmark/score_minutes"] == pytest.approx(benchmark.score_minutes)
-    assert summary.data.metrics["benchmark/images_per_second"] == pytest.approx(benchmark.images_per_second)
-    assert summary.data.metrics["benchmark/cost_to_target"] == pytest.approx(benchmark.cost_to_target)
+    for name in ("score_minutes", "images_per_second", "cost_to_target"):
+        assert summary.data.metrics[f"benchmark/{name}"] == pytest.approx(getattr(benchmark, name))
     assert summary.data.tags["verdict"].startswith("not comparable with MLPerf's closed division")
     assert (summary.data.tags["device_name"], summary.data.tags["recipe"]) == ("Test CPU", "fast")
     assert "mlperf" in {file.path for file in client.list_artifacts(summary.info.run_id)}
@@ -303,5 +274,6 @@ def test_mlflow_has_one_summary_above_the_trials(run: Path, tmp_path: Path) -> N
     (published,) = (each for each in rows if each.data.tags["kind"] == "reference")
     assert published.data.metrics["benchmark/score_minutes"] == 20
     assert published.data.metrics["benchmark/images_per_second"] == 700
-    assert Tracker(run, store).sync(), "a second time changes nothing"
+    (done.folder / "tracking.json").unlink()
+    assert tracker.sync(), "tracked again from its start"
     assert len(client.get_metric_history(summary.info.run_id, "benchmark/score_minutes")) == 1
