@@ -26,8 +26,7 @@ def _in_slots(*plans: TrialPlan) -> list[tuple[slots.Slots, list[Event]]]:
 
 def _evaluating(steps: int, period: int, *, concurrent: bool) -> TrialPlan:
     """The demo, of a worker of one thread, evaluated on 256 images; every core but one is to spare."""
-    protocol = {"kind": "time_to_train", "iterations": steps, "evaluate_at_end": False}
-    plan = demo(steps, **protocol, eval_period_iterations=period)
+    plan = demo(steps, kind="time_to_train", iterations=steps, evaluate_at_end=False, eval_period_iterations=period)
     recipe = dataclasses.replace(plan.recipe, overlapped_evaluation=concurrent)
     return dataclasses.replace(plan, val=dataclasses.replace(plan.train, name=plan.val.name), recipe=recipe)
 
@@ -42,7 +41,7 @@ def evaluation_stall() -> Row:
     without = dataclasses.replace(blocking, solver=dataclasses.replace(blocking.solver, eval_period=0))
 
     def stalls() -> list[float]:
-        seconds = []
+        seconds: list[float] = []
         for own, events in _in_slots(without, _evaluating(79, 40, concurrent=True), blocking):
             if len([event for event in events if isinstance(event, Evaluated)]) != (len(seconds) > 0):
                 raise RuntimeError("not as many evaluations as asked for")

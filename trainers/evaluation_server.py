@@ -82,7 +82,7 @@ class EvaluationServer:
         self._plan = dataclasses.replace(
             plan,
             weights="",  # those that training starts from are not needed here
-            device=self._device.type,
+            device="cuda" if self._device.type == "cuda" else "cpu",
             cpus_per_worker=threads,
             loader_workers=min(plan.loader_workers, threads - 1) if plan.evaluation_cpus else plan.loader_workers,
         )
@@ -131,11 +131,10 @@ class EvaluationServer:
         try:
             block = torch.from_numpy(np.frombuffer(weights, dtype=np.uint8).copy())
             scores: list[Scores] = []
-            # The first model comes last: the files with its detections are those that stay.
-            for number in reversed(range(len(values))):
+            for number, each in enumerate(values):
                 load(self._model, block, number)
-                restore_values(self._model, values[number])
-                scores.insert(0, self._evaluator.run(self._model, iteration))
+                restore_values(self._model, each)
+                scores.append(self._evaluator.run(self._model, iteration))
             return scores, time.perf_counter() - started
         except Exception as error:  # noqa: BLE001 - whatever it is, training ends with it
             return _portable(error)
@@ -161,7 +160,7 @@ class EvaluatingProcess:
         reply: Outcome | Exception | None = None
         with contextlib.suppress(EOFError, OSError):
             self._line.send((iteration, values))
-            self._line.send_bytes(weights)
+            self._line.send_bytes(weights.data)
             wait([self._line, self._process.sentinel])
             reply = self._line.recv() if self._line.poll() else None
         timer.cancel()

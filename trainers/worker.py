@@ -97,8 +97,8 @@ class RayEvaluators:
             "num_gpus": int(device == "cuda"),
             "scheduling_strategy": "DEFAULT",  # not among what the workers have reserved
         }
-        start = ray.remote(Server).options(**resources).remote
-        self._servers = [start(plan, device, clock.anchor(), rank, number) for rank in range(number)]
+        start: Any = ray.remote(Server).options(**resources).remote
+        self._servers: list[Any] = [start(plan, device, clock.anchor(), rank, number) for rank in range(number)]
         address = self._servers[0].address.remote() if number > 1 else ""
         for server in self._servers:
             server.set_up.remote(address)
