@@ -13,6 +13,7 @@ from tests.builders.training import last, plan_of, train
 from trainers.contract.events import CheckpointSaved, Evaluated, Event, LoopFinished, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Evaluator, Scores
+from trainers.evaluation_hook import EvaluationHook
 
 pytestmark = pytest.mark.train
 
@@ -72,3 +73,26 @@ def test_a_target_that_is_met_in_vain_counts_first(plan: TrialPlan, monkeypatch:
     monkeypatch.setitem(AP, 12, 36.9)
     plan = dataclasses.replace(plan, target_box_ap=36.9, stop_at_target=True)
     assert last(train(plan), LoopFinished).reason == "target"
+
+
+def test_a_concurrent_evaluation_in_vain_ends_training_when_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is known at the end of the next window here, however long it takes."""
+    known = EvaluationHook.wanted_end
+
+    def wait(hook: EvaluationHook) -> Any:
+        assert hook.overlap is not None
+        hook.overlap.wait()
+        return known(hook)
+
+    monkeypatch.setattr(EvaluationHook, "wanted_end", wait)
+    plan = plan_of(tmp_path, "retinanet")
+    solver = dataclasses.replace(plan.solver, max_iter=16, eval_period=2)
+    recipe = dataclasses.replace(plan.recipe, overlapped_evaluation=True)
+    plan = dataclasses.replace(plan, solver=solver, recipe=recipe, patience=1, min_improvement=100.0, keep_best=True)
+    events = train(plan)
+    finished = last(events, LoopFinished)
+    assert (finished.reason, finished.iteration, evaluated(events)) == ("patience", 6, [2, 4])
+    assert last(events, CheckpointSaved).iteration == 6
+    assert not [event for event in train(plan, attempt=1) if isinstance(event, StepsDone | Evaluated)]

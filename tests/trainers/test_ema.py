@@ -85,7 +85,11 @@ def test_a_rank_that_died_evaluates_the_average_that_it_would_have_had(tmp_path:
         return [event for event in train(plan) if isinstance(event, Evaluated)]
 
     weights, average = found("weights"), found("average", ema_decay=0.5)
-    for event, own, averaged in zip(found("both", ema_decay=0.5, ema_both=True), weights, average, strict=True):
+    # The first of them in another process.
+    concurrent = dataclasses.replace(tiny.recipe, overlapped_evaluation=True)
+    both = found("both", recipe=concurrent, ema_decay=0.5, ema_both=True)
+    assert [event.overlapped for event in both] == [True, False]
+    for event, own, averaged in zip(both, weights, average, strict=True):
         assert event.validation_losses == own.validation_losses != averaged.validation_losses
         assert event.figures == own.figures | {f"ema_{name}": value for name, value in averaged.figures.items()}
 
