@@ -6,26 +6,20 @@ script run but the one that was written here.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from markupsafe import Markup
-
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import NOT_MEASURED, number_text
 from orchestrator.files import write_atomically
 from orchestrator.report.entries import Entry, Estimate
 from orchestrator.report.entries_plots import ENTRY_PLOTS
-from orchestrator.report.page import template
+from orchestrator.report.page import script_values, template
 
 PAGE = "entries.html"
-
-SCRIPT = Path(__file__).with_name("tables.js")
 
 FACETS = {"chip": "Chip", "chips": "Chips", "precision": "Precision", "recipe": "Recipe", "target": "Target"}
 """Columns that a choice filters by."""
@@ -112,7 +106,6 @@ def entries_html(entries: Sequence[Entry]) -> str:
     """The page; on top the entry with the shortest time, by the clock that more of them have."""
     clock = max(("time_to_train", "mlperf_time"), key=lambda key: sum(_value(e, key) is not None for e in entries))
     ordered = sorted(entries, key=lambda entry: _value(entry, clock) or math.inf)
-    script = SCRIPT.read_text(encoding="utf-8")
     return template("entries.html.j2").render(
         title=f"{len(entries)} entries" if len(entries) != 1 else "1 entry",
         num_measured=sum(entry.kind == "measured" for entry in entries),
@@ -121,8 +114,7 @@ def entries_html(entries: Sequence[Entry]) -> str:
         facets=[(key, heading, _choices(ordered, key)) for key, heading in FACETS.items()],
         rows=[(entry, _facets(entry), [_cell(entry, column) for column in COLUMNS]) for entry in ordered],
         figures=[(plot, *plot.svg(ordered)) for plot in ENTRY_PLOTS],
-        script=Markup(script),  # noqa: S704 - a file of this program
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **script_values(["tables.js"]),
     )
 
 
