@@ -61,6 +61,7 @@ def preflight(
         *check_tracking(experiment),
         *check_ray(experiment),
         *check_nodes_asked(trials),
+        *check_patience(trials),
     ]
     if trials:
         checks = {"verify_images": verify_images, "strict": strict}
@@ -122,6 +123,19 @@ def check_nodes_asked(trials: Sequence[TrialPlan]) -> list[Finding]:
             what = f"{trial.world_size} workers do not spread evenly over {trial.num_nodes} hosts"
             hint = f"Take world sizes that are multiples of {trial.num_nodes}, or another resources.num_nodes"
             findings.error("uneven_nodes", "resources.num_nodes", f"trial {trial.name}", what, hint)
+    return findings.to_list()
+
+
+def check_patience(trials: Sequence[TrialPlan]) -> list[Finding]:
+    """Checks that trials have evaluations enough to be stopped by `protocol.patience`."""
+    findings = FindingList()
+    for trial in trials:
+        solver = trial.solver
+        number = solver.max_iter // solver.eval_period if solver.eval_period else 0
+        if trial.patience and number <= trial.patience:
+            what = f"no effect: {number} evaluations in {solver.max_iter:,} iterations, and the first is an improvement"
+            hint = "Take a smaller number, or evaluate more often"
+            findings.warning("config_unused", "protocol.patience", f"trial {trial.name}", what, hint)
     return findings.to_list()
 
 

@@ -12,6 +12,7 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.early_stop import early_stop_reason
 from orchestrator.figures.trial import trial_result
+from orchestrator.preflight.local import check_patience
 from orchestrator.preflight.settings import check_settings
 from tests.builders.experiments import tiny_experiment
 from tests.builders.trials import TrialBuilder, plan
@@ -123,3 +124,12 @@ def test_keys_of_a_relative_of_detectron2_name_the_field_that_averages_weights()
     (finding,) = check_settings(parse_experiment(values, "test"))
     assert finding.what == "detectron2 has no MODEL_EMA and no keys in it"
     assert finding.hint == "Leave it out and set protocol.ema, whose decay is MODEL_EMA.DECAY"
+
+
+def test_patience_that_no_trial_has_the_evaluations_for_is_a_warning() -> None:
+    trial = plan(patience=2)  # two evaluations in 8 iterations
+    (finding,) = check_patience(
+        [trial, dataclasses.replace(trial, patience=None), dataclasses.replace(trial, patience=1)]
+    )
+    assert (finding.level, finding.file) == ("warning", "protocol.patience")
+    assert finding.what == "no effect: 2 evaluations in 8 iterations, and the first is an improvement"
