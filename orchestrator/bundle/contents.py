@@ -22,12 +22,13 @@ from orchestrator.replay.metrics_json import is_metrics_json
 from orchestrator.replay.record import LOG_NAMES
 from orchestrator.replay.unpacking import ReplayError, read_text
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from trainers.contract.evaluation_details import DETAILS_FOLDER
 from trainers.contract.events import Event, LoopStarted, RunStarted, TrialStarted
 
 RESULTS = "results.json"
 TRIAL_FILES = (
     "log.txt", "log.txt.rank*", "mllog.txt", "ai_rank.log", "system_information.json", "system_desc_id.json",
-    "checkpoints/*/manifest.json", "evaluation/*.json",
+    "checkpoints/*/manifest.json", f"{DETAILS_FOLDER}/*.json",
 )  # fmt: skip
 """Of a trial's folder. The report is left out: it can be made of these (`python -m orchestrator.report`)."""
 

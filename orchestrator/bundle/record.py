@@ -156,7 +156,8 @@ def _changed(plan: Plan, run: BundledRun) -> Plan:
     """A plan with what `--resume --set` changed of it and figures depend on."""
     starts = [event for event in run.events if isinstance(event, RunStarted)]
     changed = {key for event in starts for key in event.changes}
-    sections = {"price_per_accelerator_hour": "resources", "mtbf_hours": "faults"}
+    prices = ("price_per_accelerator_hour", "price_per_kwh", "carbon_grams_per_kwh")
+    sections = {**dict.fromkeys(prices, "resources"), "mtbf_hours": "faults"}
     fields = {
         name: starts[-1].experiment[section][name]
         for name, section in sections.items()

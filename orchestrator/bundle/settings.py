@@ -25,6 +25,12 @@ RATE_TOLERANCE = 1e-4
 MAX_DRAWN_PIXELS = 100_000_000
 """A generated data set of up to so many pixels is drawn again: some ten seconds."""
 
+PROTOCOL = (
+    *("target_box_ap", "target_mask_ap", "metric", "target", "validation_loss"),
+    *("patience", "min_improvement"),
+)
+"""Fields that a plan takes over from the protocol."""
+
 DRAWN_WITH = ("numpy", "pycocotools", "opencv-python-headless")
 """Packages that decide a generated data set's annotations."""
 
@@ -52,9 +58,9 @@ def _not_asked(experiment: Experiment, plan: TrialPlan) -> Iterator[str]:
         "experiment": (plan.experiment, experiment.name),
         "overrides": (plan.overrides, model.overrides),
         "weights_sha256": (plan.weights_sha256, model.weights_sha256),
-        "target_box_ap": (plan.target_box_ap, protocol.target_box_ap),
-        "target_mask_ap": (plan.target_mask_ap, protocol.target_mask_ap),
         "stop_at_target": (plan.stop_at_target, protocol.on_target == "stop"),
+        "accumulate": (plan.accumulate, experiment.trials.accumulate),
+        **{name: (getattr(plan, name), getattr(protocol, name)) for name in PROTOCOL},
         "throughput_warmup_iters": (plan.throughput_warmup_iters, protocol.warmup_iterations),
         "max_iter": (plan.solver.max_iter, protocol.iterations or plan.solver.max_iter),
         **{f"recipe.{k}": (getattr(plan.recipe, k, None), v) for k, v in experiment.trials.switches.items()},

@@ -77,10 +77,14 @@ def _missing(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
     for rank in range(min(size, len(last) + 1)):
         if last.get(rank) != finished.iteration:
             yield f"the steps of rank {rank} end at iteration {last.get(rank)}, training at {finished.iteration}"
-    period, evaluated = plan.solver.eval_period, {e.iteration for e in events if isinstance(e, Evaluated)}
-    if period and not plan.recipe.overlapped_evaluation:  # which may leave out what would come too late
-        due = range(period, finished.iteration + 1, period)
-        if missing := [iteration for iteration in due if iteration not in evaluated]:
+    evaluations = [event for event in events if isinstance(event, Evaluated)]
+    evaluated = {event.iteration for event in evaluations}
+    if period := plan.solver.eval_period:
+        # A concurrent evaluation may end training while the next one is in progress.
+        early = plan.evaluates_concurrently and finished.reason != "max_iter"
+        due = range(period, (max(evaluated, default=0) if early else finished.iteration) + 1, period)
+        left_out = {iteration for event in evaluations for iteration in event.left_out}
+        if missing := sorted(set(due) - evaluated - left_out):
             yield f"the evaluation after {missing[0]} iterations is missing, one of {len(missing)}"
     if plan.solver.evaluate_at_end and finished.reason == "max_iter" and finished.iteration not in evaluated:
         yield "the evaluation after the last iteration is missing"

@@ -11,7 +11,7 @@ from orchestrator.bundle.archive import Bundle, BundleError, check_files, unpack
 from orchestrator.bundle.contents import BundledRun, read_run, unknown_files
 from orchestrator.bundle.record import check_record, recompute
 from orchestrator.bundle.signature import check_signature
-from orchestrator.bundle.witnesses import check_checkpoints, check_logs
+from orchestrator.bundle.witnesses import check_checkpoints, check_details, check_logs
 from orchestrator.bundle.worker_log import check_log
 from orchestrator.findings import Finding, FindingList, has_errors, printable
 from trainers.contract.plan import TrialPlan
@@ -113,5 +113,6 @@ def _check_run(run: BundledRun, findings: FindingList) -> list[str]:
         guarded(f"the settings of {plan.name}", settings.check_trial, run, plan)
         guarded(f"the log of {plan.name}", check_log, run, plan)
         guarded(f"the checkpoints of {plan.name}", check_checkpoints, run, plan)
+        guarded(f"the evaluations of {plan.name}", check_details, run, plan)
     has_logs = all(run.place(name, "log.txt").is_file() for name in recomputed.plans)
     return [*statements, "settings", "times", *(["logs"] if has_logs else [])]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -16,8 +17,10 @@ from orchestrator.figures.records import TrialResult
 from orchestrator.findings import FindingList
 from orchestrator.report.airank import airank_log, system_information
 from orchestrator.report.mlperf import mllog_text
+from trainers.contract.evaluation_details import DETAILS_FOLDER, NUM_POINTS, EvaluationDetails
 from trainers.contract.events import CheckpointSaved, ClockChanged, Evaluated, Event
 from trainers.contract.plan import TrialPlan
+from trainers.contract.targets import metric_rating
 
 PREFIX = ":::MLLOG "
 PLACES = ("file", "lineno")
@@ -27,6 +30,11 @@ CHECKSUM = "load_data, checksum:"
 
 CLOCK_TOLERANCE_SECONDS = 5.0
 """Between a checkpoint's manifest and its event, on a busy machine."""
+
+SCORE_TOLERANCE = 1e-9
+
+CURVE_TOLERANCE = 0.02
+"""Of AP, 0-100: curves have four digits."""
 
 HINT = "It was made of the same events"
 
@@ -61,7 +69,8 @@ def check_checkpoints(run: BundledRun, plan: TrialPlan, findings: FindingList) -
     """Compares the manifests of the trial's checkpoints with its events."""
     clock_set = any(isinstance(event, ClockChanged) for event in run.of(plan.name))
     saved = {event.iteration: event for event in run.of(plan.name) if isinstance(event, CheckpointSaved)}
-    scores = {event.iteration: event.figures for event in run.of(plan.name) if isinstance(event, Evaluated)}
+    evaluations = [event for event in run.of(plan.name) if isinstance(event, Evaluated)]
+    ratings = {event.iteration: metric_rating(event, plan.metric) for event in evaluations}
     for path in sorted(run.place(plan.name, "checkpoints").glob("*/manifest.json")):
         manifest = orjson.loads(path.read_bytes())
         place, event = path.relative_to(run.folder.parent).as_posix(), saved.get(manifest["iteration"])
@@ -74,12 +83,31 @@ def check_checkpoints(run: BundledRun, plan: TrialPlan, findings: FindingList) -
                 problems.append(f"it holds {size} bytes, the event of it has {event.size_bytes}")
             if not clock_set and abs(manifest["time"] - event.time) > CLOCK_TOLERANCE_SECONDS + event.write_seconds:
                 problems.append(f"it is {abs(manifest['time'] - event.time):.0f} s away from the event of it")
-        figures = [each for each in scores.get(manifest["iteration"], {}).values() if each is not None]
-        score = manifest.get("score")
-        if score is not None and figures and min(abs(abs(score) - each) for each in figures) > 1e-9:
-            problems.append(f"its score is {score:g}, which no figure of the evaluation after its iteration is")
+        rating, score = ratings.get(manifest["iteration"]), manifest["score"]
+        if score is not None and rating is not None and abs(score - rating) > SCORE_TOLERANCE:
+            problems.append(f"its score is {score:g}, the evaluation after its iteration has {plan.metric} {rating:g}")
         for what in problems:
             findings.error("checkpoint_differs", place, "", what, "Manifest and event were written together")
+
+
+def check_details(run: BundledRun, plan: TrialPlan, findings: FindingList) -> None:
+    """Compares AP at an IoU of 0.5 with the curves in the details of each evaluation, whose mean it is."""
+    for event in run.of(plan.name):
+        if not isinstance(event, Evaluated) or not event.details_file:
+            continue
+        path = run.place(plan.name, f"{DETAILS_FOLDER}/{Path(event.details_file).name}")
+        place = path.relative_to(run.folder.parent).as_posix()
+        if not path.is_file():
+            what = "the details of an evaluation are not there"
+            findings.warning("details_unchecked", place, "", what, "Ask for them")
+            continue
+        for part, curves in EvaluationDetails.read(path).curves.items():
+            own = [100 * sum(curve.precision) / NUM_POINTS for curve in curves if curve.num_objects]
+            given = event.figures.get(f"{part}_ap50")
+            if given is not None and own and abs(given - sum(own) / len(own)) > CURVE_TOLERANCE:
+                what = f"its {part} curves have AP50 {sum(own) / len(own):.2f}"
+                hint = f"The evaluation after {event.iteration} iterations has {given:.2f}"
+                findings.error("curves_differ", place, part, what, hint)
 
 
 def _compare_mllog(run: BundledRun, trial: str, text: str, findings: FindingList) -> None:

@@ -14,6 +14,7 @@ import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from orchestrator.bundle.verify import verify
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
@@ -154,6 +155,14 @@ def test_a_logged_model_loads_as_its_readme_says_and_is_the_one_that_was_scored(
     (scored,) = (metric for metric in model.metrics if metric.key == "coco/box_ap")
     assert (scored.value, scored.step) == (pytest.approx(trial.box_ap), 8)
     assert (scored.run_id, scored.dataset_name) == (trial.mlflow_run_id, "generated_val")
+
+
+def test_a_bundle_of_the_run_verifies(done: Done, tmp_path: Path) -> None:
+    packed = run_command(done.run_dir, "--to", tmp_path / "b.zip", module="orchestrator.bundle", cwd=tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    verified = verify(tmp_path / "b.zip", tmp_path / "to")
+    assert verified.findings == []
+    assert verified.statements == ("files", "figures", "settings", "times", "logs")
 
 
 def test_a_run_never_touches_an_older_one(done: Done) -> None:
