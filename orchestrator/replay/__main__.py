@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from orchestrator.experiment.references import read_references
 from orchestrator.experiment.spec import ReferenceRow, SpecError
-from orchestrator.figures.figure import number_text, percent_text, seconds_text
+from orchestrator.figures.figure import number_text, percent_text, rate_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.findings import print_findings
 from orchestrator.preflight.tracking import check_store
@@ -69,6 +70,10 @@ def main(
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(closing_table(result))
+    met = [t for t in result.trials if t.mlperf_seconds is not None and t.images_per_second is not None]
+    if result.benchmark and met:
+        rate = statistics.median(t.images_per_second or 0.0 for t in met)
+        console.print(f"Throughput: {rate_text(rate)} images/s, median of the {len(met)} runs that met the targets")
     for one in replayed:
         console.print(f"[bold]{escape(one.plan.name)}[/bold]")
         for line in details(one.result):

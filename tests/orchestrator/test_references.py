@@ -8,7 +8,7 @@ import pytest
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.references import read_references, with_references
 from orchestrator.experiment.spec import SpecError
-from tests.builders.commands import ROOT
+from tests.builders.commands import ROOT, run_command
 
 FILES = sorted((ROOT / "references").glob("*.yaml"))
 
@@ -35,6 +35,11 @@ def test_an_experiment_shows_the_rows_of_its_files_after_its_own(tmp_path: Path)
         "reference_rows": [{"name": "A", "world_size": 1}],
     }  # fmt: skip
     assert [row.name for row in with_references(parse_experiment(values, where="x")).reference_rows] == ["A", "B"]
+
+
+def test_a_file_that_an_experiment_names_and_that_is_not_there_ends_the_command(tmp_path: Path):
+    done = run_command("--dry-run", "--set", "reference_files=[missing.yaml]", cwd=tmp_path)
+    assert done.returncode == 2 and "missing.yaml: cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

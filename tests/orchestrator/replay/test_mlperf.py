@@ -225,6 +225,7 @@ def test_the_command_shows_score_minutes_and_references(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert "score 7.65 minutes, the mean of 3 of 5 runs" in done.stdout.replace("\n", " ")
+    assert "Throughput: 600.00 images/s, median of the 5 runs that met the targets" in done.stdout
     assert "Somebody" in done.stdout and "a paper" in done.stdout
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["reference_rows"][0]["name"] == "Somebody" and record["benchmark"]["num_runs"] == 5
