@@ -1,4 +1,4 @@
-"""Training that does not improve any more ends, and everybody is told why."""
+"""Training that does not improve any more ends, and says why."""
 
 from __future__ import annotations
 
