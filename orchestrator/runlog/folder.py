@@ -111,7 +111,10 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
     events: dict[str, list[Event]] = {}
     for event in _events(path):
         events.setdefault(event.trial, []).append(event)
-    plans = {plan.name: plan for own in events.values() for plan in _plans(own)}
+    try:
+        plans = {plan.name: plan for own in events.values() for plan in _plans(own)}
+    except (KeyError, TypeError) as error:  # a field that this version lacks, or has and misses
+        raise ValueError(f"{path / FILE_NAME}: not plans that this version reads: {error}") from error
     starts = [event for event in events.get("", []) if isinstance(event, RunStarted)]
     tracking: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # it was not tracked, or the file is damaged

@@ -136,7 +136,10 @@ def test_every_wrong_entry_is_named_in_one_line_and_nothing_is_written(run, refe
     empty.mkdir()
     words.write_text("reference_rows: [{name: x, world_size: 0}]\n")
     many = changed(run, tmp_path / "many", world_size=10**30)
-    bad = [empty, words, tmp_path / "gone", many, tmp_path / "none"]
+    later = changed(run, tmp_path / "later")
+    events = (later / "events.jsonl").read_text()
+    (later / "events.jsonl").write_text(events.replace('"plan":{', '"plan":{"of_a_later_version":1,'))
+    bad = [empty, words, tmp_path / "gone", many, tmp_path / "none", later]
     (tmp_path / "none").mkdir()
     values = json.loads((run / "results.json").read_text()) | {"trials": []}
     (tmp_path / "none" / "results.json").write_text(json.dumps(values))
@@ -144,7 +147,7 @@ def test_every_wrong_entry_is_named_in_one_line_and_nothing_is_written(run, refe
     assert done.exit_code == 2 and not (tmp_path / "page").exists()
     lines = done.output.splitlines()
     assert [line.startswith(f"error: {path}") for line, path in zip(lines, bad, strict=True)] == [True] * len(bad)
-    reasons = ("not a run's folder", "world_size", "no such file", "accelerators", "no trial")
+    reasons = ("not a run's folder", "world_size", "no such file", "accelerators", "no trial", "version")
     assert [reason in line for reason, line in zip(reasons, lines, strict=True)] == [True] * len(bad)
 
 
