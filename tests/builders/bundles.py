@@ -22,11 +22,13 @@ from orchestrator.experiment.reading import parse_experiment, to_yaml
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
+from orchestrator.files import write_atomically
 from orchestrator.report.airank import write_airank
 from orchestrator.report.mlperf import write_mllog
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.experiments import tiny_experiment
 from tests.builders.trials import TrialBuilder
+from trainers.contract.evaluation_details import DETAILS_FOLDER, ClassCurve, Confusion, EvaluationDetails
 from trainers.contract.events import Evaluated, LoopStarted, RunEnded, RunStarted, StepsDone
 from trainers.contract.plan import TrialPlan
 
@@ -104,12 +106,21 @@ def _trained(plan: TrialPlan, epoch: float) -> TrialBuilder:
         made.steps(at, first, 1.0, 1.0, learning_rate=rate)
         if first in (2, 6):
             ap = 20.0 + plan.seed + 5 * (first - 2)
-            figures = {"box_ap": ap, "mask_ap": ap - 2}
+            figures = {"box_ap": ap, "mask_ap": ap - 2, "box_ap50": (10100 + 5100) / 202}
+            details = EvaluationDetails(
+                iteration=first + 2, classes=("circle", "square", "triangle"), confusion=Confusion(0.5, 0.5, ()),
+                curves={"box": tuple(
+                    ClassCurve(name, number, (1.0,) * points, (0.5,) * points)
+                    for name, number, points in (("circle", 9, 101), ("square", 7, 51), ("triangle", 0, 0))
+                )}, worst_images=(), sample_ids=(), detections=(),
+            )  # fmt: skip
+            file = f"{DETAILS_FOLDER}/{first + 2:07d}.json"
+            write_atomically(Path(plan.trial_dir, file), details.to_json())
             made.emit(
                 Evaluated, at + 2, iteration=first + 2, epoch=(first + 2) / 4, figures=figures,
                 box_scored=made.epoch + at + 1, mask_scored=made.epoch + at + 2, seconds=2.0,
                 part_seconds={"inference": 1.0, "gather": 0.0, "score": 1.0},
-                class_ap={"box_ap/circle": ap - 1, "box_ap/square": ap + 1, "box_ap/triangle": None},
+                details_file=file, class_ap={"box_ap/circle": ap - 1, "box_ap/square": ap + 1, "box_ap/triangle": None},
             )  # fmt: skip
             made.checkpoint(at + 2.5, first + 2, 0.1)
             manifest = {

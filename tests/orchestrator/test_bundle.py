@@ -67,6 +67,11 @@ def edited_ap(event: dict) -> None:
         event["class_ap"] = {name: ap and ap + 3 for name, ap in event["class_ap"].items()}
 
 
+def edited_ap50(event: dict) -> None:
+    if event["kind"] == "evaluated" and event["trial"] == TRIAL:
+        event["figures"]["box_ap50"] += 1
+
+
 def started_later(event: dict) -> None:
     if event["kind"] == "worker_started" and event["trial"] == TRIAL:
         event["time"] += 3
@@ -174,6 +179,7 @@ FORGED: dict[str, tuple[Callable[[dict], bool | None], str, str]] = {
     "a dropped seed": (never_asked, "trial_dropped", "asks for reference on 1 workers (strong) with seed 2"),
     "an AP": (edited_ap, "log_disagrees", "box_ap is 41.0 in the log, 44.0 in the events"),
     "an AP and its checkpoint": (edited_ap, "checkpoint_differs", "its score is 41"),
+    "an AP50": (edited_ap50, "curves_differ", "its box curves have AP50 75.25. The evaluation after 4"),
     "a clock": (started_later, "clock_moved", "took 1.000 s from its start to its loop, and set up for 4.000 s"),
     "all clocks of a trial": (compressed, "clock_moved", "loop_started at iteration 0 is 7 s away from its line"),
     "a cut event log": (cut, "events_cut", "the events of iterations 5 to 6 are not in events.jsonl"),
