@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,10 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from benchmarks.ours import write_plan
 from tests.builders.training import last, plan_of, train
 from tests.builders.waiting import wait_for
+from trainers import mask_rcnn
+from trainers.canary import find_port
+from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointSaved,
@@ -30,6 +35,7 @@ from trainers.contract.events import (
     event_from_json,
 )
 from trainers.contract.plan import TrialPlan
+from trainers.evaluation_server import EvaluatingProcess, EvaluationServer, answer, num_bytes, views
 from trainers.loading import BadInputError
 from trainers.overlap import Job, Overlap
 from trainers.rank import Rank
@@ -167,7 +173,7 @@ def test_a_target_ends_all_ranks_together(tmp_path: Path) -> None:
     done = subprocess.run([*torchrun, *ours], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     events = [event_from_json(line) for line in (tmp_path / "events").read_text().splitlines()]
-    assert last(events, LoopFinished).reason == "target" and list(figures(events))[0] == 4
+    assert last(events, LoopFinished).reason == "target" and next(iter(figures(events))) == 4
     assert 4 < last(events, LoopFinished).iteration < 400
 
 
@@ -191,3 +197,35 @@ def test_the_evaluating_process_ends_with_a_training_process_that_is_killed(tmp_
         (evaluator,) = evaluating(family)
         os.kill(training.pid, signal.SIGKILL)
     evaluator.wait(timeout=300)
+
+
+def evaluate_share(plan: TrialPlan, rank: int, address: str, weights: bytes, line: Any) -> None:
+    """One of two processes that share the images of an evaluation; sends what it found."""
+    server = EvaluationServer(plan, "cpu", clock.anchor(), rank, world_size=2)
+    server.set_up(address)
+    line.send(server.evaluate(4, [{}], weights))
+
+
+def test_processes_that_share_the_images_find_what_one_finds(tmp_path: Path) -> None:
+    plan = evaluating_plan(tmp_path, "shared")
+    Path(plan.trial_dir).mkdir(parents=True)
+    torch.manual_seed(0)
+    tensors = list(mask_rcnn.build_detector(mask_rcnn.build_config(plan), plan).state_dict().values())
+    block = torch.zeros(num_bytes(tensors), dtype=torch.uint8)
+    for view, tensor in zip(views(block, tensors), tensors, strict=True):
+        view.copy_(tensor)
+    alone = EvaluatingProcess(plan, "cpu")
+    context, address = multiprocessing.get_context("spawn"), f"127.0.0.1:{find_port()}"
+    lines = [context.Pipe() for _ in range(2)]
+    shares = [(plan, rank, address, block.numpy().tobytes(), theirs) for rank, (_, theirs) in enumerate(lines)]
+    processes = [context.Process(target=evaluate_share, args=arguments) for arguments in shares]
+    for process in processes:
+        process.start()
+    (expected,), _ = alone.evaluate(4, [{}], block.numpy())
+    alone.end()
+    (found,), _ = answer(lines[0][0].recv())
+    answer(lines[1][0].recv())
+    assert found.figures == expected.figures and found.class_ap == expected.class_ap
+    assert found.validation_losses == pytest.approx(expected.validation_losses, rel=1e-5)
+    for process in processes:
+        process.join()
