@@ -18,6 +18,7 @@ from orchestrator.report.__main__ import main
 from orchestrator.report.entries import Entry, Estimate, Unpacked, read_entries
 from orchestrator.report.entries_page import PAGE, entries_html
 from orchestrator.report.entries_plots import ENTRY_PLOTS, time_against_cost
+from tests.builders import bundles
 from tests.builders.entries import made_entries
 from tests.builders.run_folder import made_experiment, make_run
 
@@ -129,6 +130,23 @@ def test_a_bundle_is_verified_and_read_from_where_it_was_unpacked(run, tmp_path)
     assert len(places) == 1 and not places[0].exists(), "given twice, it counts once, and nothing is left behind"
     assert {(row.verdict, row.verified) for row in rows} == {("verified", "bundle: files, figures")}
     assert rows[0].source == f"{tmp_path.name}/made.zip"
+
+
+def test_the_command_verifies_bundles_and_refuses_one_that_was_doctored(tmp_path):
+    files = bundles.files_of(bundles.make_run(tmp_path / "run", tmp_path / "data"))
+    honest, doctored = bundles.pack(tmp_path / "honest.zip", files), tmp_path / "doctored.zip"
+    name = "runs/run/results.json"
+
+    def faster(result: dict) -> None:
+        result["trials"][0]["images_per_second"] *= 2
+
+    bundles.pack(doctored, {**files, name: bundles.edit_json(files[name], faster)})
+    assert report(honest, "--to", tmp_path / "page").exit_code == 0
+    assert "✓ bundle: files, figures, settings, times, logs<" in (tmp_path / "page" / PAGE).read_text()
+    done = report(honest, doctored, "--to", tmp_path / "other")
+    assert done.exit_code == 2 and not (tmp_path / "other").exists()
+    assert done.output.startswith(f"error: {doctored}: not verified: ") and "images_per_second" in done.output
+    assert len(done.output.splitlines()) == 1
 
 
 def test_every_wrong_entry_is_named_in_one_line_and_nothing_is_written(run, references, tmp_path):
