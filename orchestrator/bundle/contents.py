@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.findings import printable
 from orchestrator.replay.metrics_json import is_metrics_json
-from orchestrator.replay.record import LOG_NAMES
+from orchestrator.replay.record import LOG_NAMES, PACKED, SUBMISSIONS
 from orchestrator.replay.unpacking import ReplayError, read_text
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.evaluation_details import DETAILS_FOLDER
@@ -121,8 +121,11 @@ def run_files(folder: Path, name: str, redaction: Redaction) -> Iterator[tuple[s
         for file, content in found.items():
             Path(redacted, file).write_bytes(content)
         found |= derived_files(read_run(Path(redacted), str(folder)))
+    submissions = _submissions(run) if run.is_replayed else {}
+    found |= {file: redaction.apply(content) for file, content in submissions.items()}
     for trial in run.result.trials:
-        files = _logs(run, trial.name) if run.is_replayed else _trial_files(run, trial.name)
+        elsewhere = submissions.values()
+        files = _logs(run, trial.name, elsewhere) if run.is_replayed else _trial_files(run, trial.name)
         found |= {f"{Path(trial.name).name}/{file}": redaction.apply(content) for file, content in files.items()}
     for file in sorted(found):
         yield f"runs/{name}/{file}", found[file]
@@ -150,6 +153,8 @@ def unknown_files(run: BundledRun) -> list[str]:
     for trial in run.result.trials:
         for pattern in (*TRIAL_FILES, CONFIG, *LOG_NAMES):
             known |= set(run.place(trial.name).glob(pattern))
+    if run.is_replayed:
+        known |= set((run.folder / SUBMISSIONS).rglob("*"))
     found = {path for path in run.folder.rglob("*") if path.is_file()}
     return sorted(path.relative_to(run.folder).as_posix() for path in found - known)
 
@@ -174,15 +179,33 @@ def _trial_files(run: BundledRun, trial: str) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in plain}
 
 
-def _logs(run: BundledRun, trial: str) -> dict[str, bytes]:
-    """The log of a replayed trial, unpacked, and what was made of it."""
+def _logs(run: BundledRun, trial: str, elsewhere: Collection[bytes]) -> dict[str, bytes]:
+    """The log of a replayed trial, unless it is elsewhere in the bundle, and what was made of it."""
     folder = run.place(trial)
     made = {name: (folder / name).read_bytes() for name in RESULT_FILES if (folder / name).is_file()}
     logs = [path for path in sorted(folder.glob("*")) if path.name not in RESULT_FILES and path.is_file()]
     if len(logs) != 1:
         raise BundleError(f"{folder}: holds {len(logs)} logs of a replayed run, not one")
+    text = _unpacked(logs[0])
+    name = LOG_NAMES[is_metrics_json(text.decode(errors="replace"))]
+    return made if text in elsewhere else {name: text, **made}
+
+
+def _submissions(run: BundledRun) -> dict[str, bytes]:
+    """MLPerf's results of a replayed run, unpacked, by their names in the run's folder."""
+    found = {}
+    for path in sorted((run.folder / SUBMISSIONS).rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            name = path.relative_to(run.folder).as_posix()
+            is_log = path.parent.name != "systems"
+            found[name.removesuffix(path.suffix) if path.suffix in PACKED else name] = (
+                _unpacked(path) if is_log else path.read_bytes()
+            )
+    return found
+
+
+def _unpacked(log: Path) -> bytes:
     try:
-        text = read_text(logs[0])[0]
+        return read_text(log)[0].encode()
     except ReplayError as error:
         raise BundleError(str(error)) from error
-    return {LOG_NAMES[is_metrics_json(text)]: text.encode(), **made}

@@ -19,7 +19,7 @@ from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.findings import FindingList
 from orchestrator.replay.metrics_json import is_metrics_json
-from orchestrator.replay.record import LOG_NAMES, Replayed, experiment_result, replay
+from orchestrator.replay.record import LOG_NAMES, SUBMISSIONS, Replayed, experiment_result, replay
 from orchestrator.replay.trial import Targets
 from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.benchmark import benchmark_result
@@ -179,10 +179,13 @@ def _replay(run: BundledRun, findings: FindingList) -> list[Replayed]:
                 name = LOG_NAMES[is_metrics_json(content.decode("utf-8", "replace"))]
                 (place / name).write_bytes(content)
                 logs[content] = place
+        results = sorted(path for path in (run.folder / SUBMISSIONS).rglob("*.*") if path.parent.name != "systems")
         targets = {(trial.target_box_ap, trial.target_mask_ap) for trial in run.result.trials}
         given = Targets(*next(iter(targets))) if len(targets) == 1 else None
         try:
-            return replay(list(logs.values()), given)
+            replayed = replay([*logs.values(), *results], given)
+            order = {trial.name: number for number, trial in enumerate(run.result.trials)}
+            return sorted(replayed, key=lambda one: order.get(one.plan.name, len(order)))
         except ReplayError as error:
             what = f"its logs cannot be read: {error}"
         except Exception as error:  # noqa: BLE001 - the logs may be anybody's, and hold anything

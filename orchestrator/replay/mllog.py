@@ -68,6 +68,19 @@ class MllogRun:
         return self.stopped if self.stopped is not None else self.lines[-1].time
 
 
+def description_file(source: Path) -> Path | None:
+    """Where a submission describes the system of a log; None for a log that is in no submission."""
+    parents = source.absolute().parents
+    inside = len(parents) > 3 and parents[0].name == BENCHMARK
+    return parents[3] / "systems" / f"{system_name(source)}.json" if inside else None
+
+
+def system_name(source: Path) -> str:
+    """Name of the system in a submission: its folder, above that of the benchmark."""
+    folder = source.absolute().parent
+    return folder.parent.name if folder.name == BENCHMARK else folder.name
+
+
 def finite(value: Any) -> float | None:
     """A value of a line as a number; None for anything else, NaN and infinity too."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER

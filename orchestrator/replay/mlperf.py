@@ -11,11 +11,10 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestrator.figures.logged_plan import LoggedDataset, LoggedPlan, LoggedSolver
-from orchestrator.replay.mllog import BENCHMARK, Line, MllogRun, finite
+from orchestrator.replay.mllog import Line, MllogRun, description_file, finite, system_name
 from orchestrator.replay.trial import COCO_TARGETS, Targets
 from trainers.contract.events import (
     Evaluated,
@@ -98,9 +97,7 @@ def mlperf_plan(run: MllogRun, name: str, targets: Targets | None) -> LoggedPlan
 
 def system_of(run: MllogRun) -> System:
     """What a run ran on: by the submission's description of the system where its folder is there, else by the log."""
-    description = run.source.absolute().parents[2:4]
-    if len(description) == 2 and run.source.absolute().parent.name == BENCHMARK:
-        file = description[1] / "systems" / f"{system_name(run.source)}.json"
+    if file := description_file(run.source):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             nodes, each = int(found["number_of_nodes"]), int(found["accelerators_per_node"])
@@ -294,12 +291,6 @@ def _platform(run: MllogRun) -> str:
     platform = str(run.values.get("submission_platform", ""))
     own = _WORKERS.match(platform)
     return own[2] if own else " ".join(filter(None, (str(run.values.get("submission_org", "")), platform)))
-
-
-def system_name(source: Path) -> str:
-    """Name of the system in a submission: its folder, above that of the benchmark."""
-    folder = source.absolute().parent
-    return folder.parent.name if folder.name == BENCHMARK else folder.name
 
 
 def _integer(value: Any) -> int | None:

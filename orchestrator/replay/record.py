@@ -19,8 +19,8 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.replay.launches import Launch
 from orchestrator.replay.messages import read_messages
 from orchestrator.replay.metrics_json import is_metrics_json, read_metrics
-from orchestrator.replay.mllog import BENCHMARK, MllogRun, find_mllog_runs, is_mllog
-from orchestrator.replay.mlperf import mlperf_events, mlperf_plan, system_name
+from orchestrator.replay.mllog import BENCHMARK, MllogRun, description_file, find_mllog_runs, is_mllog, system_name
+from orchestrator.replay.mlperf import mlperf_events, mlperf_plan
 from orchestrator.replay.runs import LoggedRun, find_runs
 from orchestrator.replay.trial import RECIPE, Targets, gpu_name, known_targets, logged_plan, replayed_events
 from orchestrator.replay.unpacking import ReplayError, read_text
@@ -39,6 +39,9 @@ MLPERF_RESULTS = "result_*.txt"
 RULESETS = (RULESET, "3.0.0", "2.1.0", "2.0.0", "1.1.0", "1.0.0")
 """Rules of MLPerf Training for Mask R-CNN, the newest first: a log does not say of which round it is."""
 
+SUBMISSIONS = "submissions"
+"""Folder of a replayed run with MLPerf's results as their submissions have them."""
+
 PACKED = ("", ".gz", ".xz", ".bz2")
 """What is added to their names where they were packed."""
 
@@ -49,6 +52,8 @@ class Replayed:
 
     source: Path
     """The log."""
+    is_mllog: bool
+    """Whether it is a result of MLPerf's, which says less than its place in a submission."""
     plan: LoggedPlan
     events: list[Event]
     result: TrialResult
@@ -72,7 +77,10 @@ def replay(logs: Sequence[Path], targets: Targets | None = None, year: int | Non
         mlperf_events(run, plan) if isinstance(run, MllogRun) else replayed_events(run, plan)
         for run, plan in zip(runs, plans, strict=True)
     ]
-    return [Replayed(run.source, p, e, trial_result(p, e)) for run, p, e in zip(runs, plans, events, strict=True)]
+    return [
+        Replayed(run.source, isinstance(run, MllogRun), p, e, trial_result(p, e))
+        for run, p, e in zip(runs, plans, events, strict=True)
+    ]
 
 
 def _plan(run: LoggedRun | MllogRun, name: str, targets: Targets | None) -> LoggedPlan:
@@ -116,6 +124,28 @@ def write(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path)
         write_mllog(one.plan, one.events, one.result, folder)
         plain = one.source.suffix not in (".json", *PACKED[1:])
         shutil.copyfile(one.source, folder / ("log.txt" if plain else one.source.name))
+    for log, copy in submission_files([one.source for one in replayed if one.is_mllog]).items():
+        target = run_dir / SUBMISSIONS / copy
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, target)
+
+
+def submission_files(logs: Sequence[Path]) -> dict[Path, Path]:
+    """Where results of MLPerf's, and the descriptions of their systems, are kept so that they read the same again."""
+    submissions: list[Path] = []
+    files: dict[Path, Path] = {}
+    for log in logs:
+        file, root = description_file(log), log.absolute().parent
+        if file:
+            root = file.parent.parent
+        if root not in submissions:
+            submissions.append(root)
+        number = Path(str(submissions.index(root)))
+        system = number / "results" / system_name(log)
+        files[log] = (system / BENCHMARK if file else system) / log.name
+        if file and file.is_file():
+            files[file] = number / "systems" / file.name
+    return files
 
 
 def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:

@@ -23,6 +23,8 @@ from orchestrator.replay.record import experiment_result, replay, write
 from tests.builders.bundles import edit_json, make_run
 from tests.builders.commands import run_command
 from tests.builders.logs import whole_run
+from tests.builders.mllogs import submission
+from tests.builders.mllogs import whole_run as whole_mllog
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,21 @@ def test_the_log_of_another_program_becomes_a_bundle_that_its_log_verifies(tmp_p
     call("pack", tmp_path / "out", "--to", tmp_path / "c.zip")
     (finding,) = verify(tmp_path / "c.zip", tmp_path / "to2").findings
     assert "time_to_train_seconds: it is 60.0. The logs give 73" in finding.to_line()
+
+
+def test_results_of_mlperf_become_a_bundle_with_their_score(tmp_path: Path) -> None:
+    folder = submission(tmp_path / "made", *(whole_mllog(seed=seed, epoch_seconds=200.0 + seed) for seed in range(5)))
+    replayed = replay([folder])
+    write(experiment_result("mlperf", replayed, []), replayed, tmp_path / "out")
+    assert call("pack", tmp_path / "out", "--to", tmp_path / "b.zip")[0] == 0
+    verified = verify(tmp_path / "b.zip", tmp_path / "to")
+    assert verified.findings == []
+    assert verified.statements == ("files", "figures", "score", "logs of another program")
+    path = tmp_path / "out" / "results.json"
+    path.write_bytes(edit_json(path.read_bytes(), lambda result: result["benchmark"].update(score_minutes=1.0)))
+    call("pack", tmp_path / "out", "--to", tmp_path / "c.zip")
+    (finding,) = verify(tmp_path / "c.zip", tmp_path / "to2").findings
+    assert "benchmark.score_minutes: it is 1.0. The logs give" in finding.to_line()
 
 
 @pytest.mark.shared
