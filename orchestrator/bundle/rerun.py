@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 from pathlib import Path
 
-from orchestrator.bundle.archive import unpack
+from orchestrator.bundle.archive import BundleError, unpack
 from orchestrator.bundle.contents import EXPERIMENT, BundledRun
 from orchestrator.bundle.verify import RUNS, read_runs
 from orchestrator.experiment.environment import package_hashes
@@ -35,7 +36,12 @@ def instructions(path: Path, to: Path) -> list[str]:
     lines = []
     for run in read_runs(path, unpack(path, to)):
         lines.append(f"# {run.name}: {printable(run.result.experiment)}")
-        lines += [printable(line) for line in (_replay(path, run) if run.is_replayed else _repeat(path, run))]
+        try:
+            own = _replay(path, run) if run.is_replayed else _repeat(path, run)
+        except Exception as error:  # the events may be anybody's, and hold anything
+            what = printable(f"{type(error).__name__}: {error}")[:200]
+            raise BundleError(f"{path}: how {run.name} is repeated cannot be read of its events: {what}") from error
+        lines += map(printable, own)
     return lines
 
 
@@ -52,7 +58,8 @@ def _repeat(path: Path, run: BundledRun) -> list[str]:
     environment, started = run.result.environment, run.started
     if started is None:
         return ["# its events lack the start of the run: how it was made is not known"]
-    commit = environment.get("git_commit")
+    known = re.fullmatch(r"[0-9a-f]{7,64}", environment.get("git_commit", ""))
+    commit = known[0] if known else None
     dirty = environment.get("git_dirty") == "true"
     name = f"{run.name}.yaml"
     lines = [f"git checkout {commit}"] if commit else []

@@ -56,6 +56,22 @@ def test_a_run_is_bundled_verified_and_explained_by_commands(run: Path, tmp_path
     assert "accelerator: Test CPU then" in text
 
 
+def test_what_a_stranger_wrote_is_no_command_and_no_traceback(run: Path, tmp_path: Path) -> None:
+    hostile = shutil.copytree(run, tmp_path / "run")
+    content = (hostile / "results.json").read_bytes()
+    (hostile / "results.json").write_bytes(content.replace(b'"' + b"0" * 40, b'"x; touch /tmp/y; \\u001b[31m'))
+    call("pack", hostile, "--to", tmp_path / "b.zip")
+    code, text = call("rerun", tmp_path / "b.zip")
+    assert code == 0 and "touch" not in text and "Which commit made it is not known" in text
+    events = (hostile / "events.jsonl").read_bytes().replace(b'"generated":{', b'"generated":{"num_train":"x","y":{')
+    (hostile / "events.jsonl").write_bytes(events.replace(b'"seed":0}},"model"', b'"seed":0}}},"model"', 1))
+    assert call("pack", hostile, "--to", tmp_path / "c.zip")[0] == 0
+    code, text = call("rerun", tmp_path / "c.zip")
+    assert code == 2 and len(text.splitlines()) == 1 and "cannot be read of its events" in text
+    code, text = call("verify", tmp_path / "c.zip")
+    assert code == 1 and "\x1b" not in text and "not_checkable" in text
+
+
 def test_two_runs_of_one_name_are_in_one_bundle(run: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     shutil.copytree(run, tmp_path / "other" / "run")
