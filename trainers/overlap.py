@@ -77,8 +77,10 @@ class Overlap:
     def __init__(self, plan: TrialPlan, models: Sequence[nn.Module], start: Start) -> None:
         tensors = _tensors(models)
         self._on_gpu = tensors[0].device.type == "cuda"
-        # Page-locked memory is reached by a GPU's copies without anybody waiting for them.
-        self._blocks = [torch.empty(num_bytes(tensors), dtype=torch.uint8, pin_memory=self._on_gpu) for _ in range(2)]
+        # Page-locked memory is reached by a GPU's copies without anybody waiting for them. Written once, so that the
+        # first snapshot does not wait for the system to provide it.
+        size = num_bytes(tensors)
+        self._blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu).zero_() for _ in range(2)]
         self._views = [views(block, tensors) for block in self._blocks]
         self._plan, self._start = plan, start
         self._changed = threading.Condition()
