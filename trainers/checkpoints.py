@@ -69,7 +69,7 @@ class CheckpointStore:
         self._keep, self._attempt, self._before_valid = keep, attempt, before_valid
         self._on_saved, self._on_failed, self._on_skipped = on_saved, on_failed, on_skipped
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
         self._awaited: set[int] = set()
         self._folder_identity: tuple[int, int] | None = None
 
@@ -98,17 +98,16 @@ class CheckpointStore:
         snapshot = _to_cpu(state)
         taken = time.perf_counter()
         self._awaited = set(awaited)
-        self._pending = self._writer.submit(self._write, iteration, snapshot, score, taken - started, taken)
+        self._pending = [self._writer.submit(self._write, iteration, snapshot, score, taken - started, taken)]
 
     def wait(self) -> None:
-        """Waits for the write in progress; raises StorageError where it failed."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        """Waits for what is being written; raises StorageError where it failed."""
+        while self._pending:
+            self._pending.pop(0).result()
 
     def rate(self, iteration: int, score: float) -> None:
         """Adds a score to an older checkpoint, if there still is one of that iteration, after the write in progress."""
-        self._writer.submit(self._rate, iteration, score)
+        self._pending.append(self._writer.submit(self._rate, iteration, score))
 
     def take_over(self) -> None:
         """Makes this attempt the one that may write; an earlier one that is still alive notices and gives up.

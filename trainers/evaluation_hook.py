@@ -52,7 +52,7 @@ class EvaluationHook:
         evaluator: Evaluates while training waits.
         num_train_images: Those of an epoch.
         send: Sends an event.
-        rate: Called with the iteration and the rating of a concurrent evaluation.
+        rate: Called with the iteration and the rating of an evaluation that is known after its checkpoint was taken.
         activity: Where a failure happened, if it did not in the training loop.
         prepare: Called with the iteration before each evaluation, one after the other.
     """
@@ -120,6 +120,12 @@ class EvaluationHook:
             self._emit(loop.iteration, scores, clock.now(), time.perf_counter() - started, parts)
         self._end_all(loop)
 
+    def make_up(self, loop: TrainingLoop) -> None:
+        """Makes the evaluation that was left out when the checkpoint was taken from which training goes on."""
+        self.run(loop)
+        if self.last_scores and self.last_iteration == loop.iteration:
+            self._rate(loop.iteration, self.last_scores)
+
     def pending(self, iteration: int) -> bool:
         """Whether an evaluation of this iteration is missing (rank 0): a stop left it out, or it is still in progress.
 
@@ -174,8 +180,11 @@ class EvaluationHook:
             scores = _merged(job.scores)
             parts = {**scores.part_seconds, "stall": stall}
             self._emit(job.iteration, scores, scores.scored, job.seconds, parts, job.left_out, job.num_lost)
-            if (rating := metric_rating(scores, self.plan.metric)) is not None:
-                self.rate(job.iteration, rating)
+            self._rate(job.iteration, scores)
+
+    def _rate(self, iteration: int, scores: Scores) -> None:
+        if (rating := metric_rating(scores, self.plan.metric)) is not None:
+            self.rate(iteration, rating)
 
     def _emit(
         self,

@@ -173,7 +173,7 @@ class Rank:
         saved = state.get(EVALUATIONS_KEY, []) if state else []
         with overlap(plan, models, placement.rank, self.start_evaluating, saved) as evaluation.overlap:
             if state and state[EVALUATION_PENDING_KEY]:
-                evaluation.run(loop)
+                evaluation.make_up(loop)
             sizes = (weight.nbytes for weight in detector.parameters() if weight.requires_grad)
             self._before_steps = machine.memory(self._device()), float(sum(sizes))
             reason = loop.run()

@@ -62,6 +62,8 @@ def test_a_stop_just_before_the_last_evaluation_ends_at_the_same_one(plan: Trial
     assert last(first, LoopFinished).reason == "interrupted" and evaluated(first)[-1] == 10
     second = train(plan, attempt=1)
     assert (last(second, LoopFinished).reason, evaluated(second)) == ("patience", [12])
+    manifest = json.loads(Path(plan.checkpoint_dir, "iter_0000012", "manifest.json").read_text())
+    assert manifest["score"] == 35.4, "the checkpoint was taken before it was evaluated"
 
 
 def test_the_end_of_the_schedule_is_no_early_stop(plan: TrialPlan) -> None:
