@@ -156,6 +156,10 @@ class ProgressDisplay:
             if target is not None:
                 text += f", target {target:g} " + ("met" if is_met(ap, target) else f"{target - ap:.2f} away")
             parts.append(text)
+        averages = {name: event.figures.get(f"ema_{name}_ap") for name in targets}
+        if any(ap is not None for ap in averages.values()):
+            found = ", ".join(f"{name} AP {ap:.2f}" for name, ap in averages.items() if ap is not None)
+            parts.append(f"of averaged weights {found}")
         self._last_ap = event.figures
         took = f"{number_text(event.seconds, 1)} s"
         if event.overlapped:

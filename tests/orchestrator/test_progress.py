@@ -61,3 +61,14 @@ def test_quiet_shows_failures_only() -> None:
     builder = trained()
     builder.ended(30.0, "FAILED", "no such data")
     assert _shown(builder.events, quiet=True) == ["reference-2xcpu failed: no such data"]
+
+
+def test_figures_of_averaged_weights_and_an_early_end_are_shown() -> None:
+    builder = trained(patience=1)
+    builder.evaluated(29.0, 12, 55.0, None)
+    figures = {"box_ap": 55.0, "ema_box_ap": 56.25, "ema_mask_ap": 50.5}
+    evaluation = dataclasses.replace(builder.events[-1], figures=figures)
+    ended = dataclasses.replace(builder.events[-2], reason="stopped by protocol.patience: …")
+    lines = _shown([builder.events[0], evaluation, ended])
+    assert any("of averaged weights box AP 56.25, mask AP 50.50" in line for line in lines)
+    assert lines[-1].endswith("ended early: stopped by protocol.patience: …")
