@@ -20,9 +20,12 @@ from torch import nn
 from tests.builders.waiting import wait_for
 from trainers import evaluation_server
 from trainers import overlap as overlap_module
+from trainers.contract import clock
+from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Scores
-from trainers.evaluation_server import EvaluatorLostError, views
+from trainers.evaluation_server import EvaluationServer, EvaluatorLostError, views
 from trainers.overlap import Job, Overlap, process_here
+from trainers.recipes import Recipe
 
 
 class StandIn:
@@ -192,3 +195,26 @@ def test_no_process_is_started_where_nothing_is_evaluated_before_the_end() -> No
     start: Any = None
     with overlap_module.overlap(plan, [], 0, start, []) as nothing:
         assert nothing is None
+
+
+class OtherArgumentsError(Exception):
+    """Cannot be made again from what it was made of."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@pytest.mark.parametrize("error", [OtherArgumentsError(1, 2), ValueError(lambda: None)], ids=["arguments", "content"])
+def test_a_failure_that_no_other_process_could_read_comes_with_its_text_and_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(server: EvaluationServer, address: str) -> None:
+        raise error
+
+    monkeypatch.setattr(EvaluationServer, "_set_up", fail)
+    plan: Any = TrialPlan(**dict.fromkeys(TrialPlan.__dataclass_fields__, 1) | {"recipe": Recipe()})
+    server = EvaluationServer(plan, "cpu", clock.anchor())
+    server.set_up()
+    found = server.evaluate(1, [{}], b"")
+    assert isinstance(found, RuntimeError) and str(found) == f"{type(error).__name__}: {error}"
+    assert "raise error" in found.__notes__[0]
