@@ -98,7 +98,9 @@ def _reference(experiment: Experiment, *, own: bool) -> int:
 
 def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling) -> int:
     trials = experiment.trials
-    workers, each = world_size * trials.accumulate, f" x {trials.accumulate} batches" if trials.accumulate > 1 else ""
+    workers, each, others = world_size * trials.accumulate, "", ""
+    if trials.accumulate > 1:
+        each, others = f" x {trials.accumulate} batches", " or another trials.accumulate"
     if trials.batch_per_worker:
         return trials.batch_per_worker * workers
     batch: int = usable_value(experiment, "SOLVER.IMS_PER_BATCH")
@@ -113,7 +115,7 @@ def _global_batch(experiment: Experiment, world_size: int, scaling: Scaling) -> 
     if batch % workers:
         raise SpecError(
             f"trials.world_sizes: a batch of {batch} does not divide among {world_size} workers{each}; "
-            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {workers}, or take other world sizes"
+            f"set model.overrides.SOLVER.IMS_PER_BATCH to a multiple of {workers}, or take other world sizes{others}"
         )
     return batch
 

@@ -130,7 +130,7 @@ class Tracking(Part):
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else `sqlite:///mlflow.db` here."""
     offline: bool = False
     """Continue without a tracking server that cannot be reached, and record everything for a replay."""
-    log_model: bool | Literal["last", "best"] = False
+    log_model: Literal[False, True, "last", "best"] = False
     """Log a checkpoint as an MLflow model: the last one (`true`, `last`), or the one of the best evaluation by
     `protocol.metric` (`best`; each evaluation is then followed by a checkpoint)."""
 
