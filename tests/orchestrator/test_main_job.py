@@ -21,7 +21,7 @@ from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
 from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
-from trainers.hooks import EVALUATION_PENDING_KEY
+from trainers.evaluation_hook import EVALUATION_PENDING_KEY
 
 pytestmark = pytest.mark.train
 
