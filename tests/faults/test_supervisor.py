@@ -39,7 +39,7 @@ def begin(request, working, iteration):
     publication = Publication(request.experiment, request.run_dir, tracker, request.earlier, outbox)
     (plan,) = drive.plan_trials(request, drive.Hardware(num_cpus=1))
     trial = TrialBuilder(plan, epoch=time.time())
-    outbox.append(publication.run_started({}))
+    outbox.append(publication.run_started({{}}))
     trial.attempt = request.earlier.num_starts if request.earlier else 0
     if not request.earlier:
         trial.started()
