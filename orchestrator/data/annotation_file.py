@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import orjson
 
-from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, is_id, is_number, shorten
+from orchestrator.data.entries import REGENERATE, Annotation, ImageEntry, SplitSummary, is_id, is_number, shorten
 from orchestrator.data.objects import check_objects
+from orchestrator.findings import FindingList
 from trainers.contract.annotations import AnnotationFile, read_annotations, to_utf8
-
-if TYPE_CHECKING:
-    from orchestrator.data.entries import SplitSummary
-    from orchestrator.findings import FindingList
 
 
 class _Document(msgspec.Struct):

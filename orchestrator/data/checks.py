@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -20,14 +20,12 @@ from orchestrator.data.annotation_file import check_annotations, parse_annotatio
 from orchestrator.data.entries import SplitSummary
 from orchestrator.data.image_files import check_images
 from orchestrator.data.image_names import FoundFile, list_files
+from orchestrator.data.layout import Split
 from orchestrator.data.overlap import find_overlap
 from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList
 from trainers.contract.annotations import AnnotationFileError
-
-if TYPE_CHECKING:
-    from orchestrator.data.layout import Split
 
 CHECKS_VERSION = 4
 """Raised with every change of the checks or their messages, so that no older result is taken from the cache."""

@@ -6,15 +6,11 @@ import random
 import shutil
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from orchestrator.data.exports import find_splits
 from orchestrator.data.image_names import check_name
-from orchestrator.data.layout import coco_layout
+from orchestrator.data.layout import Split, coco_layout
 from orchestrator.data.raw_file import RawFile
-
-if TYPE_CHECKING:
-    from orchestrator.data.layout import Split
 
 
 def excerpt(source: Path, to: Path, *, num_images: int, seed: int = 0) -> dict[str, tuple[int, int]]:

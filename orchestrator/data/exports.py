@@ -15,16 +15,13 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, walk_files
-from orchestrator.data.layout import Split, coco_layout
+from orchestrator.data.layout import Dataset, Split, coco_layout
 from orchestrator.data.name_matching import SUFFIXES, match_names, part_of
 from orchestrator.findings import Finding, FindingList
 from trainers.contract.annotations import AnnotationFileError, to_utf8
-
-if TYPE_CHECKING:
-    from orchestrator.data.layout import Dataset
 
 MAX_DEPTH = 4
 """Folders below the data set's that are looked at."""

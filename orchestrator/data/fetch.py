@@ -8,18 +8,13 @@ from __future__ import annotations
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from orchestrator.data.progress_bar import show_bar
+from orchestrator.data.progress_bar import OnProgress, show_bar
 from orchestrator.files import existing_parent, file_sha256, redact
 from orchestrator.findings import root_cause
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from orchestrator.data.progress_bar import OnProgress
 
 BLOCK_BYTES = 2**16
 """What is written at once, and at most lost when a connection breaks."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -10,9 +11,6 @@ from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, wal
 from orchestrator.data.name_matching import match_names, part_of
 from orchestrator.data.raw_file import RawFile
 from orchestrator.files import write_atomically
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class FixedNames(NamedTuple):

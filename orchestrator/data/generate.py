@@ -10,19 +10,16 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator.data.layout import Dataset, coco_layout
+from orchestrator.data.progress_bar import OnProgress
 from orchestrator.data.shapes import ShapesParameters, draw_image, name_shape
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from orchestrator.data.progress_bar import OnProgress
 
 PARAMETERS_FILE = "generated.json"
 JPEG_QUALITY = 92

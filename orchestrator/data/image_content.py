@@ -114,11 +114,8 @@ def _check_depth(image: Image.Image) -> Problem | None:
     if low >= 0 and high <= 255 and (pixels == np.round(pixels)).all():
         return None
     bits = f"{8 * pixels.dtype.itemsize} bits a pixel{' (floating point)' if image.mode == 'F' else ''}"
-    what = f"the image has {bits}, values from {low:g} to {high:g}: detectron2 would read all above 255 as white"
-    if high <= 255:
-        what = (
-            f"the image has {bits}, values from {low:g} to {high:g}: detectron2 would cut them to whole numbers from 0"
-        )
+    effect = "cut them to whole numbers from 0" if high <= 255 else "read all above 255 as white"
+    what = f"the image has {bits}, values from {low:g} to {high:g}: detectron2 would {effect}"
     return Problem("image_depth", what, TO_8_BITS)
 
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from orchestrator.data.entries import Problem
+from orchestrator.data.entries import ImageEntry, Problem
 from orchestrator.data.image_content import WARNINGS, inspect_image
 from orchestrator.data.image_names import FoundFile, locate_images
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from orchestrator.data.entries import ImageEntry
-    from orchestrator.data.progress_bar import OnProgress
-    from orchestrator.findings import FindingList
+from orchestrator.data.progress_bar import OnProgress
+from orchestrator.findings import FindingList
 
 CHUNK_FILES = 250
 PARALLEL_FROM = 1500

@@ -5,19 +5,13 @@ from __future__ import annotations
 import os
 import posixpath
 from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from shlex import quote
-from typing import TYPE_CHECKING
 
-from orchestrator.data.entries import Problem
+from orchestrator.data.entries import ImageEntry, Problem
 from orchestrator.data.name_matching import NameMatch, match_names, part_of
-from orchestrator.findings import Finding
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from orchestrator.data.entries import ImageEntry
-    from orchestrator.findings import FindingList
+from orchestrator.findings import Finding, FindingList
 
 MAX_SEARCHED = 200_000
 """Files and folders looked at in a search outside the image folder: a second on a local disk."""

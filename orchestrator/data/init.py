@@ -7,15 +7,13 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from orchestrator.data.checks import check_split, compare_splits
+from orchestrator.data.entries import SplitSummary
 from orchestrator.data.exports import find_splits
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 from orchestrator.gpus import list_gpus
-
-if TYPE_CHECKING:
-    from orchestrator.data.entries import SplitSummary
 
 MASK_CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 BOX_CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"

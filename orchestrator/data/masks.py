@@ -83,9 +83,10 @@ def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
     if image_size != (0, 0) and (size[1], size[0]) != image_size:
         return f"its RLE is for an image of {size[1]} x {size[0]}, the image has {image_size[0]} x {image_size[1]}"
     if isinstance(counts, str):
-        total = sum_compressed_counts(counts)
-        if total is None:
+        runs = decode_counts(counts)
+        if runs is None:
             return "its RLE counts are not a text that pycocotools could have written"
+        total = int(runs.sum())
     elif type(counts) is list and all(type(count) is int and count >= 0 for count in counts):
         total = sum(counts)
     else:
@@ -94,12 +95,6 @@ def check_rle(mask: dict[str, Any], image_size: tuple[int, int]) -> str:
         shown = f"{total:,}" if total < 2**53 else "far more"
         return f"its RLE covers {shown} pixels, the image has {size[0] * size[1]:,}"
     return ""
-
-
-def sum_compressed_counts(text: str) -> int | None:
-    """Adds up the run lengths of compressed counts; None where the text is none, or holds a negative run."""
-    runs = decode_counts(text)
-    return None if runs is None else int(runs.sum())
 
 
 def decode_counts(text: str) -> NDArray[np.int64] | None:

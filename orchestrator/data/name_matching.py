@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 SUFFIXES = frozenset(
     (
@@ -125,10 +123,8 @@ def _index(paths: Iterable[str], deepest: int) -> dict[str, list[tuple[str, str]
 
 
 def _look_up(parts: list[str], index: dict[str, list[tuple[str, str]]], most: int, least: int) -> list[tuple[str, str]]:
-    for depth in range(most, least - 1, -1):
-        if candidates := index.get(_key(parts[-depth:])):
-            return candidates
-    return []
+    ends = (index.get(_key(parts[-depth:])) for depth in range(most, least - 1, -1))
+    return next(filter(None, ends), [])
 
 
 def _key(parts: list[str]) -> str:

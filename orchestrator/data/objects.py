@@ -10,21 +10,26 @@ COCO's 860,000 annotations take seconds, and no input ends in a traceback.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from orchestrator.data.entries import NULL, REGENERATE, Annotation, decoded, is_id, is_number, shorten
+from orchestrator.data.entries import (
+    NULL,
+    REGENERATE,
+    Annotation,
+    ImageEntry,
+    SplitSummary,
+    decoded,
+    is_id,
+    is_number,
+    shorten,
+)
 from orchestrator.data.masks import MaskKind, check_mask
 from orchestrator.data.scoring_fields import check_areas, check_scoring_fields
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from numpy.typing import NDArray
-
-    from orchestrator.data.entries import ImageEntry, SplitSummary
-    from orchestrator.findings import FindingList
+from orchestrator.findings import FindingList
 
 EDGE_TOLERANCE = 2.0
 """Pixels a box may reach over the image's edge: COCO's own are rounded to hundredths, other tools' to whole pixels."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from orchestrator.findings import FindingList
+from orchestrator.files import file_sha256
+from orchestrator.findings import FindingList
 
 SAMPLE_BYTES = 4096
 """Bytes from the middle of files of one size that are compared first; few different images agree in them."""
@@ -47,7 +45,7 @@ def _find_copies(train: Mapping[str, int], val: Mapping[str, int]) -> dict[str, 
         {path: (size, _digest(path, size)) for path, size in files.items() if size in sizes} for files in (train, val)
     )
     samples = set(train_samples.values()) & set(val_samples.values())
-    originals: dict[bytes, str] = {}
+    originals: dict[str, str] = {}
     for path, sample in train_samples.items():
         if sample in samples:
             originals.setdefault(_digest(path), path)
@@ -55,16 +53,15 @@ def _find_copies(train: Mapping[str, int], val: Mapping[str, int]) -> dict[str, 
     return {path: original for path, original in copies.items() if original is not None}
 
 
-def _digest(path: str, size: int | None = None) -> bytes:
+def _digest(path: str, size: int | None = None) -> str:
     """SHA-256 of a file, or of the middle of one of the size given; of nothing where it cannot be read any more."""
     try:
         if size is None:
-            with Path(path).open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").digest()
+            return file_sha256(Path(path))
         file = os.open(path, os.O_RDONLY)  # a tenth of the time of a stream, for 100,000 files
         try:
-            return hashlib.sha256(os.pread(file, SAMPLE_BYTES, max(0, (size - SAMPLE_BYTES) // 2))).digest()
+            return hashlib.sha256(os.pread(file, SAMPLE_BYTES, max(0, (size - SAMPLE_BYTES) // 2))).hexdigest()
         finally:
             os.close(file)
     except OSError:
-        return b""
+        return ""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from trainers.contract.annotations import read_annotations, to_utf8
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SEEN_FIELDS = {
     "images": ("id", "file_name"),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from orchestrator.data.entries import REGENERATE, Annotation, is_number, shorten
 from orchestrator.data.masks import check_mask, mask_area
-
-if TYPE_CHECKING:
-    from orchestrator.findings import FindingList
+from orchestrator.findings import FindingList
 
 MAX_AREAS = 10_000
 """Areas that are compared with their masks, evenly spaced in the file: half a second."""

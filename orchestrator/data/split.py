@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from orchestrator.data.raw_file import RawFile
 from orchestrator.files import write_atomically
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
-
 ROBOFLOW_COPIES = r"(.*)\.rf\."
 """Roboflow names the augmented copies of one image NAME.rf.HASH.jpg."""
 
-Group = tuple[int, "Set[object]"]
+Group = tuple[int, Set[object]]
 """Images that stay together: their number, and the classes that occur in them."""
 
 
@@ -56,9 +54,8 @@ def split(file: Path, to: Path, *, val_share: float, seed: int = 0, group_by: st
     if not 0 < val_share < 1:
         raise ValueError(f"--val is {val_share:g}: give a share above 0 and below 1, such as 0.2")
     targets = to / "train.json", to / "val.json"
-    for target in targets:
-        if target.exists():
-            raise FileExistsError(f"{target} exists: name another folder")
+    if taken := next(filter(Path.exists, targets), None):
+        raise FileExistsError(f"{taken} exists: name another folder")
     raw = RawFile(file)
     key_of = _group_keys(raw, group_by)
     if len(set(key_of.values())) < 2:
