@@ -72,6 +72,19 @@ def test_a_checkpoint_whose_events_the_driver_lacks_does_not_count(tmp_path: Pat
     assert newest(tmp_path) == 9
 
 
+def test_one_that_is_to_be_rated_later_is_kept_until_then(tmp_path: Path) -> None:
+    target = store(tmp_path, keep=1)
+    for iteration, awaited in ((4, {4}), (8, {4}), (12, {4, 12})):
+        target.save(iteration, state(iteration), None, awaited=awaited)
+    target.wait()
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000012"]
+    target.rate(4, 37.0)
+    target.save(16, state(16), 36.0, awaited={12})
+    target.save(20, state(20), 36.0)
+    target.wait()
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000020"]
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     save(store(tmp_path, keep=2), 1, 2, 3, 4, 5, scores={1: 10.0, 2: 30.0, 4: 20.0})
     assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002", "iter_0000004", "iter_0000005"]
