@@ -71,6 +71,11 @@ class Protocol(Part):
         if self.min_improvement and not self.patience:
             raise ValueError("min_improvement has no effect without patience")
         self._check_metric()
+        at_end = self.kind != "throughput" if self.evaluate_at_end is None else self.evaluate_at_end
+        evaluates = at_end or self.eval_period_iterations or self.eval_period_epochs
+        if not evaluates and (self.validation_loss or self.target is not None):
+            name = "validation_loss" if self.validation_loss else "target"
+            raise ValueError(f"{name} has no effect without an evaluation: give evaluate_at_end: true or a period")
         return self
 
     def _check_metric(self) -> None:

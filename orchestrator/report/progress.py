@@ -31,7 +31,7 @@ from trainers.contract.events import (
     WorkerStarted,
 )
 from trainers.contract.plan import TrialPlan
-from trainers.contract.targets import is_met
+from trainers.contract.targets import is_met, metric_value
 
 PLAIN_LINE_SECONDS = 30.0
 """Shortest time between two progress lines where there is no terminal."""
@@ -160,6 +160,7 @@ class ProgressDisplay:
         if any(ap is not None for ap in averages.values()):
             found = ", ".join(f"{name} AP {ap:.2f}" for name, ap in averages.items() if ap is not None)
             parts.append(f"of averaged weights {found}")
+        parts += _metric_text(self._plan, event)
         self._last_ap = event.figures
         took = f"{number_text(event.seconds, 1)} s"
         if event.overlapped:
@@ -214,3 +215,15 @@ class ProgressDisplay:
         if always or not self._quiet:
             name = f"[dim]{self._plan.name}[/] " if self._plan else ""
             self._console.print(f"{name}{text}", highlight=False, soft_wrap=True)
+
+
+def _metric_text(plan: TrialPlan, event: Evaluated) -> list[str]:
+    """The metric and its target, where the AP of boxes, masks or keypoints does not say it."""
+    value = metric_value(event, plan.metric)
+    if value is None or (plan.target is None and plan.metric in ("box_ap", "mask_ap", "keypoint_ap")):
+        return []
+    text = f"{escape(plan.metric)} {value:.2f}"
+    if plan.target is not None:
+        met = is_met(value, plan.target, plan.metric)
+        text += f", target {plan.target:g} " + ("met" if met else f"{abs(value - plan.target):.2f} away")
+    return [text]

@@ -40,8 +40,12 @@ def summary(num_classes: int = 3) -> SplitSummary:
         (["protocol.target=-1"], "protocol.target"),
         (["protocol.target=.nan"], "protocol.target"),
         (["protocol.validation_loss=often"], "protocol.validation_loss"),
+        (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "protocol.validation_loss=true"],
+         "validation_loss has no effect without an evaluation"),
+        (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "protocol.metric=mask_ap50",
+          "protocol.target=1"], "target has no effect without an evaluation"),
     ],
-)
+)  # fmt: skip
 def test_a_metric_that_nothing_is_called_is_refused_with_the_known_ones(assignments: list[str], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         load_experiment(DEFAULT_CONFIG, assignments)

@@ -72,3 +72,14 @@ def test_figures_of_averaged_weights_and_an_early_end_are_shown() -> None:
     lines = _shown([builder.events[0], evaluation, ended])
     assert any("of averaged weights box AP 56.25, mask AP 50.50" in line for line in lines)
     assert lines[-1].endswith("ended early: stopped by protocol.patience: …")
+
+
+def test_the_metric_is_shown_with_its_target() -> None:
+    builder = TrialBuilder(plan(target_box_ap=None, target_mask_ap=None, metric="validation_loss", target=1.25))
+    builder.started()
+    for at, total in ((20.0, 1.5), (30.0, 1.25)):
+        builder.evaluated(at, int(at), 55.0, None)
+        builder.events[-1] = dataclasses.replace(builder.events[-1], validation_losses={"total_loss": total})
+    lines = _shown(builder.events)
+    assert lines[-2].endswith("box AP 55.00; validation_loss 1.50, target 1.25 0.25 away (2.0 s)")
+    assert lines[-1].endswith("validation_loss 1.25, target 1.25 met (2.0 s)")
