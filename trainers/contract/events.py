@@ -338,8 +338,8 @@ class RunStarted(Event):
     packages: dict[str, str] = field(default_factory=dict)
     """Every package that the driver had installed: `VERSION sha256:HASH`, of the hashes of its files in its RECORD."""
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """`train` and `val`, as preflight found them: `annotations_sha256`, `num_images` (of the annotations), `image_bytes`
-    (sum over their files), `image_sizes_sha256` (of a line `NAME BYTES` for each image file, by name)."""
+    """`train` and `val`, as preflight found them: `annotations_sha256`, `num_images` (of the annotations),
+    `image_bytes` (sum over their files), `image_sizes_sha256` (of a line `NAME BYTES` for each image file, by name)."""
 
 
 @dataclass(frozen=True, kw_only=True)
