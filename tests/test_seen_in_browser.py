@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS
@@ -133,6 +134,52 @@ def test_paper_gets_light_colours_and_the_whole_table(driver, run):
     as_device(driver, 1200, 900)
 
 
+def _column(driver: WebDriver, table: str, number: int) -> list[str]:
+    """Texts of a column's cells in the rows that are shown."""
+    script = """return [...document.getElementById(arguments[0]).tBodies[0].rows].filter(row => row.checkVisibility())
+        .map(row => row.cells[arguments[1]].textContent)"""
+    return list(driver.execute_script(script, table, number))
+
+
+def test_eighty_classes_are_sorted_searched_and_chosen(driver, tmp_path):
+    experiment = made_experiment(trials={"world_sizes": [1]})
+    made = read_run_folder(make_run(tmp_path / "run", experiment, classes=[*COCO_NAMES, *map(str, range(72))]))
+    write_report(made.result, made.path)
+    as_device(driver, 1200, 900)
+    _open_report(driver, made)
+    ap, names = _column(driver, "classes-1", 1), _column(driver, "classes-1", 0)
+    assert len(names) == 80 and ap == sorted(ap, key=float, reverse=True)
+    heading = driver.find_element(By.CSS_SELECTOR, "#classes-1 th:first-child")
+    heading.find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert _column(driver, "classes-1", 0)[-8:] == sorted(COCO_NAMES)
+    search = driver.find_element(By.CSS_SELECTOR, "#classes input[data-table=classes-1]")
+    search.send_keys("light TRAFFIC")
+    assert _column(driver, "classes-1", 0) == ["traffic light"]
+    assert driver.find_element(By.CSS_SELECTOR, "#classes output").text == "1 of 80"
+    choice = Select(driver.find_element(By.CSS_SELECTOR, "#classes .chooser select"))
+    for name in ("traffic light", "all classes, mean"):
+        choice.select_by_visible_text(name)
+        value = choice.first_selected_option.get_attribute("value")
+        curves = driver.find_elements(By.CSS_SELECTOR, "#classes [id*='-choice-']")
+        shown = {curve.get_attribute("id") for curve in curves if curve.value_of_css_property("display") != "none"}
+        assert shown == {
+            f"run-1-{figure}-{part}-choice-{value}" for figure in ("recall", "f1") for part in ("box", "mask")
+        }
+    as_device(driver, 375, 800)
+    _open_report(driver, made)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 375
+
+
+def test_the_same_images_are_seen_side_by_side(driver, run):
+    as_device(driver, 1200, 900)
+    _open_report(driver, run)
+    keep_screenshot(driver, "report-classes", 1150, "#classes")
+    rows = driver.find_elements(By.CSS_SELECTOR, ".progress tbody tr")
+    assert rows and all(len(row.find_elements(By.TAG_NAME, "img")) >= 3 for row in rows)
+    keep_screenshot(driver, "report-progress", 700, ".progress table")
+
+
 @pytest.fixture(scope="module")
 def mlflow_ui(run) -> Iterator[str]:
     """MLflow's pages on the store of the run, served as `make ui` does it."""
@@ -152,6 +199,8 @@ def mlflow_ui(run) -> Iterator[str]:
         server.terminate()
         server.wait(300)
 
+
+COCO_NAMES = ("person", "bicycle", "car", "dog", "cat", "traffic light", "dining table", "zebra")
 
 ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
 """What closes the panel that MLflow opens once in every new browser."""

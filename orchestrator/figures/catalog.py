@@ -73,7 +73,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "(`box_ap50`, `mask_arl`, `keypoint_apm`, …), 0–100.", mlflow="coco/*"),
         _ap("evaluations.class_ap.*", "AP by class", "AP of a class in an evaluation, by figure and class "
             "(`box_ap/person`), 0–100; null for a class without an object; in MLflow up to 100 classes.",
-            mlflow="class/*"),
+            mlflow="validation_class/*"),
         Figure("evaluations.iteration", "Iteration", "Iterations trained at an evaluation."),
         Figure("evaluations.epoch", "Epoch", "Passes over the training data at an evaluation.", text=_two_decimals),
         _seconds("evaluations.seconds", "Evaluation (s)", "How long an evaluation took; training was stalled as long, "

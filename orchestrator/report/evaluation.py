@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import number_text, percent_text
@@ -31,6 +33,8 @@ from trainers.contract.evaluation_details import DETAILS_FOLDER, EvaluationDetai
 
 MAX_CURVES = 100
 """Classes whose curves a page holds, those with the most objects: some 3 kB each."""
+
+PICTURE_DPI = 160
 
 MAX_CONFUSIONS = 100
 """Pairs of classes that are listed."""
@@ -132,6 +136,22 @@ def class_figures(trial: TrialEvents, prefix: str) -> ClassFigures | None:
         iou=details.confusion.iou,
         score=details.confusion.score,
     )
+
+
+def class_pictures(details: EvaluationDetails) -> dict[str, Image.Image]:
+    """The figures of an evaluation by class as pictures of their own, with a thin curve for each class, by name."""
+    classes = range(len(details.classes))
+    pictures: dict[str, Image.Image] = {}
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}), quiet_glyphs():
+        for name, figure in {
+            "precision_recall": precision_recall(details, classes, faint=True),
+            "f1": f1_over_score(details, classes, faint=True),
+            "confusion_matrix": confusion_matrix(details),
+        }.items():
+            content = io.BytesIO()
+            figure.savefig(content, dpi=PICTURE_DPI)
+            pictures[name] = Image.open(content)
+    return pictures
 
 
 def _detail_columns(details: EvaluationDetails) -> dict[str, list[Cell]]:

@@ -7,15 +7,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.metrics import metrics
-from orchestrator.report.class_plots import confusion_matrix, f1_over_score, precision_recall
-from orchestrator.report.drawing import STYLE, quiet_glyphs
-from orchestrator.report.evaluation import read_details
+from orchestrator.report.evaluation import class_pictures, read_details
 from orchestrator.report.photos import Photos, by_image
 from orchestrator.tracking.text import fit
 from trainers.contract.evaluation_details import MIN_SCORE
@@ -41,7 +38,7 @@ def evaluation_metrics(event: Evaluated) -> dict[str, float | None]:
     Those of the classes are left out where there are more than `MAX_CLASSES`.
     """
     values = metrics(event, "evaluations.")
-    of_classes = {f"class/{key}" for key in event.class_ap}
+    of_classes = {f"validation_class/{key}" for key in event.class_ap}
     if len({key.partition("/")[2] for key in event.class_ap}) > MAX_CLASSES:
         values = {name: value for name, value in values.items() if name not in of_classes}
     return {fit(name, "unique key") if name in of_classes else name: value for name, value in values.items()}
@@ -59,7 +56,8 @@ class EvaluationLog:
     def log_photos(self, run_id: str, plan: Plan, event: Evaluated) -> str:
         """Logs the photos with what was detected, and once with what is annotated; returns why not, or "".
 
-        Each is an image of one key, with the iteration as its step: MLflow's image grid goes through the steps.
+        Each photo is an image key with the iterations as steps, and what is annotated as step 0, which MLflow's image
+        grid shows first.
         """
         if not event.details_file or not isinstance(plan, TrialPlan):
             return ""
@@ -70,17 +68,15 @@ class EvaluationLog:
         if run_id not in self._logged:
             self._logged[run_id] = self._look(run_id)
         logged = self._logged[run_id]
-        for key, (picture, is_truth) in pictures.items():
-            if (key, event.iteration) in logged or (is_truth and any(key == known for known, _ in logged)):
-                continue
-            self._client.log_image(
-                run_id, picture, key=key, step=event.iteration, timestamp=int(event.time * 1000), synchronous=True
-            )
-            logged.add((key, event.iteration))
+        for (key, step), picture in pictures.items():
+            if (key, step) not in logged:
+                when = int(event.time * 1000)
+                self._client.log_image(run_id, picture, key=key, step=step, timestamp=when, synchronous=True)
+                logged.add((key, step))
         return ""
 
-    def _draw(self, run_id: str, plan: TrialPlan, event: Evaluated) -> dict[str, tuple[Image.Image, bool]]:
-        """The pictures by their keys, and whether they show the annotated objects."""
+    def _draw(self, run_id: str, plan: TrialPlan, event: Evaluated) -> dict[tuple[str, int], Image.Image]:
+        """The pictures by key and step."""
         details = read_details(Path(plan.trial_dir), event.details_file)
         if run_id not in self._photos:
             self._photos[run_id] = Photos(plan.val, details.sample_ids)
@@ -88,9 +84,9 @@ class EvaluationLog:
         found = by_image((entry for entry in details.detections if entry["score"] >= MIN_SCORE), photos.files)
         pictures = {}
         for number, (image, file) in enumerate(photos.files.items(), 1):
-            name = f"photos/{number} {re.sub(r'[^A-Za-z0-9_.-]', '_', Path(file).stem)[:80]}"
-            pictures[f"{name} annotated"] = photos.draw(image, photos.objects[image]).picture, True
-            pictures[f"{name} detected"] = photos.draw(image, found[image]).picture, False
+            key = f"photos/{number} {re.sub(r'[^A-Za-z0-9_.-]', '_', Path(file).stem)[:80]}"
+            pictures[key, 0] = photos.draw(image, photos.objects[image]).picture
+            pictures[key, event.iteration] = photos.draw(image, found[image]).picture
         return pictures
 
     def _look(self, run_id: str) -> set[tuple[str, int]]:
@@ -123,12 +119,6 @@ class EvaluationLog:
             details = read_details(Path(plan.trial_dir), last.details_file)
         except (OSError, ValueError):  # the file is gone
             return
-        classes = range(len(details.classes))
-        with matplotlib.rc_context({**STYLE, "figure.facecolor": "white", "savefig.dpi": 160}), quiet_glyphs():
-            for name, figure in {
-                "precision_recall": precision_recall(details, classes, faint=True),
-                "f1": f1_over_score(details, classes, faint=True),
-                "confusion_matrix": confusion_matrix(details),
-            }.items():
-                self._client.log_figure(run_id, figure, f"{ARTIFACTS}/{name}.png")
+        for name, picture in class_pictures(details).items():
+            self._client.log_image(run_id, picture, f"{ARTIFACTS}/{name}.png")
         self._client.log_text(run_id, details.to_json(), f"{ARTIFACTS}/details.json")

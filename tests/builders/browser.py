@@ -54,11 +54,16 @@ def as_device(driver: WebDriver, width: int, height: int, *, dark: bool = False,
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print" if print_ else "", "features": [theme]})
 
 
-def keep_screenshot(driver: WebDriver, name: str, height: int) -> Image.Image:
-    """The page's upper part as a picture; kept as a small WebP where the environment says so."""
+def keep_screenshot(driver: WebDriver, name: str, height: int, selector: str = "") -> Image.Image:
+    """The upper part of the page or of an element as a picture; kept as a small WebP where the environment says so."""
     shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
     picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-    picture = picture.crop((0, 0, picture.width, min(height, picture.height)))
+    left, top, right, bottom = 0, 0, picture.width, picture.height
+    if selector:
+        script = """const box = document.querySelector(arguments[0]).getBoundingClientRect();
+            return [box.left, box.top + scrollY, box.right, box.bottom + scrollY].map(Math.round)"""
+        left, top, right, bottom = driver.execute_script(script, selector)
+    picture = picture.crop((max(0, left - 8), top, right + 8, min(top + height, bottom)))
     if folder := os.environ.get(KEEP):
         Path(folder).mkdir(parents=True, exist_ok=True)
         picture.save(Path(folder) / f"{name}.webp", quality=80, method=6)

@@ -56,7 +56,7 @@ SAYS_ITS_NAME = {
 }  # fmt: skip
 """Fields of records that need no description."""
 
-FAMILIES = {"loss/*", "coco/*", "time/evaluation_*_seconds", "class/*", "validation_loss/*"}
+FAMILIES = {"loss/*", "coco/*", "time/evaluation_*_seconds", "validation_class/*", "validation_loss/*"}
 
 
 def _types(annotation: object) -> tuple[object, ...]:

@@ -95,7 +95,7 @@ def test_curves_confusions_and_details_are_artifacts_of_a_trial(run: Path) -> No
     names = ("precision_recall.png", "f1.png", "confusion_matrix.png", "details.json")
     assert files == {f"evaluation/{name}" for name in names}
     logged = client.get_run(run_id).data.metrics
-    assert len([name for name in logged if name.startswith("class/box_ap")]) == len(CLASSES)
+    assert len([name for name in logged if name.startswith("validation_class/box_ap")]) == len(CLASSES)
     assert {"validation_loss/total_loss", "validation_loss/loss_cls"} <= set(logged)
     assert len(client.get_metric_history(run_id, "validation_loss/total_loss")) == 4
 
@@ -128,13 +128,13 @@ def evaluated(*names: str) -> Evaluated:
 
 def test_classes_keep_names_of_their_own() -> None:
     sent = evaluation_metrics(evaluated("person", "traffic light", *CLASSES))
-    of_classes = [name for name in sent if name.startswith("class/")]
+    of_classes = [name for name in sent if name.startswith("validation_class/")]
     assert len(of_classes) == 2 * (2 + len(CLASSES)) and {fit(name, "key") for name in of_classes} == set(of_classes)
-    assert {"class/box_ap/person", "class/mask_ap/traffic light", "coco/box_ap"} <= set(sent)
+    assert {"validation_class/box_ap/person", "validation_class/mask_ap/traffic light", "coco/box_ap"} <= set(sent)
 
 
 def test_more_classes_than_charts_can_be_looked_at_have_no_metrics_of_their_own() -> None:
     names = [f"class {n}" for n in range(MAX_CLASSES + 1)]
     assert len(evaluation_metrics(evaluated(*names[:-1]))) > 2 * MAX_CLASSES
     sent = evaluation_metrics(evaluated(*names))
-    assert "coco/box_ap" in sent and not any(name.startswith("class/") for name in sent)
+    assert "coco/box_ap" in sent and not any(name.startswith("validation_class/") for name in sent)
