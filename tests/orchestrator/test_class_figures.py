@@ -69,7 +69,7 @@ def test_a_class_has_its_ap_its_errors_and_its_best_threshold(tmp_path: Path, tr
     assert found.headings == [
         "Box AP", "Objects", "Found", "Mistaken", "Missed", "False", "Best F1", "at score",
     ]  # fmt: skip
-    texts = {name: [text for text, _ in cells] for name, cells in found.rows}
+    texts = {name: [text for text, _ in columns] for name, columns in found.rows}
     # F1 at recall 0.5 is 2 x 1 x 0.5 / 1.5; at recall 0.75 it is 2 x 0.5 x 0.75 / 1.25 = 0.6.
     assert texts == {
         "cat": ["40.00", "4", "2", "1", "1", "1", "0.67", "0.90"],
