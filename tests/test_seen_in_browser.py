@@ -285,6 +285,20 @@ def test_the_parent_s_page_holds_the_table(driver, run, mlflow_ui):
     _visit(driver, run, mlflow_ui, 2, lambda text: "Time to train" in text, [*names(run), "Efficiency"])
 
 
+def test_mlflow_s_page_of_a_trial_shows_the_photos_by_step(driver, run, mlflow_ui):
+    as_device(driver, 1500, 1100)
+    trial = run.result.trials[-1].mlflow_run_id
+    driver.get("about:blank")
+    experiment = run.tracking["experiment_id"]
+    driver.get(f"{mlflow_ui}/#/experiments/{experiment}/runs/{trial}/model-metrics?workflowType=machine_learning")
+    wait = WebDriverWait(driver, DEADLINE_SECONDS, poll_frequency=1, ignored_exceptions=REDRAWN)
+    wait.until(lambda driver: driver.find_element(By.CSS_SELECTOR, "input[placeholder*='metric charts']")).send_keys(
+        "photos"
+    )
+    photos = "img[src*='photos'][src*='step%2B0']"  # what is annotated
+    wait.until(lambda driver: len(driver.find_elements(By.CSS_SELECTOR, photos)) >= 3)
+
+
 def _luminance(driver: WebDriver, script: str) -> float:
     """Relative luminance (WCAG 2.2) of a CSS colour that a script returns."""
     color = driver.execute_script(script).strip()
