@@ -36,6 +36,9 @@ MAX_CURVES = 100
 
 PICTURE_DPI = 160
 
+DAMAGED = (OSError, ValueError, LookupError, TypeError)
+"""What a file of details, annotations or an image raises that is gone, or not what a trial wrote."""
+
 MAX_CONFUSIONS = 100
 """Pairs of classes that are listed."""
 

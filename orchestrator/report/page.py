@@ -26,7 +26,7 @@ from orchestrator.figures.catalog import SECTIONS
 from orchestrator.report.comparison import config_table, differing, environment_table, labels, result_differences
 from orchestrator.report.details import detail_tables
 from orchestrator.report.drawing import ReportInput
-from orchestrator.report.evaluation import ClassFigures, class_figures
+from orchestrator.report.evaluation import DAMAGED, ClassFigures, class_figures
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS, anchor_of, section_of
 from orchestrator.report.samples import MIN_SCORE, Samples, sample_pictures
@@ -136,10 +136,14 @@ def _run_values(name: str, run: RunFolder, prefix: str, *, detailed: bool) -> di
 
 def _classes(run: RunFolder, prefix: str) -> tuple[ClassFigures | None, str]:
     """Figures by class of the last trial that has any, and the reason where there are none."""
+    missing = "No evaluation has figures by class."
     for trial in reversed(run.trials):
-        if found := class_figures(trial, prefix):
-            return found, ""
-    return None, "No evaluation has figures by class."
+        try:
+            if found := class_figures(trial, prefix):
+                return found, ""
+        except DAMAGED as error:
+            missing = f"No figures by class: {type(error).__name__}: {error}."
+    return None, missing
 
 
 def _samples(run: RunFolder) -> tuple[Samples, str, str]:
@@ -149,7 +153,7 @@ def _samples(run: RunFolder) -> tuple[Samples, str, str]:
         if trial.trial.evaluations:
             try:
                 return sample_pictures(trial), trial.trial.name, ""
-            except (OSError, ValueError, KeyError) as error:
+            except DAMAGED as error:
                 missing = f"{type(error).__name__}: {error}"
     return Samples([], {}), "", missing
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.metrics import metrics
-from orchestrator.report.evaluation import class_pictures, read_details
+from orchestrator.report.evaluation import DAMAGED, class_pictures, read_details
 from orchestrator.report.photos import Photos, by_image
 from orchestrator.tracking.text import fit
 from trainers.contract.evaluation_details import MIN_SCORE
@@ -63,7 +63,7 @@ class EvaluationLog:
             return ""
         try:
             pictures = self._draw(run_id, plan, event)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # data or details are elsewhere, or gone
+        except DAMAGED as error:  # data or details are elsewhere, or gone
             return f"{type(error).__name__}: {error}"
         if run_id not in self._logged:
             self._logged[run_id] = self._look(run_id)
@@ -117,8 +117,9 @@ class EvaluationLog:
             return
         try:
             details = read_details(Path(plan.trial_dir), last.details_file)
-        except (OSError, ValueError):  # the file is gone
+            pictures = class_pictures(details)
+        except DAMAGED:
             return
-        for name, picture in class_pictures(details).items():
+        for name, picture in pictures.items():
             self._client.log_image(run_id, picture, f"{ARTIFACTS}/{name}.png")
         self._client.log_text(run_id, details.to_json(), f"{ARTIFACTS}/details.json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,29 @@ def test_names_of_classes_are_shown_and_not_obeyed(tmp_path: Path) -> None:
 def test_without_the_file_there_is_ap_alone(tmp_path: Path, trial: TrialEvents) -> None:
     found = shown(tmp_path, THREE, trial, class_ap=AP, details_file="evaluation/0000999.json")
     assert found.headings == ["Box AP"] and len(found.rows) == 3 and not found.choices and found.matrix is None
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("confusion", {"iou": 0.5, "score": 0.5, "counts": [[0, 1, 2], [99, 0, 1]]}),
+        ("curves", {"box": [{"name": "cat", "num_objects": 1, "precision": [1.0, "x"], "scores": [0.5, 0.4]}]}),
+        ("curves", {"unknown": []}),
+        ("classes", []),
+        ("detections", [{"image_id": 1}]),
+    ],
+)
+def test_a_damaged_file_of_details_costs_a_report_nothing_else(
+    tmp_path: Path, trial: TrialEvents, part: str, value: Any
+) -> None:
+    run = read_run_folder(Path(shutil.copytree(trial.folder.parent, tmp_path / "run")))
+    (file,) = run.trials[0].folder.glob("evaluation/*240.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    classes, missing = page._classes(run, "run-1")
+    samples, _, no_pictures = page._samples(run)
+    assert bool(classes) != missing.startswith("No figures by class: ")
+    assert bool(samples.pictures) != bool(no_pictures)
+    assert no_pictures if part == "detections" else missing
 
 
 def test_an_older_run_says_that_it_has_no_figures_by_class(tmp_path: Path) -> None:

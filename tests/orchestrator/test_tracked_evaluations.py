@@ -114,6 +114,20 @@ def test_photos_that_are_gone_are_said_and_all_else_is_tracked(run: Path, made: 
     assert not images(run)
 
 
+def test_a_damaged_file_of_details_keeps_nothing_else_from_mlflow(run: Path, made: Path) -> None:
+    files = {path: path.read_text() for path in made.rglob("evaluation/*.json")}
+    try:
+        for path, text in files.items():
+            path.write_text(text.replace('"precision":[1', '"precision":["x",1'))
+        tracker = Tracker(run, store(run))
+        assert tracker.sync()
+    finally:
+        for path, text in files.items():
+            path.write_text(text)
+    client = MlflowClient(store(run))
+    assert images(run) and not client.list_artifacts(tracker.run_ids()[trials(tracker)[0]], "evaluation")
+
+
 def test_an_older_run_is_tracked_without_photos(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(made.parent / "mlflow.db", tmp_path)
