@@ -106,8 +106,11 @@ def run(request: Request, working: Callable[[], None]) -> int:
 
 
 def _is_filled(path: Path) -> bool:
-    """Whether there is something in a file; one that was cut off before its first line belongs to no run."""
-    return path.exists() and path.stat().st_size > 0
+    """Whether a file has a line; one that was cut off before the end of its first belongs to no run."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
 
 
 def close(request: Request, status: Status, reason: str) -> int:

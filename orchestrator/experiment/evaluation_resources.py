@@ -51,7 +51,7 @@ def evaluation_fields(
         recipe: With these.
         solver: The trial's periods.
         device: `cuda` or `cpu`, of the workers.
-        spare_cpus: CPUs of the only host that no worker reserves; 0 where there are several hosts.
+        spare_cpus: CPUs of the only host that the largest trial leaves; 0 where there are several hosts.
         cpus: Those of a worker.
 
     Raises:

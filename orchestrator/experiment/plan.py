@@ -113,13 +113,14 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
     checkpoints = experiment.storage.checkpoints
     checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
+    # The largest trial decides for all, so that sizes that are compared evaluate alike.
+    spare_cpus = hardware.num_cpus - max(trials.world_sizes) * cpus if hardware.num_hosts == 1 else 0
     plans = []
     for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
         name = f"{recipe}-{world_size}x{device}"
         name += f"-{scaling}" if len(scalings) > 1 else ""
         name += f"-seed{seed}" if len(trials.seeds) > 1 else ""
         solver = scaled_solver(experiment, world_size, scaling, num_train_images)
-        spare_cpus = hardware.num_cpus - world_size * cpus if hardware.num_hosts == 1 else 0
         plans.append(
             TrialPlan(
                 experiment=experiment.name,

@@ -15,6 +15,9 @@ from trainers.contract.plan import TrialPlan
 SECTIONS = ("storage", "tracking", "faults", "resources")
 """Sections of an experiment that decide nothing of what is trained."""
 
+TEXTS = ("description", "reference_rows", "reference_files")
+"""What is shown with a run; it stays what it was when the run was begun."""
+
 FIXED = {
     "storage.path": "the run stays in its folder",
     "storage.checkpoints": "checkpoints are looked for where they were written; a link can lead elsewhere",
@@ -24,6 +27,7 @@ FIXED = {
 
 PLANNED = {
     "storage.keep_checkpoints": ("keep_checkpoints",),
+    "tracking.log_model": ("keep_best",),
     "storage.checkpoint_period": ("auto_checkpoints",),
     "faults.timeouts": ("timeouts",),
     "faults.on_storage_failure": ("survive_storage",),
@@ -56,7 +60,8 @@ def change(experiment: Experiment, assignments: Sequence[str]) -> tuple[Experime
         assign(values, assignment)
     changed = parse_experiment(values, where="--resume")
     after = dict(flatten(changed.model_dump(mode="json")))
-    changes = {key: after.get(key) for key in {**before, **after} if before.get(key) != after.get(key)}
+    # Another password of the same address is used, and no change to tell of.
+    changes = {key: after.get(key) for key in {**before, **after} if _shown(before.get(key)) != _shown(after.get(key))}
     for key in changes:
         if key in FIXED:
             raise SpecError(f"--set {key}: it may not change in a run that is gone on with: {FIXED[key]}")
@@ -70,12 +75,13 @@ def assignments_between(begun: Experiment, given: Experiment) -> list[str]:
         SpecError: It changes something that decides what is trained.
     """
     before, after = (dict(flatten(each.model_dump(mode="json"))) for each in (begun, given))
-    changed = [key for key in {**before, **after} if _shown(before.get(key)) != _shown(after.get(key))]
-    if deciding := [key for key in changed if key.split(".")[0] not in SECTIONS]:
+    changed = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+    if deciding := [key for key in changed if key.split(".")[0] not in (*SECTIONS, *TEXTS)]:
         was = f"{deciding[0]} is {before.get(deciding[0])!r} there and {after.get(deciding[0])!r} here"
         others = f", and {len(deciding) - 1} more differ" if len(deciding) > 1 else ""
         raise SpecError(f"it holds a run of another experiment: {was}{others}; name another --output")
-    return [f"{key}={json.dumps(after.get(key))}" for key in changed]
+    # A key that is gone is below one that has become null.
+    return [f"{key}={json.dumps(after[key])}" for key in changed if key in after and key.split(".")[0] in SECTIONS]
 
 
 def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> TrialPlan:

@@ -49,6 +49,33 @@ def test_a_job_takes_over_what_its_file_says_now_of_where_and_how_safely(tmp_pat
     assert found.experiment.faults.max_failures == 9 and found.experiment.tracking.uri == "http://u:p@host"
 
 
+def test_a_job_uses_the_password_that_its_command_gives_and_tells_of_no_change(tmp_path):
+    begun(tmp_path)
+    Outbox(tmp_path / FILE_NAME).append(
+        RunStarted(
+            trial="", attempt=1, rank=-1, time=2.0, run_id="tiny/1", tags={},
+            experiment=parse(tracking={"uri": "http://host"}).model_dump(mode="json"),
+        )
+    )  # fmt: skip
+    found = read_begun_run(tmp_path, parse(tracking={"uri": "http://u:p@host"}, description="said better"))
+    assert found and (found.experiment.tracking.uri, found.changes) == ("http://u:p@host", {})
+
+
+def test_a_job_may_take_back_what_it_had_reserved_for_evaluations(tmp_path):
+    resources = {"device": "cpu", "cpus_per_worker": 1}
+    begun(tmp_path)
+    more = parse(resources={**resources, "evaluation": {"cpus": 1}})
+    found = read_begun_run(tmp_path, more)
+    assert found and found.experiment.resources == more.resources
+    Outbox(tmp_path / FILE_NAME).append(
+        RunStarted(
+            trial="", attempt=1, rank=-1, time=2.0, run_id="tiny/1", tags={}, experiment=more.model_dump(mode="json")
+        )
+    )
+    found = read_begun_run(tmp_path, parse(resources=resources))
+    assert found and found.experiment.resources.evaluation is None
+
+
 def test_a_job_does_not_go_on_with_the_run_of_another_experiment(tmp_path):
     with pytest.raises(SpecError, match=r"auto: .*another experiment: trials.seeds is \[0\] there and \[7\] here"):
         read_begun_run(tmp_path, begun(tmp_path, trials={"world_sizes": [1], "scaling": "strong", "seeds": [7]}))
