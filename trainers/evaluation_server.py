@@ -120,7 +120,7 @@ class EvaluationServer:
         self._settings.enter_context(process_settings(plan.recipe, device, cfg.CUDNN_BENCHMARK))
         mask_rcnn.register(cfg, plan.train)
         mask_rcnn.register(cfg, plan.val)
-        self._model = mask_rcnn.build_detector(cfg, plan)
+        self._model = mask_rcnn.build_detector(cfg, plan, trains=False)
         self._evaluator = Evaluator(cfg, plan)
 
     @torch.no_grad()

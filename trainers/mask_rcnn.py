@@ -156,8 +156,13 @@ def register(cfg: CfgNode, dataset: DatasetPlan) -> None:
         set_keypoint_metadata(cfg, dataset)
 
 
-def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
+def build_detector(cfg: CfgNode, plan: TrialPlan, *, trains: bool = True) -> nn.Module:
     """The model on its device with its start weights, in training mode.
+
+    Args:
+        cfg: Its config.
+        plan: The trial.
+        trains: Whether it will be trained; where not, its batch norm is in evaluation mode whenever it is used.
 
     Raises:
         ConfigurationError: detectron2 cannot build it, its start weights cannot be read or do not fit, or the recipe
@@ -165,7 +170,7 @@ def build_detector(cfg: CfgNode, plan: TrialPlan) -> nn.Module:
     """
     with refused_by_detectron2("MODEL"):
         model: nn.Module = build_model(cfg)
-    if plan.device == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+    if trains and plan.device == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         hint = "Write naiveSyncBN, which does the same on CPUs, or BN, which keeps workers apart"
         keys = [
             f"MODEL.{name}.NORM"

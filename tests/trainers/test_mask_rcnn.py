@@ -12,8 +12,10 @@ import torch
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
+from tests.builders.training import plan_of
 from trainers.contract.plan import TrialPlan
-from trainers.mask_rcnn import ConfigurationError, build_config, build_detector
+from trainers.evaluation import Evaluator
+from trainers.mask_rcnn import ConfigurationError, build_config, build_detector, register
 
 ZOO = [
     "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
@@ -133,6 +135,22 @@ def test_synchronized_batch_norm_is_refused_on_cpus(part: str) -> None:
         build_detector(build_config(trial), trial)
     trial = plan(weights="", overrides={**TINY_OVERRIDES, key: "naiveSyncBN"})
     build_detector(build_config(trial), trial)
+
+
+def test_synchronized_batch_norm_evaluates_on_cpus_as_batch_norm_does(tmp_path: Path) -> None:
+    """It only refuses to be trained there; the validation loss has it in evaluation mode, too."""
+    found = []
+    for norm in ("BN", "SyncBN"):
+        trial = plan_of(tmp_path, "mask_rcnn")
+        overrides = {**trial.overrides, "MODEL.RESNETS.NORM": norm, "MODEL.FPN.NORM": norm}
+        trial = dataclasses.replace(trial, overrides=overrides, trial_dir=str(tmp_path), validation_loss=True)
+        cfg = build_config(trial)
+        register(cfg, trial.train)
+        register(cfg, trial.val)
+        torch.manual_seed(0)
+        found.append(Evaluator(cfg, trial).run(build_detector(cfg, trial, trains=norm == "BN"), 1))
+    assert found[0].validation_losses == found[1].validation_losses != {}
+    assert found[0].figures == found[1].figures
 
 
 def test_the_recorded_config_says_what_is_in_force() -> None:
