@@ -159,8 +159,9 @@ class EvaluationHook:
         """
         loop.activity.enter("evaluation")
         started = time.perf_counter()
-        if self.overlap and wait:
-            self.overlap.wait()
+        # Each evaluation is a section of its own, on all ranks: the time-out is that of one.
+        while wait and self._from_rank_0(loop, float(self.overlap is not None and self.overlap.wait())):
+            loop.activity.enter("evaluation")
         self._fetch(time.perf_counter() - started)
         self._end_all(loop)
 
@@ -226,12 +227,16 @@ class EvaluationHook:
 
     def _end_all(self, loop: TrainingLoop) -> None:
         """Ends training on all ranks where rank 0 knows a reason."""
-        number = torch.tensor([float(ENDS.index(self._end))], device=loop.device)
-        if self.plan.world_size > 1:
-            dist.broadcast(number, src=0)
-        reason = ENDS[int(number.item())]
+        reason = ENDS[int(self._from_rank_0(loop, float(ENDS.index(self._end))))]
         if reason == "target" or (reason and loop.stop_reason != "max_iter"):  # at the end, nothing is left out
             loop.stop_reason = reason
+
+    def _from_rank_0(self, loop: TrainingLoop, number: float) -> float:
+        """Rank 0's number, on all ranks, which call it together."""
+        shared = torch.tensor([number], device=loop.device)
+        if self.plan.world_size > 1:
+            dist.broadcast(shared, src=0)
+        return float(shared.item())
 
 
 def _merged(scores: Sequence[Scores]) -> Scores:

@@ -152,10 +152,16 @@ class Overlap:
             done, self._done = self._done, []
         return done
 
-    def wait(self) -> None:
-        """Waits until all evaluations have ended."""
+    def wait(self) -> bool:
+        """Waits until the evaluation in progress has ended or is begun again, which `timeouts.evaluation` bounds.
+
+        Returns:
+            Whether one is in progress then.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._current is None)
+            job, num_lost = self._current, self._current.num_lost if self._current else 0
+            self._changed.wait_for(lambda: job is None or self._current is not job or job.num_lost > num_lost)
+            return self._current is not None
 
     def close(self) -> None:
         """Ends the process, in the middle of its work where there is any."""
@@ -202,7 +208,9 @@ class Overlap:
                 lost = isinstance(error, EvaluatorLostError)
                 if self._closed or not (lost or is_out_of_memory(error)):
                     raise
-                job.num_lost += 1
+                with self._changed:
+                    job.num_lost += 1
+                    self._changed.notify_all()
                 what = f"the evaluation after {job.iteration} iterations was lost: {error}"
                 if job.num_lost == MAX_STARTS:
                     if not lost:

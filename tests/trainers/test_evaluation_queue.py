@@ -9,12 +9,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.builders.waiting import wait_for
@@ -23,6 +26,7 @@ from trainers import overlap as overlap_module
 from trainers.contract import clock
 from trainers.contract.plan import TrialPlan
 from trainers.evaluation import Scores
+from trainers.evaluation_hook import EvaluationHook
 from trainers.evaluation_server import EvaluationServer, EvaluatorLostError, views
 from trainers.overlap import Job, Overlap, process_here
 from trainers.recipes import Recipe
@@ -95,7 +99,8 @@ def begin(overlap: Overlap, *iterations: int) -> None:
 
 
 def finish(overlap: Overlap) -> list[Job]:
-    overlap.wait()
+    while overlap.wait():
+        pass
     return overlap.fetch()
 
 
@@ -187,6 +192,59 @@ def test_one_that_takes_too_long_is_begun_again(make: Make, tmp_path: Path) -> N
     begin(overlap, 1)
     (job,) = finish(overlap)
     assert "took longer than 0.2 s (faults.timeouts.evaluation)" in str(job.error) and job.num_lost == 3
+
+
+def test_a_wait_ends_when_the_evaluation_is_begun_again(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap_module, "MAX_STARTS", 1000)
+    (tmp_path / "hold").touch()
+    overlap = make()
+    begin(overlap, 1, 2)
+
+    def kill_until_it_ended(waiting: Future[bool]) -> bool:
+        for process in multiprocessing.active_children():
+            process.kill()
+        return waiting.done()
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(overlap.wait)
+        wait_for(lambda: kill_until_it_ended(waiting))
+    assert waiting.result() and overlap.in_progress() == {1, 2}
+    (tmp_path / "hold").unlink()
+    assert found(finish(overlap)) == {1: 1.0, 2: 2.0}
+
+
+class Rounds:
+    """Two evaluations in progress, of which one ends each time that it is waited for."""
+
+    def __init__(self) -> None:
+        self.in_progress = 2
+
+    def wait(self) -> bool:
+        self.in_progress -= 1
+        return self.in_progress > 0
+
+    def fetch(self) -> list[Job]:
+        assert not self.in_progress
+        return []
+
+
+def test_all_ranks_begin_a_section_for_each_evaluation_that_they_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[float] = []  # of rank 0, which another one gets in their order
+    monkeypatch.setattr(dist, "broadcast", lambda number, src: numbers.append(number.item()))
+    sections: list[list[str]] = [[], []]
+    for rank, overlap in enumerate((Rounds(), None)):
+        if rank:
+            monkeypatch.setattr(dist, "broadcast", lambda number, src: number.fill_(numbers.pop(0)))
+        plan: Any = SimpleNamespace(world_size=2, patience=0, min_improvement=0.0)
+        unused: Any = None
+        hook = EvaluationHook(plan, [], unused, 1, unused, unused, unused)
+        hook.overlap = overlap  # type: ignore[assignment]
+        activity = SimpleNamespace(enter=sections[rank].append)
+        loop: Any = SimpleNamespace(activity=activity, device=torch.device("cpu"), stop_reason=None)
+        hook.take_found(loop, wait=True)
+    assert sections == [["evaluation"] * 2] * 2 and not numbers
 
 
 def test_no_process_is_started_where_nothing_is_evaluated_before_the_end() -> None:
