@@ -140,7 +140,7 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
     if not findings:
         return
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, emoji=False)
     if not console.is_terminal:
         for finding in findings:
             console.print(finding.to_line(), markup=False, highlight=False, soft_wrap=True, emoji=False)

@@ -92,7 +92,7 @@ def main(
     """Run an experiment: every trial of an experiment file, tracked in MLflow, ending in a table and a report."""
     supervisor = Supervisor()
     prepare_process()
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, emoji=False)
     # A thread that outlives its cluster must not join another one, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -155,7 +155,7 @@ def _give_up(request: Request, earlier: EarlierRun | None, reason: str, *, stopp
         code = drive.close(request, *(("KILLED", "stopped by the user") if stopped else ("FAILED", reason)))
         return INTERRUPTED if stopped else code
     text = "stopped before training began" if stopped else f"{reason}, before training began"
-    Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
+    Console(stderr=True, emoji=False).print(text, soft_wrap=True, markup=False, highlight=False)
     return INTERRUPTED if stopped else FAILED
 
 
@@ -185,7 +185,7 @@ def _without_traceback(work: Callable[..., int], *arguments: object) -> int:
 
 
 def _report(error: SpecError) -> int:
-    Console(stderr=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return UNFIT
 
 

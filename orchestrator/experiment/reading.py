@@ -178,6 +178,9 @@ def _explain(problem: dict[str, Any]) -> str:
     if problem["type"] != "extra_forbidden":
         given = "" if isinstance(problem["input"], dict) else f" (given: {repr(problem['input'])[:MAX_SHOWN]})"
         return f"{place or 'experiment'}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    name, colon, value = str(problem["loc"][-1]).partition(":")
+    if colon and problem["input"] is None:
+        return f"{place}: unknown key; YAML wants a space after a colon: `{name}: {value}`"
     known = _fields_at(problem["loc"][:-1])
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"

@@ -12,7 +12,7 @@ def plan_table(plans: list[TrialPlan]) -> Table:
     devices = " and ".join(dict.fromkeys(plan.device for plan in plans))
     table = Table(
         title=f"Plan, on {devices}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+        padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption_justify="left",
     )  # fmt: skip
     table.add_column("Trial", no_wrap=True)
     for heading in ("Work\ners", "CPUs\neach", "Batch", "Base\nLR", "Itera-\ntions", "Warm-\nup"):
@@ -28,4 +28,19 @@ def plan_table(plans: list[TrialPlan]) -> Table:
             f"{solver.base_lr:g}", str(solver.max_iter), str(solver.warmup_iters),
             " ".join(map(str, steps)) or "none", evaluation,
         )  # fmt: skip
+    table.caption = escape("; ".join(dict.fromkeys(filter(None, map(_extras, plans))))) or None
     return table
+
+
+def _extras(plan: TrialPlan) -> str:
+    """What a trial does besides: nothing by default."""
+    evaluated_on = {"GPUs": plan.evaluation_gpus, "CPUs": plan.evaluation_cpus}
+    parts = {
+        f"{plan.accumulate} batches of each worker in a step": plan.accumulate > 1,
+        f"best by {plan.metric}": plan.metric != "box_ap",
+        f"ends after {plan.patience} evaluations without improvement": plan.patience is not None,
+        f"weights averaged ({plan.ema_decay})": plan.ema_decay is not None,
+        "validation loss": plan.validation_loss,
+        **{f"evaluated on {number} {what} of their own": bool(number) for what, number in evaluated_on.items()},
+    }
+    return ", ".join(text for text, applies in parts.items() if applies)

@@ -1,14 +1,17 @@
 """The experiment file: what it accepts, what it refuses and with which words."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import load_experiment, parse_experiment
 from orchestrator.experiment.spec import CONFIGS, DEFAULT_CONFIG, SpecError, experiment_schema
+from orchestrator.report.plan_table import plan_table
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment
 
@@ -164,3 +167,28 @@ def test_a_quick_answer_imports_nothing_heavy(argument: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("protocol.patience=true", "protocol.patience: a number is wanted, not true or false"),
+        ("protocol.ema={decay:0.99}", "protocol.ema.decay:0.99: unknown key; YAML wants a space after a colon"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_meant_is_refused_in_its_words(assignment: str, words: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(words)):
+        load_experiment(DEFAULT_CONFIG, [assignment])
+
+
+def test_the_plan_shows_what_a_trial_does_besides() -> None:
+    assignments = ["trials.accumulate=2", "protocol.patience=5", "protocol.metric=mask_ap"]
+    plain, plans = (
+        expand(load_experiment(DEFAULT_CONFIG, values), Hardware(num_cpus=2), "/run", Path("/data"))
+        for values in ([], assignments)
+    )
+    besides = "2 batches of each worker in a step, best by mask_ap, ends after 5 evaluations without improvement"
+    assert plan_table(plans).caption == besides
+    assert (
+        plan_table(expand(load_experiment(DEFAULT_CONFIG), Hardware(num_cpus=2), "/run", Path("/data"))).caption is None
+    )
