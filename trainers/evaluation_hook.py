@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from trainers.contract import clock
-from trainers.contract.events import Evaluated, StopReason
+from trainers.contract.events import Evaluated, EvaluationLost, StopReason
 from trainers.contract.patience import Patience
 from trainers.contract.plan import TrialPlan
 from trainers.contract.targets import all_met, metric_rating
 from trainers.evaluation import Evaluator, Scores
+from trainers.evaluation_server import EvaluatorLostError
 from trainers.hooks import Send, share_buffers, unwrapped
 from trainers.loop import TrainingLoop
 from trainers.overlap import Overlap
@@ -168,16 +169,25 @@ class EvaluationHook:
     def _fetch(self, waited: float = 0.0) -> None:
         """Emits what has been found since the last call, for which training was stalled for `waited` seconds.
 
+        One whose processes were lost is left out where the workers will make the last one: patience and a target have
+        a figure then. Elsewhere training ends with it, as with what an evaluation itself raised.
+
         Raises:
             Exception: Whatever ended an evaluation.
         """
         jobs = self.overlap.fetch() if self.overlap else []
         for job in jobs:
+            stall = job.stall_seconds + (waited if job is jobs[-1] else 0.0)
+            if isinstance(job.error, EvaluatorLostError) and self.due(self.plan.solver.max_iter, ending=True):
+                message = f"{job.error}; it is left out"
+                fields = {"iteration": job.iteration, "message": message, "left_out": job.left_out}
+                self.send(EvaluationLost, **fields, stall_seconds=stall)
+                logger.warning("%s", message)
+                continue
             if job.error:
                 # The failure is reported where it happened, not where it was found.
                 self.activity.section, self.activity.iteration = "evaluation", job.iteration
                 raise job.error
-            stall = job.stall_seconds + (waited if job is jobs[-1] else 0.0)
             scores = _merged(job.scores)
             parts = {**scores.part_seconds, "stall": stall}
             self._emit(job.iteration, scores, scores.scored, job.seconds, parts, job.left_out, job.num_lost)

@@ -35,7 +35,7 @@ from trainers.evaluation_server import (
 logger = logging.getLogger(__name__)
 
 MAX_STARTS = 3
-"""How often one evaluation is begun where its process is lost, or its memory is exhausted, before training ends."""
+"""How often one evaluation is begun where its process is lost, or its memory is exhausted, before it is given up."""
 
 Start = Callable[[TrialPlan], Evaluating]
 """Starts a process that evaluates, without waiting for it."""

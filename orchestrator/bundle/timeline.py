@@ -14,6 +14,7 @@ from orchestrator.findings import FindingList
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import (
     Evaluated,
+    EvaluationLost,
     Event,
     LoopFinished,
     LoopStarted,
@@ -83,7 +84,8 @@ def _missing(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
         # A concurrent evaluation may end training while the next one is in progress.
         early = plan.evaluates_concurrently and finished.reason != "max_iter"
         due = range(period, (max(evaluated, default=0) if early else finished.iteration) + 1, period)
-        left_out = {iteration for event in evaluations for iteration in event.left_out}
+        left_out = {event.iteration for event in events if isinstance(event, EvaluationLost)}
+        left_out.update(n for event in events if isinstance(event, Evaluated | EvaluationLost) for n in event.left_out)
         if missing := sorted(set(due) - evaluated - left_out):
             yield f"the evaluation after {missing[0]} iterations is missing, one of {len(missing)}"
     if plan.solver.evaluate_at_end and finished.reason == "max_iter" and finished.iteration not in evaluated:

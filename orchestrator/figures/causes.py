@@ -10,6 +10,7 @@ from trainers.contract.events import (
     CheckpointSkipped,
     ClockChanged,
     Evaluated,
+    EvaluationLost,
     Event,
     EventsLost,
     FailureKind,
@@ -52,17 +53,25 @@ def oddities(events: Sequence[Event]) -> list[str]:
         for event in events
         if isinstance(event, CheckpointFailed | CheckpointSkipped)
     ]
-    evaluations = [note for event in events if isinstance(event, Evaluated) for note in evaluation_notes(event)]
+    evaluated = {event.iteration for event in events if isinstance(event, Evaluated)}  # perhaps after a restart
+    evaluations = [
+        note
+        for event in events
+        if isinstance(event, Evaluated) or (isinstance(event, EvaluationLost) and event.iteration not in evaluated)
+        for note in evaluation_notes(event)
+    ]
     return clocks + checkpoints + evaluations
 
 
-def evaluation_notes(event: Evaluated) -> list[str]:
+def evaluation_notes(event: Evaluated | EvaluationLost) -> list[str]:
     """What was not as planned with an evaluation."""
     notes = []
     if event.left_out:
         iterations = ", ".join(f"{iteration:,}" for iteration in event.left_out)
         notes.append(f"the evaluation after {iterations} iterations was left out, since an older one was in progress")
-    if event.num_lost:
+    if isinstance(event, EvaluationLost):
+        notes.append(event.message)
+    elif event.num_lost:
         times = "once" if event.num_lost == 1 else f"{event.num_lost} times"
         what = f"the process that made the evaluation after {event.iteration:,} iterations was lost {times}"
         notes.append(f"{what} and was replaced")

@@ -16,6 +16,7 @@ from orchestrator.figures.steps import PARTS
 from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
+    EvaluationLost,
     Event,
     LogReplayed,
     LoopFinished,
@@ -101,7 +102,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
         "startup": attempts[0].started - started,
         **parts,
         "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
-        "evaluation": sum(e.stall_seconds or 0.0 for e in events if isinstance(e, Evaluated)),
+        "evaluation": sum(e.stall_seconds or 0.0 for e in events if isinstance(e, Evaluated | EvaluationLost)),
         # A log says when a checkpoint was begun, not how long training was stalled for it.
         "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,

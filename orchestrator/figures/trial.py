@@ -34,6 +34,7 @@ from orchestrator.figures.steps import (
 from trainers.contract.events import (
     CheckpointSaved,
     Evaluated,
+    EvaluationLost,
     Event,
     LogReplayed,
     LoopFinished,
@@ -142,7 +143,7 @@ def _clocks(trial: _Trial) -> dict[str, Any]:
     time_to_train = _between(trial.worker_start, trial.met_at)
     target = trial.plan.target_box_ap
     box_met = (e.box_scored for e in trial.evaluations if is_met(e.figures.get("box_ap"), target))
-    stalls = sum(e.stall_seconds or 0.0 for e in _all(trial.events, Evaluated))
+    stalls = sum(e.stall_seconds or 0.0 for e in trial.events if isinstance(e, Evaluated | EvaluationLost))
     where = sections(trial.events) if trial.loop_start is not None else None
     return {
         "time_to_train_seconds": time_to_train,

@@ -21,6 +21,7 @@ from trainers.contract.events import (
     CheckpointSkipped,
     ClockChanged,
     Evaluated,
+    EvaluationLost,
     Event,
     LoopStarted,
     StepsDone,
@@ -174,6 +175,11 @@ class ProgressDisplay:
     def _checkpoint_saved(self, event: CheckpointSaved) -> None:
         if not self._progress:
             self._print(f"checkpoint of iteration {event.iteration} ({event.size_bytes / 1e6:.1f} MB)")
+
+    @__call__.register
+    def _evaluation_lost(self, event: EvaluationLost) -> None:
+        for note in evaluation_notes(event):
+            self._print(f"[yellow]{escape(note)}[/]", always=True)
 
     @__call__.register
     def _checkpoint_failed(self, event: CheckpointFailed) -> None:

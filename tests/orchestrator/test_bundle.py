@@ -200,6 +200,24 @@ def test_forged_events_disagree_with_another_witness(what: str, true: Files, tmp
     assert "figure_differs" not in found or what == "the end of the events"
 
 
+def test_an_evaluation_is_not_missed_where_the_events_say_that_its_process_was_lost(
+    true: Files, tmp_path: Path
+) -> None:
+    def drop(event: dict) -> bool:
+        return (event["kind"], event["iteration"]) != ("evaluated", 4) if "iteration" in event else True
+
+    def lose(event: dict) -> None:
+        if not drop(event):
+            kept = {name: event[name] for name in ("time", "trial", "attempt", "rank", "iteration")}
+            event.clear()
+            event.update(kept, kind="evaluation_lost", message="lost 3 times")
+
+    text = "the evaluation after 4 iterations is missing"
+    for change, missed in ((drop, True), (lose, False)):
+        found = codes(verify(pack(tmp_path / "b.zip", in_events(change)(true)), tmp_path / change.__name__))
+        assert (text in str(found)) == missed and "events_damaged" not in found
+
+
 def test_an_ap_that_is_not_the_mean_of_its_classes_is_found(true: Files, tmp_path: Path) -> None:
     def change(event: dict) -> None:
         if event["kind"] == "evaluated" and event["iteration"] == 8:

@@ -14,7 +14,7 @@ from orchestrator.report.progress import ProgressDisplay
 from orchestrator.report.writer import markdown_report, write_report
 from tests.builders.run_folder import make_run
 from tests.builders.trials import TrialBuilder, trained
-from trainers.contract.events import CheckpointFailed, CheckpointSkipped, ClockChanged, event_from_json
+from trainers.contract.events import CheckpointFailed, CheckpointSkipped, ClockChanged, EvaluationLost, event_from_json
 
 PATH = "/runs/[red]/checkpoints/iter_0000008"
 
@@ -27,6 +27,8 @@ def odd() -> TrialBuilder:
     made.emit(ClockChanged, 29.5, rank=-1, seconds=-7200.2)
     made.emit(ClockChanged, 29.6, rank=-1, seconds=86400.0)
     made.evaluated(29.8, 7, 1.0, 1.0, left_out=(5, 6), num_lost=2)
+    for iteration in (7, 9):  # that of 7 was made after a restart
+        made.emit(EvaluationLost, 29.9, iteration=iteration, message=f"the evaluation after {iteration} is left out")
     return made
 
 
@@ -37,6 +39,7 @@ NOTES = [
     "the checkpoint of iteration 8 could not be written",
     "the evaluation after 5, 6 iterations was left out, since an older one was in progress",
     "the process that made the evaluation after 7 iterations was lost 2 times and was replaced",
+    "the evaluation after 9 is left out",
 ]
 
 
@@ -61,6 +64,7 @@ def test_the_terminal_shows_it_also_where_it_is_quiet(odd: TrialBuilder) -> None
     assert f"skipping a damaged checkpoint {PATH}: its SHA-256 is not the manifest's" in shown
     assert shown.count("the clock was set: ") == 2
     assert "evaluation after 5, 6 iterations was left out" in shown
+    assert "the evaluation after 9 is left out" in shown
 
 
 def test_the_events_are_read_back(odd: TrialBuilder) -> None:

@@ -166,13 +166,42 @@ def test_what_has_ended_but_was_not_fetched_is_in_the_checkpoint(make: Make) -> 
     assert found(overlap.fetch()) == {1: 1.0} and not overlap.saved(2)
 
 
-def test_an_evaluation_is_begun_three_times_and_then_ends_training(make: Make, tmp_path: Path) -> None:
+def test_an_evaluation_is_begun_three_times_and_then_given_up(make: Make, tmp_path: Path) -> None:
     (tmp_path / "die1").touch()
     overlap = make()
     begin(overlap, 1)
     (job,) = finish(overlap)
     assert isinstance(job.error, EvaluatorLostError) and job.num_lost == 3 and not job.scores
     assert "after 1 iterations was lost: its process was killed (SIGKILL)" in str(job.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_with_one", "left_out"),
+    [
+        (EvaluatorLostError("no room"), True, True),
+        (EvaluatorLostError("no room"), False, False),
+        (MemoryError("too much"), True, False),
+    ],
+)
+def test_one_that_is_given_up_is_left_out_where_the_workers_make_the_last_one(
+    error: Exception, ends_with_one: bool, left_out: bool
+) -> None:
+    solver = SimpleNamespace(eval_period=4, max_iter=12 if ends_with_one else 13, evaluate_at_end=False)
+    plan: Any = SimpleNamespace(solver=solver, patience=None, min_improvement=0.0)
+    sent: list[dict[str, Any]] = []
+    unused: Any = None
+    activity: Any = SimpleNamespace()
+    hook = EvaluationHook(plan, [], unused, 1, lambda _, **fields: sent.append(fields), unused, activity)
+    job = Job(8, [], 0, None, left_out=(4,), stall_seconds=0.5, error=error)
+    hook.overlap = SimpleNamespace(fetch=lambda: [job])  # type: ignore[assignment]
+    if left_out:
+        assert hook.wanted_end() is None
+        message = "no room; it is left out"
+        assert sent == [{"iteration": 8, "message": message, "left_out": (4,), "stall_seconds": 0.5}]
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            hook.wanted_end()
+        assert not sent and activity.iteration == 8
 
 
 def test_one_that_runs_out_of_memory_is_begun_again_in_another_process(make: Make, tmp_path: Path) -> None:
@@ -237,7 +266,7 @@ def test_all_ranks_begin_a_section_for_each_evaluation_that_they_wait_for(monkey
     for rank, overlap in enumerate((Rounds(), None)):
         if rank:
             monkeypatch.setattr(dist, "broadcast", lambda number, src: number.fill_(numbers.pop(0)))
-        plan: Any = SimpleNamespace(world_size=2, patience=0, min_improvement=0.0)
+        plan: Any = SimpleNamespace(world_size=2, patience=None, min_improvement=0.0)
         unused: Any = None
         hook = EvaluationHook(plan, [], unused, 1, unused, unused, unused)
         hook.overlap = overlap  # type: ignore[assignment]

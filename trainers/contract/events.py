@@ -200,6 +200,19 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationLost(Event):
+    """A concurrent evaluation is left out because the process that made it was lost again and again (rank 0)."""
+
+    kind: ClassVar[str] = "evaluation_lost"
+    iteration: int
+    message: str
+    left_out: tuple[int, ...] = ()
+    """As in `Evaluated`."""
+    stall_seconds: float = 0.0
+    """How long training was stalled for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
     """A checkpoint is complete in storage (rank 0)."""
 
