@@ -172,6 +172,16 @@ def _redacted(path: Path, redaction: Redaction) -> bytes:
     return content
 
 
+def has_log(place: Path) -> bool:
+    """Whether the log of a replayed trial is in the folder of its trial; MLPerf's are `result_files`."""
+    return any((place / name).is_file() for name in LOG_NAMES)
+
+
+def result_files(run: BundledRun) -> list[Path]:
+    """MLPerf's results of a replayed run, without the descriptions of their systems."""
+    return sorted(path for path in (run.folder / SUBMISSIONS).rglob("*.*") if path.parent.name != "systems")
+
+
 def _trial_files(run: BundledRun, trial: str) -> dict[str, bytes]:
     folder = run.place(trial)
     paths = (path for pattern in TRIAL_FILES for path in folder.glob(pattern))

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bundle.contents import RESULTS, BundledRun, derived_files
+from orchestrator.bundle.contents import RESULTS, BundledRun, derived_files, result_files
 from orchestrator.experiment.spec import Experiment
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
@@ -19,7 +19,7 @@ from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
 from orchestrator.findings import FindingList
 from orchestrator.replay.metrics_json import is_metrics_json
-from orchestrator.replay.record import LOG_NAMES, SUBMISSIONS, Replayed, experiment_result, replay
+from orchestrator.replay.record import LOG_NAMES, Replayed, experiment_result, replay
 from orchestrator.replay.trial import Targets
 from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.benchmark import benchmark_result
@@ -179,11 +179,10 @@ def _replay(run: BundledRun, findings: FindingList) -> list[Replayed]:
                 name = LOG_NAMES[is_metrics_json(content.decode("utf-8", "replace"))]
                 (place / name).write_bytes(content)
                 logs[content] = place
-        results = sorted(path for path in (run.folder / SUBMISSIONS).rglob("*.*") if path.parent.name != "systems")
         targets = {(trial.target_box_ap, trial.target_mask_ap) for trial in run.result.trials}
         given = Targets(*next(iter(targets))) if len(targets) == 1 else None
         try:
-            replayed = replay([*logs.values(), *results], given)
+            replayed = replay([*logs.values(), *result_files(run)], given)
             order = {trial.name: number for number, trial in enumerate(run.result.trials)}
             return sorted(replayed, key=lambda one: order.get(one.plan.name, len(order)))
         except ReplayError as error:

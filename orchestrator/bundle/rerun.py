@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from orchestrator.bundle.archive import BundleError, unpack
-from orchestrator.bundle.contents import EXPERIMENT, BundledRun
+from orchestrator.bundle.contents import EXPERIMENT, BundledRun, has_log, result_files
 from orchestrator.bundle.verify import RUNS, read_runs
 from orchestrator.experiment.environment import package_hashes
 from orchestrator.experiment.plan import dataset_plans, generated_root
@@ -46,7 +46,9 @@ def instructions(path: Path, to: Path) -> list[str]:
 
 
 def _replay(path: Path, run: BundledRun) -> list[str]:
-    logs = " ".join(shlex.quote(f"{RUNS}/{run.name}/{Path(trial.name).name}") for trial in run.result.trials)
+    places = [place for trial in run.result.trials if has_log(place := run.place(trial.name))]
+    names = (path.relative_to(run.folder).as_posix() for path in [*places, *result_files(run)])
+    logs = " ".join(shlex.quote(f"{RUNS}/{run.name}/{name}") for name in names)
     return [
         f"unzip {shlex.quote(str(path))}",
         f"python -m orchestrator.replay {logs}",

@@ -234,13 +234,21 @@ def test_planted_secrets_are_in_no_file_of_a_bundle_that_verifies(
     assert not [1 for content in contents if b"planted" in content or b"alice" in content]
 
 
+def _logs_to_read_again(folder: Path) -> list[Path]:
+    """The logs that `rerun` names, of the unpacked `b.zip`."""
+    command = next(line for line in call("rerun", folder / "b.zip")[1].splitlines() if "orchestrator.replay" in line)
+    with zipfile.ZipFile(folder / "b.zip") as archived:
+        archived.extractall(folder / "unzipped")
+    return [folder / "unzipped" / log for log in command.split("orchestrator.replay ")[1].split()]
+
+
 def test_the_log_of_another_program_becomes_a_bundle_that_its_log_verifies(tmp_path: Path) -> None:
     replayed = replay([whole_run().write(tmp_path / "log.txt")])
     write(experiment_result("seen", replayed, []), replayed, tmp_path / "out")
     assert call("pack", tmp_path / "out", "--to", tmp_path / "b.zip")[0] == 0
     verified = verify(tmp_path / "b.zip", tmp_path / "to")
     assert verified.findings == [] and verified.statements == ("files", "figures", "logs of another program")
-    assert "orchestrator.replay runs/out/" in call("rerun", tmp_path / "b.zip")[1]
+    assert replay(_logs_to_read_again(tmp_path))[0].result.iterations == replayed[0].result.iterations
     path = tmp_path / "out" / "results.json"
     path.write_bytes(edit_json(path.read_bytes(), lambda r: r["trials"][0].update(time_to_train_seconds=60.0)))
     call("pack", tmp_path / "out", "--to", tmp_path / "c.zip")
@@ -256,6 +264,8 @@ def test_results_of_mlperf_become_a_bundle_with_their_score(tmp_path: Path) -> N
     verified = verify(tmp_path / "b.zip", tmp_path / "to")
     assert verified.findings == []
     assert verified.statements == ("files", "figures", "score", "logs of another program")
+    again = experiment_result("mlperf", replay(_logs_to_read_again(tmp_path)), [])
+    assert again.benchmark == experiment_result("mlperf", replayed, []).benchmark
     path = tmp_path / "out" / "results.json"
     path.write_bytes(edit_json(path.read_bytes(), lambda result: result["benchmark"].update(score_minutes=1.0)))
     call("pack", tmp_path / "out", "--to", tmp_path / "c.zip")
