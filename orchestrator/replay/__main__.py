@@ -48,6 +48,9 @@ def main(
     year: Annotated[int | None, typer.Option(help="Year of the first line; the logs have none.")] = None,
 ) -> None:
     """Reads logs of runs made without this program, detectron2's or MLPerf's, into its record, table and report."""
+    for option, ap in (("--target-box-ap", target_box_ap), ("--target-mask-ap", target_mask_ap)):
+        if ap is not None and not 0 <= ap <= 100:
+            raise _refusal(f"{option} is {ap:g}: AP is 0 to 100")
     given = target_box_ap is not None or target_mask_ap is not None
     targets = Targets(target_box_ap, target_mask_ap) if given else None
     if as_reference and (findings := check_store(store_address(tracking_uri), experiment)):
@@ -73,7 +76,9 @@ def main(
     met = [t for t in result.trials if t.mlperf_seconds is not None and t.images_per_second is not None]
     if result.benchmark and met:
         rate = statistics.median(t.images_per_second or 0.0 for t in met)
-        console.print(f"Throughput: {rate_text(rate)} images/s, median of the {len(met)} runs that met the targets")
+        all_met = all(t.scored_iteration is not None for t in met)
+        which = "that met the targets" if all_met else "whose run_stop says success"
+        console.print(f"Throughput: {rate_text(rate)} images/s, median of the {len(met)} runs {which}")
     for one in replayed:
         console.print(f"[bold]{escape(one.plan.name)}[/bold]")
         for line in details(one.result):

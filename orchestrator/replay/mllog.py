@@ -18,7 +18,10 @@ MAX_NUMBER = 1e15
 """No figure of a log is larger, in milliseconds neither."""
 
 RANKS_SECONDS = 60.0
-"""Within which all ranks print a line that each of them prints."""
+"""Within which all ranks print a line that each of them prints, so that the lines of a file are in order."""
+
+MEASURED = ("block_start", "block_stop", "epoch_start", "eval_start", "eval_accuracy", "eval_stop", "tracked_stats")
+"""Keys whose times make figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class MllogRun:
     """Time of `run_stop`; None where there is none."""
     status: str = ""
     """`success`, or why not; empty where there is no `run_stop`."""
+    timeless: tuple[str, ...] = ()
+    """Keys of the file's lines that were left out, as their time cannot be read."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,6 +71,18 @@ class MllogRun:
     def ended(self) -> float:
         """When it ended, as far as the log shows (Unix seconds)."""
         return self.stopped if self.stopped is not None else self.lines[-1].time
+
+    @property
+    def flaw(self) -> str:
+        """Why its times cannot be true; empty where they can."""
+        if self.stopped is not None and self.stopped < self.started:
+            return "run_stop is before run_start"
+        latest = self.started
+        for line in self.lines:
+            if line.time < latest - RANKS_SECONDS or (line.key in MEASURED and line.time < self.started):
+                return f"times go backwards at {line.key}, by {latest - line.time:,.1f} s"
+            latest = max(latest, line.time)
+        return ""
 
 
 def description_file(source: Path) -> Path | None:
@@ -82,9 +99,19 @@ def system_name(source: Path) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A value of a line as a number; None for anything else, NaN and infinity too."""
+    """A value of a line as a number, also one in a string; None for anything else, NaN and infinity too."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
     known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER
     return float(value) if known else None
+
+
+def shown(value: Any) -> str:
+    """A value as its line has it, not too long for a note."""
+    return json.dumps(value)[:40]
 
 
 def is_mllog(text: str) -> bool:
@@ -98,9 +125,8 @@ def find_mllog_runs(source: Path, text: str, notes: list[str]) -> list[MllogRun]
     Raises:
         ReplayError: There is none, or they are of another benchmark.
     """
-    lines, damaged = _lines(text)
-    if damaged:
-        notes = [*notes, f"{damaged} lines of MLPerf's cannot be read and were left out"]
+    lines, damaged, timeless = _lines(text)
+    notes = [*notes, *_left_out(damaged, timeless)]
     others = {str(line.value) for line in lines if line.key == "submission_benchmark"} - {BENCHMARK}
     if others:
         raise ReplayError(f"{source}: a log of MLPerf's {', '.join(sorted(others))}; {BENCHMARK} is what is read here")
@@ -110,6 +136,7 @@ def find_mllog_runs(source: Path, text: str, notes: list[str]) -> list[MllogRun]
         current = runs[-1] if runs and runs[-1].stopped is None else None
         if line.key == "run_start" and not (current and line.time - current.started < RANKS_SECONDS):
             runs.append(_begin(source, header, line, notes))
+            runs[-1].timeless = tuple(timeless)
             header = []
         elif current is None:
             header.append(line)
@@ -119,13 +146,22 @@ def find_mllog_runs(source: Path, text: str, notes: list[str]) -> list[MllogRun]
             if line.key == "run_stop":
                 current.stopped, current.status = line.time, str(line.metadata.get("status", "unknown"))
     if not runs:
-        raise ReplayError(f"{source}: a log of MLPerf without run_start: it never trained")
+        why = f"it cannot be told whether it trained ({notes[-1]})" if damaged or timeless else "it never trained"
+        raise ReplayError(f"{source}: a log of MLPerf without run_start: {why}")
     for line in header:  # some write the submission's lines at the end
         runs[-1].values.setdefault(line.key, line.value)
     if len(runs) > 1:
         for run in runs:
             run.notes.append(f"the file holds {len(runs)} runs, which are separate trials here")
     return runs
+
+
+def _left_out(damaged: int, timeless: list[str]) -> list[str]:
+    notes = [f"{damaged} lines of MLPerf's cannot be read and were left out"] if damaged else []
+    if timeless:
+        keys = ", ".join(dict.fromkeys(timeless))[:200]
+        notes.append(f"lines were left out, {len(timeless)} in all, as their time_ms cannot be read: {keys}")
+    return notes
 
 
 def _begin(source: Path, header: list[Line], start: Line, notes: list[str]) -> MllogRun:
@@ -137,29 +173,35 @@ def _begin(source: Path, header: list[Line], start: Line, notes: list[str]) -> M
     return MllogRun(source, values, len(initialized), min(began, start.time), start.time, [start], notes=list(notes))
 
 
-def _lines(text: str) -> tuple[list[Line], int]:
-    """The lines in the order of their file, whatever stands before and after each, and how many cannot be read."""
-    lines, damaged = [], 0
+def _lines(text: str) -> tuple[list[Line], int, list[str]]:
+    """The lines in the order of their file, whatever stands before and after each.
+
+    With them how many cannot be read, and the keys of those of which the time alone cannot be read.
+    """
+    lines, damaged, timeless = [], 0, []
     at = text.find(MARK)
     while at >= 0:
         following = text.find(MARK, at + len(MARK))
         line = _line(text, at + len(MARK), following if following >= 0 else len(text))
-        if line:
+        if isinstance(line, Line):
             lines.append(line)
-        damaged += line is None
+        elif line:
+            timeless.append(line)
+        damaged += not line
         at = following
-    return lines, damaged
+    return lines, damaged, timeless
 
 
-def _line(text: str, begin: int, end: int) -> Line | None:
-    """The line after a mark, within two places of the text; None where it cannot be read."""
+def _line(text: str, begin: int, end: int) -> Line | str:
+    """The line after a mark, within two places of the text; "" where it cannot be read, its key without its time."""
     brace = text.find("{", begin, end)
     try:
         found = json.JSONDecoder().raw_decode(text, brace)[0] if brace >= 0 else None
     except (ValueError, RecursionError):
-        return None
-    time_ms = finite(found.get("time_ms")) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or time_ms is None or "key" not in found:
-        return None
-    metadata = found.get("metadata")
+        return ""
+    if not isinstance(found, dict) or not {"key", "time_ms"} <= found.keys():
+        return ""
+    time_ms, metadata = finite(found["time_ms"]), found.get("metadata")
+    if time_ms is None:
+        return str(found["key"])
     return Line(str(found["key"]), time_ms / 1000, found.get("value"), metadata if isinstance(metadata, dict) else {})

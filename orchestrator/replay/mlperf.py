@@ -1,4 +1,4 @@
-"""Turns a run of an MLPerf log into the plan and the events that this program's own trials leave.
+"""Turns a run of an MLPerf log into the events that this program's own trials leave.
 
 MLPerf's lines name epochs, not iterations: these follow from the images of an epoch and the batch, or from the steps
 that `tracked_stats` name.
@@ -6,16 +6,15 @@ that `tracked_stats` name.
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.figures.logged_plan import LoggedDataset, LoggedPlan, LoggedSolver
-from orchestrator.replay.mllog import Line, MllogRun, description_file, finite, system_name
-from orchestrator.replay.trial import COCO_TARGETS, Targets
+from orchestrator.figures.accuracy import first_evaluations, first_to_meet
+from orchestrator.figures.logged_plan import LoggedPlan
+from orchestrator.replay.mllog import Line, MllogRun, finite, shown
+from orchestrator.replay.mlperf_plan import count, system_of
 from trainers.contract.events import (
     Evaluated,
     Event,
@@ -33,19 +32,6 @@ COCO_IMAGES = {"train_samples": (117_266, 118_287), "eval_samples": (5_000,)}
 
 AP_NAMES = {"BBOX": "box_ap", "SEGM": "mask_ap"}
 
-_WORKERS = re.compile(r"^(\d+) x (.+)$")
-"""A platform as this program writes it: `8 x NVIDIA V100`; others count nodes there (`1xNVIDIA DGX A100`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """What a run ran on."""
-
-    num_accelerators: int | None = None
-    num_nodes: int | None = None
-    accelerator: str = ""
-    """Model name; empty where it is not known."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
@@ -60,57 +46,6 @@ class _Evaluation:
     figures: dict[str, float | None]
 
 
-def mlperf_plan(run: MllogRun, name: str, targets: Targets | None) -> LoggedPlan:
-    """The settings that a run's log prints; what it does not print is None."""
-    values, system, division = run.values, system_of(run), run.values.get("submission_division")
-    if targets is None:
-        targets = Targets(*COCO_TARGETS) if division == "closed" else Targets(None, None)
-    decays = values.get("opt_learning_rate_decay_steps")
-    return LoggedPlan(
-        name=name,
-        source=str(run.source.absolute()),
-        world_size=system.num_accelerators or 1,
-        num_nodes=system.num_nodes,
-        recipe_name=" ".join(filter(None, (_platform(run), system_name(run.source)))),
-        precision=None,
-        seed=_integer(values.get("seed")),
-        scaling="weak",
-        protocol="time_to_train",
-        weights=None,
-        train=LoggedDataset("coco_2017_train" if division == "closed" else None),
-        val=LoggedDataset("coco_2017_val" if division == "closed" else None),
-        solver=LoggedSolver(
-            global_batch_size=_integer(values.get("global_batch_size")),
-            base_lr=finite(values.get("opt_base_learning_rate")),
-            max_iter=None,
-            steps=tuple(map(int, filter(finite, decays))) if isinstance(decays, list) else None,
-            warmup_iters=_integer(values.get("opt_learning_rate_warmup_steps")),
-            eval_period=None,
-            checkpoint_period=None,
-        ),
-        throughput_warmup_iters=0,
-        target_box_ap=targets.box,
-        target_mask_ap=targets.mask,
-        device="cuda" if re.search("NVIDIA|Tesla", system.accelerator) else None,
-    )
-
-
-def system_of(run: MllogRun) -> System:
-    """What a run ran on: by the submission's description of the system where its folder is there, else by the log."""
-    if file := description_file(run.source):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            nodes, each = int(found["number_of_nodes"]), int(found["accelerators_per_node"])
-            return System(nodes * each, nodes, str(found["accelerator_model_name"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a file that somebody copied out of its submission
-    if own := _WORKERS.match(str(run.values.get("submission_platform", ""))):
-        return System(int(own[1]), accelerator=own[2])
-    batch, each_batch = (finite(run.values.get(key)) for key in ("global_batch_size", "d_batch_size"))
-    number = max(run.num_processes, round(batch / each_batch) if batch and each_batch else 0)
-    return System(number if number > 1 else None)
-
-
 def mlperf_events(run: MllogRun, plan: LoggedPlan) -> list[Event]:
     """The events of a run, in order of their time."""
     return _EventWriter(run, plan).events
@@ -122,12 +57,25 @@ class _EventWriter:
     def __init__(self, run: MllogRun, plan: LoggedPlan) -> None:
         self._run, self._plan = run, plan
         self._notes = list(run.notes)
+        unreadable = [
+            key for key in ("global_batch_size", *COCO_IMAGES) if key in run.values and count(run.values[key]) is None
+        ]
+        self._notes += [f"{key} is {shown(run.values[key])} in the log, which cannot be read" for key in unreadable]
+        self._no_ap: dict[str, list[str]] = {}
+        """Scores that are no AP, by their name in the log."""
+        if run.flaw:
+            self._notes.append(f"{run.flaw}: no time of this run is measured")
         self._images, self._val_images = (self._samples(key) for key in COCO_IMAGES)
         batch = plan.solver.global_batch_size
         self._per_epoch = self._images / batch if batch and self._images else None
         self._steps = _tracked_steps(run.lines)
         if self._per_epoch is None and not self._steps:
-            self._notes.append("the log does not say its batch or its images: its iterations are epochs")
+            unknown = (
+                "its batch or its images are unreadable"
+                if unreadable
+                else "the log does not say its batch or its images"
+            )
+            self._notes.append(f"{unknown}: its iterations are epochs")
         if plan.world_size == 1:
             self._notes.append("the log does not say how many accelerators there were; it is listed as one")
         self.events: list[Event] = []
@@ -150,7 +98,7 @@ class _EventWriter:
 
     def _samples(self, key: str) -> int | None:
         """Images of an epoch, or of an evaluation: of the closed division COCO's, whatever the log calls them."""
-        given = _integer(self._run.values.get(key))
+        given = count(self._run.values.get(key))
         allowed = COCO_IMAGES[key]
         if self._run.values.get("submission_division") != "closed" or given in allowed:
             return given
@@ -171,8 +119,28 @@ class _EventWriter:
             paused = max((x.time for x in lines if x.key == "block_stop" and x.time <= start.time), default=start.time)
             going_on = (x.time for x in lines if x.key in ("block_start", "epoch_start") and x.time >= paused)
             resumed = min(going_on, default=stopped)
-            found.append(_Evaluation(epoch, start.time, stopped, paused, resumed, score.time, _figures(score)))
+            found.append(
+                _Evaluation(epoch, start.time, stopped, paused, resumed, score.time, self._figures(score, epoch))
+            )
+        for name, scores_of_name in self._no_ap.items():
+            more = f", nor are {len(scores_of_name) - 1} more" if len(scores_of_name) > 1 else ""
+            self._notes.append(f"eval_accuracy {name} is {scores_of_name[0]}, no AP of 0–1{more}: not measured")
         return found
+
+    def _figures(self, score: Line, epoch: float) -> dict[str, float | None]:
+        """AP, 0–100, of a line `eval_accuracy`: of boxes and masks, or of boxes alone where it has one number."""
+        values = score.value if isinstance(score.value, dict) else {"BBOX": score.value}
+        found = {str(key).upper(): value for key, value in values.items()}
+        figures: dict[str, float | None] = {}
+        for key, name in AP_NAMES.items():
+            if key not in found:
+                figures |= {name: None} if key == "BBOX" else {}
+                continue
+            ap = finite(found[key])
+            figures[name] = round(100 * ap, 8) if ap is not None and 0 <= ap <= 1 else None
+            if figures[name] is None:
+                self._no_ap.setdefault(key, []).append(f"{shown(found[key])} at epoch {epoch:g}")
+        return figures
 
     def _step_seconds(self, evaluations: Sequence[_Evaluation]) -> tuple[float | None, str]:
         """Seconds of a step, and where they are from."""
@@ -194,7 +162,7 @@ class _EventWriter:
     def _timeline(self, evaluations: Sequence[_Evaluation]) -> None:
         """Emits windows of steps and evaluations in the order of their ends."""
         pauses = [(e.paused, e.resumed) for e in evaluations]
-        points = self._steps or self._epochs()
+        points = [] if self._run.flaw else self._steps or self._epochs()
         made: list[tuple[float, _Evaluation | tuple[int, int, float]]] = [(e.stopped, e) for e in evaluations]
         before, since = 0, self._run.started
         for iteration, time in points:
@@ -235,28 +203,37 @@ class _EventWriter:
         return max((number for number, moment in self._steps if moment <= time), default=round(epochs))
 
     def _evaluated(self, evaluation: _Evaluation) -> None:
-        concurrent = evaluation.resumed < evaluation.stopped
+        concurrent = evaluation.resumed < evaluation.stopped and not self._run.flaw
+        seconds = evaluation.stopped - evaluation.started
         masks = evaluation.figures.get("mask_ap") is not None
         self._emit(
             Evaluated, evaluation.stopped, iteration=self._iteration(evaluation.epoch, evaluation.started),
             epoch=evaluation.epoch, figures=evaluation.figures, box_scored=evaluation.scored,
-            mask_scored=evaluation.scored if masks else None, seconds=evaluation.stopped - evaluation.started,
+            mask_scored=evaluation.scored if masks else None, seconds=seconds if seconds >= 0 else None,
             part_seconds={"stall": evaluation.resumed - evaluation.paused} if concurrent else {},
         )  # fmt: skip
 
     def _close(self, step_seconds: float | None, source: str) -> None:
-        run = self._run
+        run, plan = self._run, self._plan
+        ended, is_whole = max(run.ended, run.started), run.succeeded and not run.flaw
+        has_target = plan.target_box_ap is not None or plan.target_mask_ap is not None
+        if run.succeeded and has_target and not first_to_meet(plan, first_evaluations(self.events)):
+            self._notes.append(
+                "run_stop says success, by which MLPerf scores, but no evaluation in the log meets the targets"
+            )
         self._emit(
-            LogReplayed, run.ended, -1, step_seconds=step_seconds, step_iterations=None, total_seconds=None,
-            unknown=(), notes=(*self._notes, source), run_status=run.status or "missing",
-            run_seconds=run.ended - run.started if run.succeeded else None,
+            LogReplayed, ended, -1, step_seconds=step_seconds, step_iterations=None, total_seconds=None,
+            unknown=("start", "times") if run.flaw else (), notes=(*self._notes, source),
+            run_status=run.status or "missing",
+            run_seconds=ended - run.started if is_whole else None,
         )  # fmt: skip
         done = [e.iteration for e in self.events if isinstance(e, StepsDone | Evaluated)]
-        end = "target" if run.succeeded else "interrupted"
-        self._emit(LoopFinished, run.ended, iteration=max(done, default=0), reason=end, state_sha256=None)
+        end = "target" if is_whole else "interrupted"
+        self._emit(LoopFinished, ended, iteration=max(done, default=0), reason=end, state_sha256=None)
         why = f"run_stop says {run.status}" if run.status else "the log ends without run_stop"
-        status, reason = ("FINISHED", "") if run.succeeded else ("KILLED", why)
-        self._emit(TrialEnded, run.ended, -1, status=status, reason=reason)
+        why = "the time of run_stop cannot be read" if not run.status and "run_stop" in run.timeless else why
+        status, reason = ("FINISHED", "") if is_whole else ("KILLED", run.flaw or why)
+        self._emit(TrialEnded, ended, -1, status=status, reason=reason)
 
 
 def _by_epoch(lines: Sequence[Line], key: str) -> dict[float, Line]:
@@ -273,26 +250,3 @@ def _tracked_steps(lines: Sequence[Line]) -> list[tuple[int, float]]:
     """Steps done and when, where `tracked_stats` name them."""
     numbers = ((line.number("step", "step_num"), line.time) for line in lines if line.key == "tracked_stats")
     return [(int(number), time) for number, time in numbers if number is not None]
-
-
-def _figures(score: Line) -> dict[str, float | None]:
-    """AP, 0–100, of a line `eval_accuracy`: of boxes and masks, or of boxes alone where it has one number."""
-    values = score.value if isinstance(score.value, dict) else {"BBOX": score.value}
-    known = {str(key).upper(): finite(value) for key, value in values.items()}
-    return {
-        name: None if (ap := known.get(key)) is None else round(100 * ap, 8)
-        for key, name in AP_NAMES.items()
-        if key in known or key == "BBOX"
-    }
-
-
-def _platform(run: MllogRun) -> str:
-    """Its submitter and platform, without the number of workers in front of it."""
-    platform = str(run.values.get("submission_platform", ""))
-    own = _WORKERS.match(platform)
-    return own[2] if own else " ".join(filter(None, (str(run.values.get("submission_org", "")), platform)))
-
-
-def _integer(value: Any) -> int | None:
-    number = finite(value)
-    return None if number is None else int(number)

@@ -20,7 +20,8 @@ from orchestrator.replay.launches import Launch
 from orchestrator.replay.messages import read_messages
 from orchestrator.replay.metrics_json import is_metrics_json, read_metrics
 from orchestrator.replay.mllog import BENCHMARK, MllogRun, description_file, find_mllog_runs, is_mllog, system_name
-from orchestrator.replay.mlperf import mlperf_events, mlperf_plan
+from orchestrator.replay.mlperf import mlperf_events
+from orchestrator.replay.mlperf_plan import mlperf_plan
 from orchestrator.replay.runs import LoggedRun, find_runs
 from orchestrator.replay.trial import RECIPE, Targets, gpu_name, known_targets, logged_plan, replayed_events
 from orchestrator.replay.unpacking import ReplayError, read_text

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from typer import Exit
 
 from orchestrator.experiment.spec import SpecError
+from orchestrator.replay.__main__ import main
 from orchestrator.replay.record import experiment_result, replay, track, write
 from orchestrator.runlog.folder import read_earlier_run
 from tests.builders.commands import run_command
@@ -30,6 +32,15 @@ def test_the_command_refuses_what_is_no_log_with_exit_code_2(tmp_path):
     (tmp_path / "x.txt").write_text("hello\n")
     done = run_command("x.txt", module="orchestrator.replay", cwd=tmp_path)
     assert done.returncode == 2 and "not a detectron2 log" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["target_box_ap", "target_mask_ap"])
+@pytest.mark.parametrize("ap", [-1.0, 100.5, float("nan"), float("inf")])
+def test_a_target_that_is_no_ap_is_refused_with_exit_code_2(tmp_path, capsys, option, ap):
+    with pytest.raises(Exit) as raised:
+        main([whole_run().write(tmp_path / "log.txt")], **{option: ap})
+    assert raised.value.exit_code == 2
+    assert f"--{option.replace('_', '-')} is {ap:g}: AP is 0 to 100" in capsys.readouterr().err
 
 
 def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):

@@ -1,6 +1,7 @@
 """Result files of MLPerf give the figures of a run of ours; several of one system give MLPerf's score."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ EPOCH = 117_266 / 96
 
 def _read(made: MadeMllog, folder: Path, **options) -> TrialResult:
     (one,) = replay([made.write(folder / "made.txt")], **options)
+    return one.result
+
+
+def _read_text(text: str, folder: Path) -> TrialResult:
+    folder.mkdir(exist_ok=True)
+    (folder / "made.txt").write_text(text)
+    (one,) = replay([folder / "made.txt"])
     return one.result
 
 
@@ -165,6 +173,64 @@ def test_an_ap_that_is_no_number_was_not_measured(tmp_path: Path, value: str):
     (one,) = replay([tmp_path / "x.txt"])
     assert one.result.evaluations[-1].box_ap is None and one.result.time_to_train_seconds is None
     assert one.result.evaluations[-1].mask_ap == 34.5
+
+
+@pytest.mark.parametrize("value", ["38", "-1", "NaN", '"high"'])
+def test_an_ap_outside_0_to_1_is_not_measured_and_named(tmp_path: Path, value: str):
+    result = _read_text(whole_run().text().replace('"BBOX": 0.38', f'"BBOX": {value}'), tmp_path)
+    assert result.evaluations[-1].box_ap is None and result.time_to_train_seconds is None
+    assert f"eval_accuracy BBOX is {value} at epoch 2, no AP of 0–1: not measured" in result.notes
+
+
+def test_a_success_below_the_targets_keeps_mlperfs_clock_and_says_so(tmp_path: Path):
+    result = _read(whole_run(aps=((0.2, 0.18), (0.3, 0.28))), tmp_path)
+    assert (result.mlperf_seconds, result.time_to_train_seconds, result.status) == (419, None, "FINISHED")
+    assert any(note.startswith("run_stop says success, by which MLPerf scores, but no") for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "seconds", "reason"),
+    [
+        ("run_stop", -2000, "run_stop is before run_start"),
+        ("eval_start", -100, "times go backwards at eval_start, by 100.0 s"),
+        ("block_stop", -2000, "times go backwards at block_stop, by 2,000.0 s"),
+    ],
+)
+def test_times_that_go_backwards_are_not_measured(tmp_path: Path, key: str, seconds: int, reason: str):
+    made = whole_run()
+    at = max(number for number, line in enumerate(made.lines) if f'"key": "{key}"' in line)
+    made.lines[at] = re.sub(r"(?<=time_ms.: )\d+", lambda found: str(int(found[0]) + 1000 * seconds), made.lines[at])
+    result = _read(made, tmp_path)
+    assert result.reason == reason and f"{reason}: no time of this run is measured" in result.notes
+    clocks = ("mlperf_seconds", "time_to_train_seconds", "time_to_box_target_seconds", "schedule_seconds",
+              "startup_seconds", "evaluation_seconds", "sections", "wall_images_per_second")  # fmt: skip
+    assert {getattr(result, name) for name in clocks} == {None}
+    assert {(e.seconds, e.elapsed_seconds) for e in result.evaluations} == {(None, None)}
+    assert result.box_ap == 38 and result.images_per_second == pytest.approx(600)  # as the log prints it
+
+
+def test_numbers_in_strings_are_read(tmp_path: Path):
+    text = re.sub(r'("time_ms"|"value"|"BBOX"): ([\d.]+)', r'\1: "\2"', whole_run().text())
+    assert _read_text(text, tmp_path) == _read(whole_run(), tmp_path)
+
+
+@pytest.mark.parametrize("value", ["null", "Infinity", '"many"', "0", "1" + 17 * "0"])
+def test_a_batch_that_cannot_be_read_is_not_called_missing(tmp_path: Path, value: str):
+    text = old_run().text().replace('"global_batch_size", "value": 96', f'"global_batch_size", "value": {value}')
+    result = _read_text(text, tmp_path)
+    assert result.global_batch_size is None and result.images_per_second is None
+    assert f"global_batch_size is {value} in the log, which cannot be read" in result.notes
+    assert "its batch or its images are unreadable: its iterations are epochs" in result.notes
+
+
+def test_times_that_cannot_be_read_are_not_called_missing(tmp_path: Path):
+    lines = whole_run().text().splitlines()
+    lines[-1] = re.sub(r"(?<=time_ms.: )\d+", "Infinity", lines[-1])
+    result = _read_text("\n".join(lines), tmp_path)
+    assert result.reason == "the time of run_stop cannot be read" and result.mlperf_seconds is None
+    assert "lines were left out, 1 in all, as their time_ms cannot be read: run_stop" in result.notes
+    with pytest.raises(ReplayError, match=r"it cannot be told whether it trained .*time_ms cannot be read: submission"):
+        _read_text(re.sub(r"(?<=time_ms.: )\d+", "null", whole_run().text()), tmp_path)
 
 
 def test_a_log_without_batch_has_no_rate_and_says_that_iterations_are_epochs(tmp_path: Path):
