@@ -146,7 +146,7 @@ def find_mllog_runs(source: Path, text: str, notes: list[str]) -> list[MllogRun]
             if line.key == "run_stop":
                 current.stopped, current.status = line.time, str(line.metadata.get("status", "unknown"))
     if not runs:
-        why = f"it cannot be told whether it trained ({notes[-1]})" if damaged or timeless else "it never trained"
+        why = f"whether it trained is not known ({notes[-1]})" if damaged or timeless else "it never trained"
         raise ReplayError(f"{source}: a log of MLPerf without run_start: {why}")
     for line in header:  # some write the submission's lines at the end
         runs[-1].values.setdefault(line.key, line.value)
