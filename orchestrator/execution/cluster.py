@@ -9,9 +9,11 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -20,6 +22,8 @@ from orchestrator.experiment.environment import CREDENTIALS, cluster_address
 from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import existing_parent
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 """Longest wait for the dashboard to accept a connection."""
@@ -49,6 +53,16 @@ LOCAL_SETTINGS = {
 
 VISIBLE = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
 """Shows runs and their workers in the dashboard, where there is one."""
+
+NO_API_SERVER = "http://127.0.0.1:1"
+"""Where nothing answers: what the processes of a local cluster take for the address of Ray's API server.
+
+Ray Train asks it whether its controller lives. Without an address it looks for any cluster on the machine: another one
+than its own does not know the controller, and Ray Train then takes the workers for orphans and ends them.
+"""
+
+MAX_STARTS = 3
+"""How often a local cluster is started: Ray gives its raylet 30 s, too few on a machine that has far too much to do."""
 
 DAEMONS = ("gcs_server", "raylet")
 """Processes of a local cluster without which it is lost."""
@@ -89,7 +103,7 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     try:
         with _same_handler(signal.SIGTERM):
             url = _join(address, settings) if address else _start(dashboard)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of any type: Ray raises plain ones, too
         what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise SpecError(f"{what}: {error}") from error
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -138,19 +152,34 @@ def _join(address: str, settings: Mapping[str, str]) -> str | None:
 
 
 def _start(dashboard: bool) -> str | None:
-    # Its processes inherit this environment. Workers need no credentials, and an address of another cluster's job
-    # server would have Ray Train look there for its controller, not find it, and remove the workers' places.
+    # Its processes inherit this environment. Workers need no credentials.
     token_file = Path.home() / ".ray" / "auth_token"
     if "RAY_AUTH_TOKEN_PATH" not in os.environ and not os.access(existing_parent(token_file), os.W_OK):
         os.environ.setdefault("RAY_AUTH_TOKEN", uuid.uuid4().hex)  # Ray would write one there, and fail
-    with _without(*CREDENTIALS, "RAY_API_SERVER_ADDRESS"):
+    with _environment({**dict.fromkeys(CREDENTIALS), "RAY_API_SERVER_ADDRESS": NO_API_SERVER}):
         # At WARNING, Ray would say that the cluster protects itself with a token, which nobody has to act on.
-        context = ray.init(
-            address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
-        )
+        context = _init_local(dashboard)
     _daemons.clear()
     _daemons.update((each.name(), each) for each in psutil.Process().children() if each.name() in DAEMONS)
     return context.dashboard_url or None
+
+
+def _init_local(dashboard: bool) -> Any:
+    init = partial(
+        ray.init, address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
+    )
+    for _ in range(MAX_STARTS - 1):
+        others = set(psutil.Process().children(recursive=True))
+        try:
+            return init()
+        except Exception as error:
+            if type(error) is not Exception:  # Ray has no type of its own for it
+                raise
+            logger.warning("Ray did not start, and is started again: %s", error)
+            for left in set(psutil.Process().children(recursive=True)) - others:
+                with suppress(psutil.NoSuchProcess):
+                    left.kill()
+    return init()
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -172,10 +201,14 @@ def _same_handler(number: signal.Signals) -> Iterator[None]:
 
 
 @contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Takes variables out of the environment for a while."""
-    values = {name: os.environ.pop(name) for name in names if name in os.environ}
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Sets variables of the environment for a while; None takes one out."""
+    before = {name: os.environ.pop(name, None) for name in values}
+    os.environ.update({name: value for name, value in values.items() if value is not None})
     try:
         yield
     finally:
-        os.environ.update(values)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -7,16 +7,20 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.state import get_actor
+from ray.util.state.exception import RayStateApiException
 
 from orchestrator.execution import cluster
 from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, list_nodes
 from orchestrator.experiment.environment import CREDENTIALS
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import SpecError
 from orchestrator.preflight.ray_setup import SOCKETS
 from tests.builders.experiments import tiny_experiment
 from tests.builders.waiting import wait_for
@@ -65,10 +69,17 @@ def test_ray_names_its_sockets_as_the_check_of_the_temporary_folder_has_it(local
 
 def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(local_cluster: cluster.Cluster) -> None:
     (node,) = list_nodes()
-    names = call_on_nodes(lambda: list(os.environ), {node: ()}, timeout=600)[node]
-    assert isinstance(names, list) and "PATH" in names
-    assert SECRET not in names and "RAY_API_SERVER_ADDRESS" not in names
-    assert os.environ[SECRET] == "secret"
+    there = call_on_nodes(lambda: dict(os.environ), {node: ()}, timeout=600)[node]
+    assert isinstance(there, dict) and "PATH" in there
+    assert SECRET not in there and there["RAY_API_SERVER_ADDRESS"] == cluster.NO_API_SERVER
+    assert os.environ[SECRET] == "secret" and os.environ["RAY_API_SERVER_ADDRESS"] != cluster.NO_API_SERVER
+
+
+def test_ray_train_leaves_workers_alone_where_no_api_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its cleaner asks so for the controller, goes on after this exception, and removes the workers after any answer.
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", cluster.NO_API_SERVER)
+    with pytest.raises(RayStateApiException):
+        get_actor("0" * 32, timeout=5)
 
 
 def test_a_call_on_a_node_returns_or_raises_or_is_late(local_cluster: cluster.Cluster) -> None:
@@ -107,3 +118,26 @@ def test_a_cluster_that_is_joined_shows_runs_and_is_watched_for_preemption(monke
     assert joined["NCCL_SOCKET_IFNAME"] == joined["GLOO_SOCKET_IFNAME"] == "ens5"
     assert "RAY_CHDIR_TO_TRIAL_DIR" not in joined, "what the job sets stays"
     assert not {"RAY_TRAIN_METRICS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"} & joined.keys()
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 3), (3, 3)])
+def test_a_machine_that_is_too_busy_for_ray_gets_another_start_and_then_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, failures: int, starts: int
+) -> None:
+    begun: list[int] = []
+
+    def init(**_: object) -> SimpleNamespace:
+        begun.append(1)
+        if len(begun) <= failures:
+            raise Exception("The current node timed out during startup.")  # noqa: TRY002 - as Ray does
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "nodes", list)
+    if failures < cluster.MAX_STARTS:
+        cluster.start_ray(None)
+    else:
+        with pytest.raises(SpecError, match="Ray cannot be started here: The current node timed out"):
+            cluster.start_ray(None)
+    assert len(begun) == starts
