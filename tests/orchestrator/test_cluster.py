@@ -69,9 +69,9 @@ def test_ray_names_its_sockets_as_the_check_of_the_temporary_folder_has_it(local
 
 def test_the_driver_keeps_its_credentials_and_its_cluster_does_not_get_them(local_cluster: cluster.Cluster) -> None:
     (node,) = list_nodes()
-    there = call_on_nodes(lambda: dict(os.environ), {node: ()}, timeout=600)[node]
-    assert isinstance(there, dict) and "PATH" in there
-    assert SECRET not in there and there["RAY_API_SERVER_ADDRESS"] == cluster.NO_API_SERVER
+    inherited = call_on_nodes(lambda: dict(os.environ), {node: ()}, timeout=600)[node]
+    assert isinstance(inherited, dict) and "PATH" in inherited
+    assert SECRET not in inherited and inherited["RAY_API_SERVER_ADDRESS"] == cluster.NO_API_SERVER
     assert os.environ[SECRET] == "secret" and os.environ["RAY_API_SERVER_ADDRESS"] != cluster.NO_API_SERVER
 
 
