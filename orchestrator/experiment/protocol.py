@@ -62,6 +62,12 @@ class Protocol(Part):
     ema: Ema | None = None
     """Evaluate an average of the weights; null: the weights."""
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is an evaluation, however late."""
+        at_end = self.kind != "throughput" if self.evaluate_at_end is None else self.evaluate_at_end
+        return bool(at_end or self.eval_period_iterations or self.eval_period_epochs)
+
     @model_validator(mode="after")
     def _consistent(self) -> Protocol:
         if self.eval_period_iterations and self.eval_period_epochs:
@@ -71,11 +77,14 @@ class Protocol(Part):
         if self.min_improvement and not self.patience:
             raise ValueError("min_improvement has no effect without patience")
         self._check_metric()
-        at_end = self.kind != "throughput" if self.evaluate_at_end is None else self.evaluate_at_end
-        evaluates = at_end or self.eval_period_iterations or self.eval_period_epochs
-        if not evaluates and (self.validation_loss or self.target is not None):
-            name = "validation_loss" if self.validation_loss else "target"
-            raise ValueError(f"{name} has no effect without an evaluation: give evaluate_at_end: true or a period")
+        asked = {
+            "validation_loss": self.validation_loss,
+            "target": self.target is not None,
+            "metric": self.metric != Protocol.model_fields["metric"].default,
+            "ema": self.ema is not None,
+        }
+        if not self.evaluates and (vain := next((name for name, given in asked.items() if given), None)):
+            raise ValueError(f"{vain} has no effect without an evaluation: give evaluate_at_end: true or a period")
         return self
 
     def _check_metric(self) -> None:

@@ -259,9 +259,11 @@ class Experiment(Part):
         return values
 
     @model_validator(mode="after")
-    def _one_batch(self) -> Experiment:
+    def _consistent(self) -> Experiment:
         if self.trials.batch_per_worker and "SOLVER.IMS_PER_BATCH" in self.model.overrides:
             raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
+        if self.tracking.log_model == "best" and not self.protocol.evaluates:
+            raise ValueError("tracking.log_model: best needs an evaluation: give protocol.evaluate_at_end: true")
         return self
 
     @model_validator(mode="after")

@@ -44,6 +44,12 @@ def summary(num_classes: int = 3) -> SplitSummary:
          "validation_loss has no effect without an evaluation"),
         (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "protocol.metric=mask_ap50",
           "protocol.target=1"], "target has no effect without an evaluation"),
+        (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "protocol.metric=mask_ap50"],
+         "metric has no effect without an evaluation"),
+        (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "protocol.ema={decay: 0.99}"],
+         "ema has no effect without an evaluation"),
+        (["protocol.kind=throughput", "protocol.eval_period_iterations=null", "tracking.log_model=best"],
+         "log_model: best needs an evaluation"),
     ],
 )  # fmt: skip
 def test_a_metric_that_nothing_is_called_is_refused_with_the_known_ones(assignments: list[str], message: str) -> None:
