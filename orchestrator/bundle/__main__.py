@@ -5,6 +5,7 @@ Exit codes: 0 done or verified, 1 a statement of the bundle does not follow, 2 n
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from functools import partial
@@ -39,6 +40,8 @@ def pack(
     from orchestrator.bundle.signature import signature
 
     redaction = Redaction()
+    if to and to.is_dir():
+        raise _refusal(f"--to {to}: it is a folder; name the file to write")
     try:
         names = _names(runs)
         target = to or Path(f"{read_run(runs[0], str(runs[0])).result.experiment}.bundle.zip")
@@ -63,6 +66,9 @@ def verify(
     from orchestrator.bundle.verify import verify as check
     from orchestrator.findings import has_errors, to_json
 
+    manifest_sha256 = manifest_sha256 and manifest_sha256.strip().lower()
+    if manifest_sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", manifest_sha256):
+        raise _refusal(f"--manifest-sha256 {manifest_sha256}: not a SHA-256, which has 64 digits 0-9 and a-f")
     try:
         with tempfile.TemporaryDirectory(prefix="bundle-") as folder:
             verified = check(file, Path(folder), signers, manifest_sha256)
@@ -77,8 +83,7 @@ def verify(
         for finding in verified.findings:
             print(finding.to_line())
         num = sum(finding.level == "error" for finding in verified.findings)
-        verdict = f"{num} statement{'s' * (num != 1)} not follow" if doubted else "verified"
-        verdict = verdict.replace("statement not", "statement does not").replace("statements not", "statements do not")
+        verdict = f"{num} {'statement does' if num == 1 else 'statements do'} not follow" if doubted else "verified"
         print(f"{file}: {verdict}. Checked: {', '.join(verified.statements)}.")
         print(f"SHA-256 of its manifest: {verified.manifest_sha256}")
     raise typer.Exit(DOUBTED if doubted else VERIFIED)

@@ -71,7 +71,7 @@ def main(
     if as_json:
         print(result.model_dump_json(indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
     console.print(closing_table(result))
     met = [t for t in result.trials if t.mlperf_seconds is not None and t.images_per_second is not None]
     if result.benchmark and met:
@@ -139,7 +139,7 @@ def _references(files: list[Path]) -> list[ReferenceRow]:
 
 
 def _refusal(text: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
     return typer.Exit(2)
 
 

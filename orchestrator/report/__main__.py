@@ -40,6 +40,9 @@ def main(
 
 
 def _reports(runs: Sequence[Path], against: Path | None, output: Path | None) -> list[Path]:
+    for path in runs:
+        if path.is_file():
+            raise ValueError(f"{path}: not a run's folder; bundles and files of references are shown by --to FOLDER")
     folders = [read_run_folder(path.absolute()) for path in [*([against] if against else []), *runs]]
     place = (output or runs[0]).absolute()
     place.mkdir(parents=True, exist_ok=True)

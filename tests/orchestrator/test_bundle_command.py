@@ -285,3 +285,23 @@ def test_the_seeds_two_logs_form_a_bundle_that_verifies_to_its_table(shared_data
     result = json.loads((verified.runs[0] / "results.json").read_bytes())
     assert [round(trial["images_per_second"], 2) for trial in result["trials"]] == [9.66, 55.27]
     assert result["trials"][1]["time_to_box_target_seconds"] == 22898
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "text"),
+    [
+        (
+            "orchestrator.bundle",
+            ["verify", "run.zip", "--manifest-sha256", "abc"],
+            "not a SHA-256, which has 64 digits",
+        ),
+        ("orchestrator.bundle", ["run", "--to", "."], "it is a folder; name the file to write"),
+        ("orchestrator.report", ["run.zip"], "bundles and files of references are shown by --to FOLDER"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_with_the_one_that_is_wanted(
+    tmp_path: Path, module: str, arguments: list[str], text: str
+) -> None:
+    (tmp_path / "run.zip").touch()
+    done = run_command(*arguments, cwd=tmp_path, module=module)
+    assert done.returncode == 2 and text in done.stderr
