@@ -32,8 +32,9 @@ demo-benchmark: install  ## Five seeds on CPU in minutes: a score, a verified bu
 	$(BIN)/python -m orchestrator.bundle verify $(BENCHMARK).zip
 	$(BIN)/python -m orchestrator.report $(BENCHMARK).zip references/*.yaml --to $(BENCHMARK)-page
 
+# Two files at a time, in the order of their names: most tests wait for processes more than they compute.
 test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COVERAGE=1 measures and gates coverage
-	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term:skip-covered) $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov --cov-report=term:skip-covered) $(TESTS)
 
 test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
 	$(BIN)/python -m pytest -m cluster tests/cluster
