@@ -91,6 +91,11 @@ class Protocol(Part):
         """Checks the metric's name and target; whether the model and the data have it is for preflight."""
         figure, slash, name = self.metric.partition("/")
         known = known_metrics(PARTS)
+        if figure.startswith("ema_") and figure[4:] in known:
+            raise ValueError(
+                f"metric {self.metric!r}: targets and patience go by one figure, that of what is evaluated first; with "
+                f"ema: {{evaluate: instead}}, {self.metric[4:]} is the average's"
+            )
         is_known = figure in known and (not slash or (name and figure.endswith("_ap")))
         if self.metric != VALIDATION_LOSS and not is_known:
             raise ValueError(

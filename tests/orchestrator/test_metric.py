@@ -34,6 +34,7 @@ def summary(num_classes: int = 3) -> SplitSummary:
         (["protocol.metric=box_ap50/circle"], "unknown metric 'box_ap50/circle'"),
         (["protocol.metric=box_ap/"], "unknown metric 'box_ap/'"),
         (["protocol.metric=''"], "unknown metric ''"),
+        (["protocol.metric=ema_box_ap"], "with ema: {evaluate: instead}, box_ap is the average's"),
         (["protocol.metric=validation_loss"], "metric: validation_loss needs validation_loss: true"),
         (["protocol.metric=box_ap50", "protocol.target=101"], "target 101 is never reached: box_ap50 is at most 100"),
         (["protocol.target_box_ap=30", "protocol.target=30"], "give target or target_box_ap, not both"),
