@@ -55,7 +55,7 @@ class LoaderSizing:
         """Replaces the loader where another number of processes is right; each rank decides for itself."""
         steps = [step - data for step, data in zip(loop.window.step_seconds, loop.window.data_seconds, strict=True)]
         step = statistics.median(steps[len(steps) // 2 :])  # the first ones compile kernels and fill caches
-        batch = self._seconds_per_image() * self.plan.batch_per_worker * self.plan.accumulate
+        batch = self._seconds_per_image() * self.plan.batch_per_worker * self.plan.batches_per_step
         wanted = processes(batch, step, self.plan.most_loader_workers)
         logger.info(
             "One process makes the images of a step in %.3f s, it takes %.3f s without waiting: %d loader processes, "

@@ -196,13 +196,23 @@ def training_loader(
 ) -> Iterable[Batch]:
     """The endless batches of one worker after the first `skip` steps, in the order of the images' seed.
 
+    With fewer workers than planned, a step has those of every worker that this one stands for.
+
     With no processes, they are read in this one.
     """
     sizes = image_sizes(images.records)
     wide = (sizes[:, 1] > sizes[:, 0]) & bool(cfg.DATALOADER.ASPECT_RATIO_GROUPING)
     batch_size = plan.batch_per_worker * plan.accumulate
     order = TrainingOrder(
-        epoch.draw, wide.tolist(), batch_size, images.seed, rank, plan.world_size, skip, plan.accumulate
+        epoch.draw,
+        wide.tolist(),
+        batch_size,
+        images.seed,
+        rank * plan.stands_for,
+        plan.planned_workers,
+        skip,
+        plan.accumulate,
+        plan.stands_for,
     )
     pinned = plan.recipe.pinned_loader and plan.device == "cuda"
     loader: Iterable[Batch] = DataLoader(

@@ -154,7 +154,7 @@ class TrainingLoop:
         return self.stop_reason
 
     def _new_window(self) -> StepWindow:
-        return StepWindow(self.iteration, BatchTally(self.plan.accumulate))
+        return StepWindow(self.iteration, BatchTally(self.plan.batches_per_step))
 
     def _closes_window(self) -> bool:
         return self.iteration == self.plan.solver.max_iter or any(
@@ -166,7 +166,7 @@ class TrainingLoop:
         self.clock.begin()
         self._recent_files.append(())
         waited, losses = 0.0, []
-        for part in range(self.plan.accumulate):
+        for part in range(self.plan.batches_per_step):
             asked = time.perf_counter()
             batch = self._next_batch(window)
             waited += time.perf_counter() - asked

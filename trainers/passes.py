@@ -3,7 +3,8 @@
 A step has one batch, or with `trials.accumulate` several, whose gradients add up: the loss of each is divided by their
 number. So they are what as many workers with one batch each would average, and what one large batch would give as far
 as the model divides its losses by a number of images or of samples that is the same in each (docs/measurement.md says
-where it does not). Workers meet once in a step, in its last backward pass.
+where it does not). Where a trial runs with fewer workers than planned, each also trains the batches of those it stands
+for, one after the other and with their random choices. Workers meet once in a step, in its last backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trainers.step_clock import StepClock
 
 
 def step_seed(seed: int, rank: int, iteration: int, part: int = 0) -> int:
-    """Seed, 64 bits, of what the model draws on one rank in one of the batches of a step, counted from 0.
+    """Seed, 64 bits, of what the model draws on one planned rank in one of its batches of a step, counted from 0.
 
     It decides which anchors and proposals are sampled.
     """
@@ -91,16 +92,17 @@ class Passes:
             Its losses and their sum, divided by the number of batches in a step; valid until the next call.
         """
         self._activity.enter("step", "forward")
-        last = part + 1 == self._plan.accumulate
+        last = part + 1 == self._plan.batches_per_step
         graph = self._graphs.graph_of(inputs, self._losses) if self._graphs else None
-        # Random choices of the model (which anchors and proposals are sampled) are a function of seed, rank and
+        # Random choices of the model (which anchors and proposals are sampled) are a function of seed, planned rank and
         # iteration, so that a resumed run repeats them without a saved generator state.
         # `torch.manual_seed` would look for every kind of accelerator in each step.
-        seed = step_seed(self._plan.seed, self._rank, iteration, part)
+        place, own_part = divmod(part, self._plan.accumulate)
+        seed = step_seed(self._plan.seed, self._rank * self._plan.stands_for + place, iteration, own_part)
         torch.default_generator.manual_seed(seed)
         if self._device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        if self._plan.accumulate > 1 and part == 0:
+        if self._plan.batches_per_step > 1 and part == 0:
             self._zero_gradients()
         if graph:
             self._losses = graph.run(inputs)
@@ -113,7 +115,8 @@ class Passes:
             self._buckets.average()
             if self._plan.world_size > 1:
                 self._clock.mark("communication")
-        return self._losses / self._plan.accumulate if self._plan.accumulate > 1 else self._losses
+        num_batches = self._plan.batches_per_step
+        return self._losses / num_batches if num_batches > 1 else self._losses
 
     def _alone(self) -> contextlib.AbstractContextManager[Any]:
         """Where gradients are not shared with other workers."""
@@ -135,7 +138,7 @@ class Passes:
 
         With several batches in a step, a graph must not zero gradients: it is the same for each of them.
         """
-        num_batches = self._plan.accumulate
+        num_batches = self._plan.batches_per_step
         with self._autocast():
             losses: dict[str, Tensor] = self._model(inputs)
             total = torch.stack(list(losses.values())).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def precise_batch_norm(
 
     As detectron2's hook does, it runs the model on `TEST.PRECISE_BN.NUM_ITER` augmented training batches and takes the
     mean and variance over all of them in place of the running ones. Here the batches are a function of seed and
-    iteration, so that a resumed run repeats them, and what else the model counts while it trains stays as it was.
+    iteration, so that a resumed run repeats them, and what else the model counts while it trains stays as it was. With
+    fewer workers than planned, they are those of the first worker that this one stands for.
     """
     settings = cfg.TEST.PRECISE_BN
     if not settings.ENABLED:
@@ -43,10 +45,12 @@ def precise_batch_norm(
         logger.warning("TEST.PRECISE_BN: has no effect, this model has no batch norm layer that is trained.")
         return None
 
+    first_rank, planned = rank * plan.stands_for, replace(plan, world_size=plan.planned_workers, stands_for=1)
+
     def update(iteration: int) -> None:
         seed = statistics_seed(plan.seed, iteration)
         shown = TrainingImages(images.records, images.mapper, seed)
-        batches = training_loader(cfg, plan, shown, epoch, rank, skip=0, num_processes=plan.loader_workers)
+        batches = training_loader(cfg, planned, shown, epoch, first_rank, 0, num_processes=plan.loader_workers)
         normalizers = {
             module: module.loss_normalizer
             for module in model.modules()
@@ -54,7 +58,7 @@ def precise_batch_norm(
         }
         norms = get_bn_modules(model)
         running = [(norm.running_mean, norm.running_var) for norm in norms]
-        torch.manual_seed(step_seed(seed, rank, iteration))
+        torch.manual_seed(step_seed(seed, first_rank, iteration))
         with EventStorage():  # what the model logs meanwhile is of no use
             inputs = (batch.inputs for batch in itertools.islice(batches, settings.NUM_ITER))
             update_bn_stats(model, inputs, settings.NUM_ITER)

@@ -1,13 +1,16 @@
 """The training order: which images come in which batches, decided on indices before anything is read.
 
 They are the batches that detectron2's samplers with `AspectRatioGroupedDataset` give for the same seed. The order is a
-function of data, settings, seed and world size alone, so that a resumed run skips to its place at no cost.
+function of data, settings, seed and planned world size alone, so that a resumed run skips to its place at no cost, and
+one that goes on with another number of workers repeats and leaves out nothing: a worker that stands for several planned
+ones trains the batches of each.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -74,17 +77,18 @@ def random_subset(size: int, ratio: float, seed: int) -> Epoch:
 
 
 class TrainingOrder(Sampler[list[Place]]):
-    """The endless sequence of one worker's batches: those of the first step, those of the second, ….
+    """The endless sequence of the batches of one worker, or of several that it stands for: step by step.
 
     Args:
         draw: The images of each epoch.
         wide: For each image, whether it is wider than high; a batch holds only one of the two kinds.
-        batch_size: Images of a step on this worker.
+        batch_size: Images of a step on a planned worker.
         seed: Seed of the shuffles, the same on all workers.
-        rank: This worker.
-        world_size: Number of workers.
+        rank: The first planned worker whose batches these are.
+        world_size: Number of planned workers.
         skip: Steps that were trained already.
-        parts: Batches into which the images of a step are cut, in their order; divides `batch_size`.
+        parts: Batches into which the images of such a worker's step are cut, in their order; divides `batch_size`.
+        num_ranks: Planned workers, from `rank` on, whose batches follow each other in a step.
     """
 
     def __init__(
@@ -97,23 +101,34 @@ class TrainingOrder(Sampler[list[Place]]):
         world_size: int,
         skip: int = 0,
         parts: int = 1,
+        num_ranks: int = 1,
     ) -> None:
         self.draw, self.wide, self.batch_size, self.seed = draw, wide, batch_size, seed
         self.rank, self.world_size, self.skip, self.parts = rank, world_size, skip, parts
+        self.num_ranks = num_ranks
 
     def __iter__(self) -> Iterator[list[Place]]:
         size = self.batch_size // self.parts
         for step in itertools.islice(self._steps(), self.skip, None):
-            yield from (step[first : first + size] for first in range(0, self.batch_size, size))
+            yield from (step[first : first + size] for first in range(0, len(step), size))
 
     def _steps(self) -> Iterator[list[Place]]:
-        buckets: tuple[list[Place], list[Place]] = ([], [])
-        for place in itertools.islice(enumerate(self._indices()), self.rank, None, self.world_size):
-            bucket = buckets[self.wide[place[1]]]
+        """The images of each step, planned worker by planned worker."""
+        places = enumerate(self._indices())
+        own = itertools.compress(places, itertools.cycle(self._is_own()))
+        buckets: list[tuple[list[Place], list[Place]]] = [([], []) for _ in range(self.num_ranks)]
+        full: list[deque[list[Place]]] = [deque() for _ in range(self.num_ranks)]
+        for number, place in zip(itertools.cycle(range(self.num_ranks)), own, strict=False):
+            bucket = buckets[number][self.wide[place[1]]]
             bucket.append(place)
             if len(bucket) == self.batch_size:
-                yield bucket.copy()
+                full[number].append(bucket.copy())
                 bucket.clear()
+                if all(full):
+                    yield [place for batches in full for place in batches.popleft()]
+
+    def _is_own(self) -> list[bool]:
+        return [self.rank <= rank < self.rank + self.num_ranks for rank in range(self.world_size)]
 
     def _indices(self) -> Iterator[int]:
         generator = torch.Generator()

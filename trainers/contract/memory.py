@@ -67,7 +67,7 @@ def batch_hint(plan: TrialPlan, fitting: int | None) -> str:
     batch = fitting or plan.batch_per_worker // 2
     setting = f"trials.batch_per_worker: {batch}"
     if plan.scaling == "strong":
-        setting = f"model.overrides.SOLVER.IMS_PER_BATCH: {batch * plan.world_size * plan.accumulate}"
+        setting = f"model.overrides.SOLVER.IMS_PER_BATCH: {batch * plan.world_size * plan.batches_per_step}"
     images = plan.batch_per_worker
     parts = next(number for number in range(1, images + 1) if images % number == 0 and images // number <= batch)
     advice = f"{batch} images would fit" if fitting else f"try {batch} images"

@@ -36,7 +36,7 @@ class SolverPlan:
     """The schedule after scaling to the trial's world size."""
 
     global_batch_size: int
-    """Images per iteration over all workers; divisible by the world size times `TrialPlan.accumulate`."""
+    """Images per iteration over all workers; divisible by the world size times `TrialPlan.batches_per_step`."""
     base_lr: float
     """Learning rate after warm-up."""
     max_iter: int
@@ -51,6 +51,17 @@ class SolverPlan:
     """Iterations between checkpoints; 0 for none."""
     auto_checkpoints: bool = False
     """Whether the workers set another period after each checkpoint, so that `checkpoint_period` is the first one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The throughput that was predicted for a trial before it ran, with the ends of its 95 % interval."""
+
+    images_per_second: float
+    low: float
+    high: float
+    device_name: str
+    """Model name of the device that it was predicted for; "" where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +130,8 @@ class TrialPlan:
     """Grams of CO2 equivalent for a kilowatt-hour; None where not known."""
     min_workers: int | None = None
     """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
+    own_nodes: bool = False
+    """Whether it takes no node that another trial uses, since trials may be under way at the same time."""
     most_loader_workers: int = 0
     """As many as it may become once the speed of loader and step is known; 0 to leave it."""
     evaluation_gpus: int = 0
@@ -132,7 +145,7 @@ class TrialPlan:
     validation_loss: bool = False
     """Whether evaluations compute the losses on the validation images."""
     accumulate: int = 1
-    """Batches of a worker in a step, whose gradients add up."""
+    """Batches of a planned worker in a step, whose gradients add up."""
     patience: int | None = None
     """Evaluations without an improvement of the metric after which training ends; None for never."""
     min_improvement: float = 0.0
@@ -143,6 +156,10 @@ class TrialPlan:
     """Whether the weights are evaluated, too, where there is an average of them."""
     keep_best: bool = False
     """Whether each evaluation is followed by a checkpoint, so that the best is among them."""
+    predicted: Predicted | None = None
+    """What was predicted for it; None for nothing."""
+    stands_for: int = 1
+    """Planned workers whose batches each worker trains: more than 1 while the trial runs with fewer than planned."""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrialPlan:
@@ -155,6 +172,7 @@ class TrialPlan:
                 "train": DatasetPlan(**values["train"]),
                 "val": DatasetPlan(**values["val"]),
                 "solver": SolverPlan(**{**solver, "steps": tuple(solver["steps"])}),
+                "predicted": Predicted(**values["predicted"]) if values.get("predicted") else None,
             }
         )
 
@@ -164,6 +182,16 @@ class TrialPlan:
         return bool(self.recipe.overlapped_evaluation or self.evaluation_gpus or self.evaluation_cpus)
 
     @property
+    def planned_workers(self) -> int:
+        """Workers that the trial was planned with: they decide which images come in which batch, however many run."""
+        return self.world_size * self.stands_for
+
+    @property
+    def batches_per_step(self) -> int:
+        """Forward passes of one worker in a step."""
+        return self.accumulate * self.stands_for
+
+    @property
     def batch_per_worker(self) -> int:
-        """Images of one forward pass on one worker; a step has `accumulate` of them."""
-        return self.solver.global_batch_size // (self.world_size * self.accumulate)
+        """Images of one forward pass on one worker; a step has `batches_per_step` of them."""
+        return self.solver.global_batch_size // (self.world_size * self.batches_per_step)
