@@ -2,7 +2,7 @@
 
 The driver imports this file to name the function, so torch and detectron2 are imported inside it.
 The function runs in a thread that is not the main one, in a process whose working directory is Ray's: paths are
-absolute here, and nothing installs signal handlers.
+absolute here, and nothing installs Python's signal handlers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from trainers import stacks
 from trainers.canary import find_port
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Command, Placement
@@ -48,6 +49,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """
     clock.adopt(config["clock"])
     entered = clock.now()
+    stacks.answer_requests()
     import ray
     import ray.train
 

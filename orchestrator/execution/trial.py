@@ -19,6 +19,7 @@ from orchestrator.execution.nodes import lost_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.stop import StopRequest
+from orchestrator.execution.stuck_dumps import save_stacks
 from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
@@ -179,10 +180,13 @@ class _Trial:
             self._emit(ClockChanged, seconds=deviation)
 
     def _end_stuck(self, group: WorkerGroup, stuck: list[Stuck]) -> None:
+        workers = self._own(WorkerStarted)
+        files = save_stacks(workers, self.plan.trial_dir)
+        where = f"; what all ranks were doing is in {files}" if files else ""
         for one in stuck:
-            self.pump.emit(self._failure("stuck", one.rank, one.message, one.last, one.began))
+            self.pump.emit(self._failure("stuck", one.rank, one.message + where, one.last, one.began))
         ranks = {one.rank for one in stuck}
-        group.kill([worker for worker in self._own(WorkerStarted) if worker.rank in ranks])
+        group.kill([worker for worker in workers if worker.rank in ranks])
         if not group.wait(self.plan.timeouts["heartbeat"]):
             group.end()
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.causes import changes_text
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.metrics import metrics
+from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
 from orchestrator.figures.trial import trial_result
@@ -218,14 +220,17 @@ class MlflowRuns:
     def _end_trial(self, event: TrialEnded) -> None:
         run_id, plan, events = self._runs[event.trial], self._plans[event.trial], self._events[event.trial]
         self.flush()
-        result = trial_result(plan, events, run_id)
+        result = with_neighbours(trial_result(plan, events, run_id), chain(*self._events.values()))
         # A resumed trial may end at the iteration at which it ended before: its summary is one step later, as a metric
         # has one point per step.
         ends = sum(isinstance(earlier, TrialEnded) for earlier in events) - 1
         self._figures(run_id, metrics(result), event.time, (result.iterations or 0) + ends)
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         self._evaluations.log_artifacts(run_id, plan, [e for e in events if isinstance(e, Evaluated)])
-        logs = [Path(plan.source)] if isinstance(plan, LoggedPlan) else sorted(Path(plan.trial_dir).glob("log.txt*"))
+        if isinstance(plan, LoggedPlan):
+            logs = [Path(plan.source)]
+        else:
+            logs = [path for name in ("log.txt*", "stuck-*") for path in sorted(Path(plan.trial_dir).glob(name))]
         for log in logs:
             self._client.log_artifact(run_id, str(log))
         started = next(e for e in reversed(self._events[""]) if isinstance(e, RunStarted))

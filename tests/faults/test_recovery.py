@@ -104,6 +104,10 @@ def test_a_stuck_training_thread_is_found_and_not_those_that_wait_for_it(disturb
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 1)
     assert (stuck.rank, stuck.iteration) == (1, 7) and "step (forward) of iteration 7 has taken" in stuck.message
     assert stuck.time - disturbed.fired[1]["time"] < 2 * STEP_SECONDS
+    assert stuck.message.endswith("; what all ranks were doing is in stuck-attempt1-rank*.txt")
+    folder = Path(disturbed.plan.trial_dir)
+    assert "in _happen" in (folder / "stuck-attempt1-rank1.txt").read_text(), "the rank that is stuck"
+    assert "in enter" not in (folder / "stuck-attempt1-rank0.txt").read_text(), "the one that waits for it"
 
 
 @pytest.mark.soak
@@ -111,6 +115,8 @@ def test_a_frozen_process_is_noticed_within_twice_the_time_out(disturbed: Outcom
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 2)
     assert stuck.rank == 0 and "no sign of life" in stuck.message
     assert stuck.time - disturbed.fired[2]["time"] < 2 * HEARTBEAT_SECONDS
+    answer = (Path(disturbed.plan.trial_dir) / "stuck-attempt2-rank0.txt").read_text()
+    assert answer.splitlines()[1].endswith(", stopped"), "a frozen process cannot say more"
 
 
 @pytest.mark.soak
