@@ -23,8 +23,9 @@ from trainers.contract.events import (
     WorkerStarted,
 )
 
-RESUMED, PREEMPTED = "resumed", "preempted"
-"""Restarts (`TrialRestarted.failure`) that are no failure: after a stop, and a node taken away with notice."""
+RESUMED, PREEMPTED, RESIZED = "resumed", "preempted", "resized"
+"""Restarts (`TrialRestarted.failure`) that are no failure: after a stop, a node taken away with notice, room for more
+workers."""
 
 
 def goodput_figures(where: Sections | None, events: Sequence[Event], mtbf_hours: float | None) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def paused_seconds(events: Sequence[Event]) -> float:
 def measured_mtbf_hours(events: Sequence[Event]) -> float | None:
     """Hours of a trial, ended or not, for each failure it has had; None before the first.
 
-    A preemption with notice is none, since a checkpoint is taken then; a lost driver is one, a stop by the user not.
+    A preemption with notice and a restart with more workers are none, since a checkpoint is taken then; a lost driver
+    is one, a stop by the user not.
     """
     start = next((event.time for event in events if isinstance(event, TrialStarted)), None)
     failures, killed = 0, False
@@ -82,7 +84,8 @@ def measured_mtbf_hours(events: Sequence[Event]) -> float | None:
         if isinstance(event, TrialEnded):
             killed = event.status == "KILLED"
         elif isinstance(event, TrialRestarted):
-            failures += event.failure != PREEMPTED and not (event.failure == RESUMED and killed)
+            planned = event.failure in (PREEMPTED, RESIZED) or (event.failure == RESUMED and killed)
+            failures += not planned
             killed = False
     if start is None or not failures:
         return None

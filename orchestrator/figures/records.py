@@ -124,6 +124,23 @@ class Restart(_Record):
     """Its parts in order, from `detection` to `first_step` (docs/measurement.md, "Downtime"); empty without it."""
 
 
+class Segment(_Record):
+    """Consecutive iterations of the final state that were trained with one number of workers."""
+
+    first_iteration: int
+    """Counted from 0."""
+    iteration: int
+    """Iterations done at its end."""
+    world_size: int
+    """Workers, which train the batches of all that were planned."""
+    global_batch_size: int | None = None
+    """Images of an iteration: the same with any number of workers."""
+    base_lr: float | None = None
+    """Learning rate after warm-up: likewise."""
+    images_per_second: float | None = None
+    """Throughput of its attempts, as the trial's; null where it has no iteration after the warm-up."""
+
+
 class TrialResult(_Record):
     """What one trial measured."""
 
@@ -186,6 +203,8 @@ class TrialResult(_Record):
     advised_checkpoint_seconds: float | None = None
     num_restarts: int = 0
     restarts: list[Restart] = []
+    segments: list[Segment] = []
+    """Which iterations were trained with how many workers; empty where it was always as many as planned."""
     box_ap: float | None = None
     mask_ap: float | None = None
     keypoint_ap: float | None = None

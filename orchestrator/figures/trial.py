@@ -17,6 +17,7 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
+from orchestrator.figures.segments import segments
 from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
     MAX_POINTS,
@@ -198,10 +199,11 @@ def _steps(trial: _Trial) -> dict[str, Any]:
 
 
 def _restarts(trial: _Trial) -> dict[str, Any]:
-    """Every restart with its cause and what it cost."""
+    """Every restart with its cause and what it cost, and what was trained with how many workers."""
     restarts = [_restart(trial, event) for event in _all(trial.events, TrialRestarted)]
     down = sum(restart.downtime_seconds or 0.0 for restart in restarts)
-    return {"num_restarts": len(restarts), "restarts": restarts, "downtime_seconds": down}
+    resized = segments(trial.plan, trial.attempts, trial.sizes, _all(trial.events, StepsDone), trial.iterations)
+    return {"num_restarts": len(restarts), "restarts": restarts, "segments": resized, "downtime_seconds": down}
 
 
 def _restart(trial: _Trial, event: TrialRestarted) -> Restart:

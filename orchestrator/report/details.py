@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import NOT_MEASURED, number_text, rate_text, seconds_text
-from orchestrator.figures.records import TrialResult
+from orchestrator.figures.records import Segment, TrialResult
 from orchestrator.report.timings import SECTION_NAMES
 from orchestrator.runlog.folder import TrialEvents
 
@@ -37,13 +37,14 @@ ENERGY_KEYS = (
     *("energy.joules", "energy.joules_per_image", "energy.watt_hours_to_target", "energy.training_joules"),
     *("energy.evaluation_joules", "energy.idle_joules", "energy.host_joules", "energy.cost", "energy.carbon_grams"),
 )
+SEGMENT_KEYS = ("global_batch_size", "base_lr", "images_per_second")
 RESTART_KEYS = ("restarts.lost_iterations", "restarts.downtime_seconds", "restarts.recovery_seconds")
 """Columns of the tables: rows of the catalogue, and COCO's figures by their name in an evaluation's record."""
 
 
 def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Headings and rows of every table that has rows, by its title; the trials' labels begin their rows."""
-    wall, goodput, evaluations, steps, shapes, restarts = [], [], [], [], [], []
+    wall, goodput, evaluations, steps, shapes, restarts, segments = [], [], [], [], [], [], []
     coco = FIGURES["evaluations.figures.*"]
     figures = {name for trial in trials for each in trial.trial.evaluations for name in each.figures}
     absent = tuple(part for part in PARTS if f"{part}_ap" not in figures)
@@ -68,6 +69,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             what = [str(restart.attempt), restart.cause, restart.message]
             parts = [f"{part} {seconds_text(seconds)}" for part, seconds in restart.recovery_part_seconds.items()]
             restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS), ", ".join(parts) or NOT_MEASURED])
+        segments += [[trial.label, *_segment_texts(segment)] for segment in record.segments]
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
         "Goodput": (["Trial", *_headings(GOODPUT_KEYS), "Checkpoints"], goodput),
@@ -76,6 +78,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
         "Shapes of batches": (["Trial", *_headings(SHAPE_KEYS), "Because of"], shapes),
         "Energy": (["Trial", *_headings(ENERGY_KEYS), "Not measured"], _energy_rows(trials)),
         "Restarts": (["Trial", "Attempt", "Cause", "Message", *_headings(RESTART_KEYS), "Of it (s)"], restarts),
+        "Numbers of workers": (["Trial", "From iteration", "To", "Workers", *_headings(SEGMENT_KEYS)], segments),
     }
     return {title: (headings, rows) for title, (headings, rows) in tables.items() if rows}
 
@@ -96,6 +99,11 @@ def checkpoint_advice(record: TrialResult) -> str:
     taken, best = (seconds_text(s) for s in (record.checkpoint_interval_seconds, record.advised_checkpoint_seconds))
     hours = f"{rate_text(record.mtbf_seconds / 3600)} h between failures ({record.mtbf_source})"
     return f"taken every {taken} s; every {best} s would lose the least, with {hours}"
+
+
+def _segment_texts(segment: Segment) -> list[str]:
+    numbers = (segment.first_iteration, segment.iteration, segment.world_size)
+    return [*map(number_text, numbers), *_texts(segment, SEGMENT_KEYS)]
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

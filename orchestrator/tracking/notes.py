@@ -12,6 +12,7 @@ from orchestrator.figures.causes import root_cause
 from orchestrator.figures.figure import number_text, rate_text, seconds_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import TrialResult
+from orchestrator.figures.segments import segments_text
 from orchestrator.report.mlflow_links import VIEW_KEY
 from orchestrator.tracking import benchmark
 from trainers.contract.events import Event, RunStarted, WorkerStarted
@@ -92,12 +93,13 @@ def outcome(result: TrialResult) -> str:
 
 
 def outcome_tags(result: TrialResult, events: Sequence[Event]) -> dict[str, str]:
-    """Tags with the hosts of a trial, why it ended, where it failed, and what each restart cost."""
+    """Tags with the hosts of a trial, why it ended, where it failed, what each restart cost, and its segments."""
     tags = {"reason": result.reason} if result.reason else {}
     tags |= {"num_nodes": str(result.num_nodes)} if result.num_nodes else {}
     cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
     if cause is not None and result.status == "FAILED":
         tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}
+    tags |= {"segments": segments_text(result.segments)} if result.segments else {}
     for restart in result.restarts:
         down = "not running again"
         if restart.downtime_seconds is not None:

@@ -70,6 +70,7 @@ def _types(annotation: object) -> tuple[object, ...]:
         (records.Evaluation, "evaluations."),
         (records.Sections, "sections."),
         (records.Restart, "restarts."),
+        (records.Segment, "segments."),
         (energy_records.Energy, "energy."),
         (scaling_records.ScalingRow, "scaling."),
         (scaling_records.ScalingFit, "fits."),
