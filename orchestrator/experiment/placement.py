@@ -36,7 +36,15 @@ def equal_shares(capacities: Mapping[str, int], world_size: int, num_nodes: int 
 
 
 def smaller(plan: TrialPlan) -> list[TrialPlan]:
-    """The trial with fewer workers and the same batch, over any hosts, down to the fewest it allows; the most first."""
-    sizes = range(plan.world_size - 1, (plan.min_workers or plan.world_size) - 1, -1)
-    fit = [size for size in sizes if plan.solver.global_batch_size % (size * plan.accumulate) == 0]
-    return [dataclasses.replace(plan, world_size=size, num_nodes=None) for size in fit]
+    """The trial with fewer workers, over any hosts, down to the fewest it allows; the most first.
+
+    Each of them stands for equally many of the planned ones, whose batches it trains: steps, batch, learning rate and
+    schedule stay the same.
+    """
+    planned = plan.world_size
+    sizes = range(planned - 1, (plan.min_workers or planned) - 1, -1)
+    return [
+        dataclasses.replace(plan, world_size=size, stands_for=planned // size, num_nodes=None)
+        for size in sizes
+        if planned % size == 0
+    ]

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from orchestrator.data.layout import Split, coco_layout
 from orchestrator.experiment.config_keys import usable_value
 from orchestrator.experiment.detectron_config import config_for_workers
+from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
 from orchestrator.experiment.schedule import is_own, scaled_solver
@@ -127,7 +128,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 name=name,
                 world_size=world_size,
                 num_nodes=resources.num_nodes,
-                min_workers=resources.min_workers,
+                **resize_fields(resources),
                 recipe_name=recipe,
                 seed=seed,
                 scaling=scaling,
@@ -170,6 +171,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 carbon_grams_per_kwh=resources.carbon_grams_per_kwh,
             )
         )
+    check_resizing(experiment, plans)
     return plans
 
 

@@ -59,9 +59,12 @@ class Resources(Part):
     num_nodes: int | None = Field(None, ge=1)
     """Hosts over which the workers of a trial are spread equally; null: the fewest hosts that allow it."""
     min_workers: int | None = Field(None, ge=1)
-    """Fewest workers with which a trial may continue after a failure if, a minute later, there is no room for all of
-    them; it takes the most that divide the batch and the hosts equally. Batch and learning rate stay the same.
-    null: it waits for room."""
+    """Fewest workers with which a trial may run while there is no room for all, at its start and after a failure: the
+    most that divide its workers and lie equally on hosts. It takes more once there is room. Steps, batch and learning
+    rate stay the same (docs/cluster.md). null: it waits for room."""
+    resize_after_seconds: float | None = Field(None, ge=1)
+    """With `min_workers`: how long room must be missing before a trial runs with fewer workers, and be there before it
+    is started again with more; null: 60."""
     evaluation: EvaluationResources | None = None
     """What is reserved for evaluations before the last, which are then made while training goes on; null: nothing."""
     network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
@@ -77,6 +80,12 @@ class Resources(Part):
     local one that is started and ended with the run."""
     dashboard: bool = False
     """Bring up Ray's dashboard where a cluster is started for this run; a cluster that is joined has its own."""
+
+    @model_validator(mode="after")
+    def _resizes(self) -> Resources:
+        if self.resize_after_seconds is not None and self.min_workers is None:
+            raise ValueError("resize_after_seconds has no effect without min_workers: give both, or neither")
+        return self
 
 
 class Tracking(Part):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.execution.cluster import token_required
 from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
-from orchestrator.experiment.placement import equal_shares
+from orchestrator.experiment.placement import equal_shares, smaller
 from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
@@ -44,7 +44,7 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
         All findings, errors first.
     """
     nodes = list_nodes()
-    findings = [*check_token(nodes), *check_fit(nodes, trials)]
+    findings = [*check_token(nodes), *check_fit(nodes, trials, nodes_may_come=joins_cluster(experiment))]
     # A cluster that was started for this run is this machine, which has been checked (`preflight`).
     if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
@@ -56,10 +56,20 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     return sort_findings(findings)
 
 
-def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Finding]:
-    """Compares what each trial reserves with what the nodes have, and with how its workers pack onto them."""
+def check_fit(
+    nodes: Sequence[Node], trials: Sequence[TrialPlan], *, nodes_may_come: bool = False
+) -> list[Finding]:
+    """Compares what each trial reserves with what the nodes have, and with how its workers pack onto them.
+
+    Where nodes may come later, one that may run with fewer workers needs room for these only.
+    """
     findings = FindingList()
-    for trial in trials:
+    for planned in trials:
+        trial = _that_fits(planned, nodes) if nodes_may_come else planned
+        if trial.world_size != planned.world_size:
+            what = f"begins with {trial.world_size} of {planned.world_size} workers, as there is no room for more yet"
+            hint = "Nothing: it takes all as soon as they have room; or start the other nodes first"
+            findings.warning("fewer_workers", "resources.min_workers", f"trial {planned.name}", what, hint)
         capacities = [node.capacity(trial) for node in nodes]
         have = "; ".join(_describe(node, trial) for node in nodes) or "no node"
         thing = "GPU" if trial.device == "cuda" else "CPU"
@@ -87,6 +97,13 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan]) -> list[Findin
             hint = "Reserve less, or null, which evaluates with the workers; or take smaller world sizes"
             findings.error(f"too_few_{kind.lower()}", "resources.evaluation", place, what, hint)
     return findings.to_list()
+
+
+def _that_fits(trial: TrialPlan, nodes: Sequence[Node]) -> TrialPlan:
+    """A trial with as many of its workers as have room on free nodes; with all where none of its sizes has."""
+    sizes = (trial, *smaller(trial))
+    fit = (each for each in sizes if equal_shares({n.id: n.capacity(each) for n in nodes}, each.world_size, each.num_nodes))
+    return next(fit, trial)
 
 
 def fits_evaluation(trial: TrialPlan, nodes: Sequence[Node]) -> bool:

@@ -37,6 +37,7 @@ PLANNED = {
     "resources.evaluation": ("evaluation_gpus", "evaluation_cpus"),
     "resources.num_nodes": ("num_nodes",),
     "resources.min_workers": ("min_workers",),
+    "resources.resize_after_seconds": ("resize_after_seconds",),
     "resources.price_per_accelerator_hour": ("price_per_accelerator_hour",),
     "resources.price_per_kwh": ("price_per_kwh",),
     "resources.carbon_grams_per_kwh": ("carbon_grams_per_kwh",),

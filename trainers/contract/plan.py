@@ -129,7 +129,9 @@ class TrialPlan:
     carbon_grams_per_kwh: float | None = None
     """Grams of CO2 equivalent for a kilowatt-hour; None where not known."""
     min_workers: int | None = None
-    """Fewest workers it may go on with after a failure; None for no fewer than `world_size`."""
+    """Fewest workers it may run with while there is no room for all; None for no fewer than `world_size`."""
+    resize_after_seconds: float = 60.0
+    """How long room must be missing before it runs with fewer workers, and be there before it takes more."""
     own_nodes: bool = False
     """Whether it takes no node that another trial uses, since trials may be under way at the same time."""
     most_loader_workers: int = 0
