@@ -1,0 +1,68 @@
+"""Decides when a trial that runs with fewer workers than planned is started again with more: events in, a size out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from orchestrator.experiment.placement import smaller
+from trainers.contract.events import Event, LoopStarted, StepsDone
+from trainers.contract.plan import TrialPlan
+
+LOOK_INTERVAL_SECONDS = 5.0
+"""How often the cluster is asked for room."""
+
+WORTH = 2.0
+"""What a larger number of workers must save at least, in starts like the last one: it is no gain where it saves one,
+and more workers are not that much faster."""
+
+
+class Growth:
+    """Watches for room while an attempt runs with fewer workers than planned.
+
+    A start costs what it costs, and a node that has come may go again: room must have been there for
+    `resize_after_seconds`, twice as long after each growth that the trial has had, and what is left of the schedule
+    must be worth a start.
+
+    Args:
+        planned: The trial.
+        running: The same with the workers that it runs with.
+        started: When the attempt was started (Unix seconds).
+        times: How often the trial has grown before.
+        has_room: Whether the trial with so many workers would have room if those that run gave theirs back.
+    """
+
+    def __init__(
+        self, planned: TrialPlan, running: TrialPlan, started: float, times: int, has_room: Callable[[TrialPlan], bool]
+    ) -> None:
+        self._larger = [each for each in (planned, *smaller(planned)) if each.world_size > running.world_size]
+        self._running, self._started, self._has_room = running, started, has_room
+        self._wait = planned.resize_after_seconds * 2**times
+        self._next_look, self._since = started, None
+
+    def look(self, own_events: Callable[[], Sequence[Event]], now: float) -> int | None:
+        """The number of workers to start again with; None to go on with those that run.
+
+        Args:
+            own_events: Returns those of the attempt so far; called when it is time to look.
+            now: Unix seconds.
+        """
+        if now < self._next_look:
+            return None
+        self._next_look, events = now + LOOK_INTERVAL_SECONDS, own_events()
+        worthy = (each for each in self._larger if self._saves(each.world_size, events) > WORTH)
+        size = next((each.world_size for each in worthy if self._has_room(each)), None)
+        if size is None:
+            self._since = None
+            return None
+        self._since = now if self._since is None else self._since
+        return size if now - self._since >= self._wait else None
+
+    def _saves(self, size: int, events: Sequence[Event]) -> float:
+        """What the rest of the schedule would take less with so many workers, over the seconds of a start."""
+        loop = next((event for event in events if isinstance(event, LoopStarted)), None)
+        windows = [event for event in events if isinstance(event, StepsDone) and event.rank == 0]
+        if loop is None or not windows:
+            return 0.0
+        step_seconds = sum(window.seconds for window in windows) / (windows[-1].iteration - windows[0].first_iteration)
+        left = (self._running.solver.max_iter - windows[-1].iteration) * step_seconds
+        return left * (1 - self._running.world_size / size) / max(loop.time - self._started, 1.0)

@@ -1,0 +1,92 @@
+"""A trial with fewer workers than planned takes more where there has been room for long enough and it is worth it."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.execution.growth import LOOK_INTERVAL_SECONDS, Growth
+from orchestrator.experiment.placement import smaller
+from tests.builders.trials import TrialBuilder, plan
+from trainers.contract.events import Event
+from trainers.contract.plan import TrialPlan
+
+EPOCH = 1_700_000_000.0
+PLANNED = plan(world_size=8, global_batch_size=16, max_iter=1000, min_workers=1, resize_after_seconds=20.0)
+START_SECONDS = 50.0
+
+
+def running(size: int) -> TrialPlan:
+    return next(each for each in smaller(PLANNED) if each.world_size == size)
+
+
+def trained(iterations: int, step_seconds: float = 1.0) -> list[Event]:
+    """A start of 50 s, then so many steps."""
+    made = TrialBuilder(PLANNED, EPOCH)
+    made.loop(START_SECONDS)
+    made.steps(START_SECONDS + iterations * step_seconds, 0, *[step_seconds] * iterations)
+    return made.events
+
+
+class Room:
+    """So many workers have room; counts how often that was asked."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.asked = workers, 0
+
+    def __call__(self, trial: TrialPlan) -> bool:
+        self.asked += 1
+        return trial.world_size <= self.workers
+
+
+def looks(growth: Growth, events: list[Event], *times: float) -> list[int | None]:
+    return [growth.look(lambda: events, EPOCH + time) for time in times]
+
+
+def test_it_grows_to_the_largest_size_that_has_had_room_for_long_enough() -> None:
+    room = Room(4)
+    growth = Growth(PLANNED, running(2), EPOCH, 0, room)
+    assert looks(growth, trained(100), 200, 202, 210, 219.9, 225) == [None, None, None, None, 4]
+    assert looks(Growth(PLANNED, running(2), EPOCH, 0, Room(8)), trained(100), 200, 220) == [None, 8]
+    assert looks(Growth(PLANNED, running(4), EPOCH, 0, Room(4)), trained(100), 200, 220) == [None, None]
+
+
+def test_the_cluster_is_not_asked_all_the_time() -> None:
+    room = Room(0)
+    growth = Growth(PLANNED, running(4), EPOCH, 0, room)
+    looks(growth, trained(100), *(200 + LOOK_INTERVAL_SECONDS * number / 10 for number in range(30)))
+    assert room.asked == 3
+
+
+def test_room_that_comes_and_goes_does_not_count_together() -> None:
+    room = Room(8)
+    growth = Growth(PLANNED, running(4), EPOCH, 0, room)
+    assert looks(growth, trained(100), 200, 210) == [None, None]
+    room.workers = 0
+    assert looks(growth, trained(100), 216) == [None]
+    room.workers = 8
+    assert looks(growth, trained(100), 222, 230, 241, 242) == [None, None, None, None]
+    assert looks(growth, trained(100), 247) == [8]
+
+
+def test_each_growth_makes_the_next_wait_twice_as_long() -> None:
+    growth = Growth(PLANNED, running(4), EPOCH, 2, Room(8))
+    assert looks(growth, trained(100), 200, 260, 279, 285) == [None, None, None, 8]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "size", "grows"),
+    [
+        (0, 4, False),  # how long a step takes is not known
+        (100, 4, True),  # 900 s are left, of which half is saved: nine starts
+        (790, 4, True),  # 210 s: a little more than two starts
+        (810, 4, False),
+        (870, 1, True),  # 130 s, of which seven eighths are saved
+        (990, 1, False),
+    ],
+)
+def test_what_is_left_must_be_worth_a_start(iterations: int, size: int, grows: bool) -> None:
+    room = Room(8)
+    events = trained(iterations) if iterations else trained(1)[:-1]
+    found = looks(Growth(PLANNED, running(size), EPOCH, 0, room), events, 2000, 2030)
+    assert found == [None, 8 if grows else None]
+    assert room.asked == (2 if grows else 0), "it is not even asked for"
