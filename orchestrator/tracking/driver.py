@@ -75,8 +75,9 @@ class Tracker:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Starts to follow the outbox at the first steps, or at the end of a trial without any."""
-        if self._process is None and isinstance(event, StepsDone | TrialRestarted | TrialEnded):
+        """Starts to follow the outbox at the first steps, or at the end of a trial without any; again once killed."""
+        following = self._process is not None and (self._process.poll() or 0) >= 0
+        if not following and isinstance(event, StepsDone | TrialRestarted | TrialEnded):
             self.start()
 
     def start(self) -> subprocess.Popen[str]:

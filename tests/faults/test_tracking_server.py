@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,31 +22,11 @@ from orchestrator.tracking.driver import Tracker
 from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
+from tests.builders.mlflow_server import MlflowServer
 from tests.builders.s3 import free_port
-from tests.builders.waiting import wait_until_served
-from trainers.contract.events import Evaluated
+from trainers.contract.events import Evaluated, StepsDone
 
 pytestmark = pytest.mark.train
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real MLflow server on a database that outlives it; killed, not stopped."""
-    store = f"sqlite:///{folder / 'server.db'}"
-    arguments = ["server", "--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *arguments, "--port", str(port), "--workers", "1"],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_until_served(f"http://127.0.0.1:{port}/health", process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture
@@ -68,7 +46,7 @@ def test_a_server_that_dies_and_comes_back_gets_every_point_once(
     tracker = Tracker(run_dir, uri)
     with pytest.raises(Exception, match="refused"):
         tracker.sync()  # dead at first
-    with mlflow_server(tmp_path, port):
+    with MlflowServer(tmp_path, port):
         tracker.sync()
         half = Tracker(run_dir, uri).run_ids()[undisturbed.plan.name]
         seen = metric_rows(uri, half)
@@ -77,7 +55,7 @@ def test_a_server_that_dies_and_comes_back_gets_every_point_once(
         file.writelines(lines[len(lines) // 2 :])
     with pytest.raises(Exception, match="refused"):
         tracker.sync()  # dead again
-    with mlflow_server(tmp_path, port):
+    with MlflowServer(tmp_path, port):
         assert tracker.sync()
         (run_dir / "tracking.json").unlink()  # the driver died before it noted that all is there
         assert Tracker(run_dir, uri).sync()
@@ -123,6 +101,26 @@ def test_tracking_ends_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     assert driver.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int(driver.stdout)).wait(timeout=600)
+
+
+def test_tracking_goes_on_in_mid_run_after_its_process_was_killed(
+    tmp_path: Path, lines: list[str], undisturbed: Outcome
+) -> None:
+    (tmp_path / FILE_NAME).write_text("".join(lines))
+    tracker, event = Tracker(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}"), undisturbed.of(StepsDone)[0]
+    tracker(event)
+    first = tracker._process
+    assert first is not None
+    tracker(event)
+    assert tracker._process is first, "it is started once"
+    first.kill()
+    first.wait()
+    tracker(event)
+    assert tracker._process is not first
+    assert tracker.finish(timeout=600)
+    assert (
+        metric_rows(f"sqlite:///{tmp_path / 'mlflow.db'}", tracker.run_ids()[undisturbed.plan.name]) == undisturbed.rows
+    )
 
 
 def test_replaying_the_outbox_tracks_a_run_after_the_fact(
