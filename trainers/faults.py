@@ -1,8 +1,8 @@
 """Injects faults for tests and `make chaos`: without `$BENCHMARK_FAULTS`, nothing here does anything.
 
-The variable names a JSON file that lists faults. A fault happens when the loop marks the beginning of a part of an
-iteration, so the loop itself contains no code for it. Each fault is logged next to the file before it happens, because
-a test whose fault never fired proves nothing.
+The variable names a JSON file that lists faults, and is read again when it changes. A fault happens when the loop marks
+the beginning of a part of an iteration, so the loop itself contains no code for it. Each fault is logged next to the
+file before it happens, because a test whose fault never fired proves nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,8 +43,8 @@ class Fault:
     threads waiting). Exceptions: `raise` (one that nobody expects), `raise_async` (raised by another thread), `exit`
     (SystemExit), `gpu_error` (torch's of a GPU that failed), `out_of_memory`. `nan`: in the images of the batch."""
     rank: int
-    iteration: int
-    """Iterations done."""
+    iteration: int | None
+    """Iterations done; None for the next that comes to its place."""
     attempt: int | None = 0
     """None for every one."""
     section: Section = "step"
@@ -62,8 +63,7 @@ def from_environment(rank: int, attempt: int) -> Injector | None:
     path = Path(os.environ.get(VARIABLE, ""))
     if not path.is_file():
         return None
-    listed = [Fault(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
-    return Injector(path, [f for f in listed if f.rank == rank and f.attempt in (None, attempt)])
+    return Injector(path, rank, attempt)
 
 
 def _with_nan(batch: Batch) -> Batch:
@@ -118,30 +118,44 @@ HAPPENINGS: dict[str, Callable[[], object]] = {
 class Injector(Activity):
     """An `Activity` that causes a fault when its place in the loop is entered."""
 
-    def __init__(self, path: Path, faults: list[Fault]) -> None:
+    def __init__(self, path: Path, rank: int, attempt: int) -> None:
         super().__init__()
-        self._path, self._faults = path, faults
+        self._path, self._rank, self._attempt = path, rank, attempt
+        self._read = 0  # the file as of this time (ns)
+        self._faults: list[Fault] = []
 
     def enter(self, section: Section, part: str = "") -> None:
         """Marks the beginning of a section, or of a part of a step, and causes its fault if there is one."""
         super().enter(section, part)
-        for fault in self._faults:
-            place = (fault.section, fault.part if section == "step" else part, fault.iteration)
-            if fault.kind != "nan" and place == (section, part, self.iteration):
+        for fault in self._due():
+            place = (fault.section, fault.part if section == "step" else part)
+            if fault.kind != "nan" and place == (section, part):
                 self._happen(fault)
 
     def poison(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the images of those that have a `nan` fault made NaN."""
         for batch in batches:
             poisoned = batch
-            for fault in self._faults:
-                if fault.kind == "nan" and fault.iteration == self.iteration:
+            for fault in self._due():
+                if fault.kind == "nan":
                     self._note(fault)
                     poisoned = _with_nan(batch)
             yield poisoned
 
+    def _due(self) -> list[Fault]:
+        """The faults of this iteration, by the file as it is now."""
+        with suppress(FileNotFoundError):  # a worker that was held may go on
+            changed = self._path.stat().st_mtime_ns
+            if changed != self._read:
+                listed = [Fault(**values) for values in json.loads(self._path.read_text(encoding="utf-8"))]
+                own = [fault for fault in listed if fault.rank == self._rank]
+                self._read, self._faults = changed, [f for f in own if f.attempt in (None, self._attempt)]
+        return [fault for fault in self._faults if fault.iteration in (None, self.iteration)]
+
     def _happen(self, fault: Fault) -> None:
         self._note(fault)
+        if fault.iteration is None:
+            self._faults.remove(fault)
         if fault.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[fault.kind])
             if fault.kind != "interrupt":  # Ray's workers ignore that one; others are handled a little later
