@@ -152,6 +152,8 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "step, all ranks together, by window of steps.", mlflow="time/window_step_seconds_p95"),
         _step_seconds("windows.data_seconds", "Wait for data (s)", "Mean wait of a step for the loader, by window of "
             "steps.", mlflow="time/data_seconds"),
+        _share("windows.data_wait_share", "Waiting for data, by window", "Waiting for the loader over the wall time of "
+            "the steps, by window of steps, 0–1."),
         _share("data_wait_share", "Waiting for data", "Waiting for the loader over the wall time of the steps after "
             "the warm-up, 0–1."),
         Figure("peak_memory_gib", "Memory (GiB)", "Most memory any worker used: allocated on its GPU, or resident in "

@@ -208,6 +208,8 @@ class JointWindow:
     """Of the steps of all ranks, in seconds; None where single steps are not known."""
     data_seconds: float | None
     """Mean wait of a step for the loader, in seconds."""
+    data_wait_share: float | None
+    """Waiting for the loader over the wall time of the steps, 0–1."""
     peak_memory_gib: float | None
     """Most memory any rank used so far."""
 
@@ -248,5 +250,6 @@ class WindowJoin:
             learning_rate=ranks[0].learning_rate,
             step_seconds=quantiles([seconds for w in windows for seconds in w.step_seconds]),
             data_seconds=statistics.fmean(waits) if waits else None,
+            data_wait_share=data_wait_share(windows, 0),
             peak_memory_gib=peak_memory(windows),
         )

@@ -10,20 +10,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 import requests
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.state import get_actor
 from ray.util.state.exception import RayStateApiException
 
 from orchestrator.execution import cluster
+from orchestrator.execution.gauges import Gauges
 from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, list_nodes
 from orchestrator.experiment.environment import CREDENTIALS
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
+from orchestrator.figures.gauges import GAUGES
 from orchestrator.preflight.ray_setup import SOCKETS
 from tests.builders.experiments import tiny_experiment
+from tests.builders.trials import trained
 from tests.builders.waiting import wait_for
+from trainers.contract.events import RunStarted
 
 SECRET = CREDENTIALS[0]
 
@@ -42,6 +47,7 @@ def local_cluster() -> Iterator[cluster.Cluster]:
     before = dict(os.environ)
     os.environ[SECRET] = "secret"
     os.environ["RAY_API_SERVER_ADDRESS"] = "http://another-cluster.invalid:8265"
+    os.environ.update({"RAY_metrics_report_interval_ms": "1000"})  # instead of 10 s
     try:
         yield cluster.start_ray(None, dashboard=True)
     finally:
@@ -55,6 +61,28 @@ def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster
     status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=600).status_code
     assert status in (200, 401), "401 where it asks for the token"
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+
+
+def test_a_node_exports_the_figures_of_a_running_trial_for_prometheus(local_cluster: cluster.Cluster) -> None:
+    node = ray.nodes()[0]
+    made, url = trained(), f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    driver = {"trial": "", "attempt": 0, "rank": -1, "time": made.epoch}
+    events = [RunStarted(**driver, experiment={"name": "démo"}, run_id="1", tags={}), *made.events[:-1]]
+    gauges = Gauges(events)
+
+    def exported() -> list[str]:
+        gauges.refresh()
+        return [line for line in requests.get(url, timeout=600).text.splitlines() if line.startswith("ray_detectron2")]
+
+    def names() -> set[str]:
+        return {line.partition("{")[0].removeprefix("ray_") for line in exported()}
+
+    wait_for(lambda: names() == set(GAUGES.values()) - {"detectron2_keypoint_ap"}, lambda: "\n".join(exported()))
+    (box,) = [line for line in exported() if line.startswith("ray_detectron2_box_ap{")]
+    assert box.endswith("} 55.0")
+    assert 'experiment="d\\\\xe9mo"' in box and 'run_id="1"' in box and 'trial="reference-2xcpu"' in box
+    events.append(made.events[-1])
+    wait_for(lambda: not exported())
 
 
 def test_ray_names_its_sockets_as_the_check_of_the_temporary_folder_has_it(local_cluster: cluster.Cluster) -> None:
