@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import DistributedContext
 from ray.train.v2._internal.execution.worker_group.worker import Worker
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from orchestrator.execution import cluster, ray_internals
 from orchestrator.execution.trial import is_preemption
@@ -29,9 +29,10 @@ def bare_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ray.shutdown()
 
 
-def test_the_id_of_a_placement_group_ends_with_the_id_of_its_job(bare_ray: None) -> None:
+def test_the_table_of_placement_groups_tells_which_are_of_this_job_and_of_which_workers(bare_ray: None) -> None:
     assert ray_internals.placement_groups_of_this_job() == []
-    group = placement_group([{"CPU": 1}])
+    group = placement_group([{"CPU": 1, "memory": 3}])
+    assert placement_group_table(group)["bundles"] == {0: {"CPU": 1, "memory": 3}}, "to the byte"
     assert [each.id for each in ray_internals.placement_groups_of_this_job()] == [group.id]
     remove_placement_group(group)
     assert ray_internals.placement_groups_of_this_job() == []

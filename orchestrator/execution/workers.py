@@ -8,6 +8,7 @@ valid checkpoint themselves. `Result.metrics` is not used: Ray sets it with its 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
 from orchestrator.execution.ray_internals import StartWatch, placement_groups_of_this_job
@@ -48,6 +49,9 @@ SMALLER_AFTER_SECONDS = 60.0
 """How long a lost node is waited for before a trial that may do so goes on with fewer workers."""
 
 
+_marks = itertools.count(1)
+
+
 class WorkerGroup:
     """The workers of one attempt: started once, in a thread, and ended for certain.
 
@@ -66,6 +70,8 @@ class WorkerGroup:
         self.error: Exception | None = None
         """What ended the workers; None where they returned, or have not yet."""
         self._attempt, self._telemetry, self._ray_dir = attempt, telemetry, ray_dir
+        # So many bytes of memory are reserved for each worker: by them, Ray's table shows which reservations are its.
+        self._mark = next(_marks)
         self._ended = threading.Event()
         # In a thread, so that the main thread can receive signals and watch the workers meanwhile.
         self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
@@ -92,16 +98,22 @@ class WorkerGroup:
         """
         self._ended.set()
         deadline = time.monotonic() + END_TIMEOUT_SECONDS
-        _free_resources()
+        self._free_resources()
         while not self.wait(END_POLL_INTERVAL_SECONDS):
             if time.monotonic() > deadline:
                 logger.warning("Ray Train did not end within %g s", END_TIMEOUT_SECONDS)
                 return
-            _free_resources()
+            self._free_resources()
+
+    def _free_resources(self) -> None:
+        """Gives back what this group has reserved, and so ends the workers that use it."""
+        for group in placement_groups_of_this_job():
+            bundles = placement_group_table(group).get("bundles", {}).values()
+            if any(bundle.get("memory") == self._mark for bundle in bundles):
+                remove_placement_group(group)
 
     def _fit(self) -> None:
         try:
-            _free_resources()  # a controller that died leaves its workers their resources
             nodes = self._wait_for_nodes()
             if nodes and not self._ended.is_set():
                 # Somebody else may take the room before the workers do: Ray Train waits for it as long as for a start.
@@ -110,6 +122,9 @@ class WorkerGroup:
                 self._trainer(nodes).fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the workers; the main thread looks for the cause
             self.error = error
+        finally:
+            with contextlib.suppress(Exception):  # of any type: the cluster may be lost
+                self._free_resources()  # a controller that died leaves its workers their resources
 
     def _trainer(self, nodes: list[dict[str, str]]) -> TorchTrainer:
         plan, attempt = self.plan, self._attempt
@@ -120,7 +135,7 @@ class WorkerGroup:
             scaling_config=ScalingConfig(
                 num_workers=plan.world_size,
                 use_gpu=plan.device == "cuda",
-                resources_per_worker=worker_resources(plan),
+                resources_per_worker={**worker_resources(plan), "memory": self._mark},
                 label_selector=nodes,
             ),
             torch_config=TorchConfig(
@@ -192,12 +207,6 @@ def death(reason: Exception) -> tuple[FailureKind, str]:
     text = str(reason)
     kind: FailureKind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
     return kind, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}"
-
-
-def _free_resources() -> None:
-    """Gives back what this job has reserved, and so ends the workers that use it."""
-    for group in placement_groups_of_this_job():
-        remove_placement_group(group)
 
 
 def _kill_processes(pids: Sequence[int]) -> None:
