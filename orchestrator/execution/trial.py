@@ -15,18 +15,19 @@ from ray.train import PreemptionError, WorkerGroupError
 
 from orchestrator.execution.cluster import lost_daemon
 from orchestrator.execution.event_pump import EventPump
+from orchestrator.execution.growth import Growth
 from orchestrator.execution.nodes import lost_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.stop import StopRequest
-from orchestrator.execution.stuck_dumps import save_stacks
+from orchestrator.execution.stuck_dumps import save_stuck
 from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
 from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import changes_text, root_cause
 from orchestrator.figures.early_stop import early_stop_reason
-from orchestrator.figures.goodput import measured_mtbf_hours
+from orchestrator.figures.goodput import RESIZED, measured_mtbf_hours
 from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
 from trainers.contract.events import (
@@ -84,6 +85,8 @@ class _Trial:
         self.plan, self.pump, self.ray_dir, self.stop = plan, pump, ray_dir, stop
         self.policy = Policy(faults)
         self.number = 0
+        self.at_once = plan.world_size
+        self.grow_to: int | None = None
         self.deviation = 0.0
 
     def run(self) -> TrialEnded:
@@ -122,7 +125,7 @@ class _Trial:
         self.pump.begin(self.number)
         mtbf_hours = self.plan.mtbf_hours or measured_mtbf_hours(self._events())
         plan = dataclasses.replace(self.plan, mtbf_hours=mtbf_hours)
-        group = WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir)
+        group = WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir, self.at_once)
         try:
             self._watch(group)
         except RunFolderError:
@@ -130,9 +133,14 @@ class _Trial:
             raise
         _check_cluster()
         self.pump.drain()
+        grow_to, self.grow_to = self.grow_to, None
+        self.at_once = grow_to or group.plan.world_size  # what did with fewer workers waits for no more
         finished = next(reversed(self._own(LoopFinished)), None)
         if finished and finished.reason in ("target", "patience", "max_iter"):
             return None, ""
+        if grow_to and finished and finished.reason == "preempted":
+            message = f"room for {grow_to} workers instead of {group.plan.world_size}"
+            return self._failure(RESIZED, DRIVER_RANK, message), ""
         if is_preemption(group.error) or (finished and finished.reason == "preempted"):
             return self._failure(NOT_COUNTED, DRIVER_RANK, "a node is being taken away"), ""
         if self.pump.lost:
@@ -154,6 +162,7 @@ class _Trial:
     def _watch(self, group: WorkerGroup) -> None:
         """Waits until the workers have ended, and ends them where they have to."""
         watchdog: Watchdog | None = None
+        growth: Growth | None = None
         stopping = False
         while not group.wait(POLL_INTERVAL_SECONDS):
             _check_cluster()
@@ -169,6 +178,11 @@ class _Trial:
             if watchdog is None and group.started is not None:  # waiting for room has a limit of its own
                 # Fewer workers than planned, where a node did not come back.
                 watchdog = Watchdog(self.plan.timeouts, group.plan.world_size, group.started)
+                growth = Growth(self.plan, group.plan, group.started, self.number, self._events)
+            if growth and not (self.grow_to or stopping):
+                self.grow_to = growth.look(clock.now())
+                if self.grow_to:
+                    self.pump.order("preempt", self.number)
             if watchdog and (stuck := watchdog.look(self.pump.heartbeats, self.pump.drained)):
                 return self._end_stuck(group, stuck)
         return None
@@ -181,7 +195,7 @@ class _Trial:
 
     def _end_stuck(self, group: WorkerGroup, stuck: list[Stuck]) -> None:
         workers = self._own(WorkerStarted)
-        files = save_stacks(workers, self.plan.trial_dir)
+        files = save_stuck(workers, self.plan.trial_dir)
         where = f"; what all ranks were doing is in {files}" if files else ""
         for one in stuck:
             self.pump.emit(self._failure("stuck", one.rank, one.message + where, one.last, one.began))

@@ -104,7 +104,7 @@ def test_a_stuck_training_thread_is_found_and_not_those_that_wait_for_it(disturb
     (stuck,) = (event for event in disturbed.of(WorkerFailed) if event.failure == "stuck" and event.attempt == 1)
     assert (stuck.rank, stuck.iteration) == (1, 7) and "step (forward) of iteration 7 has taken" in stuck.message
     assert stuck.time - disturbed.fired[1]["time"] < 2 * STEP_SECONDS
-    assert stuck.message.endswith("; what all ranks were doing is in stuck-attempt1-rank*.txt")
+    assert stuck.message.endswith("; what all ranks were doing is in stuck-attempt1-rank*")
     folder = Path(disturbed.plan.trial_dir)
     assert "in _happen" in (folder / "stuck-attempt1-rank1.txt").read_text(), "the rank that is stuck"
     assert "in enter" not in (folder / "stuck-attempt1-rank0.txt").read_text(), "the one that waits for it"
