@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
+from orchestrator.execution.nodes import has_room_besides
 from orchestrator.experiment.placement import smaller
-from trainers.contract.events import Event, LoopStarted, StepsDone
+from orchestrator.figures.goodput import RESIZED
+from trainers.contract.events import Event, LoopStarted, StepsDone, TrialRestarted, WorkerStarted
 from trainers.contract.plan import TrialPlan
 
 LOOK_INTERVAL_SECONDS = 5.0
@@ -25,37 +28,43 @@ class Growth:
 
     Args:
         planned: The trial.
-        running: The same with the workers that it runs with.
+        running: The same with the workers that it runs with; nothing is looked for where these are all.
         started: When the attempt was started (Unix seconds).
-        times: How often the trial has grown before.
-        has_room: Whether the trial with so many workers would have room if those that run gave theirs back.
+        attempt: Its number.
+        events: Returns all events of the trial so far.
+        has_room: Whether the trial with so many workers would have room if those that run, by node, gave theirs back.
     """
 
     def __init__(
-        self, planned: TrialPlan, running: TrialPlan, started: float, times: int, has_room: Callable[[TrialPlan], bool]
+        self,
+        planned: TrialPlan,
+        running: TrialPlan,
+        started: float,
+        attempt: int,
+        events: Callable[[], Sequence[Event]],
+        has_room: Callable[[TrialPlan, Mapping[str, int]], bool] = has_room_besides,
     ) -> None:
         self._larger = [each for each in (planned, *smaller(planned)) if each.world_size > running.world_size]
-        self._running, self._started, self._has_room = running, started, has_room
-        self._wait = planned.resize_after_seconds * 2**times
-        self._next_look, self._since = started, None
+        self._running, self._started, self._attempt = running, started, attempt
+        self._events, self._has_room = events, has_room
+        self._next_look: float = started
+        self._since: float | None = None
 
-    def look(self, own_events: Callable[[], Sequence[Event]], now: float) -> int | None:
-        """The number of workers to start again with; None to go on with those that run.
-
-        Args:
-            own_events: Returns those of the attempt so far; called when it is time to look.
-            now: Unix seconds.
-        """
-        if now < self._next_look:
+    def look(self, now: float) -> int | None:
+        """The number of workers to start again with now (Unix seconds); None to go on with those that run."""
+        if not self._larger or now < self._next_look:
             return None
-        self._next_look, events = now + LOOK_INTERVAL_SECONDS, own_events()
-        worthy = (each for each in self._larger if self._saves(each.world_size, events) > WORTH)
-        size = next((each.world_size for each in worthy if self._has_room(each)), None)
+        self._next_look, events = now + LOOK_INTERVAL_SECONDS, self._events()
+        own = [event for event in events if event.attempt == self._attempt]
+        nodes = Counter(event.node_id for event in own if isinstance(event, WorkerStarted))
+        worthy = (each for each in self._larger if self._saves(each.world_size, own) > WORTH)
+        size = next((each.world_size for each in worthy if self._has_room(each, nodes)), None)
         if size is None:
             self._since = None
             return None
         self._since = now if self._since is None else self._since
-        return size if now - self._since >= self._wait else None
+        times = sum(isinstance(event, TrialRestarted) and event.failure == RESIZED for event in events)
+        return size if now - self._since >= self._running.resize_after_seconds * 2**times else None
 
     def _saves(self, size: int, events: Sequence[Event]) -> float:
         """What the rest of the schedule would take less with so many workers, over the seconds of a start."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from orchestrator.experiment.placement import capacity, equal_shares
+from orchestrator.execution.ray_internals import nodes_of_other_jobs
+from orchestrator.experiment.placement import capacity, equal_shares, free_room
 from trainers.canary import find_port, time_all_reduce
 from trainers.contract.plan import TrialPlan
+
+if TYPE_CHECKING:
+    from orchestrator.experiment.placement import Held
 
 CONNECT_TIMEOUT_SECONDS = 1.0
 """Longest wait for a node's Ray daemon to accept a connection."""
@@ -27,6 +32,12 @@ NODE_ID = "ray.io/node-id"
 """Label that Ray gives every node."""
 
 T = TypeVar("T")
+
+_held: dict[str, Held] = {}
+"""The nodes of the trials of this process that are under way, by trial."""
+_waiting: set[str] = set()
+"""Those of them that found no room when they asked last, as after the loss of a node."""
+_choosing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,26 +156,98 @@ def choose_nodes(plan: TrialPlan) -> list[dict[str, str]] | None:
     """Chooses a node for each worker, equally many workers on each, on as few nodes as have room or as the plan says.
 
     Ray's scheduler knows what is free and which nodes are about to be taken away: it is asked by reserving whole
-    shares, each on another node. The reservation is given back before the workers start.
+    shares, each on another node. The reservation is given back before the workers start. To the other trials of this
+    run, the nodes stay taken until `release_nodes`, or until this trial is given others.
 
     Returns:
         The label selector of each worker; None where there is no room now.
     """
-    silent = lost_nodes() & {node.id for node in list_nodes()}
-    capacities = {node.id: node.capacity(plan) for node in list_nodes() if node.id not in silent}
+    with _choosing:
+        for num_nodes, share, excluded in _spreads(plan):
+            if nodes := _reserve([_bundle(plan, share)] * num_nodes, [_not_in(excluded)] * num_nodes):
+                _held[plan.name] = (plan, dict.fromkeys(nodes, share))
+                _waiting.discard(plan.name)
+                return [{NODE_ID: node} for node in nodes for _ in range(share)]
+        _waiting.add(plan.name)
+    return None
+
+
+def has_room_besides(plan: TrialPlan, own: Mapping[str, int]) -> bool:
+    """Whether a trial would have room if those of its workers that run gave theirs back; nothing is kept for it.
+
+    Args:
+        plan: The trial.
+        own: Nodes with workers that run now, and their number on each.
+    """
+    with _choosing:
+        for num_nodes, share, excluded in _spreads(plan):
+            stay = sorted(own.keys() - excluded, key=lambda node: -own[node])[:num_nodes]
+            more = {node: share - own[node] for node in stay if own[node] < share}
+            num_others = num_nodes - len(stay)
+            bundles = [_bundle(plan, number) for number in more.values()] + [_bundle(plan, share)] * num_others
+            if _reserve(bundles, [{NODE_ID: node} for node in more] + [_not_in(excluded | own.keys())] * num_others):
+                return True
+    return False
+
+
+def _spreads(plan: TrialPlan) -> Iterator[tuple[int, int, set[str]]]:
+    """How a trial may lie on nodes, as far as their sizes and the other trials allow: the fewest nodes first.
+
+    Yields:
+        Number of nodes, workers on each, and the nodes that are out of the question.
+    """
+    others = [held for trial, held in _held.items() if trial != plan.name]
+    alive = list_nodes()
+    silent = lost_nodes() & {node.id for node in alive}
+    sizes = {node.id: (node.num_gpus, node.num_cpus) for node in alive if node.id not in silent}
+    room = free_room(sizes, others, own_nodes=plan.own_nodes)
+    if plan.own_nodes:
+        room |= dict.fromkeys(nodes_of_other_jobs() & room.keys(), (0, 0))
+    capacities = {node: capacity(plan, *free) for node, free in room.items()}
     for num_nodes in [plan.num_nodes] if plan.num_nodes else range(1, len(capacities) + 1):
         if not equal_shares(capacities, plan.world_size, num_nodes):
             continue  # not even if nothing else ran there
         share = plan.world_size // num_nodes
-        bundle = {name: amount * share for name, amount in worker_resources(plan).items()}
-        if nodes := _reserve([bundle] * num_nodes, silent):
-            return [{NODE_ID: node} for node in nodes for _ in range(share)]
-    return None
+        # Ray does not know yet of workers that are about to start.
+        yield (
+            num_nodes,
+            share,
+            silent | {node for node in sizes if capacities[node] < share and room[node] != sizes[node]},
+        )
 
 
-def _reserve(bundles: list[dict[str, float]], excluded: set[str]) -> list[str] | None:
-    selector = {NODE_ID: f"!in({','.join(sorted(excluded))})"} if excluded else {}
-    group = placement_group(bundles, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * len(bundles))
+def _bundle(plan: TrialPlan, share: int) -> dict[str, float]:
+    return {name: amount * share for name, amount in worker_resources(plan).items()}
+
+
+def _not_in(nodes: Set[str]) -> dict[str, str]:
+    """The label selector of all nodes but some."""
+    return {NODE_ID: f"!in({','.join(sorted(nodes))})"} if nodes else {}
+
+
+def fits_next_to(plan: TrialPlan, live: Iterable[str]) -> bool:
+    """Whether a trial has room now next to those under way, which have theirs or come first; it is kept for it then.
+
+    Args:
+        plan: The trial.
+        live: Names of the trials that are under way.
+    """
+    if any(name in _waiting or name not in _held for name in live) or choose_nodes(plan) is None:
+        _waiting.discard(plan.name)
+        return False
+    return True
+
+
+def release_nodes(trial: str) -> None:
+    """Gives a trial's nodes to others, when it has ended."""
+    with _choosing:
+        _held.pop(trial, None)
+        _waiting.discard(trial)
+
+
+def _reserve(bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> list[str] | None:
+    """The node of each bundle, where all have room on different ones now."""
+    group = placement_group(bundles, strategy="STRICT_SPREAD", bundle_label_selector=selectors)
     try:
         if not group.wait(RESERVE_TIMEOUT_SECONDS):
             return None

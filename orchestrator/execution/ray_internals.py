@@ -32,6 +32,18 @@ def placement_groups_of_this_job() -> list[PlacementGroup]:
     ]
 
 
+def nodes_of_other_jobs() -> set[str]:
+    """Ids of the nodes on which another job of the cluster has a placement group."""
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        node
+        for group, values in ray.util.placement_group_table().items()
+        if not group.endswith(job) and values["state"] != "REMOVED"
+        for node in values["bundles_to_node_id"].values()
+        if node
+    }
+
+
 def cause_of_death(failure: Exception) -> Exception | None:
     """Why a worker died, from what `WorkerGroupError.worker_failures` has for its rank; None where it just raised that.
 

@@ -11,8 +11,10 @@ import contextlib
 import itertools
 import logging
 import os
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
 from orchestrator.execution.ray_internals import StartWatch, placement_groups_of_this_job
 from orchestrator.experiment.placement import smaller
+from trainers import flight_recorder
 from trainers.contract import clock
 from trainers.contract.events import Event, FailureKind, GroupStarted, WorkerFailed, WorkerStarted
 from trainers.contract.plan import TrialPlan
@@ -45,9 +48,6 @@ END_POLL_INTERVAL_SECONDS = 0.2
 NODES_POLL_INTERVAL_SECONDS = 1.0
 """How often the cluster is asked for room for an attempt."""
 
-SMALLER_AFTER_SECONDS = 60.0
-"""How long a lost node is waited for before a trial that may do so goes on with fewer workers."""
-
 
 _marks = itertools.count(1)
 
@@ -60,9 +60,11 @@ class WorkerGroup:
         attempt: Number of this start of it, from 0.
         telemetry: The actor that workers send their events to.
         ray_dir: Folder for Ray Train's own files.
+        at_once: Fewest workers that it starts with as soon as they have room; None for all. With fewer, as far as the
+            plan allows it, where there has been no room for more for a while.
     """
 
-    def __init__(self, plan: TrialPlan, attempt: int, telemetry: Any, ray_dir: str) -> None:
+    def __init__(self, plan: TrialPlan, attempt: int, telemetry: Any, ray_dir: str, at_once: int | None = None) -> None:
         self.plan = plan
         """The trial, with as many workers as there was room for."""
         self.started: float | None = None
@@ -70,6 +72,7 @@ class WorkerGroup:
         self.error: Exception | None = None
         """What ended the workers; None where they returned, or have not yet."""
         self._attempt, self._telemetry, self._ray_dir = attempt, telemetry, ray_dir
+        self._at_once = at_once or plan.world_size
         # So many bytes of memory are reserved for each worker: by them, Ray's table shows which reservations are its.
         self._mark = next(_marks)
         self._ended = threading.Event()
@@ -146,6 +149,7 @@ class WorkerGroup:
             run_config=RunConfig(
                 name=f"{plan.name}-attempt{attempt}",
                 storage_path=self._ray_dir,
+                worker_runtime_env={"env_vars": _nccl_settings()} if plan.device == "cuda" else None,
                 callbacks=[StartWatch(report.lost, report.started)],
                 failure_config=FailureConfig(
                     max_failures=0,
@@ -162,9 +166,9 @@ class WorkerGroup:
         plan, began = self.plan, time.monotonic()
         while not self._ended.is_set():
             waited = time.monotonic() - began
-            late = self._attempt > 0 and waited > SMALLER_AFTER_SECONDS
-            for candidate in [plan, *(smaller(plan) if late else [])]:
-                if nodes := choose_nodes(candidate):
+            fewest = 1 if waited > plan.resize_after_seconds else self._at_once
+            for candidate in [plan, *smaller(plan)]:
+                if candidate.world_size >= fewest and (nodes := choose_nodes(candidate)):
                     self.plan = candidate
                     return nodes
             if waited > plan.timeouts["setup"]:
@@ -207,6 +211,11 @@ def death(reason: Exception) -> tuple[FailureKind, str]:
     text = str(reason)
     kind: FailureKind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
     return kind, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}"
+
+
+def _nccl_settings() -> dict[str, str]:
+    """What has workers record their collectives, where no other group of workers on their nodes does."""
+    return flight_recorder.settings(f"{tempfile.gettempdir()}/nccl-{uuid.uuid4().hex}-rank")
 
 
 def _kill_processes(pids: Sequence[int]) -> None:

@@ -1,13 +1,19 @@
-"""Which hosts a trial's workers are placed on: equally many on each, as detectron2's local process groups require."""
+"""Which hosts a trial's workers are placed on: equally many on each, as detectron2's local process groups require.
+
+Trials that run at a time get hosts that no other one uses, or with `trials.allow_shared_nodes` what others leave.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from trainers.contract.plan import TrialPlan
+
+    Held = tuple[TrialPlan, Mapping[str, int]]
+    """A trial that is under way, and the number of its workers by host."""
 
 
 def capacity(plan: TrialPlan, num_gpus: int, num_cpus: int) -> int:
@@ -48,3 +54,50 @@ def smaller(plan: TrialPlan) -> list[TrialPlan]:
         for size in sizes
         if planned % size == 0
     ]
+
+
+def free_room(
+    hosts: Mapping[str, tuple[int, int]], held: Iterable[Held], *, own_nodes: bool
+) -> dict[str, tuple[int, int]]:
+    """GPUs and CPUs that hosts have for one more trial.
+
+    Args:
+        hosts: Host to its GPUs and CPUs.
+        held: The trials that are under way.
+        own_nodes: Whether the trial takes no host that another one uses.
+    """
+    room = dict(hosts)
+    for plan, shares in held:
+        for host, number in shares.items():
+            if host in room:
+                gpus, cpus = room[host]
+                left = (gpus - number * (plan.device == "cuda"), cpus - number * plan.cpus_per_worker)
+                room[host] = (0, 0) if own_nodes else left
+    return room
+
+
+def num_side_by_side(
+    plans: Sequence[TrialPlan], hosts: Mapping[str, tuple[int, int]], concurrent: int | Literal["auto"]
+) -> int:
+    """The most trials that are under way at a time on hosts that nothing else uses, started in their order.
+
+    Args:
+        plans: The trials.
+        hosts: Host to its GPUs and CPUs.
+        concurrent: `trials.concurrent`.
+    """
+    most = len(plans) if concurrent == "auto" else min(concurrent, len(plans))
+    return min(most, max((_num_fitting(plans[first:], hosts) for first in range(len(plans))), default=0))
+
+
+def _num_fitting(plans: Sequence[TrialPlan], hosts: Mapping[str, tuple[int, int]]) -> int:
+    """How many of the first trials fit next to each other; one at least, which need not be of these hosts."""
+    held: list[Held] = []
+    for plan in plans:
+        room = free_room(hosts, held, own_nodes=plan.own_nodes)
+        capacities = {host: capacity(plan, *free) for host, free in room.items()}
+        shares = equal_shares(capacities, plan.world_size, plan.num_nodes)
+        if shares is None:
+            break
+        held.append((plan, shares))
+    return max(1, len(held))

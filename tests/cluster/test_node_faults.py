@@ -127,12 +127,12 @@ def test_a_preemption_notice_makes_a_checkpoint_and_counts_as_no_failure(
 
 
 def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_back(
-    bench_and_nodes: tuple[Bench, Nodes], control: Outcome, monkeypatch: pytest.MonkeyPatch
+    bench_and_nodes: tuple[Bench, Nodes], control: Outcome
 ) -> None:
     bench, nodes = bench_and_nodes
-    monkeypatch.setattr("orchestrator.execution.workers.SMALLER_AFTER_SECONDS", 3.0)
     # One worker fills a node: two nodes are left, and one of them is lost.
-    values = experiment(resources={"device": "cpu", "cpus_per_worker": 2, "min_workers": 1})
+    resources = {"device": "cpu", "cpus_per_worker": 2, "min_workers": 1, "resize_after_seconds": 3}
+    values = experiment(resources=resources)
     loss = WhenHeld(bench, nodes.kill)
     outcome = bench.run(Fault("hold", rank=0, iteration=7), values=values, listeners=[loss])
     nodes.add("127.0.0.5")  # the next test loses one too, also where this one fails

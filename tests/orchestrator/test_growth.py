@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from orchestrator.execution.growth import LOOK_INTERVAL_SECONDS, Growth
 from orchestrator.experiment.placement import smaller
 from tests.builders.trials import TrialBuilder, plan
-from trainers.contract.events import Event
+from trainers.contract.events import Event, TrialRestarted
 from trainers.contract.plan import TrialPlan
 
 EPOCH = 1_700_000_000.0
@@ -19,11 +21,14 @@ def running(size: int) -> TrialPlan:
     return next(each for each in smaller(PLANNED) if each.world_size == size)
 
 
-def trained(iterations: int, step_seconds: float = 1.0) -> list[Event]:
-    """A start of 50 s, then so many steps."""
+def trained(iterations: int, attempt: int = 0) -> list[Event]:
+    """A start of 50 s of workers on two hosts, then so many steps of 1 s."""
     made = TrialBuilder(PLANNED, EPOCH)
+    made.attempt = attempt
+    made.workers(START_SECONDS - 1, hosts=("a", "a", "b", "b"))
     made.loop(START_SECONDS)
-    made.steps(START_SECONDS + iterations * step_seconds, 0, *[step_seconds] * iterations)
+    if iterations:
+        made.steps(START_SECONDS + iterations, 0, *[1.0] * iterations)
     return made.events
 
 
@@ -32,45 +37,57 @@ class Room:
 
     def __init__(self, workers: int) -> None:
         self.workers, self.asked = workers, 0
+        self.own: Mapping[str, int] = {}
 
-    def __call__(self, trial: TrialPlan) -> bool:
-        self.asked += 1
+    def __call__(self, trial: TrialPlan, own: Mapping[str, int]) -> bool:
+        self.asked, self.own = self.asked + 1, own
         return trial.world_size <= self.workers
 
 
-def looks(growth: Growth, events: list[Event], *times: float) -> list[int | None]:
-    return [growth.look(lambda: events, EPOCH + time) for time in times]
+def growth(size: int, room: Room, events: list[Event], attempt: int = 0) -> Growth:
+    return Growth(PLANNED, running(size), EPOCH, attempt, lambda: events, room)
+
+
+def looks(watched: Growth, *times: float) -> list[int | None]:
+    return [watched.look(EPOCH + time) for time in times]
 
 
 def test_it_grows_to_the_largest_size_that_has_had_room_for_long_enough() -> None:
-    room = Room(4)
-    growth = Growth(PLANNED, running(2), EPOCH, 0, room)
-    assert looks(growth, trained(100), 200, 202, 210, 219.9, 225) == [None, None, None, None, 4]
-    assert looks(Growth(PLANNED, running(2), EPOCH, 0, Room(8)), trained(100), 200, 220) == [None, 8]
-    assert looks(Growth(PLANNED, running(4), EPOCH, 0, Room(4)), trained(100), 200, 220) == [None, None]
+    assert looks(growth(2, Room(4), trained(100)), 200, 202, 210, 219.9, 225) == [None, None, None, None, 4]
+    assert looks(growth(2, Room(8), trained(100)), 200, 220) == [None, 8]
+    assert looks(growth(4, Room(4), trained(100)), 200, 220) == [None, None]
 
 
-def test_the_cluster_is_not_asked_all_the_time() -> None:
+def test_with_all_workers_nothing_is_looked_for() -> None:
+    room = Room(16)
+    assert Growth(PLANNED, PLANNED, EPOCH, 0, lambda: trained(100), room).look(EPOCH + 200) is None
+    assert room.asked == 0
+
+
+def test_the_cluster_is_not_asked_all_the_time_and_told_where_the_workers_are() -> None:
     room = Room(0)
-    growth = Growth(PLANNED, running(4), EPOCH, 0, room)
-    looks(growth, trained(100), *(200 + LOOK_INTERVAL_SECONDS * number / 10 for number in range(30)))
-    assert room.asked == 3
+    looks(growth(4, room, trained(100)), *(200 + LOOK_INTERVAL_SECONDS * number / 10 for number in range(30)))
+    assert room.asked == 3 and room.own == {"a": 2, "b": 2}
 
 
 def test_room_that_comes_and_goes_does_not_count_together() -> None:
     room = Room(8)
-    growth = Growth(PLANNED, running(4), EPOCH, 0, room)
-    assert looks(growth, trained(100), 200, 210) == [None, None]
+    watched = growth(4, room, trained(100))
+    assert looks(watched, 200, 210) == [None, None]
     room.workers = 0
-    assert looks(growth, trained(100), 216) == [None]
+    assert looks(watched, 216) == [None]
     room.workers = 8
-    assert looks(growth, trained(100), 222, 230, 241, 242) == [None, None, None, None]
-    assert looks(growth, trained(100), 247) == [8]
+    assert looks(watched, 222, 230, 241, 242) == [None, None, None, None]
+    assert looks(watched, 247) == [8]
 
 
 def test_each_growth_makes_the_next_wait_twice_as_long() -> None:
-    growth = Growth(PLANNED, running(4), EPOCH, 2, Room(8))
-    assert looks(growth, trained(100), 200, 260, 279, 285) == [None, None, None, 8]
+    made = TrialBuilder(PLANNED, EPOCH)
+    for number, failure in enumerate(("resized", "worker_lost", "resized", "worker_lost")):
+        made.attempt += 1
+        made.emit(TrialRestarted, number, rank=-1, failure=failure, message="", iteration=0)
+    events = made.events + trained(100, attempt=4)
+    assert looks(growth(4, Room(8), events, 4), 200, 260, 279, 285) == [None, None, None, 8]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +103,5 @@ def test_each_growth_makes_the_next_wait_twice_as_long() -> None:
 )
 def test_what_is_left_must_be_worth_a_start(iterations: int, size: int, grows: bool) -> None:
     room = Room(8)
-    events = trained(iterations) if iterations else trained(1)[:-1]
-    found = looks(Growth(PLANNED, running(size), EPOCH, 0, room), events, 2000, 2030)
-    assert found == [None, 8 if grows else None]
+    assert looks(growth(size, room, trained(iterations)), 2000, 2030) == [None, 8 if grows else None]
     assert room.asked == (2 if grows else 0), "it is not even asked for"
