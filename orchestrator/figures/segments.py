@@ -14,7 +14,7 @@ from trainers.contract.events import StepsDone
 
 
 def segments(
-    plan: Plan, runs: Sequence[LoopRun], sizes: Mapping[int, int], steps: Sequence[StepsDone], end: int | None
+    plan: Plan, runs: Sequence[LoopRun], sizes: Mapping[int, int], steps: Sequence[StepsDone]
 ) -> list[Segment]:
     """Cuts the iterations of a trial's final state where the number of workers changed.
 
@@ -23,7 +23,6 @@ def segments(
         runs: Its attempts that reached the training loop, in order.
         sizes: Attempt to its number of workers.
         steps: The windows of all ranks and attempts.
-        end: Iterations done at the end; None where that is not known.
 
     Returns:
         Segments in order, each from the end of the one before; none where all attempts had the planned workers.
@@ -32,7 +31,8 @@ def segments(
         return []
     # What is trained again later is not of the final state, but its windows were measured.
     firsts = [run.first_iteration for run in runs]
-    ends = [min(firsts[number:], default=end or 0) for number in range(1, len(runs) + 1)]
+    done = [run.steps[-1].iteration if run.steps else run.first_iteration for run in runs]
+    ends = [min([end, *firsts[number:]]) for number, end in enumerate(done, start=1)]
     kept = [(run, last) for run, last in zip(runs, ends, strict=True) if run.first_iteration < last]
     found = []
     for size, group in groupby(kept, lambda each: sizes.get(each[0].attempt, plan.world_size)):
@@ -56,7 +56,7 @@ def segments(
 def segments_text(found: Sequence[Segment]) -> str:
     """Segments in a line."""
     return "; ".join(
-        f"{each.first_iteration:,} to {each.iteration:,}: {each.world_size} worker{'s' if each.world_size > 1 else ''}, "
+        f"{each.first_iteration:,} to {each.iteration:,}: {each.world_size} worker{'s' * (each.world_size > 1)}, "
         f"{rate_text(each.images_per_second)} images/s"
         for each in found
     )

@@ -202,7 +202,7 @@ def _restarts(trial: _Trial) -> dict[str, Any]:
     """Every restart with its cause and what it cost, and what was trained with how many workers."""
     restarts = [_restart(trial, event) for event in _all(trial.events, TrialRestarted)]
     down = sum(restart.downtime_seconds or 0.0 for restart in restarts)
-    resized = segments(trial.plan, trial.attempts, trial.sizes, _all(trial.events, StepsDone), trial.iterations)
+    resized = segments(trial.plan, trial.attempts, trial.sizes, _all(trial.events, StepsDone))
     return {"num_restarts": len(restarts), "restarts": restarts, "segments": resized, "downtime_seconds": down}
 
 
