@@ -108,8 +108,9 @@ def training_state(loop: TrainingLoop) -> dict[str, Any]:
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
     """Restores a state that `CheckpointHook` saved."""
     unwrapped(loop.model).load_state_dict(state["model"])
-    # There may be more or fewer ranks than when it was saved.
-    restore_values(unwrapped(loop.model), state["ranks"][loop.rank % len(state["ranks"])])
+    # There may be more or fewer ranks than when it was saved: one goes on with that of a planned rank it stands for.
+    saved = state["ranks"]
+    restore_values(unwrapped(loop.model), saved[loop.rank * len(saved) // loop.plan.world_size])
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scheduler.load_state_dict(state["scheduler"])
     loop.scaler.load_state_dict(state["scaler"])

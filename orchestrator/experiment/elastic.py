@@ -27,7 +27,7 @@ def check_resizing(experiment: Experiment, plans: Sequence[TrialPlan]) -> None:
     """Refuses trials that could not run with fewer workers, or would be another model then.
 
     Raises:
-        SpecError: `resources.min_workers` would have no effect, or a layer takes statistics over all workers.
+        SpecError: `resources.min_workers` would have no effect, or a layer takes statistics over all workers at a time.
     """
     for plan in plans:
         if plan.min_workers is None or plan.min_workers >= plan.world_size:
@@ -38,6 +38,12 @@ def check_resizing(experiment: Experiment, plans: Sequence[TrialPlan]) -> None:
                 f"resources.min_workers: fewer than {plan.world_size} workers take over equally many each where they "
                 f"are {' or '.join(map(str, sizes))}, none of which is {plan.min_workers} or more; set it to {sizes[0]}"
                 " or less, or to null"
+            )
+        if plan.resize_after_seconds >= plan.timeouts["setup"]:
+            raise SpecError(
+                f"resources.resize_after_seconds: after {plan.timeouts['setup']:g} s (faults.timeouts.setup), a trial that "
+                f"finds no room is given up, before it takes fewer workers after {plan.resize_after_seconds:g} s; set "
+                "the one lower or the other higher"
             )
         for key in default_values():
             norm = usable_value(experiment, key) if key.endswith(".NORM") else ""

@@ -1,4 +1,4 @@
-"""What `resources.min_workers` may be, what it refuses to go together with, and what preflight says of too little room."""
+"""What `resources.min_workers` may be, what it is refused with, and what preflight says of too little room."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def plans(
             "MODEL.FPN.NORM naiveSyncBN takes statistics over .* set min_workers to null",
         ),
         ({"world_sizes": [4], "resize_after_seconds": 5}, "no effect without min_workers"),
+        ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 1800}, "after 1800 s .faults.timeouts.setup., .* given up"),
         ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 0}, "greater than or equal to 1"),
         ({"world_sizes": [4], "min_workers": 0}, "greater than or equal to 1"),
     ],
