@@ -71,7 +71,7 @@ class Row:
     problems: list[str]
 
     def __str__(self) -> str:
-        cells = (
+        values = (
             self.seed,
             ", ".join(self.faults) or "none",
             ", ".join(map(str, self.codes)),
@@ -81,7 +81,7 @@ class Row:
             f"{self.run_seconds:.0f}",
             "; ".join(self.problems) or "held",
         )
-        return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+        return f"| {' | '.join(str(value).replace('|', '/') for value in values)} |"
 
 
 class Soak:
