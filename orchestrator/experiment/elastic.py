@@ -41,8 +41,8 @@ def check_resizing(experiment: Experiment, plans: Sequence[TrialPlan]) -> None:
             )
         if plan.resize_after_seconds >= plan.timeouts["setup"]:
             raise SpecError(
-                f"resources.resize_after_seconds: after {plan.timeouts['setup']:g} s (faults.timeouts.setup), a trial that "
-                f"finds no room is given up, before it takes fewer workers after {plan.resize_after_seconds:g} s; set "
+                f"resources.resize_after_seconds: a trial without room is given up after {plan.timeouts['setup']:g} s "
+                f"(faults.timeouts.setup), before it takes fewer workers after {plan.resize_after_seconds:g} s; set "
                 "the one lower or the other higher"
             )
         for key in default_values():

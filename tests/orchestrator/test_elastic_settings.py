@@ -38,7 +38,7 @@ def plans(
             "MODEL.FPN.NORM naiveSyncBN takes statistics over .* set min_workers to null",
         ),
         ({"world_sizes": [4], "resize_after_seconds": 5}, "no effect without min_workers"),
-        ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 1800}, "after 1800 s .faults.timeouts.setup., .* given up"),
+        ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 1800}, "given up after 1800 s .*setup"),
         ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 0}, "greater than or equal to 1"),
         ({"world_sizes": [4], "min_workers": 0}, "greater than or equal to 1"),
     ],
