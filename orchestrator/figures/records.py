@@ -203,8 +203,9 @@ class TrialResult(_Record):
     advised_checkpoint_seconds: float | None = None
     num_restarts: int = 0
     restarts: list[Restart] = []
-    segments: list[Segment] = []
-    """Which iterations were trained with how many workers; empty where it was always as many as planned."""
+    segments: list[Segment] | None = None
+    """Which iterations were trained with how many workers; empty where it was always as many as planned, null in records
+    of older versions."""
     box_ap: float | None = None
     mask_ap: float | None = None
     keypoint_ap: float | None = None

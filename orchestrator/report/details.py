@@ -69,7 +69,7 @@ def detail_tables(trials: Sequence[TrialEvents]) -> dict[str, tuple[list[str], l
             what = [str(restart.attempt), restart.cause, restart.message]
             parts = [f"{part} {seconds_text(seconds)}" for part, seconds in restart.recovery_part_seconds.items()]
             restarts.append([trial.label, *what, *_texts(restart, RESTART_KEYS), ", ".join(parts) or NOT_MEASURED])
-        segments += [[trial.label, *_segment_texts(segment)] for segment in record.segments]
+        segments += [[trial.label, *_segment_texts(segment)] for segment in record.segments or []]
     tables = {
         "Wall clock by section, seconds": (["Trial", *_headings(WALL_KEYS)], wall),
         "Goodput": (["Trial", *_headings(GOODPUT_KEYS), "Checkpoints"], goodput),
