@@ -204,8 +204,8 @@ class TrialResult(_Record):
     num_restarts: int = 0
     restarts: list[Restart] = []
     segments: list[Segment] | None = None
-    """Which iterations were trained with how many workers; empty where it was always as many as planned, null in records
-    of older versions."""
+    """Which iterations were trained with how many workers; empty where it was always as many as planned, null where an
+    older version did not say."""
     box_ap: float | None = None
     mask_ap: float | None = None
     keypoint_ap: float | None = None
