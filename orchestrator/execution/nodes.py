@@ -209,11 +209,7 @@ def _spreads(plan: TrialPlan) -> Iterator[tuple[int, int, set[str]]]:
             continue  # not even if nothing else ran there
         share = plan.world_size // num_nodes
         # Ray does not know yet of workers that are about to start.
-        yield (
-            num_nodes,
-            share,
-            silent | {node for node in sizes if capacities[node] < share and room[node] != sizes[node]},
-        )
+        yield num_nodes, share, silent | {node for node in sizes if capacities[node] < share}
 
 
 def _bundle(plan: TrialPlan, share: int) -> dict[str, float]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from orchestrator.execution import nodes
 from orchestrator.execution.growth import LOOK_INTERVAL_SECONDS, Growth
+from orchestrator.execution.nodes import Node
 from orchestrator.experiment.placement import smaller
 from tests.builders.trials import TrialBuilder, plan
 from trainers.contract.events import Event, TrialRestarted
@@ -105,3 +107,34 @@ def test_what_is_left_must_be_worth_a_start(iterations: int, size: int, grows: b
     room = Room(8)
     assert looks(growth(size, room, trained(iterations)), 2000, 2030) == [None, 8 if grows else None]
     assert room.asked == (2 if grows else 0), "it is not even asked for"
+
+
+@pytest.mark.parametrize(
+    ("size", "own", "asked"),
+    [
+        # The host of the four that run has room for as many again; else they stay, and another host takes four.
+        (8, {"a": 4}, [("a", 4)]),
+        (8, {"c": 2, "d": 2}, [("!in(c,d)", 8)]),
+        (4, {"c": 2}, [("!in(c,d)", 4)]),
+        (4, {"c": 1, "d": 1}, [("!in(c,d)", 4)]),
+        (12, {"c": 2, "a": 2}, [("a", 4), ("!in(a,c,d)", 6)]),
+    ],
+)
+def test_what_a_larger_size_needs_besides_the_workers_that_run_is_asked_of_ray(
+    monkeypatch: pytest.MonkeyPatch, size: int, own: dict[str, int], asked: list[tuple[str, int]]
+) -> None:
+    """Two hosts of 8 CPUs and two of 2: the larger ones are enough for what is asked here."""
+    hosts = [Node(name, name, "10.0.0.1", 0, cpus) for name, cpus in (("a", 8), ("b", 8), ("c", 2), ("d", 2))]
+    reserved: list[list[tuple[str, int]]] = []
+
+    def reserve(bundles: list[dict[str, float]], selectors: list[dict[str, str]]) -> list[str]:
+        reserved.append([(next(iter(s.values())), int(b["CPU"])) for b, s in zip(bundles, selectors, strict=True)])
+        return ["somewhere"]
+
+    monkeypatch.setattr(nodes, "list_nodes", lambda: hosts)
+    monkeypatch.setattr(nodes, "lost_nodes", set)
+    monkeypatch.setattr(nodes, "_reserve", reserve)
+    assert nodes.has_room_besides(plan(world_size=size, cpus_per_worker=1), own)
+    assert reserved == [asked]
+    monkeypatch.setattr(nodes, "lost_nodes", lambda: {"a", "b"})
+    assert not nodes.has_room_besides(plan(world_size=size, cpus_per_worker=1), own)
