@@ -136,5 +136,5 @@ def test_what_a_larger_size_needs_besides_the_workers_that_run_is_asked_of_ray(
     monkeypatch.setattr(nodes, "_reserve", reserve)
     assert nodes.has_room_besides(plan(world_size=size, cpus_per_worker=1), own)
     assert reserved == [asked]
-    monkeypatch.setattr(nodes, "lost_nodes", lambda: {"a", "b"})
+    monkeypatch.setattr(nodes, "lost_nodes", lambda: {"a", "b", "d"})
     assert not nodes.has_room_besides(plan(world_size=size, cpus_per_worker=1), own)
