@@ -84,12 +84,14 @@ def _unexplained(run: ChaosRun, faults: list[Fired]) -> list[str]:
             problems.append(f"restart {event.attempt} by {event.failure} ({event.message[:90]}) without its fault")
     for each in faults:
         kind = each.kind
-        after = [event for event in run.events[each.events :] if isinstance(event, TrialRestarted)]
+        after = [(position, event) for position, event in restarts if position >= each.events]
         if kind.must and kind.causes and each.training and not after:
             problems.append(f"{each.name}: no restart followed")
         if each.rank is not None and kind.causes and after:
             failures = [event for event in run.events[each.events :] if isinstance(event, WorkerFailed)]
-            if not any((e.failure, e.rank) == (kind.causes[0], each.rank) for e in failures):
+            # What ends the same attempt may be noticed first.
+            others = [fault for fault in faults if fault is not each and each.events <= fault.events <= after[0][0]]
+            if not others and not any((e.failure, e.rank) == (kind.causes[0], each.rank) for e in failures):
                 named = [(event.failure, event.rank) for event in failures]
                 problems.append(f"{each.name} of rank {each.rank} is recorded as {named[:4]}")
     return problems

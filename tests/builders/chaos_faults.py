@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -76,16 +77,16 @@ def _kill_all(run: ChaosRun, chance: random.Random) -> None:
 
 def _damage(run: ChaosRun, chance: random.Random) -> int:
     newest = max(run.run_dir.glob("*/checkpoints/iter_*/manifest.json"))
-    (state,) = newest.parent.glob("state-*.pt")
+    state = newest.parent / next(iter(json.loads(newest.read_text())["files"]))
     content = bytearray(state.read_bytes())
     content[chance.randrange(len(content))] ^= 0xFF
     state.write_bytes(content)
     return _signal(signal.SIGKILL)(run, chance)
 
 
-def _end(*names: str) -> Callable[[ChaosRun, random.Random], None]:
+def _end(name: str) -> Callable[[ChaosRun, random.Random], None]:
     def fire(run: ChaosRun, chance: random.Random) -> None:
-        run.kill(*names)
+        chance.choice(run.processes(name)).kill()
 
     return fire
 
@@ -169,7 +170,7 @@ KINDS = {
     "hold_gil": Kind(_inject("hold_gil"), STUCK),
     "damaged_checkpoint": Kind(_damage, LOST, share=2),
     "telemetry": Kind(_end("Telemetry"), ("communication",)),
-    "controller": Kind(_end("TrainController"), ("communication",)),
+    "controller": Kind(_end("TrainController"), ("communication",), must=False),  # it may be that of a standby
     "tracker": Kind(_end("orchestrator.tracking")),
     "child": Kind(_kill_child, AGAIN, when="started"),
     "raylet": Kind(_end("/raylet/raylet "), AGAIN, when="working"),

@@ -103,6 +103,8 @@ class ChaosRun:
         """Those that the running start may have."""
         self.undo: list[tuple[float, Callable[[], object]]] = []
         """What ends a disturbance that lasts, and when (monotonic seconds)."""
+        self.disturbed = -1
+        """The newest attempt that a fault is about to end, or has ended."""
         self.problems: list[str] = []
         """What did not hold."""
         self._offset = 0
@@ -220,12 +222,13 @@ class ChaosRun:
 
     @property
     def training(self) -> bool:
-        """Whether the workers train, have come past the last failure, and are not about to end."""
+        """Whether the workers train, have come past the last failure, and nothing is about to end them."""
         failed = [event for event in self.events if isinstance(event, WorkerFailed)]
         past = max([0, *(event.iteration for event in failed)])
         done = [event.iteration for event in self.of(StepsDone)]
         return (
             self.working
+            and self.attempt > self.disturbed
             and len({event.rank for event in self.of(LoopStarted)}) == self.world_size
             and not self.of(WorkerFailed)
             and len(self.workers) == self.world_size
@@ -245,11 +248,6 @@ class ChaosRun:
         (log,) = self.run_dir.glob("*/log.txt")
         wait_for(lambda: "The driver's command: stop" in log.read_text(), seconds=120)
         self._faults.unlink()
-
-    def kill(self, *names: str) -> None:
-        """Kills the process whose command line names something."""
-        (process,) = self.processes(*names)
-        process.kill()
 
     def for_a_while(self, seconds: float, undo: Callable[[], object]) -> None:
         """Ends a disturbance after some seconds."""

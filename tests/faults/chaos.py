@@ -134,12 +134,14 @@ class Soak:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _fire(self, run: ChaosRun, name: str, kind: Kind, chance: random.Random, seconds: float) -> Fired:
-        events, training = len(run.events), run.training
+        events, training, working, attempt = len(run.events), run.training, run.working, run.attempt
         try:
             rank = kind.fire(run, chance)
         except Exception as error:  # noqa: BLE001 - a fault that could not be made is a finding of this run
             run.problems.append(f"{name} did not fire: {error!r}")
             rank = None
+        if kind.causes and kind.must and working:
+            run.disturbed = max(attempt, run.disturbed)
         return Fired(name, kind, rank, events, seconds, training)
 
     @staticmethod
