@@ -18,16 +18,15 @@ from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
-from orchestrator.report.plan_table import plan_table
+from orchestrator.report.plan_table import plan_table, side_by_side_note
 from orchestrator.runlog.changes import with_changes
 
 if TYPE_CHECKING:
-    from orchestrator.execution.event_pump import EventPump
+    from orchestrator.execution.event_log import EventLog
     from orchestrator.execution.stop import StopRequest
     from orchestrator.publish import Publication, Status
-    from orchestrator.report.progress import ProgressDisplay
     from orchestrator.runlog.folder import EarlierRun
-    from trainers.contract.events import Event
+    from trainers.contract.events import Event, TrialEnded
     from trainers.contract.plan import TrialPlan
 
 Datasets = dict[str, dict[str, Any]]
@@ -99,10 +98,18 @@ def run(request: Request, working: Callable[[], None]) -> int:
         request.print_json(to_json(findings))
         return UNFIT
     if not request.quiet:
-        request.console.print(plan_table(plans))
+        request.console.print(plan_table(plans, _side_by_side(request, plans)))
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(request.run_dir, os.getppid()):
         return _execute(request, plans, datasets, working)
+
+
+def _side_by_side(request: Request, plans: list[TrialPlan]) -> str:
+    """How many trials are run at a time on the cluster, in a line."""
+    from orchestrator.execution.nodes import list_nodes
+
+    hosts = {node.id: (node.num_gpus, node.num_cpus) for node in list_nodes()}
+    return side_by_side_note(plans, request.experiment.trials.concurrent, hosts)
 
 
 def _is_filled(path: Path) -> bool:
@@ -182,8 +189,8 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
 
 
 def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[[], None]) -> int:
-    """Runs the trials one after the other until a signal comes, and publishes what they measured."""
-    from orchestrator.execution.event_pump import EventPump
+    """Runs the trials until a signal comes, and publishes what they measured."""
+    from orchestrator.execution.event_log import EventLog
     from orchestrator.execution.stop import StopRequest, grace_seconds
     from orchestrator.publish import Publication
     from orchestrator.report.progress import ProgressDisplay
@@ -192,18 +199,21 @@ def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, worki
 
     earlier = request.earlier
     tracker = Tracker(request.run_dir, tracking_uri(request.experiment.tracking.uri))
-    display = ProgressDisplay(request.console, request.quiet)
+    left = [plan for plan in plans if earlier is None or plan.name not in earlier.finished]
+    display = ProgressDisplay(request.console, request.quiet, left)
     stop = StopRequest(grace_seconds(), display.stopping)
     stop.install()
     working()
     outbox = Outbox(request.run_dir / FILE_NAME)
-    pump = EventPump(outbox, [display, tracker, _load_report])
+    log = EventLog(outbox, [display, tracker, _load_report])
     publication = Publication(request.experiment, request.run_dir, tracker, earlier, outbox)
     try:
-        status = _run_trials(request, plans, datasets, pump, publication, display, stop)
+        log.emit(publication.run_started(datasets), *publication.damage())
+        status = _run_trials(request, plans, log, publication, stop)
+        display.close()
         # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
         threading.Thread(target=_leave_ray, daemon=True).start()
-        tracked = publication.finish(status, pump.emit, request.console, stop.seconds_left)
+        tracked = publication.finish(status, log.emit, request.console, stop.seconds_left)
     except RunFolderError as error:
         display.close()
         publication.give_up(error, request.console)
@@ -214,34 +224,44 @@ def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, worki
 
 
 def _run_trials(
-    request: Request,
-    plans: list[TrialPlan],
-    datasets: Datasets,
-    pump: EventPump,
-    publication: Publication,
-    display: ProgressDisplay,
-    stop: StopRequest,
+    request: Request, plans: list[TrialPlan], log: EventLog, publication: Publication, stop: StopRequest
 ) -> Status:
     """Runs the trials that have not finished, and publishes each; returns how the run ended."""
+    from orchestrator.execution.event_pump import EventPump
+    from orchestrator.execution.nodes import fits_next_to, release_nodes
+    from orchestrator.execution.side_by_side import Calls, run_side_by_side
     from orchestrator.execution.trial import run_trial
-    from trainers.contract.events import TrialStarted
+    from trainers.contract.events import RunStarted
 
-    earlier = request.earlier
-    started = publication.run_started(datasets)
-    pump.emit(started, *publication.damage())
+    earlier, concurrent = request.earlier, request.experiment.trials.concurrent
+    started = next(event for event in log.events if isinstance(event, RunStarted))
+    plans = plans if earlier else _final_plans(request, plans, started.run_id)
+    idle: list[EventPump] = []
     statuses: set[Status] = set()
-    for plan in plans if earlier else _final_plans(request, plans, started.run_id):
-        finished = earlier is not None and plan.name in earlier.finished
-        if stop.requested and not finished:
-            break
-        if not finished:
-            if earlier and plan.name in earlier.plans:
-                display(TrialStarted(trial=plan.name, attempt=0, rank=-1, time=0.0, plan=dataclasses.asdict(plan)))
-            ended = run_trial(plan, request.experiment.faults, pump, str(request.run_dir / "ray"), stop)
-            statuses.add(ended.status)
-        publication.add_trial(plan, pump.events)
-    display.close()
-    pump.close()
+
+    def run(plan: TrialPlan) -> TrialEnded:
+        try:
+            pump = idle.pop()
+        except IndexError:
+            pump = EventPump(log)
+        try:
+            return run_trial(plan, request.experiment.faults, pump, str(request.run_dir / "ray"), stop)
+        finally:
+            idle.append(pump)
+            release_nodes(plan.name)
+
+    def ended(plan: TrialPlan, event: TrialEnded) -> None:
+        statuses.add(event.status)
+        publication.add_trial(plan, log.events)
+
+    finished = [plan for plan in plans if earlier and plan.name in earlier.finished]
+    for plan in finished:
+        publication.add_trial(plan, log.events)
+    left = [plan for plan in plans if plan not in finished]
+    most = len(left) if concurrent == "auto" else concurrent
+    run_side_by_side(left, most, Calls(run, fits_next_to, ended, log.give_up), stop)
+    for pump in idle:
+        pump.close()
     return "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from orchestrator.experiment.environment import command_line, describe, package_hashes
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.causes import lost_events
+from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
@@ -37,7 +38,7 @@ from orchestrator.runlog.folder import (
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract import clock
-from trainers.contract.events import Event, EventsLost, RunEnded, RunStarted, TrialEnded
+from trainers.contract.events import Event, EventsLost, RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -107,11 +108,11 @@ class Publication:
 
     def damage(self) -> list[EventsLost]:
         """An event for each trial of which lines cannot be read, unless it was reported before."""
-        known = {event.lines for event, _ in self._outbox.read() if isinstance(event, EventsLost)}
+        known = {(event.trial, event.lines) for event, _ in self._outbox.read() if isinstance(event, EventsLost)}
         return [
             EventsLost(trial=trial, attempt=0, rank=-1, time=clock.now(), lines=lines)
             for trial, lines in self._outbox.damage().items()
-            if lines not in known
+            if (trial, lines) not in known
         ]
 
     def add_trial(self, plan: TrialPlan, events: Sequence[Event]) -> None:
@@ -125,12 +126,14 @@ class Publication:
             RunFolderError: They cannot be written.
         """
         own = [event for event in events if event.trial == plan.name]
-        trial = trial_result(plan, own, self._tracker.run_ids().get(plan.name))
+        trial = with_neighbours(trial_result(plan, own, self._tracker.run_ids().get(plan.name)), events)
         self._lost += [f"{plan.name}: {each}" for each in lost_events(own, plan.solver.eval_period)]
         with self._outbox.guarded():
             write_airank(plan, own, trial, Path(plan.trial_dir))
             write_mllog(plan, own, trial, Path(plan.trial_dir))
+        begun = {event.trial: number for number, event in enumerate(events) if isinstance(event, TrialStarted)}
         self._result.trials.append(trial)
+        self._result.trials.sort(key=lambda each: begun.get(each.name, len(events)))  # whichever ended first
         self._result.scaling = scaling_rows(self._result.trials)
         self._result.fits = scaling_fits(self._result.trials)
         self._result.repeats = repeat_rows(self._result.trials)
@@ -249,7 +252,7 @@ def close_run(
     publication = Publication(experiment, run_dir, tracker, run, outbox)
     with only_driver(run_dir):
         events = [event for event, _ in outbox.read()]
-        clock.not_before(events[-1].time)
+        clock.not_before(max(event.time for event in events))
         for plan in run.plans.values():
             attempt = max(event.attempt for event in events if event.trial == plan.name)
             if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (plan.name, attempt) for e in events):

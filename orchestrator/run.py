@@ -30,6 +30,7 @@ from rich.markup import escape
 from orchestrator import drive
 from orchestrator.drive import DONE, FAILED, UNFIT, Request
 from orchestrator.execution.supervisor import Supervisor
+from orchestrator.experiment.environment import cluster_address
 from orchestrator.experiment.plan import Hardware, new_run_dir
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.references import with_references
@@ -37,7 +38,7 @@ from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import has_errors, print_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.process import prepare_process
-from orchestrator.report.plan_table import plan_table
+from orchestrator.report.plan_table import plan_table, side_by_side_note
 
 if TYPE_CHECKING:
     from orchestrator.experiment.spec import Experiment
@@ -200,7 +201,9 @@ def _show_plan(request: Request) -> int:
     if request.json_output:
         request.print_json(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
         return DONE
-    request.console.print(plan_table(plans))
+    joined, local = cluster_address(request.experiment.resources.address), Hardware.local()
+    hosts = None if joined else {"": (local.num_gpus, local.num_cpus)}
+    request.console.print(plan_table(plans, side_by_side_note(plans, request.experiment.trials.concurrent, hosts)))
     store = request.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     place = f"Results in {request.run_dir}, tracked in {store} as {request.experiment.name!r}."
     request.console.print(place, soft_wrap=True, markup=False, highlight=False)

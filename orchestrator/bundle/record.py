@@ -14,6 +14,7 @@ from typing import Any
 from orchestrator.bundle.contents import RESULTS, BundledRun, derived_files, result_files
 from orchestrator.experiment.spec import Experiment
 from orchestrator.figures.logged_plan import Plan
+from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
@@ -59,7 +60,7 @@ def recompute(run: BundledRun, findings: FindingList) -> Recomputed:
     for name, plan in run.plans.items():
         try:
             plans[name] = _changed(plan, run)
-            trials.append(trial_result(plans[name], run.of(name)))
+            trials.append(with_neighbours(trial_result(plans[name], run.of(name)), run.events))
         except Exception as error:  # noqa: BLE001 - the events may be anybody's, and hold anything
             what = f"its figures cannot be computed from its events: {error}"
             findings.error("not_computable", f"{run.name}/events.jsonl", name, what, "Ask for all of its events")

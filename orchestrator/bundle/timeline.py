@@ -41,7 +41,7 @@ MOVED = "Of two clocks, one was moved"
 def check_file(run: BundledRun, findings: FindingList) -> None:
     """Checks that every line of the events can be read, to the last."""
     path, place = run.folder / FILE_NAME, f"{run.name}/{FILE_NAME}"
-    if damage := sorted(line for lines in Outbox(path).damage().values() for line in lines):
+    if damage := sorted({line for lines in Outbox(path).damage().values() for line in lines}):
         findings.error("events_cut", place, f"line {damage[0]}", f"{len(damage)} lines cannot be read", CUT)
     if not path.read_bytes().endswith(b"\n"):
         findings.error("events_cut", place, "its end", "the last line is cut off", CUT)

@@ -1,18 +1,17 @@
-"""From the workers to the driver: an actor that takes events without making a worker wait, and the thread behind it."""
+"""From a trial's workers to the driver: an actor that takes events without making a worker wait, and its thread."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
+from orchestrator.execution.event_log import EventLog
 from orchestrator.execution.nodes import NODE_ID
-from orchestrator.runlog.outbox import Outbox, RunFolderError
+from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
 from trainers.contract.channel import Command
 from trainers.contract.events import Event, Heartbeat
@@ -21,12 +20,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_INTERVAL_SECONDS = 0.25
 """How often the driver fetches events."""
-
-RETRY_INTERVAL_SECONDS = 1.0
-"""Pause after events could not be written to disk."""
-
-GIVE_UP_SECONDS = 30.0
-"""How long events that cannot be written are tried again: somebody may make room. Meanwhile no checkpoint counts."""
 
 RPC_TIMEOUT_SECONDS = 120.0
 """Longest wait for the actor, on a machine that has far too much to do; after it, the actor counts as lost."""
@@ -93,18 +86,14 @@ class Telemetry:
 
 
 class EventPump:
-    """Moves events from the actor to the outbox and then to the listeners, in a thread.
+    """Moves the events of one trial's workers from the actor to the run's events, in a thread.
 
     Args:
-        outbox: Where events are persisted; those that it holds already are the beginning of `events`.
-        listeners: Called with every event once it is on disk; an exception of one is logged, not raised.
+        log: The events of the run, which other trials that are under way add to as well.
     """
 
-    def __init__(self, outbox: Outbox, listeners: list[Callable[[Event], None]]) -> None:
-        self.outbox, self._listeners = outbox, listeners
-        self.events: list[Event] = [event for event, _ in outbox.read()]
-        """All events of the run."""
-        clock.not_before(max((event.time for event in self.events), default=0.0))
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
         self.heartbeats: dict[int, HeartbeatSample] = {}
         """The last heartbeat of each rank of the running attempt."""
         self.drained = 0.0
@@ -113,45 +102,24 @@ class EventPump:
         """Where the workers of the running attempt send their events."""
         self.lost = False
         """Whether the actor died or no longer answers; the next attempt gets a new one."""
-        self.failure: RunFolderError | None = None
-        """Why events can no longer be written; None while they can be."""
         self._persisted = 0
         self._drain_lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
         self._thread.start()
 
+    @property
+    def events(self) -> list[Event]:
+        """All events of the run."""
+        return self._log.events
+
     def emit(self, *events: Event) -> None:
-        """Takes events of the driver itself.
-
-        Raises:
-            RunFolderError: They cannot be written, also after a while.
-        """
-        self._append(events)
-        self.events.extend(events)
-        for event in events:
-            for listener in self._listeners:
-                try:
-                    listener(event)
-                except Exception:
-                    logger.exception("a listener failed on %s", event.kind)
-
-    def _append(self, events: Sequence[Event]) -> None:
-        began = time.monotonic()
-        while True:
-            self.check()
-            try:
-                return self.outbox.append(*events)
-            except RunFolderError as error:
-                if error.gone or time.monotonic() - began > GIVE_UP_SECONDS:
-                    self.failure = error
-                    raise
-                time.sleep(RETRY_INTERVAL_SECONDS)
+        """Takes events of the driver itself; raises RunFolderError as `EventLog.emit` does."""
+        self._log.emit(*events)
 
     def check(self) -> None:
         """Raises the RunFolderError for which workers' events can no longer be written, if there is one."""
-        if self.failure:
-            raise self.failure
+        self._log.check()
 
     def begin(self, attempt: int) -> None:
         """Prepares for the workers of a new attempt."""
@@ -195,6 +163,6 @@ class EventPump:
         while not self._ended.is_set():
             try:
                 self.drain()
-            except RunFolderError:  # for the main thread, which asks for it
+            except RunFolderError:  # for the trial's thread, which asks for it
                 return
             self._ended.wait(DRAIN_INTERVAL_SECONDS)

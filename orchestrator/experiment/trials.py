@@ -1,10 +1,10 @@
-"""The fields of an experiment file that say which trials there are."""
+"""The fields of an experiment file that say which trials there are, and how many run at a time."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from orchestrator.experiment.part import Part
 from trainers.recipes import RECIPES
@@ -42,6 +42,19 @@ class Trials(Part):
     """Named speed recipes (trainers/recipes.py)."""
     switches: dict[str, Any] = Field({})
     """Switches that override those of every recipe, for example `channels_last: true`."""
+    concurrent: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Most trials at a time, each on hosts that no other one uses; `auto`: as many as the hosts take. What finds no
+    room waits for its turn, so on one host they follow each other (docs/cluster.md)."""
+    allow_shared_nodes: bool = False
+    """Let trials that run at a time share hosts, as far as their GPUs and CPUs go: for accuracy alone, as their speeds
+    are not those of trials that have their hosts to themselves."""
+
+    @field_validator("concurrent", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("a whole number from 1 on, or auto, is wanted")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Trials:
@@ -51,4 +64,6 @@ class Trials(Part):
                 raise ValueError(f"{field} holds a value twice: {values}")
         if self.batch_per_worker and self.scaling != "weak":
             raise ValueError("batch_per_worker keeps the batch of a worker: scaling must be weak")
+        if self.allow_shared_nodes and self.concurrent == 1:
+            raise ValueError("allow_shared_nodes has no effect on one trial at a time: set concurrent to auto or more")
         return self

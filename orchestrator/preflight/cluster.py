@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.execution.cluster import token_required
 from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
-from orchestrator.experiment.placement import equal_shares, smaller
+from orchestrator.experiment.placement import equal_shares, num_side_by_side, smaller
 from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
@@ -45,6 +45,7 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     """
     nodes = list_nodes()
     findings = [*check_token(nodes), *check_fit(nodes, trials, nodes_may_come=joins_cluster(experiment))]
+    findings += check_concurrency(experiment, trials, nodes)
     # A cluster that was started for this run is this machine, which has been checked (`preflight`).
     if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
@@ -56,9 +57,7 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
     return sort_findings(findings)
 
 
-def check_fit(
-    nodes: Sequence[Node], trials: Sequence[TrialPlan], *, nodes_may_come: bool = False
-) -> list[Finding]:
+def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan], *, nodes_may_come: bool = False) -> list[Finding]:
     """Compares what each trial reserves with what the nodes have, and with how its workers pack onto them.
 
     Where nodes may come later, one that may run with fewer workers needs room for these only.
@@ -102,8 +101,25 @@ def check_fit(
 def _that_fits(trial: TrialPlan, nodes: Sequence[Node]) -> TrialPlan:
     """A trial with as many of its workers as have room on free nodes; with all where none of its sizes has."""
     sizes = (trial, *smaller(trial))
-    fit = (each for each in sizes if equal_shares({n.id: n.capacity(each) for n in nodes}, each.world_size, each.num_nodes))
+    fit = (
+        each for each in sizes if equal_shares({n.id: n.capacity(each) for n in nodes}, each.world_size, each.num_nodes)
+    )
     return next(fit, trial)
+
+
+def check_concurrency(experiment: Experiment, trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
+    """Warns where fewer trials run at a time than were asked for."""
+    asked = experiment.trials.concurrent
+    if asked == "auto" or not trials:
+        return []
+    number = num_side_by_side(trials, {node.id: (node.num_gpus, node.num_cpus) for node in nodes}, asked)
+    if number == min(asked, len(trials)):
+        return []
+    hosts = "the only host takes" if len(nodes) == 1 else f"the {len(nodes)} hosts take"
+    what = f"{asked} trials at a time; {hosts} {number}, the others wait for their turn"
+    hint = "Set it to auto, bring more hosts"
+    hint += "" if experiment.trials.allow_shared_nodes else ", or let trials share hosts (trials.allow_shared_nodes)"
+    return [Finding("warning", "fewer_at_a_time", "trials.concurrent", "", what, hint)]
 
 
 def fits_evaluation(trial: TrialPlan, nodes: Sequence[Node]) -> bool:

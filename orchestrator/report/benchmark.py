@@ -122,6 +122,8 @@ def _rule_reasons(result: BenchmarkResult, trials: Sequence[TrialResult], num_lo
     if len(result.failed_rules) > 1:  # one log that does not comply is accepted, as the slowest run
         rules = dict.fromkeys(rule for rules in result.failed_rules.values() for rule in rules)
         reasons.append(f"{len(result.failed_rules)} logs break rules of MLPerf's: {', '.join(rules)}")
+    if shared := sorted({host for trial in trials for host in trial.shared_hosts or ()}):
+        reasons.append(f"trials shared {', '.join(shared)} while they ran")
     if result.division == "closed":
         reasons += _data_reasons(trials)
         reasons += [] if result.epochs is not None or result.score_reason else ["a log does not say its epochs"]

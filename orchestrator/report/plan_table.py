@@ -1,14 +1,25 @@
 """The table of a run's plan; separate from progress, so that `--dry-run` imports no figures."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.experiment.placement import num_side_by_side
 from trainers.contract.plan import TrialPlan
 
 
-def plan_table(plans: list[TrialPlan]) -> Table:
-    """The plan of every trial, as `--dry-run` and the start of a run show it; fits 80 columns."""
+def plan_table(plans: list[TrialPlan], note: str = "") -> Table:
+    """The plan of every trial, as `--dry-run` and the start of a run show it; fits 80 columns.
+
+    Args:
+        plans: The trials.
+        note: What holds for all of them together.
+    """
     devices = " and ".join(dict.fromkeys(plan.device for plan in plans))
     table = Table(
         title=f"Plan, on {devices}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
@@ -28,8 +39,28 @@ def plan_table(plans: list[TrialPlan]) -> Table:
             f"{solver.base_lr:g}", str(solver.max_iter), str(solver.warmup_iters),
             " ".join(map(str, steps)) or "none", evaluation,
         )  # fmt: skip
-    table.caption = escape("; ".join(dict.fromkeys(filter(None, map(_extras, plans))))) or None
+    table.caption = escape("; ".join(dict.fromkeys(filter(None, [note, *map(_extras, plans)])))) or None
     return table
+
+
+def side_by_side_note(
+    plans: list[TrialPlan], concurrent: int | Literal["auto"], hosts: Mapping[str, tuple[int, int]] | None
+) -> str:
+    """How many trials are run at a time, in a line; "" where nothing is said about it.
+
+    Args:
+        plans: The trials.
+        concurrent: `trials.concurrent`.
+        hosts: Host to its GPUs and CPUs; None for a cluster that has not been asked.
+    """
+    if concurrent == 1 or len(plans) < 2:
+        return ""
+    shared = "" if plans[0].own_nodes else ", on shared hosts"
+    if hosts is None:
+        most = "as many" if concurrent == "auto" else f"at most {min(concurrent, len(plans))}"
+        return f"{most} trials at a time as the cluster has room for{shared}"
+    number = num_side_by_side(plans, hosts, concurrent)
+    return f"up to {number} trials at a time{shared}" if number > 1 else "one trial after the other: no room for two"
 
 
 def _extras(plan: TrialPlan) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.findings import root_cause
-from trainers.contract.events import Event, event_from_json
+from trainers.contract.events import Event, TrialEnded, event_from_json
 
 FILE_NAME = "events.jsonl"
 
@@ -105,16 +105,23 @@ class Outbox:
             return file.read(min(size, offset))
 
     def damage(self) -> dict[str, tuple[int, ...]]:
-        """Numbers of the lines that cannot be read, from 1, by the trial among whose events they are."""
+        """Numbers of the lines that cannot be read, from 1, by the trials among whose events they are.
+
+        Where several trials were under way, a line may be any one's: all have it.
+        """
         damaged: dict[str, list[int]] = {}
-        trial, unassigned = "", []
+        last, live = "", set[str]()
+        unassigned: list[int] = []
         for number, (line, _) in enumerate(self._lines(0), start=1):
             try:
-                trial = event_from_json(line.decode()).trial or trial
+                event = event_from_json(line.decode())
+                last = event.trial or last
+                (live.discard if isinstance(event, TrialEnded) else live.add)(event.trial)
             except ValueError:
                 unassigned.append(number)
-            if trial and unassigned:
-                damaged.setdefault(trial, []).extend(unassigned)
+            if last and unassigned:
+                for trial in live - {""} or {last}:
+                    damaged.setdefault(trial, []).extend(unassigned)
                 unassigned = []
         if unassigned:
             damaged[""] = unassigned

@@ -19,6 +19,7 @@ from orchestrator.data.generate import generate
 from orchestrator.experiment.environment import package_hashes
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment, to_yaml
+from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
@@ -80,7 +81,7 @@ def make_run(folder: Path, data: Path) -> Path:
     for number, plan in enumerate(plans):
         made = _trained(plan, EPOCH + 1 + 50 * number)
         outbox.append(*made.events)
-        trial = trial_result(plan, made.events)
+        trial = with_neighbours(trial_result(plan, made.events), made.events)
         result.trials.append(trial)
         write_airank(plan, made.events, trial, Path(plan.trial_dir))
         write_mllog(plan, made.events, trial, Path(plan.trial_dir))
@@ -221,7 +222,8 @@ def with_figures(files: Files, scratch: Path) -> Files:
     result = ExperimentResult.model_validate_json(files["runs/run/results.json"])
     events = [event for event, _ in Outbox(scratch / FILE_NAME).read()]
     plans = [TrialPlan.from_dict(event.plan) for event in events if event.kind == "trial_started"]  # type: ignore[attr-defined]
-    result.trials = [trial_result(plan, [e for e in events if e.trial == plan.name]) for plan in plans]
+    results = [trial_result(plan, [e for e in events if e.trial == plan.name]) for plan in plans]
+    result.trials = [with_neighbours(each, events) for each in results]
     result.scaling, result.repeats = scaling_rows(result.trials), repeat_rows(result.trials)
     return {**files, "runs/run/results.json": result.model_dump_json(indent=2).encode()}
 

@@ -93,6 +93,7 @@ class Bench:
     ) -> Outcome:
         """Runs the trial to its end, with some faults on the way."""
         from orchestrator.data.generate import generate
+        from orchestrator.execution.event_log import EventLog
         from orchestrator.execution.event_pump import EventPump
         from orchestrator.execution.trial import run_trial
         from orchestrator.runlog.outbox import FILE_NAME, Outbox
@@ -110,7 +111,7 @@ class Bench:
         plan = dataclasses.replace(plan, **plan_changes)
         self.faults_file.write_text(json.dumps([dataclasses.asdict(fault) for fault in faults]))
         self.faults_file.with_suffix(".fired").unlink(missing_ok=True)
-        pump = EventPump(Outbox(run_dir / FILE_NAME), listeners or [])
+        pump = EventPump(EventLog(Outbox(run_dir / FILE_NAME), listeners or []))
         driver: dict[str, Any] = {"trial": "", "attempt": 0, "rank": -1, "time": 0.0}
         run_id = f"{plan.experiment}/{self._number}"
         pump.emit(RunStarted(**driver, experiment=settings.model_dump(mode="json"), run_id=run_id, tags={}))
