@@ -18,9 +18,10 @@ from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.causes import lost_events
 from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult
-from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
+from orchestrator.figures.scaling import add_comparisons
 from orchestrator.figures.trial import trial_result
 from orchestrator.files import redact, without_credentials
+from orchestrator.prediction.predict import complete
 from orchestrator.preflight.tracking import check_store
 from orchestrator.report.airank import write_airank, write_airank_summary
 from orchestrator.report.benchmark import judge_run
@@ -134,9 +135,7 @@ class Publication:
         begun = {event.trial: number for number, event in enumerate(events) if isinstance(event, TrialStarted)}
         self._result.trials.append(trial)
         self._result.trials.sort(key=lambda each: begun.get(each.name, len(events)))  # whichever ended first
-        self._result.scaling = scaling_rows(self._result.trials)
-        self._result.fits = scaling_fits(self._result.trials)
-        self._result.repeats = repeat_rows(self._result.trials)
+        add_comparisons(self._result)
         self._write()
 
     def finish(
@@ -161,6 +160,7 @@ class Publication:
         self._result.ended = clock.utc(clock.now())
         self._result.mlflow_run_id = self._tracker.run_ids().get("")
         with self._outbox.guarded():
+            self._result.prediction = complete(self._run_dir, self._result)
             self._result.benchmark = judge_run(self._experiment, self._result, self._run_dir)
         self._write()
         with self._outbox.guarded():

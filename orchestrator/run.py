@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from orchestrator.execution.stop import INTERRUPTED, handle_stop_signals
 
@@ -38,9 +38,10 @@ from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import has_errors, print_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.process import prepare_process
-from orchestrator.report.plan_table import plan_table, side_by_side_note
+from orchestrator.report.plan_table import plan_table
 
 if TYPE_CHECKING:
+    from orchestrator.experiment.prediction_file import Prediction
     from orchestrator.experiment.spec import Experiment
     from orchestrator.runlog.folder import EarlierRun
 
@@ -74,6 +75,17 @@ def main(
     replay_outbox: Annotated[
         Path | None, typer.Option(help="Track a run's folder in MLflow after the fact, and stop.")
     ] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORKERS",
+            help="Predict throughput, time and cost for these numbers of workers, e.g. 64,128, from "
+            "a short run on few.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="WORKERS", help="Sizes of that run; default: 1, 2 and 8 as there is room.")
+    ] = None,
     auto_resume: Annotated[
         int,
         typer.Option(
@@ -94,6 +106,7 @@ def main(
     supervisor = Supervisor()
     prepare_process()
     console = Console(stderr=as_json, emoji=False)
+    asked: Prediction | None = None
     # A thread that outlives its cluster must not join another one, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
@@ -103,10 +116,12 @@ def main(
             console.print(track_folder(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
         if resume is not None and resume != AUTO:
-            others = bool(output or config != DEFAULT_CONFIG)
+            others = bool(output or config != DEFAULT_CONFIG or predict or calibrate)
             earlier: EarlierRun | None = _read_earlier(resume, assignments or [], alone=not others)
         else:
             given = with_references(load_experiment(config, assignments))
+            if predict or calibrate:
+                given, asked = _calibration(given, predict, calibrate)
             earlier = _read_begun_job(output, given, console) if resume == AUTO else None
         experiment = earlier.experiment if earlier else given
         run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
@@ -116,8 +131,10 @@ def main(
         # Ray prints what its daemons report to stdout, which is to hold one JSON document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             if dry_run:
-                raise typer.Exit(_show_plan(request))
-            raise typer.Exit(_check(request, supervisor) if preflight else _run(request, supervisor, auto_resume))
+                raise typer.Exit(_show_plan(request, asked))
+            if preflight:
+                raise typer.Exit(_check(request, supervisor))
+            raise typer.Exit(_run(request, supervisor, auto_resume, asked))
     except SpecError as error:
         raise typer.Exit(_report(error)) from None
 
@@ -128,11 +145,32 @@ def _check(request: Request, supervisor: Supervisor) -> int:
     return _give_up(request, None, ending.reason, stopped=supervisor.stopped) if ending.code is None else ending.code
 
 
-def _run(request: Request, supervisor: Supervisor, auto_resume: int) -> int:
+def _calibration(experiment: Experiment, predict: str | None, calibrate: str | None) -> tuple[Experiment, Prediction]:
+    """The short experiment that a prediction is made from, and what it is to predict."""
+    from orchestrator.prediction.asking import ask, calibration, parse_sizes
+
+    if predict is None:
+        raise SpecError(f"--calibrate {calibrate}: it has no effect without --predict")
+    asked = ask(experiment, parse_sizes(predict, "--predict"))
+    given = parse_sizes(calibrate, "--calibrate") if calibrate else None
+    # How much room a cluster has is known once it is joined; preflight then says if it is too little.
+    hardware = None if cluster_address(experiment.resources.address) else Hardware.local()
+    return calibration(experiment, asked, given, hardware), asked
+
+
+def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Prediction | None) -> int:
     """Drives the run in a child process; where that is lost, goes on with the run or publishes what there is."""
+
+    def working() -> None:
+        if asked and not request.earlier:
+            from orchestrator.prediction.predict import keep
+
+            keep(asked, request.run_dir)
+        supervisor.working()
+
     began, tries, progress = False, 0, _progress(request.run_dir) if request.earlier else 0
     while True:
-        ending = supervisor.run(partial(_without_traceback, drive.run, request, supervisor.working))
+        ending = supervisor.run(partial(_without_traceback, drive.run, request, working))
         if ending.code is not None and not (tries and ending.code == UNFIT):
             return INTERRUPTED if supervisor.stopped else ending.code
         began |= ending.worked
@@ -190,8 +228,8 @@ def _report(error: SpecError) -> int:
     return UNFIT
 
 
-def _show_plan(request: Request) -> int:
-    """The plan of every trial, for people or as JSON."""
+def _show_plan(request: Request, asked: Prediction | None) -> int:
+    """The plan of every trial and what they are to predict, for people or as JSON."""
     findings = check_settings(request.experiment)
     print_findings(findings)
     if has_errors(findings):
@@ -199,11 +237,16 @@ def _show_plan(request: Request) -> int:
         return UNFIT
     plans = drive.plan_trials(request, Hardware.local())
     if request.json_output:
-        request.print_json(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        shown: Any = [dataclasses.asdict(plan) for plan in plans]
+        shown = {"calibration": shown, "prediction": asked.model_dump(mode="json")} if asked else shown
+        request.print_json(json.dumps(shown, indent=2))
         return DONE
-    joined, local = cluster_address(request.experiment.resources.address), Hardware.local()
-    hosts = None if joined else {"": (local.num_gpus, local.num_cpus)}
-    request.console.print(plan_table(plans, side_by_side_note(plans, request.experiment.trials.concurrent, hosts)))
+    request.console.print(plan_table(plans))
+    if asked:
+        from orchestrator.prediction.asking import asked_lines
+
+        for line in asked_lines(asked):
+            request.console.print(line, soft_wrap=True, markup=False, highlight=False)
     store = request.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     place = f"Results in {request.run_dir}, tracked in {store} as {request.experiment.name!r}."
     request.console.print(place, soft_wrap=True, markup=False, highlight=False)
@@ -215,7 +258,7 @@ def _read_earlier(folder: Path, assignments: list[str], *, alone: bool) -> Earli
     from orchestrator.runlog.folder import enter_working_directory, read_earlier_run
 
     if not alone:
-        raise SpecError("--resume goes on with the run as it was; give no experiment file and no --output")
+        raise SpecError("--resume goes on with the run as it was; give no experiment file, --output or --predict")
     earlier = read_earlier_run(folder, assignments)
     enter_working_directory(earlier)
     return earlier

@@ -18,6 +18,7 @@ from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
+from orchestrator.experiment.prediction_file import predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.gpus import list_gpus
@@ -95,8 +96,10 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     `hardware` decides `device: auto` and the CPUs per worker. `run_dir` is absolute.
 
     Raises:
-        SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config).
+        SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config), or the
+            experiment is to be compared with a prediction of another setup.
     """
+    prediction = prediction_of(experiment)
     train, val = dataset_plans(experiment, generated_root)
     num_train_images = epoch_images(experiment, train.annotations)
     resources, trials, protocol = experiment.resources, experiment.trials, experiment.protocol
@@ -115,8 +118,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     checkpoints = experiment.storage.checkpoints
     checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
     # The largest trial decides for all, so that sizes that are compared evaluate alike.
-    alone = hardware.num_hosts == 1 and not trials.allow_shared_nodes
-    spare_cpus = hardware.num_cpus - max(trials.world_sizes) * cpus if alone else 0
+    spare_cpus = hardware.num_cpus - max(trials.world_sizes) * cpus if hardware.num_hosts == 1 else 0
     plans = []
     for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
         name = f"{recipe}-{world_size}x{device}"
@@ -130,7 +132,6 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 world_size=world_size,
                 num_nodes=resources.num_nodes,
                 **resize_fields(resources),
-                own_nodes=trials.concurrent != 1 and not trials.allow_shared_nodes,
                 recipe_name=recipe,
                 seed=seed,
                 scaling=scaling,
@@ -171,6 +172,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 price_per_accelerator_hour=resources.price_per_accelerator_hour,
                 price_per_kwh=resources.price_per_kwh,
                 carbon_grams_per_kwh=resources.carbon_grams_per_kwh,
+                predicted=predicted(prediction, recipe, scaling, world_size, solver),
             )
         )
     check_resizing(experiment, plans)

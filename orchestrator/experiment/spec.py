@@ -65,6 +65,8 @@ class Resources(Part):
     resize_after_seconds: float | None = Field(None, ge=1)
     """With `min_workers`: how long room must be missing before a trial runs with fewer workers, and be there before it
     is started again with more; null: 60."""
+    exclude_slow_nodes: bool = False
+    """Leave out nodes of a cluster that preflight finds slower than the others (docs/acceptance.md); false: warn."""
     evaluation: EvaluationResources | None = None
     """What is reserved for evaluations before the last, which are then made while training goes on; null: nothing."""
     network_interface: str | None = Field(None, pattern=r"^[=^]?[A-Za-z0-9_.:,-]+$")
@@ -163,6 +165,8 @@ class ReferenceRow(Part):
     """What it is, with its hardware."""
     world_size: int = Field(ge=1)
     """Accelerators."""
+    training_world_size: int | None = Field(None, ge=1)
+    """Those of them that train, where others evaluate; null: all."""
     accelerator: str | None = None
     """Their model name."""
     precision: str | None = None
@@ -212,6 +216,9 @@ class Experiment(Part):
     """Published figures to show next to the measured ones."""
     reference_files: list[str] = Field([])
     """Files with more of them (`references/mlperf.yaml`), each with nothing but `reference_rows`."""
+    prediction: str | None = None
+    """What `--predict` left (its run's folder, or `prediction.json`): trials at a size that was predicted are shown next
+    to their prediction. Refused where it was made for another model, data set or recipe switches."""
 
     @model_validator(mode="before")
     @classmethod
@@ -229,10 +236,6 @@ class Experiment(Part):
             raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
         if self.tracking.log_model == "best" and not self.protocol.evaluates:
             raise ValueError("tracking.log_model: best needs an evaluation: give protocol.evaluate_at_end: true")
-        if self.trials.concurrent != 1 and self.resources.evaluation:
-            raise ValueError(
-                "resources.evaluation reserves on any host, also where another trial trains: set trials.concurrent to 1"
-            )
         return self
 
     @model_validator(mode="after")

@@ -208,6 +208,21 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         Figure("fits.projected_efficiency", "Projected efficiency", "PROJECTION, not a measurement: efficiency there, "
             "against the smallest world size.", text=percent_text, better="higher"),
     ),
+    "Prediction": (
+        _rate("predicted.images_per_second", "Predicted images/s", "PREDICTION from a calibration before the trial "
+            "began; `low` and `high` are the ends of its 95 % interval.",
+            mlflow="prediction/images_per_second"),
+        Figure("predicted.error", "Prediction off by", "Predicted throughput over the measured one, less 1; null on "
+            "another device than the predicted one.", text=percent_text, mlflow="prediction/error"),
+        _rate("predictions.images_per_second", "Predicted images/s", "PREDICTION, not a measurement: throughput at a "
+            "size that was asked for.", short="Images\n/s"),
+        Figure("predictions.efficiency", "Predicted efficiency", "PREDICTION, not a measurement: efficiency there, "
+            "against the smallest size that was measured.", short="Effi-\nciency", text=percent_text, better="higher"),
+        _seconds("predictions.time_to_target_seconds", "Predicted time to target (s)", "PREDICTION, not a measurement: "
+            "steps of the epochs that MLPerf's points need at this batch, without evaluations.", short="Target\n(s)"),
+        _cost("predictions.cost_to_target", "Predicted cost to target", "PREDICTION, not a measurement: price of the "
+            "accelerators for that time.", short="Cost to\ntarget"),
+    ),
     "Benchmark": (
         Figure("benchmark.score_minutes", "Score (min)", "Mean of MLPerf's clock over the runs of a benchmark without "
             "the fastest and the slowest, in minutes; a run that missed its targets is the slowest.", unit="min",

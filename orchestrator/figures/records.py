@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from orchestrator.experiment.prediction_file import Prediction
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.benchmark_records import BenchmarkResult
 from orchestrator.figures.energy_records import Energy
@@ -124,6 +125,17 @@ class Restart(_Record):
     """Its parts in order, from `detection` to `first_step` (docs/measurement.md, "Downtime"); empty without it."""
 
 
+class PredictedFigures(_Record):
+    """The prediction of a trial (`predicted.` in the catalogue)."""
+
+    images_per_second: float | None = None
+    low: float | None = None
+    """Lower end of its 95 % interval."""
+    high: float | None = None
+    """Upper end of its 95 % interval."""
+    error: float | None = None
+
+
 class Segment(_Record):
     """Consecutive iterations of the final state that were trained with one number of workers."""
 
@@ -166,6 +178,8 @@ class TrialResult(_Record):
     max_iter: int | None = None
     iterations: int | None = None
     images_per_second: float | None = None
+    predicted: PredictedFigures = PredictedFigures()
+    """What was predicted for it before it ran; null where nothing was."""
     wall_images_per_second: float | None = None
     step_seconds: Quantiles = Quantiles()
     data_seconds: Quantiles = Quantiles()
@@ -236,10 +250,6 @@ class TrialResult(_Record):
     state_sha256: str | None = None
     """Hash of the final model and optimizer state."""
     hosts: list[str] = []
-    ran_with: list[str] | None = None
-    """Trials of the run that were under way at the same time, for some of it; null where that is not known."""
-    shared_hosts: list[str] | None = None
-    """Hosts on which they had workers, too."""
     num_train_images: int | None = None
     num_val_images: int | None = None
     numerics: dict[str, bool | str] = {}
@@ -276,6 +286,8 @@ class ExperimentResult(_Record):
     """Projections to the next world size."""
     repeats: list[RepeatRow] = []
     """Figures that several runs gave."""
+    prediction: Prediction | None = None
+    """What its trials, as a calibration, predict for other sizes; null where nothing was asked (`--predict`)."""
     benchmark: BenchmarkResult | None = None
     """The score of its seeds; null for other protocols, and before the end."""
     reference_rows: list[ReferenceRow] = []

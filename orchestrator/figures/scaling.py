@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from operator import attrgetter
 from typing import Literal
 
-from orchestrator.figures.records import CurvePoint, TrialResult
+from orchestrator.figures.records import CurvePoint, ExperimentResult, TrialResult
 from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow, Spread
+from orchestrator.figures.step_terms import fit_terms, terms_at
 from orchestrator.figures.steps import join_points, matched, rate
 from trainers.contract.plan import Scaling
 
@@ -44,6 +44,12 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+def add_comparisons(result: ExperimentResult) -> None:
+    """Sets what a run's trials show together: scaling, its projection, and the spread of repeats."""
+    result.scaling, result.fits = scaling_rows(result.trials), scaling_fits(result.trials)
+    result.repeats = repeat_rows(result.trials)
 
 
 def repeat_rows(trials: Sequence[TrialResult]) -> list[RepeatRow]:
@@ -138,11 +144,9 @@ def compare(above: TrialResult, below: TrialResult, span: tuple[int, int] | None
 def scaling_fits(trials: Sequence[TrialResult]) -> list[ScalingFit]:
     """Fits the step time over the world size and projects it to twice the largest size.
 
-    The model of a step on N workers is `serial + computation / N + communication x log2(N)` with a fixed global batch
-    (Amdahl's law, 1967, with the rounds of a tree all-reduce), and `computation + communication x log2(N)` with the
-    batch per worker fixed, where a serial part cannot be separated from computation. A ring's (N - 1) / N would not do:
-    it is 1 - 1 / N, which the other two terms make by themselves. No term is negative; relative errors are minimised.
-    Two sizes separate computation and one more term: the serial part, or communication where that fits better.
+    The terms are those of `step_terms`; with the batch per worker fixed, a serial part cannot be separated from
+    computation. Two sizes separate computation and one more term: the serial part, or communication where that fits
+    better. `orchestrator.prediction` fits the same terms to the parts of a step, where these were measured.
     """
     fits = (_scaling_fit(recipe, kind, sizes) for (recipe, kind), sizes in _groups(trials).items())
     return [fit for fit in fits if fit]
@@ -156,10 +160,16 @@ def _scaling_fit(recipe: str, kind: Scaling, sizes: Mapping[int, Sequence[TrialR
             step_seconds[world_size], batches[world_size] = batch / statistics.median(rates), batch
     if len(step_seconds) < 2:
         return None
-    found = _fit(_SHAPES[kind], step_seconds)
+    names = ("computation", "serial", "communication") if kind == "strong" else ("computation", "communication")
+
+    def terms(size: int) -> dict[str, float]:
+        at = terms_at(size, 1 / size if kind == "strong" else 1.0)
+        return {name: at[name] for name in names}
+
+    found = fit_terms([terms(size) for size in step_seconds], list(step_seconds.values()))
 
     def step(size: int) -> float:
-        return sum(seconds * _SHAPES[kind][term](size) for term, seconds in found.items())
+        return sum(seconds * terms(size)[name] for name, seconds in found.items())
 
     base, following = min(step_seconds), 2 * max(step_seconds)
     next_batch = batches[base] if kind == "strong" else batches[base] / base * following
@@ -176,34 +186,6 @@ def _scaling_fit(recipe: str, kind: Scaling, sizes: Mapping[int, Sequence[TrialR
         projected_images_per_second=projected,
         projected_efficiency=projected / (batches[base] / step_seconds[base]) * base / following,
     )
-
-
-_SHAPES: dict[Scaling, dict[str, Callable[[int], float]]] = {
-    "strong": {"computation": lambda n: 1 / n, "serial": lambda _: 1.0, "communication": math.log2},
-    "weak": {"computation": lambda _: 1.0, "communication": math.log2},
-}
-"""Terms of a step on N workers, in the order in which they are preferred where too few sizes separate them."""
-
-
-def _fit(shapes: Mapping[str, Callable[[int], float]], step_seconds: Mapping[int, float]) -> dict[str, float]:
-    """Least squares of relative errors by computation and as many more terms as the sizes allow, none negative.
-
-    Returns:
-        Seconds by term; with fewer sizes than terms, a term that they cannot separate is left out.
-    """
-    from scipy.optimize import nnls
-
-    others = [name for name in shapes if name != "computation"]
-    solutions = []
-    for chosen in combinations(others, min(len(others), len(step_seconds) - 1)):
-        names = ("computation", *chosen)
-        rows = [[shapes[name](n) / seconds for name in names] for n, seconds in step_seconds.items()]
-        terms, residual = nnls(rows, [1.0] * len(rows))
-        solutions.append((round(float(residual), 9), dict(zip(names, map(float, terms), strict=True))))
-    best = min(solutions, key=lambda solution: solution[0])[1]  # the first of equals
-    if len(step_seconds) >= len(shapes):
-        return best
-    return {name: seconds for name, seconds in best.items() if seconds or name == "computation"}
 
 
 def _matched_span(trials: Sequence[TrialResult]) -> tuple[int, int] | None:

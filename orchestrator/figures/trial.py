@@ -14,6 +14,7 @@ from orchestrator.figures.early_stop import average_notes
 from orchestrator.figures.energy import energy_figures
 from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
+from orchestrator.figures.predicted import predicted_figures, prediction_notes
 from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
@@ -123,7 +124,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "accumulate": plan.accumulate if isinstance(plan, TrialPlan) else None,
         "num_nodes": len({e.host + e.node_id for e in workers if e.attempt == workers[-1].attempt}) or None,
         "hosts": sorted({e.host for e in workers}),
-        "device_name": workers[0].device_name or None if workers else None,
+        "device_name": _device(workers),
         "recipe": plan.recipe_name,
         "iterations": trial.iterations,
         "num_train_images": loop.num_train_images if loop else None,
@@ -133,6 +134,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         "notes": [
             *([note] if fewer else []),
             *average_notes(plan),
+            *prediction_notes(plan, _device(workers)),
             *lost_events(trial.events, plan.solver.eval_period or 0),
             *oddities(trial.events),
         ],
@@ -183,6 +185,7 @@ def _steps(trial: _Trial) -> dict[str, Any]:
     own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
     return {
         "images_per_second": throughput(steps, warmup),
+        "predicted": predicted_figures(plan, throughput(steps, warmup), _device(trial.workers)),
         "throughput_warmup_iters": warmup,
         "step_seconds": quantiles(step_parts(steps, "step", warmup)),
         "data_seconds": parts.pop("data"),
@@ -251,6 +254,10 @@ def _cost(plan: Plan, seconds: float | None) -> float | None:
     """What the trial's accelerators cost for so many seconds; None where price or seconds are not known."""
     price = plan.price_per_accelerator_hour
     return None if price is None or seconds is None else price * plan.world_size * seconds / 3600
+
+
+def _device(workers: Sequence[WorkerStarted]) -> str | None:
+    return workers[0].device_name or None if workers else None
 
 
 def _between(start: float | None, end: float | None) -> float | None:

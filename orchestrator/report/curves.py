@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.scaling_records import ScalingRow
 from orchestrator.report import drawing
 from orchestrator.report.drawing import Drawing, ReportInput
@@ -44,6 +45,7 @@ def throughput(data: ReportInput) -> Drawing:
             _rates(axes, medians, rows, position, " ".join(filter(None, (label, recipe, scaling))))
             sizes |= set(medians)
             position += 1
+        sizes |= _predicted(axes, result, drawing.color_of(position - 1))
     if not position:
         return "no trial ran longer than its warm-up"
     references = {row.name: row for result in data.results.values() for row in result.reference_rows}
@@ -57,6 +59,26 @@ def throughput(data: ReportInput) -> Drawing:
     axes.set_xlabel("workers")
     drawing.legend(axes)
     return figure
+
+
+def _predicted(axes: Axes, result: ExperimentResult, color: str) -> set[int]:
+    """Predicted rates with their intervals: of a calibration, and of trials before they ran; returns their sizes."""
+    known = [
+        (trial.world_size, of.images_per_second, of.low, of.high)
+        for trial in result.trials
+        if (of := trial.predicted).images_per_second and of.low and of.high
+    ]
+    sizes = result.prediction.sizes if result.prediction else []
+    of_sizes = [(p.world_size, p.images_per_second, p.images_per_second_low, p.images_per_second_high) for p in sizes]
+    known = sorted({*known, *of_sizes})
+    for number, (size, rate, low, high) in enumerate(known):
+        axes.plot([size] * 2, [low, high], "_-", color=color, markersize=9, linewidth=1.2)
+        axes.plot(size, rate, "s", color=color, fillstyle="none", label=None if number else "predicted, 95 % interval")
+    if of_sizes:
+        last = max(((t.world_size, t.images_per_second) for t in result.trials if t.images_per_second), default=None)
+        points = [*([last] if last else []), *(each[:2] for each in of_sizes)]
+        axes.plot(*zip(*points, strict=True), "--", color=color, linewidth=1)
+    return {each[0] for each in known}
 
 
 def _rates(axes: Axes, medians: dict[int, float], rows: Iterable[ScalingRow], position: int, name: str) -> None:

@@ -29,6 +29,7 @@ from orchestrator.report.drawing import ReportInput
 from orchestrator.report.evaluation import DAMAGED, ClassFigures, class_figures
 from orchestrator.report.mlflow_links import mlflow_links
 from orchestrator.report.plots import PLOTS, anchor_of, section_of
+from orchestrator.report.prediction import prediction_notes, prediction_tables
 from orchestrator.report.samples import MIN_SCORE, Samples, sample_pictures
 from orchestrator.report.table import table_cells, table_rows
 from orchestrator.runlog.folder import RunFolder
@@ -119,6 +120,8 @@ def _run_values(name: str, run: RunFolder, prefix: str, *, detailed: bool) -> di
         "headings": headings,
         "rows": list(zip(table_rows(result), lines, strict=True)),
         "verdict": verdict_lines(result),
+        "predictions": prediction_tables(result.prediction) if result.prediction else [],
+        "prediction_notes": list(prediction_notes(result.prediction)) if result.prediction else [],
         "samples": samples.pictures,
         "legend": {name: "#{:02x}{:02x}{:02x}".format(*color) for name, color in samples.legend.items()},
         "progress": samples.progress if detailed else None,

@@ -54,7 +54,8 @@ class Plot(Generic[Input]):
 PLOTS = (
     Plot(
         curves.throughput, "Throughput against workers",
-        "Dotted: ideal, from the smallest size. Bars: 95 % interval.", "images_per_second",
+        "Dotted: ideal, from the smallest size. Bars: 95 % interval. Squares: predicted, not measured.",
+        "images_per_second",
     ),
     Plot(
         curves.accuracy_over_time, "AP over time", "Each point is one evaluation, at the time its figures were known.",

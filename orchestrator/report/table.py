@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -21,20 +21,19 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.experiment.prediction_file import Prediction
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.benchmark import verdict_lines
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import NOT_MEASURED, Figure, number_text, percent_text, seconds_text
 from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.report.prediction import prediction_group, prediction_note, prediction_notes, prediction_tables
 
 DEFINITIONS = "docs/measurement.md"
 """Where every column is defined."""
 
 MAX_DATA_WAIT = 0.05
 """Share of the step time spent waiting for data above which a note says so; the seed's runs waited for below 1 %."""
-
-MAX_NAMES = 3
-"""Names of other trials in a note."""
 
 MAX_NEW_SHAPES = 0.05
 """What new shapes may add to the time of the steps without a note."""
@@ -139,7 +138,8 @@ def closing_table(result: ExperimentResult) -> Group:
     for row, line in zip(rows, lines, strict=True):
         table.add_row(*map(escape, line), style="dim" if row.kind == "reference" else None)
     notes = [Text(f"{row.name}: {row.note}", style="dim") for row in rows if row.note]
-    return Group(Text(result.experiment, style="bold"), table, *map(Text, verdict_lines(result)), *notes)
+    predicted = Group(Text(), prediction_group(result.prediction)) if result.prediction else Group()
+    return Group(Text(result.experiment, style="bold"), table, *map(Text, verdict_lines(result)), *notes, predicted)
 
 
 def markdown_table(result: ExperimentResult) -> str:
@@ -154,8 +154,19 @@ def markdown_table(result: ExperimentResult) -> str:
         "",
         *(f"{escape_markdown(line)}\n" for line in verdict_lines(result)),
         *([*notes, ""] if notes else []),
+        *(_markdown_prediction(result.prediction) if result.prediction else []),
     ]
     return "\n".join([*lines, f"{NOT_MEASURED} is not measured. Every figure is defined in {DEFINITIONS}.", ""])
+
+
+def _markdown_prediction(prediction: Prediction) -> Iterator[str]:
+    for title, headings, rows in prediction_tables(prediction):
+        yield from (f"**{escape_markdown(title)}**", "", f"| {' | '.join(map(escape_markdown, headings))} |")
+        yield f"|{'---:|' * len(headings)}"
+        yield from (f"| {' | '.join(map(escape_markdown, row))} |" for row in rows)
+        yield ""
+    yield from (f"- {escape_markdown(note)}" for note in prediction_notes(prediction))
+    yield ""
 
 
 def csv_table(result: ExperimentResult) -> str:
@@ -230,14 +241,10 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
     first = trials[0]
     notes = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
     met = sum(trial.time_to_train_seconds is not None for trial in trials)
-    together = sorted({name for trial in trials for name in trial.ran_with or ()})
-    if together:
-        more = f" and {len(together) - MAX_NAMES} more" if len(together) > MAX_NAMES else ""
-        hosts = sorted({host for trial in trials for host in trial.shared_hosts or ()})
-        shared = f", sharing {', '.join(hosts)}: its speed is not that of a trial alone" if hosts else ""
-        notes.append(f"ran at the same time as {', '.join(together[:MAX_NAMES])}{more}{shared}")
     if 0 < met < len(trials):
         notes.insert(0, f"targets met in {met} of {len(trials)} trials")
+    if predicted := prediction_note(trials):
+        notes.append(predicted)
     wait = max((trial.data_wait_share for trial in trials if trial.data_wait_share is not None), default=0.0)
     if wait > MAX_DATA_WAIT:
         notes.append(

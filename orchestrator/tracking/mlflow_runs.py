@@ -254,8 +254,9 @@ class MlflowRuns:
             if result.benchmark:
                 self._figures(run_id, metrics(result.benchmark, "benchmark."), event.time, ends)
             self._tag(run_id, {"mlflow.note.content": markdown_table(result), **benchmark.summary_tags(result)})
+            self._tag(run_id, notes.prediction_tags(result))
         benchmark.log_package(self._client, run_id, self._run_dir)
-        for name in ("results.json", "report.md", "report.html", "table.csv"):
+        for name in ("results.json", "report.md", "report.html", "table.csv", "prediction.json"):
             if (self._run_dir / name).exists():
                 self._client.log_artifact(run_id, str(self._run_dir / name))
         self._client.set_terminated(run_id, event.status, int(event.time * 1000))

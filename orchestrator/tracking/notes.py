@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.causes import root_cause
-from orchestrator.figures.figure import number_text, rate_text, seconds_text
+from orchestrator.figures.figure import number_text, percent_text, rate_text, seconds_text
 from orchestrator.figures.logged_plan import Plan
-from orchestrator.figures.records import TrialResult
+from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.segments import segments_text
 from orchestrator.report.mlflow_links import VIEW_KEY
 from orchestrator.tracking import benchmark
@@ -92,12 +92,20 @@ def outcome(result: TrialResult) -> str:
     )
 
 
+def prediction_tags(result: ExperimentResult) -> dict[str, str]:
+    """Tags of the parent run with what was predicted for each size; none without a prediction."""
+    return {
+        f"prediction.{size.world_size}": f"{rate_text(size.images_per_second)} images/s "
+        f"({rate_text(size.images_per_second_low)}–{rate_text(size.images_per_second_high)}), "
+        f"efficiency {percent_text(size.efficiency)}"
+        for size in (result.prediction.sizes if result.prediction else [])
+    }
+
+
 def outcome_tags(result: TrialResult, events: Sequence[Event]) -> dict[str, str]:
     """Tags with the hosts of a trial, why it ended, where it failed, what each restart cost, and its segments."""
     tags = {"reason": result.reason} if result.reason else {}
     tags |= {"num_nodes": str(result.num_nodes)} if result.num_nodes else {}
-    tags |= {"ran_with": ", ".join(result.ran_with)} if result.ran_with else {}
-    tags |= {"shared_hosts": ", ".join(result.shared_hosts)} if result.shared_hosts else {}
     cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
     if cause is not None and result.status == "FAILED":
         tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}

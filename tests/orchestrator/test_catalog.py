@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 
+from orchestrator.experiment import prediction_file
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures import benchmark_records, energy_records, records, scaling_records
 from orchestrator.figures.catalog import BEGIN, END, FIGURES, SECTIONS, reference
@@ -47,6 +48,7 @@ ADDED = {
     "time/checkpoint_seconds", "time/paused_seconds", "energy/joules", "energy/joules_per_image",
     "energy/watt_hours_to_target", "energy/training_joules", "energy/evaluation_joules", "energy/idle_joules",
     "energy/host_joules", "cost/energy", "cost/energy_to_target", "carbon/grams", "carbon/grams_to_target",
+    "prediction/images_per_second", "prediction/error",
 } | WINDOWS | BENCHMARK  # fmt: skip
 """Names that came later."""
 
@@ -55,6 +57,11 @@ SAYS_ITS_NAME = {
     "mlflow_run_id", "attempt",
 }  # fmt: skip
 """Fields of records that need no description."""
+
+IN_OTHER_RECORDS = (
+    "evaluations.", "restarts.", "scaling.", "fits.", "windows.", "benchmark.", "predictions.",
+)  # fmt: skip
+"""Beginnings of the keys of figures that are not in the record of a trial by itself."""
 
 FAMILIES = {"loss/*", "coco/*", "time/evaluation_*_seconds", "validation_class/*", "validation_loss/*"}
 
@@ -75,6 +82,8 @@ def _types(annotation: object) -> tuple[object, ...]:
         (scaling_records.ScalingRow, "scaling."),
         (scaling_records.ScalingFit, "fits."),
         (benchmark_records.BenchmarkResult, "benchmark."),
+        (records.PredictedFigures, "predicted."),
+        (prediction_file.PredictedSize, "predictions."),
     ],
 )
 def test_every_field_of_a_record_is_described_once(record, prefix):
@@ -95,10 +104,7 @@ def test_every_number_of_a_trial_has_a_row():
 def test_every_row_of_a_trial_is_in_its_record():
     result = trial_result(trained().trial, trained().events)
     for row in FIGURES.values():
-        if (
-            not row.key.startswith(("evaluations.", "restarts.", "scaling.", "fits.", "windows.", "benchmark."))
-            and "*" not in row.key
-        ):
+        if not row.key.startswith(IN_OTHER_RECORDS) and "*" not in row.key:
             assert row.text(row.of(result))
 
 

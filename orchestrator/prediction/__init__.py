@@ -1,0 +1,1 @@
+"""Predicts throughput, time and cost at sizes that were not run, from a short calibration."""

@@ -1,0 +1,83 @@
+"""`python -m orchestrator.prediction RUN_FOLDER --sizes 64,1024`: predicts from a run that has ended."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from orchestrator.experiment.prediction_file import Prediction
+from orchestrator.experiment.spec import SpecError
+from orchestrator.files import write_atomically
+from orchestrator.prediction.asking import ask_of_run, parse_sizes
+from orchestrator.prediction.predict import predict
+from orchestrator.prediction.simulation import Algorithm, Links
+from orchestrator.process import prepare_process
+from orchestrator.report.prediction import prediction_group
+from orchestrator.runlog.folder import read_run_folder
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with trials of two sizes or more.")],
+    sizes: Annotated[str, typer.Option(metavar="WORKERS", help="Numbers of workers to predict, e.g. 64,1024.")],
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Simulate links: GB/s that a worker sends; needs --gradients.", min=1e-6)
+    ] = None,
+    latency: Annotated[float, typer.Option(help="Of a message, microseconds.", min=0)] = 10.0,
+    gradients: Annotated[
+        float | None, typer.Option(help="MB of one exchange: R50-FPN in fp32 has 177.", min=1e-6)
+    ] = None,
+    algorithm: Annotated[str, typer.Option(help="How gradients are exchanged: ring or tree.")] = "ring",
+    mtbf_hours: Annotated[
+        float | None, typer.Option(help="Mean time between failures of the largest of --sizes.", min=1e-6)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--to", help="Write the prediction here, for `prediction: FILE` of an experiment.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the prediction as JSON.")] = False,
+) -> None:
+    """Predicts throughput, time and cost at other sizes from the steps of a run, and simulates failures there."""
+    console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
+    try:
+        links = _links(bandwidth, latency, gradients, algorithm)
+        prediction = _predict(run.expanduser().absolute(), parse_sizes(sizes, "--sizes"), links, mtbf_hours)
+        text = prediction.model_dump_json(indent=2) + "\n"
+        if output:
+            write_atomically(output, text)
+    except (SpecError, ValueError, OSError) as error:
+        Console(stderr=True, emoji=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        sys.stdout.write(text)
+    else:
+        console.print(prediction_group(prediction))
+
+
+def _links(bandwidth: float | None, latency: float, gradients: float | None, algorithm: str) -> Links | None:
+    """The links that are simulated; None to extrapolate the communication that was measured."""
+    if algorithm not in get_args(Algorithm):
+        raise SpecError(f"--algorithm {algorithm}: it is none of {', '.join(get_args(Algorithm))}")
+    if (bandwidth is None) != (gradients is None):
+        raise SpecError("--bandwidth and --gradients need each other: an exchange takes the one over the other")
+    if bandwidth is None or gradients is None:
+        return None
+    return Links(bandwidth * 1e9, latency * 1e-6, cast("Algorithm", algorithm), gradients * 1e6)
+
+
+def _predict(folder: Path, sizes: list[int], links: Links | None, mtbf_hours: float | None) -> Prediction:
+    run = read_run_folder(folder)
+    if not run.experiment:
+        raise SpecError(f"{folder}: it has no events, or was replayed from a log, which has no single steps")
+    asked = ask_of_run(folder, run.experiment, sizes)
+    if mtbf_hours:
+        asked = asked.model_copy(update={"mtbf_worker_hours": mtbf_hours * sizes[-1]})
+    return predict(asked, run.trials, links)
+
+
+if __name__ == "__main__":
+    prepare_process()
+    typer.run(main)
