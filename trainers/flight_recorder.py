@@ -31,22 +31,28 @@ def settings(stem: str) -> dict[str, str]:
     return {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": stem, STEM_VARIABLE: stem}
 
 
-def fetch(pid: int) -> bytes | None:
-    """The record of a process of this machine, pickled; None where it keeps none or does not answer.
+def hide(rank: int) -> None:
+    """Removes the name of this process's pipe, so that nothing is left of a process that is killed.
 
-    Pipe and file are removed.
+    Whoever asks for the record finds the pipe among what the process has open.
     """
+    if stem := os.environ.get(STEM_VARIABLE):
+        Path(f"{stem}{rank}.pipe").unlink(missing_ok=True)
+
+
+def fetch(pid: int) -> bytes | None:
+    """The record of a process of this machine, pickled; None where it keeps none or does not answer."""
     with contextlib.suppress(OSError, psutil.Error):
         stem = psutil.Process(pid).environ().get(STEM_VARIABLE)
-        opened = [str(descriptor.readlink()) for descriptor in Path(f"/proc/{pid}/fd").iterdir()]
-        pipes = [name for name in opened if stem and name.startswith(stem) and name.endswith(".pipe")]
-        if pipes:
-            return _dump(Path(pipes[0]))
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            opened = str(descriptor.readlink()).removesuffix(" (deleted)")
+            if stem and opened.startswith(stem) and opened.endswith(".pipe"):
+                return _dump(descriptor, Path(opened).with_suffix(""))
     return None
 
 
-def _dump(pipe: Path) -> bytes | None:
-    file = pipe.with_suffix("")
+def _dump(pipe: Path, file: Path) -> bytes | None:
+    """Has torch write its record into a file, reads that, and removes it."""
     descriptor = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     try:
         os.write(descriptor, b"1")
@@ -56,6 +62,5 @@ def _dump(pipe: Path) -> bytes | None:
     while (not content or content != before) and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_SECONDS)
         before, content = content, file.read_bytes() if file.exists() else b""
-    for left in (pipe, file):
-        left.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
     return content or None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from trainers import stacks
+from trainers import flight_recorder, stacks
 from trainers.canary import find_port
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Command, Placement
@@ -65,6 +65,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     channel = _channel(config["telemetry"], _watch_for_preemption())
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
+    flight_recorder.hide(placement.rank)
     plan: TrialPlan = config["plan"]
     reserved = {"start_evaluating": RayEvaluators} if plan.evaluation_gpus or plan.evaluation_cpus else {}
     Rank(plan, config["attempt"], placement, channel, before_step(), **reserved).train(entered)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.builders.commands import ROOT
 from trainers import flight_recorder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what processes have open is read as Linux shows it")
@@ -19,6 +20,8 @@ import os, sys, time
 stem = os.environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"]
 os.mkfifo(f"{stem}3.pipe")
 pipe = os.open(f"{stem}3.pipe", os.O_RDONLY | os.O_NONBLOCK)
+from trainers import flight_recorder
+flight_recorder.hide(3)
 print("ready", flush=True)
 while not os.read(pipe, 128):
     time.sleep(0.01)
@@ -36,9 +39,11 @@ def test_the_record_of_a_process_is_fetched_and_nothing_is_left(
     if record is None:
         monkeypatch.setattr(flight_recorder, "ANSWER_TIMEOUT_SECONDS", 0.5)
     environment = {**os.environ, **flight_recorder.settings(f"{tmp_path}/attempt0-")}
-    process = subprocess.Popen([sys.executable, "-c", LIKE_TORCH, how], env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", LIKE_TORCH, how]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     try:
         assert process.stdout and process.stdout.readline() == b"ready\n"
+        assert list(tmp_path.iterdir()) == []
         assert flight_recorder.fetch(process.pid) == record
     finally:
         process.kill()
