@@ -38,7 +38,7 @@ from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import has_errors, print_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.process import prepare_process
-from orchestrator.report.plan_table import plan_table
+from orchestrator.report.plan_table import plan_table, side_by_side_note
 
 if TYPE_CHECKING:
     from orchestrator.experiment.prediction_file import Prediction
@@ -241,7 +241,9 @@ def _show_plan(request: Request, asked: Prediction | None) -> int:
         shown = {"calibration": shown, "prediction": asked.model_dump(mode="json")} if asked else shown
         request.print_json(json.dumps(shown, indent=2))
         return DONE
-    request.console.print(plan_table(plans))
+    joined, local = cluster_address(request.experiment.resources.address), Hardware.local()
+    hosts = None if joined else {"": (local.num_gpus, local.num_cpus)}
+    request.console.print(plan_table(plans, side_by_side_note(plans, request.experiment.trials.concurrent, hosts)))
     if asked:
         from orchestrator.prediction.asking import asked_lines
 

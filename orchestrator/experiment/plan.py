@@ -118,7 +118,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     checkpoints = experiment.storage.checkpoints
     checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
     # The largest trial decides for all, so that sizes that are compared evaluate alike.
-    spare_cpus = hardware.num_cpus - max(trials.world_sizes) * cpus if hardware.num_hosts == 1 else 0
+    alone = hardware.num_hosts == 1 and not trials.allow_shared_nodes
+    spare_cpus = hardware.num_cpus - max(trials.world_sizes) * cpus if alone else 0
     plans = []
     for recipe, scaling, world_size, seed in product(trials.recipes, scalings, trials.world_sizes, trials.seeds):
         name = f"{recipe}-{world_size}x{device}"
@@ -132,6 +133,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
                 world_size=world_size,
                 num_nodes=resources.num_nodes,
                 **resize_fields(resources),
+                own_nodes=trials.concurrent != 1 and not trials.allow_shared_nodes,
                 recipe_name=recipe,
                 seed=seed,
                 scaling=scaling,

@@ -236,6 +236,10 @@ class Experiment(Part):
             raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
         if self.tracking.log_model == "best" and not self.protocol.evaluates:
             raise ValueError("tracking.log_model: best needs an evaluation: give protocol.evaluate_at_end: true")
+        if self.trials.concurrent != 1 and self.resources.evaluation:
+            raise ValueError(
+                "resources.evaluation reserves on any host, also where another trial trains: set trials.concurrent to 1"
+            )
         return self
 
     @model_validator(mode="after")

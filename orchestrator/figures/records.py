@@ -250,6 +250,10 @@ class TrialResult(_Record):
     state_sha256: str | None = None
     """Hash of the final model and optimizer state."""
     hosts: list[str] = []
+    ran_with: list[str] | None = None
+    """Trials of the run that were under way at the same time, for some of it; null where that is not known."""
+    shared_hosts: list[str] | None = None
+    """Hosts on which they had workers, too."""
     num_train_images: int | None = None
     num_val_images: int | None = None
     numerics: dict[str, bool | str] = {}

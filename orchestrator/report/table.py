@@ -35,6 +35,9 @@ DEFINITIONS = "docs/measurement.md"
 MAX_DATA_WAIT = 0.05
 """Share of the step time spent waiting for data above which a note says so; the seed's runs waited for below 1 %."""
 
+MAX_NAMES = 3
+"""Names of other trials in a note."""
+
 MAX_NEW_SHAPES = 0.05
 """What new shapes may add to the time of the steps without a note."""
 
@@ -241,6 +244,12 @@ def _notes(trials: Sequence[TrialResult]) -> list[str]:
     first = trials[0]
     notes = list(dict.fromkeys(trial.reason for trial in trials if trial.reason))
     met = sum(trial.time_to_train_seconds is not None for trial in trials)
+    together = sorted({name for trial in trials for name in trial.ran_with or ()})
+    if together:
+        more = f" and {len(together) - MAX_NAMES} more" if len(together) > MAX_NAMES else ""
+        hosts = sorted({host for trial in trials for host in trial.shared_hosts or ()})
+        shared = f", sharing {', '.join(hosts)}: its speed is not that of a trial alone" if hosts else ""
+        notes.append(f"ran at the same time as {', '.join(together[:MAX_NAMES])}{more}{shared}")
     if 0 < met < len(trials):
         notes.insert(0, f"targets met in {met} of {len(trials)} trials")
     if predicted := prediction_note(trials):

@@ -106,6 +106,8 @@ def outcome_tags(result: TrialResult, events: Sequence[Event]) -> dict[str, str]
     """Tags with the hosts of a trial, why it ended, where it failed, what each restart cost, and its segments."""
     tags = {"reason": result.reason} if result.reason else {}
     tags |= {"num_nodes": str(result.num_nodes)} if result.num_nodes else {}
+    tags |= {"ran_with": ", ".join(result.ran_with)} if result.ran_with else {}
+    tags |= {"shared_hosts": ", ".join(result.shared_hosts)} if result.shared_hosts else {}
     cause = root_cause([event for event in events if event.attempt == events[-1].attempt])
     if cause is not None and result.status == "FAILED":
         tags |= {"failure": cause.failure, "failure.rank": str(cause.rank), "failure.iteration": str(cause.iteration)}
