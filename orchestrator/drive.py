@@ -108,7 +108,8 @@ def _side_by_side(request: Request, plans: list[TrialPlan]) -> str:
     """How many trials are run at a time on the cluster, in a line."""
     from orchestrator.execution.nodes import list_nodes
 
-    hosts = {node.id: (node.num_gpus, node.num_cpus) for node in list_nodes()}
+    excluded = plans[0].excluded_hosts
+    hosts = {node.id: (node.num_gpus, node.num_cpus) for node in list_nodes() if node.address not in excluded}
     return side_by_side_note(plans, request.experiment.trials.concurrent, hosts)
 
 
@@ -185,7 +186,9 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
     if cluster.dashboard and not request.quiet:
         request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
     plans = plan_trials(request, cluster.hardware)
-    return plans, preflight_cluster(request.experiment, plans)
+    excluded: set[str] = set()
+    findings = preflight_cluster(request.experiment, plans, excluded)
+    return [dataclasses.replace(plan, excluded_hosts=tuple(sorted(excluded))) for plan in plans], findings
 
 
 def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[[], None]) -> int:

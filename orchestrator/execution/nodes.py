@@ -199,6 +199,7 @@ def _spreads(plan: TrialPlan) -> Iterator[tuple[int, int, set[str]]]:
     others = [held for trial, held in _held.items() if trial != plan.name]
     alive = list_nodes()
     silent = lost_nodes() & {node.id for node in alive}
+    silent |= {node.id for node in alive if node.address in plan.excluded_hosts}
     sizes = {node.id: (node.num_gpus, node.num_cpus) for node in alive if node.id not in silent}
     room = free_room(sizes, others, own_nodes=plan.own_nodes)
     if plan.own_nodes:

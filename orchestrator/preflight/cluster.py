@@ -16,6 +16,7 @@ from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
 from orchestrator.preflight.node import NodeReport, inspect_node, judge_nodes
+from orchestrator.preflight.speed import check_speed
 from orchestrator.preflight.weights import prepare_weights
 from trainers.contract.weights import StartWeights
 
@@ -35,14 +36,22 @@ CANARY_TIMEOUT_SECONDS = 90.0
 """A communicator over hosts that reach each other is up in seconds, NCCL's first one in some ten more."""
 
 
-def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
+def preflight_cluster(
+    experiment: Experiment, trials: Sequence[TrialPlan], excluded: set[str] | None = None
+) -> list[Finding]:
     """Checks a cluster that this process is connected to against the trials.
 
     Resources come first: where a trial does not fit, or the cluster is open to anyone, nothing is started on it.
 
+    Args:
+        experiment: The experiment.
+        trials: Its trials.
+        excluded: Gets the addresses of nodes that are not to be used, as they fall behind the others.
+
     Returns:
         All findings, errors first.
     """
+    excluded = set() if excluded is None else excluded
     nodes = list_nodes()
     findings = [*check_token(nodes), *check_fit(nodes, trials, nodes_may_come=joins_cluster(experiment))]
     findings += check_concurrency(experiment, trials, nodes)
@@ -54,6 +63,11 @@ def preflight_cluster(experiment: Experiment, trials: Sequence[TrialPlan]) -> li
         findings += fetch_weights(trials[0], nodes)
     if len(nodes) > 1 and not any(finding.level == "error" for finding in findings):
         findings += check_communication(trials, nodes)
+    if not any(finding.level == "error" for finding in findings):
+        findings += check_speed(trials, nodes, exclude=experiment.resources.exclude_slow_nodes, excluded=excluded)
+    if excluded:
+        rest = [node for node in nodes if node.address not in excluded]
+        findings += check_fit(rest, trials, nodes_may_come=joins_cluster(experiment))
     return sort_findings(findings)
 
 

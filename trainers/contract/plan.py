@@ -134,6 +134,8 @@ class TrialPlan:
     """How long room must be missing before it runs with fewer workers, and be there before it takes more."""
     own_nodes: bool = False
     """Whether it takes no node that another trial uses, since trials may be under way at the same time."""
+    excluded_hosts: tuple[str, ...] = ()
+    """Addresses of nodes that it does not use, since preflight found them slow."""
     most_loader_workers: int = 0
     """As many as it may become once the speed of loader and step is known; 0 to leave it."""
     evaluation_gpus: int = 0
@@ -173,6 +175,7 @@ class TrialPlan:
                 "recipe": Recipe(**values["recipe"]),
                 "train": DatasetPlan(**values["train"]),
                 "val": DatasetPlan(**values["val"]),
+                "excluded_hosts": tuple(values.get("excluded_hosts", ())),
                 "solver": SolverPlan(**{**solver, "steps": tuple(solver["steps"])}),
                 "predicted": Predicted(**values["predicted"]) if values.get("predicted") else None,
             }

@@ -1,0 +1,1 @@
+"""Measures what a node can do, on the node, before it trains: processors, memory, storage, GPUs and links."""
