@@ -16,6 +16,7 @@ from rich.console import Console
 from orchestrator.execution.stop import INTERRUPTED
 from orchestrator.experiment.plan import Hardware, expand, generated_root, under
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.files import has_line
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table, side_by_side_note
@@ -91,7 +92,7 @@ def run(request: Request, working: Callable[[], None]) -> int:
     if request.earlier:
         with only_driver(request.run_dir):
             pass  # refused before anything is checked or started
-    elif any(_is_filled(request.run_dir / name) for name in ("results.json", "events.jsonl")):
+    elif any(has_line(request.run_dir / name) for name in ("results.json", "events.jsonl")):
         raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
     findings, plans, datasets = _preflight(request, to_train=True)
     if has_errors(findings):
@@ -111,14 +112,6 @@ def _side_by_side(request: Request, plans: list[TrialPlan]) -> str:
     excluded = plans[0].excluded_hosts
     hosts = {node.id: (node.num_gpus, node.num_cpus) for node in list_nodes() if node.address not in excluded}
     return side_by_side_note(plans, request.experiment.trials.concurrent, hosts)
-
-
-def _is_filled(path: Path) -> bool:
-    """Whether a file has a line; one that was cut off before the end of its first belongs to no run."""
-    if not path.exists():
-        return False
-    with path.open("rb") as file:
-        return file.readline().endswith(b"\n")
 
 
 def close(request: Request, status: Status, reason: str) -> int:
@@ -194,6 +187,7 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
 def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[[], None]) -> int:
     """Runs the trials until a signal comes, and publishes what they measured."""
     from orchestrator.execution.event_log import EventLog
+    from orchestrator.execution.gauges import Gauges
     from orchestrator.execution.stop import StopRequest, grace_seconds
     from orchestrator.publish import Publication
     from orchestrator.report.progress import ProgressDisplay
@@ -212,7 +206,8 @@ def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, worki
     publication = Publication(request.experiment, request.run_dir, tracker, earlier, outbox)
     try:
         log.emit(publication.run_started(datasets), *publication.damage())
-        status = _run_trials(request, plans, log, publication, stop)
+        with Gauges(log.events):
+            status = _run_trials(request, plans, log, publication, stop)
         display.close()
         # Waits for Ray's processes to end; a cluster that is lost meanwhile is not waited for.
         threading.Thread(target=_leave_ray, daemon=True).start()

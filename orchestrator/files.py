@@ -53,3 +53,11 @@ def without_credentials(text: str) -> str:
 def redact(text: str) -> str:
     """Text for messages: of addresses, the user and password and everything after a `?` are replaced by `…`."""
     return re.sub(r"\?.*", "?…", re.sub(r"//[^/\s]*@", "//…@", text))
+
+
+def has_line(path: Path) -> bool:
+    """Whether there is a file with a line; one that was cut off before the end of its first has none."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")

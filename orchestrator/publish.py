@@ -45,10 +45,8 @@ from trainers.contract.plan import TrialPlan
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 TRACKING_TIMEOUT_SECONDS = 90.0
-"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox.
-
-After half a minute of failures, the process that tracks gives up by itself; on a busy machine, it may need longer.
-"""
+"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox. After half a minute
+of failures, the process that tracks gives up by itself; on a busy machine, it may need longer."""
 
 CLOSING_SECONDS = 5.0
 """What is left of a stopped job's time for the closing table."""
@@ -250,6 +248,7 @@ def close_run(
     outbox = Outbox(run_dir / FILE_NAME)
     tracker = Tracker(run_dir, tracking_uri(experiment.tracking.uri))
     publication = Publication(experiment, run_dir, tracker, run, outbox)
+    publication._result.environment = run.environment
     with only_driver(run_dir):
         events = [event for event, _ in outbox.read()]
         clock.not_before(max(event.time for event in events))

@@ -25,7 +25,7 @@ from orchestrator.replay.trial import Targets
 from orchestrator.replay.unpacking import ReplayError
 from orchestrator.report.benchmark import benchmark_result
 from orchestrator.report.mlperf import mllog_text
-from orchestrator.runlog.folder import WORKING_DIRECTORY
+from orchestrator.runlog.folder import recorded_environment
 from trainers.contract.events import RunEnded, RunStarted, TrialEnded
 from trainers.contract.plan import TrialPlan
 
@@ -225,9 +225,7 @@ def _check_origin(run: BundledRun, findings: FindingList) -> None:
         return
     if ended is None or run.events[-1] is not ended:
         findings.error("events_cut", f"{run.name}/events.jsonl", "end", "they do not hold the end of the run", ASK)
-    environment = {key[4:]: text for key, text in last.tags.items() if key.startswith("run.")}
-    environment.pop(WORKING_DIRECTORY[4:], None)
-    experiment = last.experiment
+    environment, experiment = recorded_environment(last), last.experiment
     statements = {
         "experiment": (result.experiment, experiment.get("name")),
         "description": (result.description, experiment.get("description", "")),

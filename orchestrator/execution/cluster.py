@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import ray
 
-from orchestrator.experiment.environment import CREDENTIALS, cluster_address
+from orchestrator.experiment.environment import CREDENTIALS, DASHBOARD, cluster_address, found
 from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import existing_parent
@@ -51,8 +51,13 @@ LOCAL_SETTINGS = {
 }
 """Settings of a cluster that is started for this run, as far as the environment does not name them."""
 
-VISIBLE = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
-"""Shows runs and their workers in the dashboard, where there is one."""
+VISIBLE = {
+    # Ray's API has Ray Train's runs and their workers then (`/api/train/v2/runs/v1`).
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # And the head's logs have each change of them (`export_events/event_EXPORT_TRAIN_STATE.log`).
+    "RAY_enable_export_api_write_config": "EXPORT_TRAIN_RUN,EXPORT_TRAIN_RUN_ATTEMPT",
+}
+"""Settings with which a cluster shows its runs, where there is a dashboard. Ray's metrics are on by default."""
 
 NO_API_SERVER = "http://127.0.0.1:1"
 """Where nothing answers: what the processes of a local cluster take for the address of Ray's API server.
@@ -109,16 +114,17 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     counted = [each for each in alive if each.get("GPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
-    return Cluster(
-        hardware=Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(counted)),
-        # Ray names an address also where nothing listens, as in a local cluster without a dashboard.
-        dashboard=f"http://{url}" if url and _listens(url) else None,
-    )
+    # Ray names an address also where nothing listens, as in a local cluster without a dashboard.
+    shown = f"http://{url}" if url and _listens(url) else None
+    if shown:
+        found[DASHBOARD] = f"{shown}/#/jobs/{ray.get_runtime_context().get_job_id()}"
+    return Cluster(Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(counted)), shown)
 
 
 def shutdown() -> None:
     """Leaves the cluster; ends it where it was started for this run. Does nothing the second time."""
     _daemons.clear()
+    found.pop(DASHBOARD, None)
     ray.shutdown()
 
 

@@ -21,6 +21,12 @@ PACKAGES = ("ray", "torch", "torchvision", "detectron2", "sal-detectron2", "pyco
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Environment variables that are recorded; no other is."""
 
+DASHBOARD = "ray_dashboard"
+"""Key of the run's page in Ray's dashboard, where there is one."""
+
+found: dict[str, str] = {}
+"""What this process finds out after its start, such as `DASHBOARD`; part of its environment from then on."""
+
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 """Environment variables that give access to the tracking server, which only the driver has."""
 
@@ -37,6 +43,7 @@ def describe(argv: list[str]) -> dict[str, str]:
         **_git(),
         **package_versions(),
         **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **found,
     }
 
 

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.experiment.environment import DASHBOARD
 from orchestrator.experiment.reading import flatten
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.figure import NOT_MEASURED, Figure
@@ -65,7 +66,7 @@ def config_table(run: RunFolder) -> dict[str, str]:
 def environment_table(run: RunFolder) -> dict[str, str]:
     """What an experiment was run with: versions, host, devices."""
     devices = sorted({trial.device_name for trial in run.result.trials if trial.device_name})
-    return {**run.result.environment, "command": "", "devices": ", ".join(devices)}
+    return {**run.result.environment, "command": "", DASHBOARD: "", "devices": ", ".join(devices)}
 
 
 def result_differences(base: RunFolder, others: Sequence[tuple[str, RunFolder]]) -> list[Difference]:

@@ -8,7 +8,9 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
+from orchestrator.experiment.environment import DASHBOARD
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.files import write_atomically
 from orchestrator.report.comparison import (
@@ -66,6 +68,7 @@ def write_comparison(runs: Sequence[RunFolder], place: Path) -> list[Path]:
 
 def markdown_report(result: ExperimentResult) -> str:
     """The report as Markdown."""
+    page = result.environment.get(DASHBOARD, "")
     lines = [
         f"# {escape_markdown(result.experiment)}",
         "",
@@ -73,6 +76,7 @@ def markdown_report(result: ExperimentResult) -> str:
         "",
         f"{result.status.capitalize()}; started {result.started}, ended {result.ended or '–'} (UTC).",
         "",
+        *([f"In [Ray's dashboard](<{quote(page, safe=':/#[]')}>).", ""] if page.startswith("http") else []),
         markdown_table(result),
     ]
     failed = [trial for trial in result.trials if trial.status != "FINISHED"]

@@ -77,6 +77,8 @@ class EarlierRun:
     started: RunStarted
     """Its first start."""
     num_starts: int
+    environment: dict[str, str]
+    """The environment of its last start."""
     plans: dict[str, TrialPlan]
     """Plans of the trials that were begun, by name."""
     finished: frozenset[str]
@@ -166,6 +168,7 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         experiment=experiment,
         started=starts[0],
         num_starts=len(starts),
+        environment=recorded_environment(starts[-1]),
         plans=plans,
         finished=frozenset(name for name, event in last_ends.items() if event.status == "FINISHED"),
         ended=isinstance(closing[-1], RunEnded),
@@ -180,6 +183,11 @@ def _failure(last: Event, ends: Iterable[TrialEnded]) -> str:
     if not isinstance(last, RunEnded) or last.status != "FAILED" or last.reason:
         return ""
     return next((f"{end.trial}: {end.reason}" for end in ends if end.status == "FAILED"), "")
+
+
+def recorded_environment(start: RunStarted) -> dict[str, str]:
+    """The environment in which a run was started, as `describe` gave it then."""
+    return {key[4:]: text for key, text in start.tags.items() if key[:4] == "run." and key != WORKING_DIRECTORY}
 
 
 def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from orchestrator.experiment.reading import flatten, parse_yaml, to_yaml
 from orchestrator.experiment.spec import ReferenceRow
-from orchestrator.figures.causes import changes_text
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.metrics import metrics
 from orchestrator.figures.neighbours import with_neighbours
@@ -182,8 +181,7 @@ class MlflowRuns:
             self._client.set_experiment_tag(self._experiment_id, key, fit(value, "tag"))
         if event.attempt:
             self._client.update_run(run_id, status="RUNNING")
-            if event.changes:  # params cannot be changed
-                self._tag(run_id, {f"resume.{event.attempt}": changes_text(event.changes)})
+            self._tag(run_id, notes.resume_tags(event))
         else:
             self._params(run_id, dict(flatten(event.experiment)))
         self._client.log_text(run_id, to_yaml(event.experiment), "experiment.yaml")

@@ -7,8 +7,9 @@ import json
 import zlib
 from collections.abc import Sequence
 
+from orchestrator.experiment.environment import DASHBOARD
 from orchestrator.figures.catalog import FIGURES
-from orchestrator.figures.causes import root_cause
+from orchestrator.figures.causes import changes_text, root_cause
 from orchestrator.figures.figure import number_text, percent_text, rate_text, seconds_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
@@ -51,6 +52,12 @@ def run_tags(event: RunStarted) -> dict[str, str]:
         "mlflow.source.git.commit": event.tags.get("run.git_commit", ""),
         "kind": _kind(event),
     }
+
+
+def resume_tags(event: RunStarted) -> dict[str, str]:
+    """Tags of the parent run that another start changes: where it runs now, and what was changed (params cannot be)."""
+    place = {key: value for key, value in event.tags.items() if key in (f"run.{DASHBOARD}", "run.ray_job_id")}
+    return place | ({f"resume.{event.attempt}": changes_text(event.changes)} if event.changes else {})
 
 
 def _kind(event: RunStarted) -> str:

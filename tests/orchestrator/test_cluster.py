@@ -19,7 +19,7 @@ from ray.util.state.exception import RayStateApiException
 from orchestrator.execution import cluster
 from orchestrator.execution.gauges import Gauges
 from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, list_nodes
-from orchestrator.experiment.environment import CREDENTIALS
+from orchestrator.experiment.environment import CREDENTIALS, describe
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
@@ -60,6 +60,8 @@ def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster
     assert local_cluster.dashboard is not None
     status = requests.get(f"{local_cluster.dashboard}/api/version", timeout=600).status_code
     assert status in (200, 401), "401 where it asks for the token"
+    page = describe(["run"])["ray_dashboard"]
+    assert page == f"{local_cluster.dashboard}/#/jobs/{ray.get_runtime_context().get_job_id()}"
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
 
 
@@ -143,6 +145,7 @@ def test_a_cluster_that_is_joined_shows_runs_and_is_watched_for_preemption(monke
     monkeypatch.setattr(cluster.ray, "nodes", list)
     assert cluster.start_ray(None, "ens5").dashboard is None
     assert joined["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+    assert "EXPORT_TRAIN_RUN" in joined["RAY_enable_export_api_write_config"].split(",")
     assert joined["NCCL_SOCKET_IFNAME"] == joined["GLOO_SOCKET_IFNAME"] == "ens5"
     assert "RAY_CHDIR_TO_TRIAL_DIR" not in joined, "what the job sets stays"
     assert not {"RAY_TRAIN_METRICS_ENABLED", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"} & joined.keys()

@@ -1,15 +1,22 @@
-"""What a cluster's monitoring sees of a run: figures of running trials as gauges, and the dashboard that draws them."""
+"""What a cluster's monitoring sees of a run: figures of running trials, the dashboard that draws them, and links."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from cluster.grafana import DASHBOARD, dashboard
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.gauges import GAUGES, LiveFigures
+from orchestrator.report.page import html_page
+from orchestrator.report.writer import markdown_report
+from orchestrator.runlog.folder import read_run_folder
+from orchestrator.tracking.notes import resume_tags, run_tags
+from tests.builders.run_folder import make_run
 from tests.builders.trials import TrialBuilder, plan, trained
 from trainers.contract.events import Event, RunStarted, TrialEnded, WorkerStarted
 
@@ -94,3 +101,18 @@ def test_the_dashboard_draws_every_gauge_and_no_other():
     drawn = set(re.findall(r"ray_(detectron2_\w+)", text))
     assert drawn == set(GAUGES.values())
     assert json.loads(text) == dashboard(), "`python -m cluster.grafana` writes it"
+
+
+def test_a_run_links_its_page_in_rays_dashboard_also_where_it_goes_on(tmp_path: Path):
+    page = "http://10.0.0.10:8265/#/jobs/02000000"
+    run, forged = (replace(read_run_folder(make_run(tmp_path / name)), trials=[]) for name in ("run", "forged"))
+    run.result.environment["ray_dashboard"] = page
+    forged.result.environment["ray_dashboard"] = "javascript:alert(1)"
+    html = html_page([run, forged], tmp_path)
+    assert f'<a href="{page}">{page}</a>' in html and 'href="javascript' not in html
+    assert f"[Ray's dashboard](<{page}>)" in markdown_report(run.result)
+    assert "](" not in markdown_report(forged.result)
+    started = replace(run_started(), attempt=1, tags={"run.ray_dashboard": page, "run.host": "head"})
+    assert run_tags(started)["run.ray_dashboard"] == page
+    assert resume_tags(started) == {"run.ray_dashboard": page}
+    assert resume_tags(replace(started, changes={"faults.max_failures": 2})).keys() == {"run.ray_dashboard", "resume.1"}
