@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from tests.builders.chaos_faults import Fired
 from tests.builders.chaos_run import ChaosRun
-from trainers.contract.events import ClockChanged, TrialRestarted, WorkerFailed
+from trainers.contract.events import ClockChanged, Event, TrialRestarted, WorkerFailed
 
 SAME = ("loss/", "coco/box", "coco/mask", "learning")
 """Beginnings of the names of metrics that do not depend on speed."""
@@ -64,7 +65,7 @@ def broken(run: ChaosRun, faults: list[Fired], control: Control) -> list[str]:
         "the clock's change is not noted": any("clock" in fault.name for fault in faults)
         and not any(isinstance(event, ClockChanged) for event in run.events),
     }
-    return [*problems, *(name for name, failed in checks.items() if failed), *_unexplained(run, faults)]
+    return [*problems, *(name for name, failed in checks.items() if failed), *unexplained(run.events, faults)]
 
 
 def _left(own: Control, control: Control) -> set[str]:
@@ -72,28 +73,29 @@ def _left(own: Control, control: Control) -> set[str]:
     return {name for name in own.files - control.files if "/stuck-" not in name}
 
 
-def _unexplained(run: ChaosRun, faults: list[Fired]) -> list[str]:
+def unexplained(events: Sequence[Event], faults: Sequence[Fired]) -> list[str]:
     """Restarts that follow from no fault, and faults that no restart with their cause and rank follows."""
     problems = []
-    restarts = [(i, event) for i, event in enumerate(run.events) if isinstance(event, TrialRestarted)]
+    restarts = [(position, event) for position, event in enumerate(events) if isinstance(event, TrialRestarted)]
     for number, (position, event) in enumerate(restarts):
         # A fault that came while another one was being recovered from ends the next attempt.
         since = restarts[number - 2][0] if number > 1 else 0
         causes = {cause for each in faults if since <= each.events <= position for cause in each.kind.causes}
         if event.failure not in causes:
             problems.append(f"restart {event.attempt} by {event.failure} ({event.message[:90]}) without its fault")
+    ended_by: dict[int | None, list[Fired]] = {}
     for each in faults:
-        kind = each.kind
-        after = [(position, event) for position, event in restarts if position >= each.events]
-        if kind.must and kind.causes and each.training and not after:
-            problems.append(f"{each.name}: no restart followed")
-        if each.rank is not None and kind.causes and after:
-            failures = [event for event in run.events[each.events :] if isinstance(event, WorkerFailed)]
-            # What ends the same attempt may be noticed first.
-            others = [fault for fault in faults if fault is not each and each.events <= fault.events <= after[0][0]]
-            if not others and not any((e.failure, e.rank) == (kind.causes[0], each.rank) for e in failures):
-                named = [(event.failure, event.rank) for event in failures]
-                problems.append(f"{each.name} of rank {each.rank} is recorded as {named[:4]}")
+        if each.kind.causes:
+            after = next((position for position, _ in restarts if position >= each.events), None)
+            ended_by.setdefault(after, []).append(each)
+    without = [each for each in ended_by.pop(None, []) if each.kind.must and each.training]
+    problems += [f"{each.name}: no restart followed" for each in without]
+    for position, (each, *others) in ended_by.items():
+        failures = [event for event in events[each.events : position or 0] if isinstance(event, WorkerFailed)]
+        named = [(event.failure, event.rank) for event in failures]
+        # Of several that ended one attempt, it is not known which is noticed.
+        if each.rank is not None and not others and (each.kind.causes[0], each.rank) not in named:
+            problems.append(f"{each.name} of rank {each.rank} is recorded as {named[:4]}")
     return problems
 
 

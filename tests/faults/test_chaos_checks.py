@@ -1,0 +1,52 @@
+"""The soak's own check of causes finds what it is there for."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.builders.chaos_checks import unexplained
+from tests.builders.chaos_faults import KINDS, Fired
+from trainers.contract.events import Event, TrialRestarted, WorkerFailed
+
+
+def fault(name: str, rank: int | None, events: int) -> Fired:
+    return Fired(name, KINDS[name], rank, events, seconds=1.0, training=True)
+
+
+OF = {"trial": "t", "attempt": 1, "time": 0.0, "iteration": 1}
+
+
+def failed(failure: str, rank: int) -> WorkerFailed:
+    return WorkerFailed(**OF, rank=rank, failure=failure, section="step", message="")  # type: ignore[arg-type]
+
+
+def restarted(failure: str) -> TrialRestarted:
+    return TrialRestarted(**OF, rank=-1, failure=failure, message="why")  # type: ignore[arg-type]
+
+
+LOST = [failed("worker_lost", 1), restarted("worker_lost")]
+
+
+@pytest.mark.parametrize(
+    ("events", "faults", "problem"),
+    [
+        (LOST, [fault("kill", 1, 0)], None),
+        ([], [], None),
+        ([], [fault("interrupt", 0, 0), fault("mlflow_gone", None, 0)], None),
+        (LOST, [], "restart 1 by worker_lost (why) without its fault"),
+        (LOST, [fault("raise", 1, 0)], "restart 1 by worker_lost (why) without its fault"),
+        (LOST, [fault("kill", 0, 0)], "kill of rank 0 is recorded as [('worker_lost', 1)]"),
+        (LOST, [fault("kill", 1, 2)], "restart 1 by worker_lost (why) without its fault"),
+        ([], [fault("kill", 1, 0)], "kill: no restart followed"),
+        # Which of two is noticed depends on which is faster.
+        ([failed("stuck", 0), restarted("resumed")], [fault("freeze", 1, 0), fault("child", None, 1)], None),
+        # The second came while the first was being recovered from.
+        ([*LOST, restarted("resumed")], [fault("kill", 1, 0), fault("child", None, 1)], None),
+        ([*LOST, *LOST], [fault("kill", 1, 0)], None),
+        ([*LOST, *LOST, *LOST], [fault("kill", 1, 0)], "restart 1 by worker_lost (why) without its fault"),
+    ],
+)
+def test_every_restart_has_its_fault_and_every_fault_its_restart(
+    events: list[Event], faults: list[Fired], problem: str | None
+) -> None:
+    assert unexplained(events, faults)[:1] == ([problem] if problem else [])
