@@ -225,28 +225,15 @@ def _run_trials(
     request: Request, plans: list[TrialPlan], log: EventLog, publication: Publication, stop: StopRequest
 ) -> Status:
     """Runs the trials that have not finished, and publishes each; returns how the run ended."""
-    from orchestrator.execution.event_pump import EventPump
-    from orchestrator.execution.nodes import fits_next_to, release_nodes
-    from orchestrator.execution.side_by_side import Calls, run_side_by_side
-    from orchestrator.execution.trial import run_trial
+    from orchestrator.execution.nodes import fits_next_to
+    from orchestrator.execution.side_by_side import Calls, TrialRunner, run_side_by_side
     from trainers.contract.events import RunStarted
 
     earlier, concurrent = request.earlier, request.experiment.trials.concurrent
     started = next(event for event in log.events if isinstance(event, RunStarted))
     plans = plans if earlier else _final_plans(request, plans, started.run_id)
-    idle: list[EventPump] = []
+    runner = TrialRunner(log, request.experiment.faults, str(request.run_dir / "ray"), stop)
     statuses: set[Status] = set()
-
-    def run(plan: TrialPlan) -> TrialEnded:
-        try:
-            pump = idle.pop()
-        except IndexError:
-            pump = EventPump(log)
-        try:
-            return run_trial(plan, request.experiment.faults, pump, str(request.run_dir / "ray"), stop)
-        finally:
-            idle.append(pump)
-            release_nodes(plan.name)
 
     def ended(plan: TrialPlan, event: TrialEnded) -> None:
         statuses.add(event.status)
@@ -257,9 +244,8 @@ def _run_trials(
         publication.add_trial(plan, log.events)
     left = [plan for plan in plans if plan not in finished]
     most = len(left) if concurrent == "auto" else concurrent
-    run_side_by_side(left, most, Calls(run, fits_next_to, ended, log.give_up), stop)
-    for pump in idle:
-        pump.close()
+    run_side_by_side(left, most, Calls(runner.run, fits_next_to, ended, log.give_up), stop)
+    runner.close()
     return "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
 
 

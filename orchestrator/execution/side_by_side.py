@@ -11,13 +11,50 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from orchestrator.execution.event_log import EventLog
+from orchestrator.execution.event_pump import EventPump
+from orchestrator.execution.nodes import release_nodes
 from orchestrator.execution.stop import StopRequest
+from orchestrator.execution.trial import run_trial
+from orchestrator.experiment.spec import Faults
 from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract.events import TrialEnded
 from trainers.contract.plan import TrialPlan
 
 ROOM_POLL_INTERVAL_SECONDS = 1.0
 """How often the cluster is asked for room for the next trial."""
+
+
+class TrialRunner:
+    """Runs trials from any thread, each with an actor for its workers' events that no other one has meanwhile.
+
+    Args:
+        log: Takes their events.
+        faults: What is done about failures.
+        ray_dir: Folder for Ray Train's own files.
+        stop: Set when the user or the job server wants an end.
+    """
+
+    def __init__(self, log: EventLog, faults: Faults, ray_dir: str, stop: StopRequest) -> None:
+        self._log, self._faults, self._ray_dir, self._stop = log, faults, ray_dir, stop
+        self._idle: list[EventPump] = []
+
+    def run(self, plan: TrialPlan) -> TrialEnded:
+        """Runs a trial to its end; raises what `run_trial` does."""
+        try:
+            pump = self._idle.pop()
+        except IndexError:
+            pump = EventPump(self._log)
+        try:
+            return run_trial(plan, self._faults, pump, self._ray_dir, self._stop)
+        finally:
+            self._idle.append(pump)
+            release_nodes(plan.name)
+
+    def close(self) -> None:
+        """Ends the actors, when no trial is under way."""
+        for pump in self._idle:
+            pump.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class _Attempt:
 
 
 def with_neighbours(trial: TrialResult, events: Iterable[Event]) -> TrialResult:
-    """The record of a trial with what ran beside it.
+    """The record of a trial with those that ran at the same time.
 
     Args:
         trial: The trial.

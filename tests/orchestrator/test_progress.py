@@ -8,6 +8,7 @@ from rich.console import Console
 
 from orchestrator.report import progress
 from orchestrator.report.progress import ProgressDisplay
+from orchestrator.report.run_eta import RunEta
 from tests.builders.trials import TrialBuilder, plan, trained
 from trainers.contract.events import LoopStarted, StepsDone
 
@@ -83,3 +84,43 @@ def test_the_metric_is_shown_with_its_target() -> None:
     lines = _shown(builder.events)
     assert lines[-2].endswith("box AP 55.00; validation_loss 1.50, target 1.25 0.25 away (2.0 s)")
     assert lines[-1].endswith("validation_loss 1.25, target 1.25 met (2.0 s)")
+
+
+def test_lines_of_a_log_have_their_trials_names_and_the_time_to_the_end_of_the_run() -> None:
+    made = {name: trained(name=name) for name in ("t0", "t1", "t2")}
+    output = io.StringIO()
+    display = ProgressDisplay(Console(file=output, width=200), False, [each.trial for each in made.values()])
+    both = sorted((e for name in ("t0", "t1") for e in made[name].events), key=lambda event: event.time)
+    for event in both:
+        display(event)
+    lines = output.getvalue().splitlines()
+    assert any(line.startswith("t0 evaluation at 4: box AP 51.00") for line in lines)
+    # Both have 4 s left of some 22: the third begins when one of them ends.
+    assert "t1 iteration 4/8  ETA 0:00:04  4.00 images/s  loss 1.000  ETA of the run 0:00:26" in lines
+
+
+def test_the_end_of_a_run_is_that_of_the_trials_that_wait_too() -> None:
+    eta = RunEta(5)
+    eta.began("t0", 0.0)
+    eta.began("t1", 0.0)
+    assert eta.left("t0", 60.0, 40.0) is None, "t1 has not said anything yet"
+    assert eta.left("t1", 60.0, 40.0) == 60 + 100 + 100  # 100 s each, three more on two places
+    eta.ended("t0", 100.0)
+    eta.ended("t1", 100.0)
+    eta.began("t2", 100.0)
+    assert eta.left("t2", 50.0, 150.0) == 50 + 100  # the other place is free
+    eta.ended("t2", 200.0)
+    assert not eta.any_live and eta.num_ended == 3
+
+
+def test_a_trial_that_is_gone_on_with_is_shown_from_its_restart() -> None:
+    made, output = trained(), io.StringIO()
+    made.restarted(40.0, 8)
+    made.loop(50.0, 8)
+    display = ProgressDisplay(Console(file=output, width=200), False, [dataclasses.replace(made.trial)])
+    for event in made.events[-3:]:
+        display(event)
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "reference-2xcpu starting 2 workers on cpu, recipe reference"
+    assert lines[1].startswith("reference-2xcpu restarting the workers")
+    assert lines[2].endswith("resuming at iteration 8")
