@@ -110,7 +110,8 @@ class WorkerGroup:
 
     def _free_resources(self) -> None:
         """Gives back what this group has reserved, and so ends the workers that use it."""
-        for group in placement_groups_of_this_job():
+        # Ray may have been left meanwhile; it ends all that a job has reserved.
+        for group in placement_groups_of_this_job() if ray.is_initialized() else ():
             bundles = placement_group_table(group).get("bundles", {}).values()
             if any(bundle.get("memory") == self._mark for bundle in bundles):
                 remove_placement_group(group)
