@@ -34,6 +34,7 @@ def test_the_table_of_placement_groups_tells_which_are_of_this_job_and_of_which_
     group = placement_group([{"CPU": 1, "memory": 3}])
     assert placement_group_table(group)["bundles"] == {0: {"CPU": 1, "memory": 3}}, "to the byte"
     assert [each.id for each in ray_internals.placement_groups_of_this_job()] == [group.id]
+    assert ray_internals.nodes_of_other_jobs() == set()
     remove_placement_group(group)
     assert ray_internals.placement_groups_of_this_job() == []
 

@@ -219,15 +219,18 @@ def _reason_within(action: Callable[[], None], seconds: float) -> str:
 
 
 def storage_bytes(experiment: Experiment, trials: Sequence[TrialPlan]) -> float:
-    """Estimates the space that the checkpoints of all trials still need: those kept, the best, and one being written.
+    """Estimates the space that the checkpoints of all trials still need.
 
-    Those that a run has which is gone on with take theirs already.
+    Those kept, the best, and one being written by each trial that is under way at a time; those that a run has which is
+    gone on with take theirs already.
     """
     one = model_checks.estimate_checkpoint_bytes(experiment)
     # Without a period, the last one only.
     kept = (one * (trial.keep_checkpoints + 1 if trial.solver.checkpoint_period else 1) for trial in trials)
     present = (_bytes_in(trial.checkpoint_dir) for trial in trials)
-    return one + sum(max(0.0, needed - size) for needed, size in zip(kept, present, strict=True))
+    asked, may_be = experiment.trials.concurrent, joins_cluster(experiment) or experiment.trials.allow_shared_nodes
+    num_writing = 1 if not may_be else len(trials) if asked == "auto" else min(asked, len(trials))
+    return one * num_writing + sum(max(0.0, needed - size) for needed, size in zip(kept, present, strict=True))
 
 
 def _bytes_in(folder: str) -> int:

@@ -15,6 +15,9 @@ from trainers.contract.plan import TrialPlan
 SECTIONS = ("storage", "tracking", "faults", "resources")
 """Sections of an experiment that decide nothing of what is trained."""
 
+SIDE_BY_SIDE = ("trials.concurrent", "trials.allow_shared_nodes")
+"""Keys of another section that decide nothing of it either."""
+
 TEXTS = ("description", "reference_rows", "reference_files")
 """What is shown with a run; it stays what it was when the run was begun."""
 
@@ -36,6 +39,8 @@ PLANNED = {
     "resources.loader_workers": ("loader_workers", "most_loader_workers"),
     "resources.evaluation": ("evaluation_gpus", "evaluation_cpus"),
     "resources.num_nodes": ("num_nodes",),
+    "trials.concurrent": ("own_nodes",),
+    "trials.allow_shared_nodes": ("own_nodes",),
     "resources.min_workers": ("min_workers",),
     "resources.resize_after_seconds": ("resize_after_seconds",),
     "resources.price_per_accelerator_hour": ("price_per_accelerator_hour",),
@@ -55,8 +60,8 @@ def change(experiment: Experiment, assignments: Sequence[str]) -> tuple[Experime
     before = dict(flatten(values))
     for assignment in assignments:
         key = assignment.partition("=")[0]
-        if key.split(".")[0] not in SECTIONS:
-            what = f"{', '.join(SECTIONS[:-1])} and {SECTIONS[-1]}"
+        if not _may_change(key):
+            what = f"{', '.join((*SECTIONS, SIDE_BY_SIDE[0]))} and {SIDE_BY_SIDE[1]}"
             raise SpecError(f"--set {key}: it may not change in a run that is gone on with; what may: {what}")
         assign(values, assignment)
     changed = parse_experiment(values, where="--resume")
@@ -77,12 +82,12 @@ def assignments_between(begun: Experiment, given: Experiment) -> list[str]:
     """
     before, after = (dict(flatten(each.model_dump(mode="json"))) for each in (begun, given))
     changed = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
-    if deciding := [key for key in changed if key.split(".")[0] not in (*SECTIONS, *TEXTS)]:
+    if deciding := [key for key in changed if not _may_change(key) and key.split(".")[0] not in TEXTS]:
         was = f"{deciding[0]} is {before.get(deciding[0])!r} there and {after.get(deciding[0])!r} here"
         others = f", and {len(deciding) - 1} more differ" if len(deciding) > 1 else ""
         raise SpecError(f"it holds a run of another experiment: {was}{others}; name another --output")
     # A key that is gone is below one that has become null.
-    return [f"{key}={json.dumps(after[key])}" for key in changed if key in after and key.split(".")[0] in SECTIONS]
+    return [f"{key}={json.dumps(after[key])}" for key in changed if key in after and _may_change(key)]
 
 
 def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> TrialPlan:
@@ -101,6 +106,10 @@ def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> T
             if f"{key}.".startswith(f"{name}."):
                 fields |= {field: getattr(now, field) for field in made}
     return dataclasses.replace(begun, **fields)
+
+
+def _may_change(key: str) -> bool:
+    return key.split(".")[0] in SECTIONS or key in SIDE_BY_SIDE
 
 
 def _shown(value: Any) -> Any:

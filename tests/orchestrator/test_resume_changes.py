@@ -43,6 +43,7 @@ def planned(experiment: Experiment) -> TrialPlan:
         ("resources.price_per_accelerator_hour=2.5", "price_per_accelerator_hour"),
         ("resources.price_per_kwh=0.3", "price_per_kwh"),
         ("resources.carbon_grams_per_kwh=380", "carbon_grams_per_kwh"),
+        ("trials.concurrent=auto", "own_nodes"),
         ("tracking.uri=sqlite:///other.db", None),
         ("tracking.log_model=true", None),
     ],
@@ -63,7 +64,7 @@ def test_what_changes_reaches_a_trial_that_was_begun_and_nothing_else_does(assig
     [
         (
             "trials.seeds=[1]",
-            "trials.seeds: it may not change .*: storage, tracking, faults and resources",
+            "trials.seeds: it may not change .*: storage, tracking, faults, resources, trials.concurrent and trials",
         ),
         ("model.overrides.SOLVER.BASE_LR=1", "SOLVER.BASE_LR: it may not change"),
         ("name=other", "--set name: it may not change"),

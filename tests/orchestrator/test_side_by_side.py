@@ -18,6 +18,8 @@ from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import TrialResult
 from orchestrator.figures.trial import trial_result
+from orchestrator.preflight.local import storage_bytes
+from orchestrator.preflight.model import estimate_checkpoint_bytes
 from orchestrator.report.plan_table import side_by_side_note
 from orchestrator.runlog.outbox import Outbox, RunFolderError
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
@@ -78,6 +80,20 @@ def test_the_plan_says_how_many_run_at_a_time(tmp_path: Path) -> None:
     assert (
         side_by_side_note(shared, 9, None) == "at most 5 trials at a time as the cluster has room for, on shared hosts"
     )
+
+
+@pytest.mark.parametrize(("concurrent", "num_writing"), [("auto", 5), (2, 2), (9, 5)])
+def test_each_trial_that_runs_needs_room_for_the_checkpoint_that_it_writes(
+    tmp_path: Path, concurrent: object, num_writing: int
+) -> None:
+    def needed(**trials: Any) -> float:
+        experiment = parse_experiment(tiny_experiment(trials={"seeds": [0, 1, 2, 3, 4], **trials}), "test")
+        return storage_bytes(experiment, expand(experiment, Hardware(), str(tmp_path), tmp_path))
+
+    alone, one = needed(), estimate_checkpoint_bytes(parse_experiment(tiny_experiment(), "test"))
+    assert needed(concurrent=concurrent) == alone, "on one host they follow each other"
+    side_by_side = needed(concurrent=concurrent, allow_shared_nodes=True)
+    assert side_by_side == pytest.approx(alone + (num_writing - 1) * one)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, 2.5, "2", "Auto", "all", None, [2]])
