@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from orchestrator.figures.causes import clock_note, evaluation_notes
@@ -127,7 +128,7 @@ class ProgressDisplay:
     def _start_progress(self) -> Progress:
         progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=None),
-            TextColumn("{task.completed}/{task.total}"), _Eta(),
+            TextColumn("{task.completed}/{task.total}"), _Eta(table_column=Column(no_wrap=True)),
             *(TextColumn(f"{{task.fields[{name}]}}") for name in ("rate", "loss", "ap")),
             console=self._console, transient=True, expand=True,
         )  # fmt: skip
