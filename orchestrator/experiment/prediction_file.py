@@ -118,6 +118,8 @@ class Prediction(_Record):
     device: str | None = None
     device_name: str | None = None
     """Model name of the accelerators or processors that were measured."""
+    links: str | None = None
+    """SIMULATED links, for a person; null where communication is extrapolated from what was measured."""
     worst_relative_error: float | None = None
     """Largest deviation of the model from a step that was measured; no measure of how far a prediction is off."""
     sizes: list[PredictedSize] = []

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from orchestrator.acceptance.document import read_document
 from orchestrator.experiment.prediction_file import Prediction
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import write_atomically
@@ -27,7 +28,11 @@ def main(
     bandwidth: Annotated[
         float | None, typer.Option(help="Simulate links: GB/s that a worker sends; needs --gradients.", min=1e-6)
     ] = None,
-    latency: Annotated[float, typer.Option(help="Of a message, microseconds.", min=0)] = 10.0,
+    latency: Annotated[float | None, typer.Option(help="Of a message, microseconds; default: 10.", min=0)] = None,
+    links: Annotated[
+        Path | None,
+        typer.Option(help="acceptance.json: the slowest links measured there, for --bandwidth and --latency."),
+    ] = None,
     gradients: Annotated[
         float | None, typer.Option(help="MB of one exchange: R50-FPN in fp32 has 177.", min=1e-6)
     ] = None,
@@ -43,8 +48,10 @@ def main(
     """Predicts throughput, time and cost at other sizes from the steps of a run, and simulates failures there."""
     console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     try:
-        links = _links(bandwidth, latency, gradients, algorithm)
-        prediction = _predict(run.expanduser().absolute(), parse_sizes(sizes, "--sizes"), links, mtbf_hours)
+        if links:
+            bandwidth, latency = _slowest(links, bandwidth, latency)
+        simulated = _links(bandwidth, 10.0 if latency is None else latency, gradients, algorithm)
+        prediction = _predict(run.expanduser().absolute(), parse_sizes(sizes, "--sizes"), simulated, mtbf_hours)
         text = prediction.model_dump_json(indent=2) + "\n"
         if output:
             write_atomically(output, text)
@@ -55,6 +62,23 @@ def main(
         sys.stdout.write(text)
     else:
         console.print(prediction_group(prediction))
+
+
+def _slowest(file: Path, bandwidth: float | None, latency: float | None) -> tuple[float, float]:
+    """GB/s of the slowest pair of nodes that an acceptance measured, and microseconds of a message of the latest.
+
+    A pair's bandwidth is that of its best message; its latency is an all-reduce's of one number, which is two messages.
+    """
+    if bandwidth is not None or latency is not None:
+        raise SpecError("--links has bandwidth and latency: give no others")
+    pairs = [link.values for link in read_document(file).links if len(link.hosts) == 2]
+    rates, latencies = (
+        [[each.value for each in values if each.key == key and each.value] for values in pairs]
+        for key in ("all_reduce", "latency")
+    )
+    if not all(rates) or not all(latencies) or not pairs:
+        raise SpecError(f"--links {file}: it has no pair of nodes, or one whose link could not be measured")
+    return min(map(max, rates)), max(map(min, latencies)) / 2
 
 
 def _links(bandwidth: float | None, latency: float, gradients: float | None, algorithm: str) -> Links | None:

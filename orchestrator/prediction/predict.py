@@ -73,6 +73,8 @@ def predict(asked: Prediction, trials: Sequence[TrialEvents], links: Links | Non
     used = [ended[size] for size in sorted(ended)]
     measured = [measured_size(each) for each in used]
     last = used[-1]
+    if known := [each.world_size for each in asked.asked if each.world_size <= last.trial.world_size]:
+        raise SpecError(f"{known[0]} workers: up to {last.trial.world_size} were measured, and only more are predicted")
     backward = last.trial.part_seconds.get("backward")
     if links and (backward is None or backward.p50 is None):
         raise SpecError(
@@ -96,6 +98,7 @@ def predict(asked: Prediction, trials: Sequence[TrialEvents], links: Links | Non
             "calibrated_sizes": [each.world_size for each in measured],
             "device": last.trial.device,
             "device_name": last.trial.device_name,
+            "links": str(links) if links else None,
             "worst_relative_error": max(errors),
             "sizes": [_predicted(size, from_, asked.mtbf_worker_hours) for size in asked.asked],
             "assumptions": list(_assumptions(asked, from_)),

@@ -63,6 +63,11 @@ class Links:
     gradient_bytes: float
     """Of one exchange."""
 
+    def __str__(self) -> str:
+        """For a person."""
+        rate, latency = self.bytes_per_second / 1e9, self.latency_seconds * 1e6
+        return f"{self.algorithm}, {rate:.3g} GB/s, {latency:.3g} µs, {self.gradient_bytes / 1e6:.4g} MB of gradients"
+
 
 def all_reduce_seconds(links: Links, world_size: int, num_bytes: float) -> float:
     """An all-reduce by the alpha-beta model, in closed form.

@@ -22,7 +22,7 @@ from orchestrator.runlog.folder import RunFolder
 COMPARED = tuple(FIGURES[key] for key in ("images_per_second", "time_to_train_seconds", "box_ap", "mask_ap"))
 """Figures that are compared."""
 
-IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows", "reference_files")
+IRRELEVANT = ("name", "description", "storage", "tracking", "reference_rows", "reference_files", "prediction")
 """Parts of an experiment that change no figure."""
 
 

@@ -42,7 +42,8 @@ def throughput(data: ReportInput) -> Drawing:
         for (recipe, scaling), by_size in rates.items():
             medians = {size: statistics.median(by_size[size]) for size in sorted(by_size)}
             rows = [r for r in result.scaling if (r.recipe, r.kind) == (recipe, scaling)]
-            _rates(axes, medians, rows, position, " ".join(filter(None, (label, recipe, scaling))))
+            beyond = [p.world_size for p in result.prediction.sizes] if result.prediction else []
+            _rates(axes, medians, beyond, rows, position, " ".join(filter(None, (label, recipe, scaling))))
             sizes |= set(medians)
             position += 1
         sizes |= _predicted(axes, result, drawing.color_of(position - 1))
@@ -81,12 +82,14 @@ def _predicted(axes: Axes, result: ExperimentResult, color: str) -> set[int]:
     return {each[0] for each in known}
 
 
-def _rates(axes: Axes, medians: dict[int, float], rows: Iterable[ScalingRow], position: int, name: str) -> None:
-    """One recipe's rates by world size, its ideal line, and the intervals of its efficiency as bars."""
+def _rates(
+    axes: Axes, medians: dict[int, float], beyond: Sequence[int], rows: Iterable[ScalingRow], position: int, name: str
+) -> None:
+    """One recipe's rates by world size, its ideal line, also beyond, and the intervals of its efficiency as bars."""
     color, smallest = drawing.color_of(position), min(medians)
     ideal = medians[smallest] / smallest
     axes.plot(
-        list(medians), [ideal * size for size in medians], ":", color=drawing.MUTED, linewidth=1,
+        [*medians, *beyond], [ideal * size for size in (*medians, *beyond)], ":", color=drawing.MUTED, linewidth=1,
         label="ideal" if position == 0 else None,
     )  # fmt: skip
     axes.plot(list(medians), list(medians.values()), "o-", color=color, label=name)

@@ -31,16 +31,17 @@ def prediction_tables(prediction: Prediction) -> list[PredictionTable]:
     if not prediction.sizes:
         return []
     sizes = prediction.sizes
+    links = f", SIMULATED links: {prediction.links}" if prediction.links else ""
     device = prediction.device_name or "an unknown device"
     seen = ", ".join(map(str, prediction.calibrated_sizes))
     tables = [
         PredictionTable(
-            f"PREDICTED from {seen} workers on {device} ({prediction.recipe}, {prediction.scaling} scaling)",
+            f"PREDICTED from {seen} workers on {device} ({prediction.recipe}, {prediction.scaling} scaling){links}",
             ["Work-\ners", "Batch", "Images/s\n(95 %)", "Efficiency\n(95 %)", "To\ntarget", "Schedule", "Cost"],
             [_headline(size) for size in sizes],
         ),
         PredictionTable(
-            "PREDICTED step, ms",
+            f"PREDICTED step, ms{links}",
             ["Work-\ners", "Step", *(part.capitalize() for part in PARTS)],
             [
                 [str(size.world_size), _ms(size.step_seconds), *(_ms(size.part_seconds[part]) for part in PARTS)]
