@@ -153,8 +153,8 @@ def _show(request: Request, acceptance: Acceptance) -> None:
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("", "where") else "right", overflow="fold")
     for row in rows(acceptance, request.against):
-        cells = [f"{row.quantity} ({row.unit})", row.median, row.worst, row.worst_at]
-        table.add_row(*map(escape, cells + ([row.other, row.ratio] if request.against else [])))
+        texts = [f"{row.quantity} ({row.unit})", row.median, row.worst, row.worst_at]
+        table.add_row(*map(escape, texts + ([row.other, row.ratio] if request.against else [])))
     request.console.print(table)
     for place, reason in missing(acceptance):
         _line(request, f"not measured: {place}: {reason}")

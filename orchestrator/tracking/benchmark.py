@@ -23,7 +23,7 @@ VIEW = {
         *(f"metrics.`{FIGURES[f'benchmark.{key}'].mlflow}`" for key in HEADLINE),
         *(f"tags.`{name}`" for name in ("verdict", "device_name", "recipe")),
     ],
-    "searchFilter": "tags.kind != 'trial' AND tags.kind != 'experiment'",
+    "searchFilter": "tags.kind != 'trial' AND tags.kind != 'experiment' AND tags.kind != 'acceptance'",
     "orderByKey": "metrics.`benchmark/score_minutes`",
     "orderByAsc": True,
 }

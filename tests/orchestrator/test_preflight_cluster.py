@@ -178,6 +178,7 @@ import dataclasses, json, os, sys
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
+from orchestrator.acceptance import cluster as acceptance
 from orchestrator.execution.nodes import list_nodes
 from orchestrator.preflight import cluster as preflight
 from orchestrator.experiment.plan import Hardware, expand
@@ -192,7 +193,7 @@ ray.init(address=cluster.address, log_to_driver=False)
 os.environ["RAY_ADDRESS"] = cluster.address
 found = {}
 # Each answer and the all-reduce start a process that imports torch, which takes a busy machine long.
-preflight.NODE_TIMEOUT_SECONDS = preflight.CANARY_TIMEOUT_SECONDS = 600.0
+preflight.NODE_TIMEOUT_SECONDS = preflight.CANARY_TIMEOUT_SECONDS = acceptance.START_TIMEOUT_SECONDS = 600.0
 
 def check(name, **changes):
     experiment = parse_experiment({**values, **changes}, "test")

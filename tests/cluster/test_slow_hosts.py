@@ -1,0 +1,79 @@
+"""One of three hosts is slowed, from outside: the command finds it by name; of three healthy ones, it names none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.builders.hosts import SHARED, Network, why_not
+from tests.builders.slow_hosts import MeasuredHosts
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeasuredHosts]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Network() as network:
+        yield MeasuredHosts(network, tmp_path_factory.mktemp("measured"))
+
+
+def behind(document: dict[str, Any]) -> set[tuple[str, ...]]:
+    return {tuple(each["hosts"]) for each in document["verdicts"] if each["level"] == "behind"}
+
+
+def test_healthy_hosts_raise_no_alarm(hosts: MeasuredHosts) -> None:
+    code, document, output = hosts.accept("--output", f"{SHARED}/healthy")
+    assert (code, behind(document)) == (0, set()), output
+    assert {node["host"] for node in document["nodes"]} == {"one", "two", "three"}, "the head takes no worker"
+    assert {len(link["hosts"]) for link in document["links"]} == {2} and len(document["links"]) == 3
+    assert "All are as good as their peers" in output
+
+
+def test_a_slow_cable_is_found(hosts: MeasuredHosts) -> None:
+    hosts.slow_cable("two")
+    try:
+        code, document, output = hosts.accept("--against", f"{SHARED}/healthy")
+    finally:
+        hosts.repair_cable("two")
+    assert (code, behind(document)) == (1, {("two",)}), output
+    assert "falls behind: host two: messages of 4 MiB: with its best partner, all-reduce 0.0" in output
+    assert "GB/s; its 2 peers have" in output
+
+
+def test_a_quota_of_cpu_time_is_found(hosts: MeasuredHosts) -> None:
+    try:
+        with hosts.few_cpus("three"):
+            code, document, output = hosts.accept()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    assert (code, behind(document)) == (1, {("three",)}), output
+    assert "host three: CPUs 0.25 CPUs; its 2 peers have 2 (median)" in output
+
+
+def test_a_slow_disk_is_found(hosts: MeasuredHosts) -> None:
+    try:
+        with hosts.slow_disk("one"):
+            code, document, output = hosts.accept()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    assert (code, behind(document)) == (1, {("one",)}), output
+    assert "host one: writing checkpoints 2" in output and "host one: reading data" in output
+
+
+def test_preflight_leaves_a_slow_host_out_where_it_is_asked_to(hosts: MeasuredHosts) -> None:
+    hosts.slow_cable("one")
+    try:
+        run = f"cd {hosts.root} && python -m orchestrator.run {SHARED}/measured.yaml --output {SHARED}/left-out"
+        offline = "--set tracking.uri=http://10.77.0.10:5999 --set tracking.offline=true"
+        done = hosts.head.run(f"{run} --set resources.exclude_slow_nodes=true {offline}", timeout=1500)
+    finally:
+        hosts.repair_cable("one")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "[slow_node] all_reduce: host one: falls behind" in done.stdout and "left out of this run" in done.stdout
+    events = (hosts.shared / "left-out" / "events.jsonl").read_text()
+    assert '"excluded_hosts":["10.77.0.11"]' in events
+    assert '"host":"10.77.0.12"' in events and '"host":"10.77.0.11"' not in events
