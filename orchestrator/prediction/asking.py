@@ -147,6 +147,7 @@ def calibration(
     }  # fmt: skip
     reference = sizes[0] * experiment.trials.accumulate if asked.scaling == "weak" else None
     values["trials"] |= {"world_sizes": sizes, "batch_per_worker": None, "reference_world_size": reference}
+    values["trials"] |= {"concurrent": 1, "allow_shared_nodes": False}
     values["resources"] |= {"evaluation": None, "min_workers": None}
     values["tracking"]["log_model"] = False
     values["storage"] |= {"checkpoint_period_iterations": 0, "checkpoint_period": None}
