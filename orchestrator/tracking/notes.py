@@ -33,7 +33,8 @@ def experiment_tags(event: RunStarted) -> dict[str, str]:
     columns = ["params.`workers`", *(f"metrics.`{figure.mlflow}`" for figure in figures[:5]), "tags.`device_name`"]
     # Sorted by anything but the date: else MLflow folds the trials away under their parents.
     order = {"orderByKey": "metrics.`throughput/images_per_second`", "orderByAsc": True}
-    trials = {"selectedColumns": columns, "searchFilter": "tags.kind != 'experiment'", **order}
+    shown = "tags.kind != 'experiment' AND tags.kind != 'acceptance'"
+    trials = {"selectedColumns": columns, "searchFilter": shown, **order}
     view = json.dumps(benchmark.VIEW if _kind(event) == benchmark.KIND else trials)
     return {
         "mlflow.note.content": f"{description}\n\n{meanings}",
