@@ -32,6 +32,10 @@ LOCK, OWNER = "driver.lock", "driver.json"
 LOCK_TIMEOUT_SECONDS = 5.0
 """Longest wait for the lock: a driver that was killed may still be ending what it started."""
 
+TAKE_OVER_SECONDS = 120.0
+"""Longest wait of a job that is started again for another host's lock: a file server keeps the locks of a lost host
+until its lease ends, with Linux's NFS server 90 s later."""
+
 WORKING_DIRECTORY = "run.working_directory"
 """Tag with the folder the command was given in: an experiment file may hold relative paths."""
 
@@ -201,6 +205,9 @@ def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:
         SpecError: The run there is another experiment's, or cannot be gone on with.
     """
     folder = folder.expanduser().absolute()
+    if (folder / LOCK).exists():
+        with only_driver(folder, timeout=_take_over_timeout(folder)):
+            pass  # what the last driver wrote is read once it is gone
     try:
         starts = [event for event in _events(folder) if isinstance(event, RunStarted)]
     except OSError:  # also where the folder is not there: whoever begins the run says what is wrong with it
@@ -221,12 +228,13 @@ def enter_working_directory(run: EarlierRun) -> None:
 
 
 @contextmanager
-def only_driver(run_dir: Path, owner_pid: int | None = None) -> Iterator[None]:
+def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
     """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
 
     Args:
         run_dir: The folder.
         owner_pid: The process that is named to others; None for this one.
+        timeout: Longest wait for another driver to end, in seconds.
 
     Raises:
         SpecError: Another driver is at work there, or the file system has no locks.
@@ -235,12 +243,10 @@ def only_driver(run_dir: Path, owner_pid: int | None = None) -> Iterator[None]:
 
     lock, owner = filelock.FileLock(run_dir / LOCK), run_dir / OWNER
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT_SECONDS)
+        lock.acquire(timeout=timeout)
     except filelock.Timeout as error:
-        text = "another process"
-        with suppress(OSError, ValueError, KeyError):
-            known = orjson.loads(owner.read_bytes())
-            text = f"process {known['pid']} on {known['host']}"
+        known = _owner(run_dir)
+        text = f"process {known['pid']} on {known['host']}" if known else "another process"
         raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
     except OSError as error:
         raise SpecError(f"{run_dir}: it cannot be locked: {error}") from error
@@ -250,6 +256,19 @@ def only_driver(run_dir: Path, owner_pid: int | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _owner(run_dir: Path) -> dict[str, Any]:
+    """The last driver's `pid` and `host`; empty where they are not known."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = orjson.loads((run_dir / OWNER).read_bytes())
+        return {"pid": known["pid"], "host": known["host"]}
+    return {}
+
+
+def _take_over_timeout(run_dir: Path) -> float:
+    elsewhere = _owner(run_dir).get("host") != socket.gethostname()
+    return TAKE_OVER_SECONDS if elsewhere else LOCK_TIMEOUT_SECONDS
 
 
 def _events(folder: Path) -> list[Event]:

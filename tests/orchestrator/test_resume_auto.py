@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
-from orchestrator.runlog.folder import read_begun_run
+from orchestrator.runlog import folder
+from orchestrator.runlog.folder import only_driver, read_begun_run
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
@@ -41,6 +43,23 @@ def test_a_job_that_is_started_again_begins_its_run_once_and_goes_on_with_it(tmp
     assert read_begun_run(tmp_path, parse()) is None, "cut off before its first line"
     found = read_begun_run(tmp_path, begun(tmp_path))
     assert found and (found.started.run_id, found.changes, found.failed) == ("tiny/1", {}, "")
+
+
+def test_a_job_waits_for_the_lock_of_a_host_that_was_lost_and_not_for_a_driver_here(tmp_path, monkeypatch):
+    given = begun(tmp_path)
+    monkeypatch.setattr(folder, "LOCK_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(folder, "TAKE_OVER_SECONDS", 600.0)
+    with only_driver(tmp_path), pytest.raises(SpecError, match=r"process \d+ on .+ is still running it"):
+        read_begun_run(tmp_path, given)
+    with only_driver(tmp_path):
+        (tmp_path / folder.OWNER).write_text('{"pid": 7, "host": "lost"}')
+        job = Thread(target=lambda: found.append(read_begun_run(tmp_path, given)))
+        found: list[object] = []
+        job.start()
+        job.join(0.5)
+        assert job.is_alive() and not found, "the file server still holds its lock"
+    job.join()
+    assert found != [None]
 
 
 def test_a_job_takes_over_what_its_file_says_now_of_where_and_how_safely(tmp_path):
