@@ -115,7 +115,7 @@ class Acceptance:
             together = "" if len(link.hosts) == 2 else "all nodes"
             for each in link.values:
                 if each.value is not None:
-                    values[each.key, " ".join(filter(None, (each.part, together)))].append(each.value)
+                    values[each.key, ", ".join(filter(None, (each.part, together)))].append(each.value)
         return {name: statistics.median(found) for name, found in values.items()}
 
 

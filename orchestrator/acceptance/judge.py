@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from orchestrator.acceptance.data_sheets import LOW_SHARE, sheet_rate
@@ -22,7 +24,8 @@ SLOW_LINK_GBS = 0.1
 def judge(nodes: Sequence[NodeRecord], links: Sequence[LinkRecord]) -> list[Verdict]:
     """Everything that is not as it should be, what falls behind first."""
     pairs = [link for link in links if len(link.hosts) == 2]
-    found = [*_node_verdicts(nodes), *_fault_verdicts(nodes), *_broken_links(pairs), *_link_verdicts(pairs)]
+    slow = _worst_of_each(_link_verdicts(pairs))
+    found = [*_node_verdicts(nodes), *_fault_verdicts(nodes), *_broken_links(pairs), *slow]
     return [*found, *_sheet_hints(nodes), *_quota_hints(nodes), *_clock_hints(nodes)]
 
 
@@ -106,6 +109,17 @@ def _link_verdicts(pairs: Sequence[LinkRecord]) -> Iterator[Verdict]:
         behind = {each.name[0] for each in slow}
         rest = {(hosts[0], hosts[1]): value for hosts, value in values.items() if not behind & set(hosts)}
         yield from (_behind(each.name, key, part, each, place) for each in outliers(rest, row))
+
+
+def _worst_of_each(verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
+    """The worst of each node's or pair's verdicts on a quantity: sizes of messages and GPUs are often all affected."""
+    groups: dict[tuple[tuple[str, ...], str], list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        groups[verdict.hosts, verdict.key].append(verdict)
+    for group in groups.values():
+        worst = max(group, key=lambda each: abs(math.log((each.value or 1) / (each.typical or 1))))
+        more = f"; and {len(group) - 1} more like this" if len(group) > 1 else ""
+        yield replace(worst, what=f"{worst.what}{more}")
 
 
 def _sheet_hints(nodes: Sequence[NodeRecord]) -> Iterator[Verdict]:

@@ -18,6 +18,7 @@ TYPICAL = {
     "host_to_gpu": 50.0, "gpu_to_host": 50.0, "gpu_to_gpu": 350.0, "latency": 60.0, "all_reduce": 1.2,
 }  # fmt: skip
 EXACT = ("usable_cpus", "shm_size")
+OF_GPUS = {key for key, row in QUANTITIES.items() if row.device == "cuda"}
 H100 = "NVIDIA H100 80GB HBM3"
 HEALTHY_SPREAD = 0.25
 """Standard deviation between healthy devices, in tolerances of the quantity."""
@@ -53,7 +54,7 @@ class SimulatedCluster:
         parts = ["", *(f"GPU {i}" for i in range(num_gpus))]
         self._true = {
             (node.host, part, key): self._healthy(key)
-            for node in self.nodes for part in parts for key in TYPICAL if key.startswith("gpu") == bool(part)
+            for node in self.nodes for part in parts for key in TYPICAL if (key in OF_GPUS) == bool(part)
         }  # fmt: skip
         self._links = {
             (frozenset((a, b)), key): self._healthy(key)
@@ -68,7 +69,7 @@ class SimulatedCluster:
     def _measured(self, key: str, true: float, *names: tuple[str, ...]) -> float:
         for name in names:
             true *= self._factors.get((*name, key), 1.0)
-        if key in EXACT or key.startswith("gpu"):
+        if key in EXACT or key in OF_GPUS:
             return true
         left = self._noise(self._draw)
         return true / left if QUANTITIES[key].less_is_better else true * left
