@@ -12,6 +12,7 @@ SEEDS ?= 20
 CHAOS ?=
 BENCHMARK := runs/demo_benchmark/$(shell date -u +%Y-%m-%dT%H-%M-%SZ)
 ADDRESS ?= http://127.0.0.1:8265
+RUNS ?= /mnt/shared/runs
 TESTS ?=
 
 .DEFAULT_GOAL := help
@@ -75,10 +76,11 @@ image:  ## The container image of a cluster's nodes
 mlflow-server: install  ## MLflow on PostgreSQL, with a password; SERVER='--host 10.0.0.10 --allowed-host mlflow.internal'
 	$(BIN)/python -m cluster.mlflow_server $(SERVER)
 
-submit: install  ## CONFIG=... as a job of the cluster at ADDRESS=...; Ctrl-C leaves it running
+submit: install  ## CONFIG=... as a job of the cluster at ADDRESS=...; with JOB=NAME, again, it goes on in RUNS=.../NAME
 	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . --runtime-env cluster/job.yaml \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD)", "submitted_by": "$(shell whoami)"}' \
-		-- exec python -m orchestrator.run $(CONFIG)
+		-- exec python -m orchestrator.run $(CONFIG) \
+		$(if $(JOB),--output $(RUNS)/$(JOB) --resume auto --auto-resume 3)
 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
 	$(BIN)/python -m orchestrator.experiment.spec > configs/experiment.schema.json

@@ -25,12 +25,20 @@ def cloud() -> dict[str, Any]:
     return values
 
 
-def on_premises() -> dict[str, Any]:
-    """The variant that the file's comments describe, made as they say."""
+def variant_of(mark: str) -> dict[str, Any]:
+    """A variant that the file's comments describe, made as they say."""
     text = (ROOT / "ray_cluster.yaml").read_text()
-    lines = [line[3:] for line in text.splitlines() if line.startswith("#| ")]
-    kept = {key: value for key, value in cloud().items() if key not in CLOUD_ONLY and key != "max_workers"}
-    return kept | yaml.safe_load("\n".join(lines))
+    lines = [line[len(mark) :] for line in text.splitlines() if line.startswith(mark)]
+    given = yaml.safe_load("\n".join(lines))
+    return {key: value for key, value in cloud().items() if key not in CLOUD_ONLY and key not in given} | given
+
+
+def google() -> dict[str, Any]:
+    return variant_of("#g ")
+
+
+def on_premises() -> dict[str, Any]:
+    return variant_of("#| ")
 
 
 def pinned(package: str) -> str:
@@ -43,7 +51,7 @@ def commands(values: dict[str, Any]) -> list[str]:
     return [line for key, lines in values.items() if key.endswith("_commands") for line in lines]
 
 
-@pytest.mark.parametrize("variant", [cloud, on_premises])
+@pytest.mark.parametrize("variant", [cloud, google, on_premises])
 def test_the_launcher_takes_it(variant: Any) -> None:
     prepared = prepare_config(deepcopy(variant()))
     validate_config(prepared)
@@ -52,7 +60,7 @@ def test_the_launcher_takes_it(variant: Any) -> None:
     assert not any("dashboard-host=0.0.0.0" in command for command in commands(prepared))
 
 
-@pytest.mark.parametrize("variant", [cloud, on_premises])
+@pytest.mark.parametrize("variant", [cloud, google, on_premises])
 def test_no_key_is_misspelt_where_the_launcher_would_not_say_so(variant: Any) -> None:
     schema = json.loads((Path(_private.__file__).parent.parent / "ray-schema.json").read_text())["properties"]
     values = variant()
@@ -71,7 +79,7 @@ def test_the_shape_is_a_head_without_work_and_up_to_four_workers_of_eight() -> N
     assert values["max_workers"] == 4
 
 
-@pytest.mark.parametrize("variant", [cloud, on_premises])
+@pytest.mark.parametrize("variant", [cloud, google, on_premises])
 def test_nobody_gets_in_without_the_token(variant: Any) -> None:
     values = variant()
     assert "--env RAY_AUTH_MODE=token" in values["docker"]["run_options"]
@@ -96,12 +104,12 @@ def test_ray_has_one_version_in_all_files() -> None:
     # The range admits patch releases of one minor version alone: all nodes must have the same.
     major, minor, *_ = version.split(".")
     assert f"{major}.{int(minor) + 1}" not in requirement.specifier
-    for name in ("ray_cluster.yaml", "docker/Dockerfile", "docs/cluster.md"):
+    for name in ("ray_cluster.yaml", "docker/Dockerfile", "docs/cluster.md", "cluster/rayjob.yaml"):
         text = (ROOT / name).read_text()
         found = re.findall(r"rayproject/ray:(\d+\.\d+\.\d+)|__version__ == \"(.+?)\"|rayVersion: \"?(\d[\d.]+)", text)
         assert found, f"{name} names no version of Ray"
         assert {part for parts in found for part in parts if part} == {version}, name
-    for name in ("ray_cluster.yaml", "docs/cluster.md", "Makefile"):
+    for name in ("ray_cluster.yaml", "cluster/rayjob.yaml", "Makefile"):
         tags = re.findall(r"ray-detectron2-benchmark:(\d[\w.]*)", (ROOT / name).read_text())
         assert set(tags) == {project["version"]}, name
 
@@ -140,35 +148,3 @@ def test_what_a_job_sends_is_small_and_enough() -> None:
 def test_make_image_says_when_there_is_nothing_to_build_with() -> None:
     done = subprocess.run(["make", "image", "ENGINE="], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "docker" in done.stderr
-
-
-def kuberay_manifests() -> list[dict[str, Any]]:
-    blocks = re.findall(r"^```yaml\n(.+?)^```", (ROOT / "docs/cluster.md").read_text(), re.MULTILINE | re.DOTALL)
-    return [part for block in blocks for part in yaml.safe_load_all(block) if part and part.get("kind") == "RayJob"]
-
-
-def test_the_kuberay_job_is_what_the_launcher_would_start() -> None:
-    (manifest,) = kuberay_manifests()
-    spec = manifest["spec"]
-    cluster = spec["rayClusterSpec"]
-    assert manifest["apiVersion"] == "ray.io/v1"
-    # Ray waits for the job's processes to be gone: a shell's child can stay as a zombie (docs/cluster.md, Jobs).
-    assert spec["entrypoint"].startswith("exec python -m orchestrator.run")
-    assert "-- exec python -m orchestrator.run" in (ROOT / "Makefile").read_text()
-    assert yaml.safe_load(spec["runtimeEnvYAML"]) == yaml.safe_load((ROOT / "cluster/job.yaml").read_text())
-    (workers,) = cluster["workerGroupSpecs"]
-    assert (workers["minReplicas"], workers["maxReplicas"]) == (0, 4)
-    head = cluster["headGroupSpec"]
-    assert head["rayStartParams"]["num-cpus"] == "0"
-    for group in (head, workers):
-        pod = group["template"]["spec"]
-        (container,) = pod["containers"]
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert container["image"] == cloud()["docker"]["image"]
-        assert {"name": "shared", "mountPath": "/mnt/shared"} in container["volumeMounts"]
-        # Loaders share batches through /dev/shm, of which a pod has 64 MiB unless it says otherwise.
-        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
-    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits["nvidia.com/gpu"] == 8
-    # MLflow's password is the driver's alone, and the driver runs in the head's pod.
-    assert "mlflow-credentials" in yaml.safe_dump(head) and "mlflow-credentials" not in yaml.safe_dump(workers)
