@@ -19,6 +19,9 @@ from orchestrator.runlog.folder import TrialEvents, read_run_folder
 LIKELY_BOUNDED = 0.5
 """Share of steps whose slowest worker is the slowest deviation seen, above which the bound is said."""
 
+FEW_RANKS = 4
+"""Below it, deviations of ranks are too mixed with one another to predict many from (docs/scaling.md)."""
+
 NOTABLE_GROWTH = 0.05
 """By how much a worker's own part of a step may grow from the smallest to the largest size without a word."""
 
@@ -182,6 +185,11 @@ def _assumptions(asked: Prediction, from_: _Calibration) -> Iterator[str]:
         yield (
             f"{largest.own.size} deviations were measured: of {size} workers, the slowest is likely slower than any of "
             "them, and its wait is too low"
+        )
+    if largest.world_size < FEW_RANKS and size > FEW_RANKS:
+        yield (
+            f"{largest.world_size} ranks were measured: a deviation from the mean of so few is partly that of the "
+            "others, so rare slow steps count for too little and intervals are too narrow; --calibrate takes more ranks"
         )
     if asked.scaling == "strong":
         yield "a worker computes a constant part and one that goes with its images, fitted to the sizes measured"

@@ -37,12 +37,12 @@ def prediction_tables(prediction: Prediction) -> list[PredictionTable]:
     tables = [
         PredictionTable(
             f"PREDICTED from {seen} workers on {device} ({prediction.recipe}, {prediction.scaling} scaling){links}",
-            ["Work-\ners", "Batch", "Images/s\n(95 %)", "Efficiency\n(95 %)", "To\ntarget", "Schedule", "Cost"],
+            ["Workers", "Batch", "Images/s\n(95 %)", "Efficiency\n(95 %)", "To\ntarget", "Schedule", "Cost"],
             [_headline(size) for size in sizes],
         ),
         PredictionTable(
             f"PREDICTED step, ms{links}",
-            ["Work-\ners", "Step", *(part.capitalize() for part in PARTS)],
+            ["Workers", "Step", *(part.capitalize() for part in PARTS)],
             [
                 [str(size.world_size), _ms(size.step_seconds), *(_ms(size.part_seconds[part]) for part in PARTS)]
                 for size in sizes
@@ -51,7 +51,7 @@ def prediction_tables(prediction: Prediction) -> list[PredictionTable]:
     ]
     simulated = [(size.world_size, size.simulated) for size in sizes if size.simulated]
     if simulated:
-        headings = ["Work-\ners", "Hosts", "Failure\nevery", "Failures", "Checkpoint\nevery", "Goodput"]
+        headings = ["Workers", "Hosts", "Failure\nevery", "Failures", "Checkpoint\nevery", "Goodput"]
         tables.append(
             PredictionTable(
                 "SIMULATED training with failures",
@@ -128,7 +128,7 @@ def _simulated(world_size: int, run: SimulatedRun) -> list[str]:
 def _with_range(texts: Iterable[str]) -> str:
     """A figure above the two ends of its interval."""
     value, low, high = texts
-    return f"{value}\n{low}–{high}"
+    return f"{value}\n({low}–{high})"
 
 
 def _ms(seconds: float) -> str:
