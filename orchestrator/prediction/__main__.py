@@ -22,6 +22,10 @@ from orchestrator.report.prediction import prediction_group
 from orchestrator.runlog.folder import read_run_folder
 
 
+DEFAULT_LATENCY = 10.0
+"""Microseconds."""
+
+
 def main(
     run: Annotated[Path, typer.Argument(help="Folder of a run with trials of two sizes or more.")],
     sizes: Annotated[str, typer.Option(metavar="WORKERS", help="Numbers of workers to predict, e.g. 64,1024.")],
@@ -48,9 +52,7 @@ def main(
     """Predicts throughput, time and cost at other sizes from the steps of a run, and simulates failures there."""
     console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     try:
-        if links:
-            bandwidth, latency = _slowest(links, bandwidth, latency)
-        simulated = _links(bandwidth, 10.0 if latency is None else latency, gradients, algorithm)
+        simulated = _links(links, bandwidth, latency, gradients, algorithm)
         prediction = _predict(run.expanduser().absolute(), parse_sizes(sizes, "--sizes"), simulated, mtbf_hours)
         text = prediction.model_dump_json(indent=2) + "\n"
         if output:
@@ -64,13 +66,15 @@ def main(
         console.print(prediction_group(prediction))
 
 
-def _slowest(file: Path, bandwidth: float | None, latency: float | None) -> tuple[float, float]:
+def slowest_links(file: Path) -> tuple[float, float]:
     """GB/s of the slowest pair of nodes that an acceptance measured, and microseconds of a message of the latest.
 
     A pair's bandwidth is that of its best message; its latency is an all-reduce's of one number, which is two messages.
+
+    Raises:
+        SpecError: It has no pair, or one that could not be measured.
+        OSError, ValueError: It is no acceptance that can be read.
     """
-    if bandwidth is not None or latency is not None:
-        raise SpecError("--links has bandwidth and latency: give no others")
     pairs = [link.values for link in read_document(file).links if len(link.hosts) == 2]
     rates, latencies = (
         [[each.value for each in values if each.key == key and each.value] for values in pairs]
@@ -81,15 +85,24 @@ def _slowest(file: Path, bandwidth: float | None, latency: float | None) -> tupl
     return min(map(max, rates)), max(map(min, latencies)) / 2
 
 
-def _links(bandwidth: float | None, latency: float, gradients: float | None, algorithm: str) -> Links | None:
+def _links(
+    file: Path | None, bandwidth: float | None, latency: float | None, gradients: float | None, algorithm: str
+) -> Links | None:
     """The links that are simulated; None to extrapolate the communication that was measured."""
+    if file is not None:
+        if bandwidth is not None or latency is not None:
+            raise SpecError("--links has bandwidth and latency: give no others")
+        bandwidth, latency = slowest_links(file)
     if algorithm not in get_args(Algorithm):
         raise SpecError(f"--algorithm {algorithm}: it is none of {', '.join(get_args(Algorithm))}")
     if (bandwidth is None) != (gradients is None):
-        raise SpecError("--bandwidth and --gradients need each other: an exchange takes the one over the other")
+        raise SpecError(
+            "--gradients and --bandwidth or --links need each other: an exchange takes the one over the other"
+        )
     if bandwidth is None or gradients is None:
         return None
-    return Links(bandwidth * 1e9, latency * 1e-6, cast("Algorithm", algorithm), gradients * 1e6)
+    microseconds = DEFAULT_LATENCY if latency is None else latency
+    return Links(bandwidth * 1e9, microseconds * 1e-6, cast("Algorithm", algorithm), gradients * 1e6)
 
 
 def _predict(folder: Path, sizes: list[int], links: Links | None, mtbf_hours: float | None) -> Prediction:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from orchestrator.acceptance.document import Acceptance, LinkRecord, write_document
 from orchestrator.experiment.prediction_file import AskedSize, Prediction
 from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.step_terms import ring_term
 from orchestrator.figures.trial import trial_result
 from orchestrator.prediction import model, simulation
+from orchestrator.prediction.__main__ import slowest_links
 from orchestrator.prediction.measured import MeasuredSize, measured_size
 from orchestrator.prediction.predict import predict
 from orchestrator.prediction.simulation import Links
 from orchestrator.runlog.folder import TrialEvents
 from tests.builders.trials import TrialBuilder, plan
+from trainers.contract.acceptance import Measured
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds
 
 STEPS = 80
@@ -242,3 +247,18 @@ def test_a_thousand_gpus_get_an_interval_and_a_goodput():
 def test_a_training_that_would_hardly_ever_end_is_not_simulated():
     assert simulation.simulated_run(86_400.0, 1024, checkpoint=60.0, restart=120.0, mtbf_worker_hours=1.0) is None
     assert simulation.simulated_run(86_400.0, 8, checkpoint=0.0, restart=120.0, mtbf_worker_hours=None) is None
+
+
+def test_links_of_an_acceptance_are_those_of_its_slowest_pair(tmp_path: Path):
+    def pair(*hosts: str, rates: tuple[float, float], latency: float) -> LinkRecord:
+        values = [Measured(key="all_reduce", value=rate, part=part) for rate, part in zip(rates, "ab", strict=True)]
+        return LinkRecord(hosts, None, (*values, Measured(key="latency", value=latency)))
+
+    pairs = (pair("a", "b", rates=(1.0, 9.0), latency=20.0), pair("a", "c", rates=(1.0, 5.0), latency=60.0))
+    together = LinkRecord(("a", "b", "c"), None, (Measured(key="all_reduce", value=2.0),))
+    found = Acceptance("made", "", "cpu", short=False, nodes=(), links=(*pairs, together), verdicts=(), seconds=1.0)
+    # An all-reduce of one number is two messages.
+    assert slowest_links(write_document(found, tmp_path)) == (5.0, 30.0)
+    write_document(replace(found, links=(together,)), tmp_path)
+    with pytest.raises(SpecError, match="no pair of nodes"):
+        slowest_links(tmp_path)
