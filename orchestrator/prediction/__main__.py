@@ -21,7 +21,6 @@ from orchestrator.process import prepare_process
 from orchestrator.report.prediction import prediction_group
 from orchestrator.runlog.folder import read_run_folder
 
-
 DEFAULT_LATENCY = 10.0
 """Microseconds."""
 
