@@ -134,7 +134,7 @@ class ChaosRun:
                     "TMPDIR": str(self.folder / "tmp"),
                     "COLUMNS": "300",
                 },
-                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs this may ignore it
+                preexec_fn=_take_default_signals,
             )
 
     def look(self) -> bool:
@@ -259,3 +259,9 @@ class ChaosRun:
         roots = (self.run_dir, self.folder / "tmp")
         names = {str(path.relative_to(root)) for root in roots for path in root.rglob("*") if path.is_file()}
         return {re.sub(r"[0-9a-f]{8,}|\d+", "#", name) for name in names if not name.startswith("ray/")}
+
+
+def _take_default_signals() -> None:
+    """Signals that whoever runs this may ignore, as a shell does for what it runs in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
