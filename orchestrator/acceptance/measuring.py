@@ -24,6 +24,10 @@ CONTROLS = 3
 """Peers that are measured in turn with it."""
 
 
+LINK_TIMEOUT_SECONDS = 120.0
+"""Longest wait for the links of one round: half of it for two nodes to meet, which takes seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """How much is measured."""
@@ -42,7 +46,7 @@ class Scope:
     max_rounds: int
     """Partners of each node; that all meet needs one fewer than there are nodes."""
     timeout_seconds: float
-    """For each step."""
+    """Longest wait for all nodes to measure themselves."""
 
 
 FULL = Scope(
@@ -61,7 +65,7 @@ SHORT = Scope(
     short=True,
     node_seconds=0.5,
     file_bytes=16 * 2**20,
-    link_seconds=0.3,
+    link_seconds=0.5,
     message_bytes=(4 * 2**20,),
     group_bytes=(),
     max_rounds=3,
@@ -187,8 +191,8 @@ def _measure_links(
         links: dict[tuple[Node, ...], LinkRecord] = {}
         for pairs in rounds(nodes, scope.max_rounds):
             _take_links(links, _meet(probes, pairs, scope, gpu), gpu)
-        for _ in range(CONFIRMATIONS):
-            for pair in _suspected_pairs(links):
+        for attempt in range(CONFIRMATIONS):
+            for pair in _suspected_pairs(links, broken=attempt == 0):
                 _take_links(links, _meet(probes, [pair], scope, gpu), gpu)
         found += links.values()
     if scope.group_bytes:
@@ -203,7 +207,7 @@ def _measure_links(
 def _meet(
     probes: Prober, groups: Sequence[Sequence[Node]], scope: Scope, gpu: int | None
 ) -> dict[tuple[Node, ...], list[Measured] | Exception]:
-    return probes.meet(groups, scope.message_bytes, scope.link_seconds, scope.timeout_seconds, gpu or 0)
+    return probes.meet(groups, scope.message_bytes, scope.link_seconds, LINK_TIMEOUT_SECONDS, gpu or 0)
 
 
 def _take_links(
@@ -219,13 +223,18 @@ def _take_links(
             links[group] = replace(known, reason="", values=_best(known.values, outcome))
 
 
-def _suspected_pairs(links: Mapping[tuple[Node, ...], LinkRecord]) -> list[tuple[Node, ...]]:
-    """Pairs that are measured again, one after the other: those under suspicion, and others in turn with them."""
-    verdicts = [each for each in judge([], list(links.values())) if each.key in (*LINK_KEYS, "link")]
+def _suspected_pairs(links: Mapping[tuple[Node, ...], LinkRecord], *, broken: bool) -> list[tuple[Node, ...]]:
+    """Pairs that are measured again, one after the other: those under suspicion, and others in turn with them.
+
+    With `broken`, also those that did not reach each other, which takes until the time is up.
+    """
+    keys = (*LINK_KEYS, "link") if broken else LINK_KEYS
+    verdicts = [each for each in judge([], list(links.values())) if each.key in keys]
     suspects = {each.hosts for each in verdicts}
     if not suspects:
         return []
     accused = {host for hosts in suspects if len(hosts) == 1 for host in hosts}
     slow = [pair for pair, link in links.items() if link.hosts in suspects or accused & set(link.hosts)]
-    others = [pair for pair in links if pair not in slow]
+    slow = [pair for pair in slow if broken or not links[pair].reason]
+    others = [pair for pair, link in links.items() if pair not in slow and not link.reason]
     return [*slow, *others[:CONTROLS]]

@@ -15,6 +15,9 @@ LATENCY_BYTES = 4
 
 MIN_REPETITIONS, MAX_REPETITIONS = 3, 500
 
+MAX_SHARE = 0.1
+"""Share of the time-out that a message may be expected to take; larger ones are left out on a link that slow."""
+
 OPEN_TIMEOUT = timedelta(seconds=60)
 
 
@@ -58,9 +61,14 @@ def measure_links(meeting: Meeting, store: dist.TCPStore, device: str) -> list[M
         timeout=timeout,
     )
     try:
-        found = []
+        found: list[Measured] = []
+        slowest_byte = 0.0
         for num_bytes in (LATENCY_BYTES, *meeting.message_bytes):
-            seconds = _fastest(num_bytes, meeting, device)
+            if slowest_byte * num_bytes > MAX_SHARE * meeting.timeout_seconds:
+                found.append(Measured("all_reduce", None, size_name(num_bytes), "smaller messages take too long"))
+                continue
+            seconds, usual = _fastest(num_bytes, meeting, device)
+            slowest_byte = usual / num_bytes if num_bytes != LATENCY_BYTES else 0.0
             if num_bytes == LATENCY_BYTES:
                 found.append(Measured("latency", seconds * 1e6))
             else:
@@ -71,8 +79,8 @@ def measure_links(meeting: Meeting, store: dist.TCPStore, device: str) -> list[M
         dist.destroy_process_group()
 
 
-def _fastest(num_bytes: int, meeting: Meeting, device: str) -> float:
-    """Seconds of the fastest of many all-reduces; all ranks do the same number of them."""
+def _fastest(num_bytes: int, meeting: Meeting, device: str) -> tuple[float, float]:
+    """Seconds of the fastest of many all-reduces, and of one on its slowest rank, which all ranks know alike."""
     values = torch.ones(num_bytes // 4, device=device)
     _timed(values)  # sets up connections
     if (total := float(values[-1])) != meeting.size:
@@ -80,8 +88,9 @@ def _fastest(num_bytes: int, meeting: Meeting, device: str) -> float:
     values.zero_()  # sums of ones would grow
     first = torch.tensor([_timed(values)], device=device)
     dist.all_reduce(first, dist.ReduceOp.MAX)
-    repetitions = min(max(int(meeting.seconds / float(first)), MIN_REPETITIONS), MAX_REPETITIONS)
-    return min(_timed(values) for _ in range(repetitions))
+    usual = float(first)
+    repetitions = min(max(int(meeting.seconds / usual), MIN_REPETITIONS), MAX_REPETITIONS)
+    return min(_timed(values) for _ in range(repetitions)), usual
 
 
 def _timed(values: torch.Tensor) -> float:
