@@ -66,9 +66,12 @@ class MeasuredHosts:
     def few_cpus(self, name: str) -> Iterator[None]:
         """All processes of a host share a quota of CPU time."""
         if (CGROUPS / "cpu").is_dir():
-            group, files = CGROUPS / "cpu" / f"slow-{os.getpid()}", {"cpu.cfs_quota_us": f"{QUOTA_PERCENT * 1000}"}
+            group, files = (
+                CGROUPS / "cpu" / f"slow-{name}-{os.getpid()}",
+                {"cpu.cfs_quota_us": f"{QUOTA_PERCENT * 1000}"},
+            )
         else:
-            group, files = CGROUPS / f"slow-{os.getpid()}", {"cpu.max": f"{QUOTA_PERCENT * 1000} 100000"}
+            group, files = CGROUPS / f"slow-{name}-{os.getpid()}", {"cpu.max": f"{QUOTA_PERCENT * 1000} 100000"}
         with self._limited(name, group, files):
             yield
 
@@ -79,10 +82,10 @@ class MeasuredHosts:
         number = f"{os.major(device)}:{os.minor(device)}"
         rate = DISK_BYTES_PER_SECOND
         if (CGROUPS / "blkio").is_dir():
-            group = CGROUPS / "blkio" / f"slow-{os.getpid()}"
+            group = CGROUPS / "blkio" / f"slow-{name}-{os.getpid()}"
             files = {f"blkio.throttle.{way}_bps_device": f"{number} {rate}" for way in ("read", "write")}
         else:
-            group, files = CGROUPS / f"slow-{os.getpid()}", {"io.max": f"{number} rbps={rate} wbps={rate}"}
+            group, files = CGROUPS / f"slow-{name}-{os.getpid()}", {"io.max": f"{number} rbps={rate} wbps={rate}"}
         with self._limited(name, group, files):
             yield
 
