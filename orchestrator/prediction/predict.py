@@ -216,7 +216,7 @@ def complete(run_dir: Path, result: ExperimentResult) -> Prediction | None:
         return None
     try:
         prediction = predict(asked, read_run_folder(run_dir, result).trials)
-    except SpecError as error:
+    except ValueError as error:  # of which SpecError is one; events may be damaged
         prediction = asked.model_copy(update={"sizes": [], "assumptions": [f"nothing is predicted: {error}"]})
     keep(prediction, run_dir)
     return prediction
