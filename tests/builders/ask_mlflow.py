@@ -17,6 +17,8 @@ for name in sys.argv[1:]:
         folder = artifacts.download_artifacts(run_id=run.info.run_id, dst_path=tempfile.mkdtemp())
         sizes = {path.name: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
         shown = {"status": run.info.status, "tags": run.data.tags, "params": run.data.params}
-        runs.append({**shown, "metrics": run.data.metrics, "artifacts": sizes})
+        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        points = {key: [point.step for point in history] for key, history in histories.items()}
+        runs.append({**shown, "metrics": run.data.metrics, "points": points, "artifacts": sizes})
     found.append(runs)
 print(json.dumps(found))

@@ -96,17 +96,17 @@ class ClusterOfHosts:
         self.workers.append(host)
         return host
 
-    def submit(self, name: str, values: dict[str, Any]) -> Job:
-        """Sends an experiment from the laptop, as docs/cluster.md says; it runs on two hosts."""
-        values["name"] = name
-        values["resources"] |= {"num_nodes": 2}
+    def submit(self, name: str, values: dict[str, Any], options: str = "", *, start: int = 1) -> Job:
+        """Sends an experiment from the laptop, as docs/cluster.md says; it runs on two hosts where it names none."""
+        values["name"], job = name, f"{name}-{start}" if start > 1 else name  # Ray takes no id twice
+        values["resources"] = {"num_nodes": 2, **values["resources"]}
         values["storage"] |= {"path": f"{SHARED}/runs"}
         (self.shared / f"{name}.yaml").write_text(yaml.safe_dump(values))
-        log = self.folder / f"{name}.log"
-        run = f"exec python -m orchestrator.run {SHARED}/{name}.yaml --output {SHARED}/runs/{name}"
+        log = self.folder / f"{job}.log"
+        run = f"exec python -m orchestrator.run {SHARED}/{name}.yaml --output {SHARED}/runs/{name} {options}"
         metadata = json.dumps({"git_commit": "c0ffee", "submitted_by": "tests"})
         sender = self.laptop.start(
-            f"cd {ROOT} && ray job submit --address {JOB_SERVER} --submission-id {name} --working-dir . "
+            f"cd {ROOT} && ray job submit --address {JOB_SERVER} --submission-id {job} --working-dir . "
             f"--runtime-env cluster/job.yaml --metadata-json '{metadata}' -- {run}",
             log,
         )
