@@ -8,16 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import pynvml
 import pytest
 
 from orchestrator.acceptance.document import Acceptance, LinkRecord, NodeRecord, Verdict, read_document, write_document
 from orchestrator.acceptance.page import page
+from orchestrator.acceptance.quantities import QUANTITIES, node_keys
 from orchestrator.acceptance.table import missing, rows
 from orchestrator.preflight.speed import speed_findings
 from tests.builders.commands import run_command
-from trainers.acceptance import cpu_time
+from trainers.acceptance import cpu_time, gpus
 from trainers.acceptance.cpu_time import Burst, run_burst, usable_cpus
-from trainers.acceptance.gpus import copy_rate, matrix_rate, memory_rate
 from trainers.acceptance.host import measure_host
 from trainers.contract.acceptance import Measured, ProbeRequest
 
@@ -156,13 +157,45 @@ def test_what_cannot_be_measured_has_a_reason(tmp_path: Path) -> None:
         assert all(word in each.reason for word, each in zip(words, found, strict=True)), found
 
 
-def test_rates_of_gpus_are_those_of_any_device() -> None:
+def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With processors in place of GPUs, and NVML's answers made up."""
     import torch
 
-    cpu = torch.device("cpu")
-    assert matrix_rate(cpu, torch.float32, 0.02, size=64) > 0
-    assert memory_rate(cpu, 0.02, 2**16) > 0
-    assert copy_rate(torch.zeros(2**16), torch.zeros(2**16)) > 0
+    handles = iter(["first", "second"])
+    reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown
+    answers = {
+        "nvmlDeviceGetClockInfo": lambda handle, _: 1200 if handle == "first" else 1980,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: reasons if handle == "first" else 0,
+        "nvmlDeviceGetTotalEccErrors": lambda *_: 0,
+        "nvmlDeviceGetRemappedRows": lambda handle: (0, 1, 0, handle == "second"),
+        "nvmlDeviceGetRetiredPagesPendingStatus": lambda _: 0,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    for name, value in {
+        "MATRIX_SIZE": 64,
+        "COPY_BYTES": 2**16,
+        "HOST_COPY_BYTES": 2**16,
+        "CLOCK_INTERVAL_SECONDS": 0.0,
+    }.items():
+        monkeypatch.setattr(gpus, name, value)
+    monkeypatch.setattr(gpus, "_handle", lambda _: next(handles))
+    monkeypatch.setattr(gpus, "_grave_xids", lambda: ["Xid (PCI:0000:65:00): 79"])
+    keys = node_keys("cuda", short=False)
+    found = list(gpus.measure_gpus([torch.device("cpu")] * 2, keys, 0.02))
+    values = {(each.key, each.part): each.value for each in found}
+    wanted = {key for key in keys if QUANTITIES[key].device == "cuda"}
+    assert {key for key, part in values if part == "GPU 0"} == {key for key, part in values if part == "GPU 1"}
+    assert {key for key, _ in values} == wanted | {"gpu_fault"} and all(
+        value and value > 0 for value in values.values()
+    )
+    assert (values["gpu_clock", "GPU 0"], values["gpu_clock", "GPU 1"]) == (1200, 1980)
+    faults = [(each.part, each.reason) for each in found if each.key == "gpu_fault"]
+    assert faults == [
+        ("GPU 0", "it is too hot: the hardware slows it down"),
+        ("GPU 1", "a row of its memory could not be remapped: replace it"),
+        ("", "the kernel's log has Xid (PCI:0000:65:00): 79"),
+    ]
 
 
 @pytest.mark.train

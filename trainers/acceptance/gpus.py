@@ -1,6 +1,6 @@
 """Measures a host's GPUs: matrix products by precision, memory, copies, clocks, and what NVML says of their health.
 
-Nothing here has run on a GPU yet; on CPUs, the rates of this module are tested with a processor as the device.
+Nothing here has run on a GPU yet; the whole of it is tested with processors as the devices, and a stand-in for NVML.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ HOST_COPY_BYTES = 2**28
 COPIES = 5
 """Copies between devices, of which the fastest counts."""
 
+CLOCK_INTERVAL_SECONDS = 0.05
+"""Time between two looks at the clocks."""
+
 SLOWED_DOWN = {
     "HwSlowdown": "the hardware slows it down",
     "HwThermalSlowdown": "it is too hot: the hardware slows it down",
@@ -51,41 +55,61 @@ GRAVE_XIDS = {48, 64, 74, 79, 92, 94, 95, 119}
 rows that could not be remapped, NVLink, a GPU that has fallen off the bus, a firmware that does not answer."""
 
 
-def measure_gpus(keys: tuple[str, ...], seconds: float) -> Iterator[Measured]:
-    """Measures all GPUs that this process sees: rates of all at once, as in training, copies one after the other."""
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    names = {device: f"GPU {device.index}" for device in devices}
-    handles = _handles(devices)
-    for precision, (kind, with_tf32) in PRECISIONS.items():
-        if f"gpu_matrix_{precision}" in keys:
-            if kind == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-                continue
-            torch.backends.cuda.matmul.allow_tf32 = with_tf32
-            rates, clocks = _at_once(devices, lambda device, kind=kind: matrix_rate(device, kind, seconds), handles)
-            for device, rate in rates.items():
-                yield Measured(f"gpu_matrix_{precision}", rate / 1e12, names[device])
-            if precision == "bf16" or "gpu_matrix_bf16" not in keys:
-                yield from _clock_values(clocks, names)
+def cuda_devices() -> list[torch.device]:
+    """The GPUs that this process sees."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def measure_gpus(devices: Sequence[torch.device], keys: tuple[str, ...], seconds: float) -> Iterator[Measured]:
+    """Measures devices: rates of all at once, as in training, copies one after the other.
+
+    Args:
+        devices: Named `GPU 0`, `GPU 1`, … by their order.
+        keys: The quantities.
+        seconds: How long each rate is measured.
+    """
+    handles = [_handle(device) for device in devices]
+    yield from _matrix_rates(devices, keys, seconds, handles)
     if "gpu_memory" in keys:
-        rates, _ = _at_once(devices, lambda device: memory_rate(device, seconds, COPY_BYTES), {})
-        yield from (Measured("gpu_memory", rate / 1e9, names[device]) for device, rate in rates.items())
+        rates, _ = _at_once(devices, lambda device: memory_rate(device, seconds, COPY_BYTES), [])
+        yield from (Measured("gpu_memory", rate / 1e9, f"GPU {index}") for index, rate in enumerate(rates))
+    buffers = [torch.empty(HOST_COPY_BYTES, dtype=torch.uint8, device=device) for device in devices]
     if "host_to_gpu" in keys:
-        for device in devices:
-            host = torch.empty(HOST_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
-            on_gpu = torch.empty(HOST_COPY_BYTES, dtype=torch.uint8, device=device)
-            yield Measured("host_to_gpu", copy_rate(host, on_gpu) / 1e9, names[device])
-            yield Measured("gpu_to_host", copy_rate(on_gpu, host) / 1e9, names[device])
+        for index, on_gpu in enumerate(buffers):
+            host = torch.empty(HOST_COPY_BYTES, dtype=torch.uint8, pin_memory=on_gpu.is_cuda)
+            yield Measured("host_to_gpu", copy_rate(host, on_gpu) / 1e9, f"GPU {index}")
+            yield Measured("gpu_to_host", copy_rate(on_gpu, host) / 1e9, f"GPU {index}")
     if "gpu_to_gpu" in keys and len(devices) > 1:
-        buffers = [torch.empty(HOST_COPY_BYTES, dtype=torch.uint8, device=device) for device in devices]
-        for device, source in zip(devices, buffers, strict=True):
+        for index, source in enumerate(buffers):
             slowest = min(copy_rate(source, other) for other in buffers if other is not source)
-            yield Measured("gpu_to_gpu", slowest / 1e9, names[device])
-    for device, handle in handles.items():
-        yield from (Measured("gpu_fault", 1.0, names[device], fault) for fault in _faults(handle))
+            yield Measured("gpu_to_gpu", slowest / 1e9, f"GPU {index}")
+    for index, handle in enumerate(handles):
+        yield from (Measured("gpu_fault", 1.0, f"GPU {index}", fault) for fault in _faults(handle))
     yield from (Measured("gpu_fault", 1.0, "", f"the kernel's log has {line}") for line in _grave_xids())
 
 
-def matrix_rate(device: torch.device, kind: torch.dtype, seconds: float, size: int = MATRIX_SIZE) -> float:
+def _matrix_rates(
+    devices: Sequence[torch.device], keys: tuple[str, ...], seconds: float, handles: Sequence[Any]
+) -> Iterator[Measured]:
+    """Products in each precision that the devices have, and the clocks of the last one."""
+    clocks: list[tuple[float, int] | None] = []
+    for precision, (kind, with_tf32) in PRECISIONS.items():
+        needs_ampere = with_tf32 or kind == torch.bfloat16
+        old = [each for each in devices if each.type == "cuda" and torch.cuda.get_device_capability(each) < (8, 0)]
+        if f"gpu_matrix_{precision}" not in keys or (needs_ampere and old):
+            continue
+        torch.backends.cuda.matmul.allow_tf32 = with_tf32
+        measure = partial(matrix_rate, kind=kind, seconds=seconds, size=MATRIX_SIZE)
+        rates, clocks = _at_once(devices, measure, handles)
+        for index, rate in enumerate(rates):
+            yield Measured(f"gpu_matrix_{precision}", rate / 1e12, f"GPU {index}")
+    for index, clock in enumerate(clocks):
+        if clock is not None:
+            yield Measured("gpu_clock", clock[0], f"GPU {index}")
+            yield from (Measured("gpu_fault", 1.0, f"GPU {index}", meaning) for meaning in _slow_downs(clock[1]))
+
+
+def matrix_rate(device: torch.device, kind: torch.dtype, seconds: float, size: int) -> float:
     """Floating-point operations per second of products of square matrices, the median over the time."""
     left, right = (torch.rand(size, size, device=device).to(kind) for _ in range(2))
     return _median_rate(device, lambda: torch.mm(left, right), 2.0 * size**3, seconds)
@@ -135,58 +159,46 @@ def _seconds(device: torch.device, work: Callable[[], Any], *others: torch.Tenso
 
 
 def _at_once(
-    devices: list[torch.device], measure: Callable[[torch.device], float], handles: dict[torch.device, Any]
-) -> tuple[dict[torch.device, float], dict[torch.device, tuple[float, int]]]:
+    devices: Sequence[torch.device], measure: Callable[[torch.device], float], handles: Sequence[Any]
+) -> tuple[list[float], list[tuple[float, int] | None]]:
     """What is measured on all devices at once; and clock (MHz) and reasons for it (bits) of each meanwhile."""
-    rates: dict[torch.device, float] = {}
-    errors: list[Exception] = []
-    clocks: dict[torch.device, tuple[float, int]] = {}
-
-    def run(device: torch.device) -> None:
-        try:
-            rates[device] = measure(device)
-        except Exception as error:  # noqa: BLE001 - raised again below, in the thread that asked
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=[device], daemon=True) for device in devices]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        for device, handle in handles.items():
-            now = _clock(handle)
-            if now is not None and device not in rates:
-                # The last one counts: by then it is under load.
-                clocks[device] = (now[0], clocks.get(device, (0.0, 0))[1] | now[1])
-        time.sleep(0.05)
-    if errors:
-        raise errors[0]
-    return {device: rates[device] for device in devices}, clocks
+    clocks: list[tuple[float, int] | None] = [None] * len(handles)
+    with ThreadPoolExecutor(max(1, len(devices))) as pool:
+        calls = [pool.submit(measure, device) for device in devices]
+        while not all(call.done() for call in calls):
+            for index, (call, handle) in enumerate(zip(calls, handles, strict=False)):
+                now = _clock(handle)
+                if now is not None and not call.done():
+                    # The last clock counts: by then it is under load.
+                    before = clocks[index]
+                    clocks[index] = (now[0], now[1] | (before[1] if before else 0))
+            time.sleep(CLOCK_INTERVAL_SECONDS)
+        return [call.result() for call in calls], clocks
 
 
-def _clock_values(clocks: dict[torch.device, tuple[float, int]], names: dict[torch.device, str]) -> Iterator[Measured]:
+def _slow_downs(reasons: int) -> list[str]:
     import pynvml
 
-    for device, (clock, reasons) in clocks.items():
-        yield Measured("gpu_clock", clock, names[device])
-        for name, meaning in SLOWED_DOWN.items():
-            if reasons & getattr(pynvml, f"nvmlClocksEventReason{name}"):
-                yield Measured("gpu_fault", 1.0, names[device], meaning)
+    bits = {meaning: getattr(pynvml, f"nvmlClocksEventReason{name}") for name, meaning in SLOWED_DOWN.items()}
+    return [meaning for meaning, bit in bits.items() if reasons & bit]
 
 
-def _handles(devices: list[torch.device]) -> dict[torch.device, Any]:
-    """NVML's handles of the GPUs; none where it does not answer."""
+def _handle(device: torch.device) -> Any:
+    """NVML's handle of a GPU; None where it does not answer."""
     import pynvml
 
-    with suppress(pynvml.NVMLError):
-        pynvml.nvmlInit()
-        ids = {device: f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices}
-        return {device: pynvml.nvmlDeviceGetHandleByUUID(id) for device, id in ids.items()}
-    return {}
+    if device.type == "cuda":
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlInit()
+            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return None
 
 
 def _clock(handle: Any) -> tuple[float, int] | None:
     import pynvml
 
+    if handle is None:
+        return None
     try:
         clock = float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
         return clock, int(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
@@ -198,6 +210,8 @@ def _faults(handle: Any) -> Iterator[str]:
     """What NVML counts of defects in a GPU's memory; a GPU without such a counter has none to report."""
     import pynvml
 
+    if handle is None:
+        return
     with suppress(pynvml.NVMLError):
         kind, since = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
         if errors := pynvml.nvmlDeviceGetTotalEccErrors(handle, kind, since):

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from trainers.acceptance.gpus import measure_gpus
+from trainers.acceptance.gpus import cuda_devices, measure_gpus
 from trainers.acceptance.host import measure_host
 from trainers.acceptance.links import measure_links, open_store
 from trainers.contract.acceptance import Measured, Meeting, ProbeRequest, ProbeStarted
@@ -27,8 +27,8 @@ class NodeProbe:
 
     def start(self) -> ProbeStarted:
         """What the node is."""
-        number = torch.cuda.device_count() if self._request.device == "cuda" else 0
-        names = tuple(torch.cuda.get_device_name(index) for index in range(number))
+        gpus = cuda_devices() if self._request.device == "cuda" else []
+        names = tuple(torch.cuda.get_device_name(gpu) for gpu in gpus)
         return ProbeStarted(processor_name(), names, self._store.port)
 
     def now(self) -> float:
@@ -39,7 +39,7 @@ class NodeProbe:
         """Measures some quantities of the node; those it does not have are left out."""
         found = list(measure_host(self._request, keys))
         if self._request.device == "cuda":
-            found += measure_gpus(keys, self._request.seconds)
+            found += measure_gpus(cuda_devices(), keys, self._request.seconds)
         return found
 
     def meet(self, meeting: Meeting) -> list[Measured]:
