@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from orchestrator.execution import cluster, ray_internals
-from orchestrator.execution.trial import is_preemption
+from orchestrator.execution.deaths import is_preemption
 from tests.builders.commands import ROOT
 
 

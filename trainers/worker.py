@@ -18,7 +18,7 @@ from typing import Any
 from trainers import flight_recorder, stacks
 from trainers.canary import find_port
 from trainers.contract import clock
-from trainers.contract.channel import Channel, Command, Placement
+from trainers.contract.channel import Channel, Command, Placement, Start
 from trainers.contract.events import Heartbeat
 from trainers.contract.plan import TrialPlan
 
@@ -44,10 +44,11 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """Ray Train's entry: trains one rank of a trial.
 
     Args:
-        config: `plan` (TrialPlan), `attempt` (its number, from 0), `telemetry` (handle of the telemetry actor) and
-            `clock` (the driver's, from `clock.anchor`).
+        config: `start` (Start) of a worker that trains at once, or `gate` (handle of the actor) of one that waits there
+            for its start; `clock` (the driver's, from `clock.anchor`).
     """
     clock.adopt(config["clock"])
+    start: Start = config["start"] if "start" in config else _wait_for_start(config["gate"])
     entered = clock.now()
     stacks.answer_requests()
     import ray
@@ -62,13 +63,24 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         host=ray.util.get_node_ip_address(),
         node_id=ray.get_runtime_context().get_node_id(),
     )
-    channel = _channel(config["telemetry"], _watch_for_preemption())
+    channel = _channel(start.telemetry, _watch_for_preemption())
     from trainers.rank import Rank  # torch and detectron2: seconds that belong to the clock
 
     flight_recorder.hide(placement.rank)
-    plan: TrialPlan = config["plan"]
+    plan = start.plan
     reserved = {"start_evaluating": RayEvaluators} if plan.evaluation_gpus or plan.evaluation_cpus else {}
-    Rank(plan, config["attempt"], placement, channel, before_step(), **reserved).train(entered)
+    Rank(plan, start.attempt, placement, channel, before_step(), **reserved).train(entered)
+
+
+def _wait_for_start(gate: Any) -> Start:
+    """Waits next to workers that train, with all imported that training needs."""
+    import ray
+
+    import trainers.rank  # noqa: F401 - torch and detectron2
+
+    ray.get(gate.called.remote())
+    start: Start = ray.get(gate.take.remote())
+    return start
 
 
 def before_step() -> Callable[[], None]:

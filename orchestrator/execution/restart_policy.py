@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import described
-from trainers.contract.events import CheckpointSaved, Event, LoopStarted, WorkerFailed
+from trainers.contract.events import (
+    CheckpointSaved,
+    Event,
+    GroupStarted,
+    LoopStarted,
+    StepsDone,
+    WorkerFailed,
+)
+from trainers.contract.plan import TrialPlan
 
 NOT_COUNTED = "preempted"
 """A node was taken away with notice: not a failure of the trial."""
+
+STANDBY_STARTS = 2
+"""How many times the seconds of a start must be left of a trial for a standby group, which takes one, to be of use."""
 
 
 class Policy:
@@ -51,3 +64,51 @@ def _same_place(last: WorkerFailed, cause: WorkerFailed) -> bool:
     """Whether the same exception came twice; how far a process that just died had come is known to a second only."""
     places = [(failure.failure, failure.iteration, failure.section) for failure in (last, cause)]
     return cause.failure in ("out_of_memory", "unknown") and places[0] == places[1]
+
+
+def standby_is_due(
+    faults: Faults, plan: TrialPlan, attempt: int, iteration: int, events: Callable[[], Sequence[Event]]
+) -> bool:
+    """Whether it is time to start workers that wait for a failure.
+
+    `true`: once all workers train. `auto`: once there is a checkpoint, if another failure is as likely as not in what
+    is left, by the stated MTBF or the trial's own; never next to a measurement. Where all CPUs train, a standby costs
+    as much as the start that it saves, and Ray looks after processes that wait: a trial that does not fail would be
+    slower for nothing. Never where a failure ends the trial anyway, nor on GPUs, whose memory a process would take.
+
+    Args:
+        faults: The experiment's policy.
+        plan: The trial, with the workers that train and the MTBF as far as it is known.
+        attempt: The number of the attempt that trains.
+        iteration: Iterations that all of its workers have done.
+        events: Returns the events of the trial; called where they decide.
+    """
+    if plan.device != "cpu" or not (faults.standby and faults.restart_on and faults.max_failures):
+        return False
+    if faults.standby == "auto" and (plan.protocol != "time_to_train" or plan.mtbf_hours is None):
+        return False
+    everything = events()
+    own = [event for event in everything if event.attempt == attempt]
+    loops = [event for event in own if isinstance(event, LoopStarted)]
+    if len(loops) < plan.world_size or not loops[0].iteration < iteration < plan.solver.max_iter:
+        return False
+    if faults.standby != "auto":
+        return True
+    windows = [event for event in own if isinstance(event, StepsDone) and event.rank == 0]
+    if not windows or not any(isinstance(event, CheckpointSaved) for event in everything):
+        return False
+    step_seconds = sum(window.seconds for window in windows) / (windows[-1].iteration - windows[0].first_iteration)
+    left = (plan.solver.max_iter - iteration) * step_seconds
+    mtbf = (plan.mtbf_hours or 0.0) * 3600
+    return left > max(math.log(2) * mtbf, STANDBY_STARTS * _start_seconds(everything))
+
+
+def _start_seconds(events: Sequence[Event]) -> float:
+    """How long the slowest start of a trial's workers took, from the first process to the first batch."""
+    seconds: defaultdict[int, float] = defaultdict(float)
+    for event in events:
+        if isinstance(event, GroupStarted):
+            seconds[event.attempt] += sum(event.part_seconds.values())
+        elif isinstance(event, LoopStarted) and event.rank == 0:
+            seconds[event.attempt] += event.setup_seconds or 0.0
+    return max(seconds.values(), default=0.0)

@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from ray.exceptions import RayActorError
-from ray.train import PreemptionError, WorkerGroupError
+from ray.train import WorkerGroupError
 
 from orchestrator.execution.cluster import lost_daemon
+from orchestrator.execution.deaths import death, is_preemption, kind_of
 from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.growth import Growth
 from orchestrator.execution.nodes import lost_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
+from orchestrator.execution.standby import Standby
 from orchestrator.execution.stop import StopRequest
 from orchestrator.execution.stuck_dumps import save_stuck
 from orchestrator.execution.supervisor import ClusterLostError
 from orchestrator.execution.watchdog import Stuck, Watchdog
-from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup, death
+from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import changes_text, root_cause
 from orchestrator.figures.early_stop import early_stop_reason
@@ -34,7 +36,6 @@ from trainers.contract.events import (
     ClockChanged,
     Event,
     EventsLost,
-    FailureKind,
     Heartbeat,
     LoopFinished,
     LoopStarted,
@@ -46,9 +47,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.memory import is_out_of_memory
 from trainers.contract.plan import TrialPlan
-from trainers.contract.storage import is_storage_failure
 
 POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks at the workers."""
@@ -77,13 +76,19 @@ def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, st
     Raises:
         ClusterLostError: The local cluster is gone; neither pump nor Ray can be used any more.
     """
-    return _Trial(plan, faults, pump, ray_dir, stop).run()
+    trial = _Trial(plan, faults, pump, ray_dir, stop)
+    try:
+        return trial.run()
+    finally:
+        if lost_daemon() is None:
+            trial.standby.end()
 
 
 class _Trial:
     def __init__(self, plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, stop: StopRequest) -> None:
         self.plan, self.pump, self.ray_dir, self.stop = plan, pump, ray_dir, stop
         self.policy = Policy(faults)
+        self.standby = Standby(faults, ray_dir, self._emit)
         self.number = 0
         self.at_once = plan.world_size
         self.grow_to: int | None = None
@@ -125,7 +130,8 @@ class _Trial:
         self.pump.begin(self.number)
         mtbf_hours = self.plan.mtbf_hours or measured_mtbf_hours(self._events())
         plan = dataclasses.replace(self.plan, mtbf_hours=mtbf_hours)
-        group = WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir, self.at_once)
+        group = self.standby.take_over(plan, self.number, self.pump.actor, lambda: not self.stop.requested)
+        group = group or WorkerGroup(plan, self.number, self.pump.actor, self.ray_dir, self.at_once)
         try:
             self._watch(group)
         except RunFolderError:
@@ -140,8 +146,10 @@ class _Trial:
             return None, ""
         if grow_to and finished and finished.reason == "preempted":
             message = f"room for {grow_to} workers instead of {group.plan.world_size}"
+            self.standby.end()
             return self._failure(RESIZED, DRIVER_RANK, message), ""
         if is_preemption(group.error) or (finished and finished.reason == "preempted"):
+            self.standby.end()
             return self._failure(NOT_COUNTED, DRIVER_RANK, "a node is being taken away"), ""
         if self.pump.lost:
             message = "the actor that takes the workers' events was lost"
@@ -151,7 +159,7 @@ class _Trial:
         cause = root_cause(self._own(WorkerFailed))
         if cause is None:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
-            kind = _kind(group.error)
+            kind = kind_of(group.error)
             if isinstance(group.error, RayActorError):
                 kind, message = "communication", f"Ray Train's controller was lost: {message}"
             cause = self._failure(kind, DRIVER_RANK, message)
@@ -179,6 +187,9 @@ class _Trial:
                 # Fewer workers than planned, where a node did not come back.
                 watchdog = Watchdog(self.plan.timeouts, group.plan.world_size, group.started)
                 growth = Growth(self.plan, group.plan, group.started, self.number, self._events)
+            if not (self.grow_to or stopping):
+                done = (sample.heartbeat.iteration for sample in self.pump.heartbeats.values())
+                self.standby.tend(group, self.number, min(done, default=0), self._events)
             if growth and not (self.grow_to or stopping):
                 self.grow_to = growth.look(clock.now())
                 if self.grow_to:
@@ -221,7 +232,7 @@ class _Trial:
         for rank in dead.keys() - lost.keys():
             reason = cause_of_death(dead[rank])
             if reason is None:  # the training function raised before it could report that, as an import may do
-                kind = _kind(dead[rank])
+                kind = kind_of(dead[rank])
                 self._emit_dead(kind, f"{type(dead[rank]).__name__}: {dead[rank]}", rank)
                 continue
             self._emit_dead(*death(reason), rank)
@@ -269,22 +280,6 @@ def _check_cluster() -> None:
     """
     if daemon := lost_daemon():
         raise ClusterLostError(f"the Ray cluster was lost: its {daemon} has ended")
-
-
-def _kind(error: BaseException | None) -> FailureKind:
-    """The kind of failure that an exception is which the worker could not report, or which is Ray's own."""
-    if error is None:
-        return "unknown"
-    return "out_of_memory" if is_out_of_memory(error) else "storage" if is_storage_failure(error) else "unknown"
-
-
-def is_preemption(error: Exception | None) -> bool:
-    """Whether workers ended because their node was taken away, with or without Ray Train having had notice of it."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    deaths = (cause_of_death(failure) for failure in failures)
-    return isinstance(error, PreemptionError) or any(
-        isinstance(death, RayActorError) and death.preempted for death in deaths
-    )
 
 
 def _iterations(events: Sequence[Event]) -> int:

@@ -24,14 +24,16 @@ import ray
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from orchestrator.execution.deaths import death
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
 from orchestrator.execution.ray_internals import StartWatch, placement_groups_of_this_job
 from orchestrator.experiment.placement import smaller
 from trainers import flight_recorder
 from trainers.contract import clock
-from trainers.contract.events import Event, FailureKind, GroupStarted, WorkerFailed, WorkerStarted
+from trainers.contract.channel import Start
+from trainers.contract.events import Event, GroupStarted, WorkerFailed, WorkerStarted
 from trainers.contract.plan import TrialPlan
 from trainers.worker import train_loop_per_worker
 
@@ -44,6 +46,10 @@ END_TIMEOUT_SECONDS = 30.0
 
 END_POLL_INTERVAL_SECONDS = 0.2
 """How often an attempt that is being ended is looked at."""
+
+SETTLE_SECONDS = 1.0
+"""How old a reservation must be before it is taken away: in Ray 2.60, a worker that asks for its place in one that has
+just been removed waits without end, and so does Ray Train."""
 
 NODES_POLL_INTERVAL_SECONDS = 1.0
 """How often the cluster is asked for room for an attempt."""
@@ -62,16 +68,29 @@ class WorkerGroup:
         ray_dir: Folder for Ray Train's own files.
         at_once: Fewest workers that it starts with as soon as they have room; None for all. With fewer, as far as the
             plan allows it, where there has been no room for more for a while.
+        gate: The actor at which workers of a standby group wait; None for workers that train at once.
+        nodes: Where the workers of a standby group wait.
     """
 
-    def __init__(self, plan: TrialPlan, attempt: int, telemetry: Any, ray_dir: str, at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: TrialPlan,
+        attempt: int,
+        telemetry: Any,
+        ray_dir: str,
+        at_once: int | None = None,
+        gate: Any = None,
+        nodes: list[dict[str, str]] | None = None,
+    ) -> None:
         self.plan = plan
         """The trial, with as many workers as there was room for."""
+        self.nodes = nodes
+        """The node of each worker, as Ray's label selector; None before there was room."""
         self.started: float | None = None
-        """When there was room and Ray Train was called (Unix seconds); None before."""
+        """When there was room and Ray Train was called (Unix seconds); None before, and while a standby group waits."""
         self.error: Exception | None = None
         """What ended the workers; None where they returned, or have not yet."""
-        self._attempt, self._telemetry, self._ray_dir = attempt, telemetry, ray_dir
+        self._attempt, self._telemetry, self._ray_dir, self._gate = attempt, telemetry, ray_dir, gate
         self._at_once = at_once or plan.world_size
         # So many bytes of memory are reserved for each worker: by them, Ray's table shows which reservations are its.
         self._mark = next(_marks)
@@ -84,6 +103,11 @@ class WorkerGroup:
         """Waits for the end; returns whether it has come."""
         self._thread.join(timeout=seconds)
         return not self._thread.is_alive()
+
+    def reserve(self) -> PlacementGroup:
+        """Reserves what a standby group needs in order to train, where its workers are and as long as they live."""
+        bundle = {**worker_resources(self.plan), "memory": self._mark}
+        return placement_group([bundle] * self.plan.world_size, bundle_label_selector=self.nodes or [])
 
     def kill(self, workers: Sequence[WorkerStarted]) -> None:
         """Kills worker processes on their nodes: a frozen one reacts to nothing else."""
@@ -100,46 +124,61 @@ class WorkerGroup:
         repeated until it has ended.
         """
         self._ended.set()
-        deadline = time.monotonic() + END_TIMEOUT_SECONDS
-        self._free_resources()
-        while not self.wait(END_POLL_INTERVAL_SECONDS):
-            if time.monotonic() > deadline:
-                logger.warning("Ray Train did not end within %g s", END_TIMEOUT_SECONDS)
+        began, seen = time.monotonic(), dict[ray.PlacementGroupID, float]()
+        while time.monotonic() - began < END_TIMEOUT_SECONDS:
+            now = time.monotonic()
+            for group in self._reserved():
+                if now - seen.setdefault(group.id, now) >= SETTLE_SECONDS:
+                    remove_placement_group(group)
+            if self.wait(END_POLL_INTERVAL_SECONDS):
                 return
-            self._free_resources()
+        logger.warning("Ray Train did not end within %g s", END_TIMEOUT_SECONDS)
 
-    def _free_resources(self) -> None:
-        """Gives back what this group has reserved, and so ends the workers that use it."""
-        # Ray may have been left meanwhile; it ends all that a job has reserved.
-        for group in placement_groups_of_this_job() if ray.is_initialized() else ():
-            bundles = placement_group_table(group).get("bundles", {}).values()
-            if any(bundle.get("memory") == self._mark for bundle in bundles):
-                remove_placement_group(group)
+    def _reserved(self) -> list[PlacementGroup]:
+        """What this group has reserved."""
+        if not ray.is_initialized():  # Ray was left meanwhile, which gives back all that a job has reserved
+            return []
+        return [
+            group
+            for group in placement_groups_of_this_job()
+            for bundle in list(placement_group_table(group).get("bundles", {}).values())[:1]
+            if bundle.get("memory") == self._mark
+        ]
 
     def _fit(self) -> None:
         try:
-            nodes = self._wait_for_nodes()
-            if nodes and not self._ended.is_set():
+            self.nodes = self.nodes or self._wait_for_nodes()
+            if self.nodes and not self._ended.is_set():
                 # Somebody else may take the room before the workers do: Ray Train waits for it as long as for a start.
                 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.plan.timeouts["setup"])
-                self.started = clock.now()
-                self._trainer(nodes).fit()
+                self.started = None if self._gate else clock.now()
+                self._trainer(self.nodes).fit()
         except Exception as error:  # noqa: BLE001 - whatever ended the workers; the main thread looks for the cause
             self.error = error
         finally:
             with contextlib.suppress(Exception):  # of any type: the cluster may be lost
-                self._free_resources()  # a controller that died leaves its workers their resources
+                for group in self._reserved():  # a controller that died leaves its workers their resources
+                    remove_placement_group(group)
 
     def _trainer(self, nodes: list[dict[str, str]]) -> TorchTrainer:
         plan, attempt = self.plan, self._attempt
-        report = _StartReport(plan, attempt, self._telemetry, clock.anchor())
+        name, task, reserved = f"{plan.name}-attempt{attempt}", {}, worker_resources(plan)
+        callbacks, environment = [], _nccl_settings() if plan.device == "cuda" else {}
+        if self._gate:
+            # Ray has a process compute with as many threads as it reserves CPUs, which is none here.
+            environment = {**environment, "OMP_NUM_THREADS": str(plan.cpus_per_worker)}
+            name, task, reserved = f"{name}-standby{self._mark}", {"gate": self._gate}, {}
+        else:
+            report = _StartReport(plan, attempt, self._telemetry, clock.anchor())
+            task = {"start": Start(plan, attempt, self._telemetry)}
+            callbacks = [StartWatch(report.lost, report.started)]
         return TorchTrainer(
             train_loop_per_worker,
-            train_loop_config={"plan": plan, "attempt": attempt, "telemetry": self._telemetry, "clock": clock.anchor()},
+            train_loop_config={**task, "clock": clock.anchor()},
             scaling_config=ScalingConfig(
                 num_workers=plan.world_size,
                 use_gpu=plan.device == "cuda",
-                resources_per_worker={**worker_resources(plan), "memory": self._mark},
+                resources_per_worker={**reserved, "memory": self._mark},
                 label_selector=nodes,
             ),
             torch_config=TorchConfig(
@@ -148,10 +187,10 @@ class WorkerGroup:
                 timeout_s=int(max(plan.timeouts.values())) + 60,
             ),
             run_config=RunConfig(
-                name=f"{plan.name}-attempt{attempt}",
+                name=name,
                 storage_path=self._ray_dir,
-                worker_runtime_env={"env_vars": _nccl_settings()} if plan.device == "cuda" else None,
-                callbacks=[StartWatch(report.lost, report.started)],
+                worker_runtime_env={"env_vars": environment},
+                callbacks=callbacks,
                 failure_config=FailureConfig(
                     max_failures=0,
                     controller_failure_limit=0,
@@ -205,13 +244,6 @@ class _StartReport:
         event = kind(trial=self.plan.name, attempt=self.attempt, time=clock.now(), **fields)  # type: ignore[arg-type]
         with contextlib.suppress(ray.exceptions.RayError):  # then the attempt ends because the actor is lost
             ray.get(self.telemetry.push.remote(event), timeout=END_TIMEOUT_SECONDS)
-
-
-def death(reason: Exception) -> tuple[FailureKind, str]:
-    """The kind of failure that ended a worker's process, and a sentence, from what Ray says about it."""
-    text = str(reason)
-    kind: FailureKind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
-    return kind, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}"
 
 
 def _nccl_settings() -> dict[str, str]:

@@ -154,8 +154,22 @@ class Faults(Part):
     mtbf_hours: float | None = Field(None, gt=0)
     """Mean time between failures of a whole trial, in hours, for `storage.checkpoint_period: auto` and the report's
     advice; null: measured once a trial has failed, and 154 days over the number of hosts before (docs/faults.md)."""
+    standby: Literal["auto", True, False] = "auto"
+    """Whether a second group of workers, which has imported everything, waits next to the one that trains on CPUs, to
+    take over within seconds when that one is lost. It costs some 0.5 GiB a worker and as many seconds as a start.
+    `auto`: where another failure is as likely as not before the end of a trial of kind `time_to_train`, by
+    `mtbf_hours` or the trial's own failures (docs/faults.md)."""
     timeouts: Timeouts = Timeouts()
     """When a worker counts as stuck."""
+
+    @model_validator(mode="after")
+    def _standby_is_needed(self) -> Faults:
+        if self.standby is True and not (self.restart_on and self.max_failures):
+            raise ValueError(
+                "standby: true has no effect where no failure is followed by a restart: set max_failures to 1 or more "
+                "and name failures in restart_on, or leave standby at auto"
+            )
+        return self
 
 
 class ReferenceRow(Part):
@@ -234,6 +248,11 @@ class Experiment(Part):
     def _consistent(self) -> Experiment:
         if self.trials.batch_per_worker and "SOLVER.IMS_PER_BATCH" in self.model.overrides:
             raise ValueError("give trials.batch_per_worker or model.overrides.SOLVER.IMS_PER_BATCH, not both")
+        if self.faults.standby is True and self.protocol.kind == "throughput":
+            raise ValueError(
+                "faults.standby: true starts processes while protocol.kind throughput measures steps; set it to auto, "
+                "which starts none there, or false"
+            )
         if self.tracking.log_model == "best" and not self.protocol.evaluates:
             raise ValueError("tracking.log_model: best needs an evaluation: give protocol.evaluate_at_end: true")
         if self.trials.concurrent != 1 and self.resources.evaluation:

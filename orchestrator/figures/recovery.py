@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.figures.sections import LoopRun
-from trainers.contract.events import Event, GroupStarted, LoopStarted, TrialRestarted, WorkerFailed
+from trainers.contract.events import Event, GroupStarted, LoopStarted, StandbyReady, TrialRestarted, WorkerFailed
 
 
 def recovery_parts(
@@ -21,8 +21,9 @@ def recovery_parts(
 
     Returns:
         Seconds by part: `detection`, `shutdown` (until the workers are gone and the decision is made), `scheduling`
-        (until nodes are chosen and Ray Train runs), `processes`, `process_group`, those of `LoopStarted`, `first_step`.
-        What an event file of an older version does not tell apart is in the part before.
+        (until nodes are chosen and Ray Train runs), `processes`, `process_group`, or instead of these three `standby`
+        (until the workers that waited have their orders); those of `LoopStarted`, `first_step`. What an event file of
+        an older version does not tell apart is in the part before.
     """
     if failed is None:
         return {}
@@ -32,7 +33,9 @@ def recovery_parts(
     loop = next(event for event in own if isinstance(event, LoopStarted) and event.rank == 0)
     entered = after.started - (loop.setup_seconds or 0.0)
     ends = {"detection": max(min(noticed, default=restart.time), failed), "shutdown": restart.time}
-    if group:
+    if group and "standby" in group.part_seconds:
+        ends["standby"] = entered
+    elif group:
         ends["scheduling"] = group.time - sum(group.part_seconds.values())
         ends["processes"] = group.time - group.part_seconds["process_group"]
         ends["process_group"] = entered
@@ -41,3 +44,16 @@ def recovery_parts(
     parts = {part: end - begin for (part, end), begin in zip(ends.items(), [failed, *ends.values()], strict=False)}
     parts |= loop.setup_part_seconds or {"setup": loop.setup_seconds or 0.0}
     return parts | {"first_step": after.steps[0].step_seconds[0]}
+
+
+def standby_notes(events: Sequence[Event]) -> list[str]:
+    """A sentence for a record whose steps include some that were trained while other workers started next to them."""
+    ready = [event for event in events if isinstance(event, StandbyReady)]
+    if not ready:
+        return []
+    until = ", ".join(str(event.iteration) for event in ready)
+    seconds = sum(event.start_seconds for event in ready)
+    return [
+        f"workers that wait for a failure (faults.standby) were started next to training, for {seconds:.0f} s up to "
+        f"iteration {until}: steps meanwhile are slower"
+    ]

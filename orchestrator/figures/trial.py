@@ -16,7 +16,7 @@ from orchestrator.figures.goodput import goodput_figures
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.predicted import predicted_figures, prediction_notes
 from orchestrator.figures.records import Restart, TrialResult
-from orchestrator.figures.recovery import recovery_parts
+from orchestrator.figures.recovery import recovery_parts, standby_notes
 from orchestrator.figures.sections import began, lacks, loop_runs, sections
 from orchestrator.figures.segments import segments
 from orchestrator.figures.shapes import shape_figures
@@ -135,6 +135,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
             *([note] if fewer else []),
             *average_notes(plan),
             *prediction_notes(plan, _device(workers)),
+            *standby_notes(trial.events),
             *lost_events(trial.events, plan.solver.eval_period or 0),
             *oddities(trial.events),
         ],

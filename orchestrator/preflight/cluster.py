@@ -55,6 +55,7 @@ def preflight_cluster(
     nodes = list_nodes()
     findings = [*check_token(nodes), *check_fit(nodes, trials, nodes_may_come=joins_cluster(experiment))]
     findings += check_concurrency(experiment, trials, nodes)
+    findings += check_standby(experiment, trials)
     # A cluster that was started for this run is this machine, which has been checked (`preflight`).
     if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
@@ -109,6 +110,17 @@ def check_fit(nodes: Sequence[Node], trials: Sequence[TrialPlan], *, nodes_may_c
             what = f"its workers leave too little for evaluations on {number} {kind}: {have}"
             hint = "Reserve less, or null, which evaluates with the workers; or take smaller world sizes"
             findings.error(f"too_few_{kind.lower()}", "resources.evaluation", place, what, hint)
+    return findings.to_list()
+
+
+def check_standby(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
+    """Refuses workers that wait for a failure where they would take memory of GPUs that are trained on."""
+    findings = FindingList()
+    if experiment.faults.standby is True and any(trial.device == "cuda" for trial in trials):
+        what = (
+            "true starts a second group of workers, whose processes would take memory of the GPUs that are trained on"
+        )
+        findings.error("standby_on_gpus", "faults.standby", "", what, "Set it to auto or false; it is for CPUs so far")
     return findings.to_list()
 
 

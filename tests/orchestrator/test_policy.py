@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from orchestrator.execution.restart_policy import Policy
+from orchestrator.execution.restart_policy import STANDBY_STARTS, Policy, standby_is_due
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import described, root_cause
-from trainers.contract.events import CheckpointSaved, Event, LoopStarted, WorkerFailed
+from tests.builders.trials import TrialBuilder, plan
+from trainers.contract.events import CheckpointSaved, Event, GroupStarted, LoopStarted, WorkerFailed
 
 
 def failed(failure: str, *, rank: int = 0, iteration: int = 7, time: float = 0.0, **fields: Any) -> WorkerFailed:
@@ -122,3 +124,50 @@ def test_a_lost_connection_is_not_the_cause_when_another_rank_failed() -> None:
 def test_the_rank_whose_batch_it_was_is_the_cause_of_a_nan_on_all() -> None:
     cause = root_cause([failed("not_finite", rank=0), failed("not_finite", rank=1, image_files=("a.jpg",), time=5)])
     assert cause is not None and cause.rank == 1
+
+
+def training(iterations: int, *, start_seconds: float = 14.0, **fields: Any) -> TrialBuilder:
+    """Two workers that took so long to start, with a checkpoint at 4 of as many iterations of a second each."""
+    made = TrialBuilder(plan(max_iter=iterations, **{"mtbf_hours": 0.1, **fields}))
+    made.emit(GroupStarted, 10.0, rank=-1, part_seconds={"processes": start_seconds - 3, "process_group": 1.0})
+    made.loop(14.0, setup_seconds=2.0)
+    made.steps(18.0, 0, 1.0, 1.0, 1.0, 1.0)
+    made.checkpoint(18.5, 4, 0.1)
+    return made
+
+
+def due(made: TrialBuilder, iteration: int = 4, **faults: Any) -> bool:
+    return standby_is_due(Faults(**faults), made.trial, made.attempt, iteration, lambda: made.events)
+
+
+def test_workers_wait_beside_a_trial_that_is_as_likely_as_not_to_fail_again() -> None:
+    left = math.log(2) * 360
+    assert due(training(int(4 + left) + 1)) and not due(training(int(4 + left)))
+    assert not due(training(10**6, mtbf_hours=None)), "it has never failed"
+    without = training(1000)
+    without.events.pop()
+    assert not due(without), "without a checkpoint, a restart begins at 0"
+
+
+def test_no_workers_wait_for_the_little_that_is_left_of_a_trial() -> None:
+    frequent = {"mtbf_hours": 0.001}
+    least = int(STANDBY_STARTS * 14)
+    assert due(training(4 + least + 1, **frequent)) and not due(training(4 + least, **frequent))
+
+
+def test_workers_wait_where_that_is_asked_for_as_soon_as_all_train() -> None:
+    made = TrialBuilder(plan())
+    made.loop(14.0)
+    assert due(made, 1, standby=True) and not due(made, 0, standby=True) and not due(made, 8, standby=True)
+    made.events.pop()
+    assert not due(made, 1, standby=True), "one rank is not ready"
+
+
+@pytest.mark.parametrize("fields", [{"protocol": "throughput"}, {"protocol": "benchmark"}, {"device": "cuda"}])
+def test_no_workers_wait_beside_a_measurement_or_on_gpus(fields: dict[str, str]) -> None:
+    assert due(training(1000)) and not due(training(1000, **fields))
+
+
+@pytest.mark.parametrize("faults", [{"standby": False}, {"max_failures": 0}, {"restart_on": []}])
+def test_no_workers_wait_where_they_would_never_be_needed(faults: dict[str, Any]) -> None:
+    assert not due(training(1000), **faults)

@@ -16,7 +16,7 @@ from orchestrator.data.generate import generate
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
-from orchestrator.preflight.cluster import check_fit, check_token, needs_several_hosts
+from orchestrator.preflight.cluster import check_fit, check_standby, check_token, needs_several_hosts
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
 
@@ -39,6 +39,13 @@ def node(host: str, gpus: int, cpus: int, address: str = "127.0.0.1") -> Node:
 def test_workers_that_fit_are_no_finding() -> None:
     assert check_fit([node("a", 8, 32)], trials(1, 8)) == []
     assert check_fit([node("a", 4, 16), node("b", 4, 16)], trials(8, num_nodes=2)) == []
+
+
+@pytest.mark.parametrize(("device", "standby", "refused"), [("cuda", True, 1), ("cuda", "auto", 0), ("cpu", True, 0)])
+def test_workers_that_wait_for_a_failure_are_refused_on_gpus(device: str, standby: bool | str, refused: int) -> None:
+    values = base_experiment(Path("/data")) | {"faults": {"standby": standby}, "protocol": {"iterations": 4}}
+    findings = check_standby(parse_experiment(values, "test"), trials(2, device=device))
+    assert [finding.code for finding in findings] == ["standby_on_gpus"] * refused
 
 
 def test_too_few_gpus_are_compared_with_what_each_host_has() -> None:

@@ -121,6 +121,22 @@ def test_periods_of_checkpoints_that_make_no_sense_are_refused(
         parse_experiment(values, "x")
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"faults": {"standby": "always"}}, "faults.standby"),
+        ({"faults": {"standby": True, "max_failures": 0}}, "standby: true has no effect"),
+        ({"faults": {"standby": True, "restart_on": []}}, "standby: true has no effect"),
+        ({"faults": {"standby": True}, "protocol": {"kind": "throughput", "iterations": 4}}, "set it to auto"),
+    ],
+)
+def test_workers_that_wait_for_a_failure_are_refused_where_they_help_nobody(
+    parts: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_experiment({**tiny_experiment(), **parts}, "x")
+
+
 def test_a_period_set_in_epochs_replaces_the_one_in_iterations_but_a_file_must_not_hold_both() -> None:
     protocol = load_experiment(DEFAULT_CONFIG, ["protocol.eval_period_epochs=1"]).protocol
     assert (protocol.eval_period_epochs, protocol.eval_period_iterations) == (1, None)

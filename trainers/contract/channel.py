@@ -1,18 +1,31 @@
-"""A worker's rank and node, and its connection to the driver. Standard library only."""
+"""A worker's task, rank and node, and its connection to the driver. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from trainers.contract.events import Event, Heartbeat
+from trainers.contract.plan import TrialPlan
 
 Command = Literal["run", "preempt", "stop"]
 """The driver's order: go on; end with a checkpoint, to be started again elsewhere; end with a checkpoint."""
 
 ENDED = "ended"
 """Part of a step that a rank's last heartbeat names: there is none after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What workers are to train."""
+
+    plan: TrialPlan
+    """The trial."""
+    attempt: int
+    """Number of this start of it, from 0."""
+    telemetry: Any
+    """Handle of the actor that takes their events."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,25 @@ class GroupStarted(Event):
 
     kind: ClassVar[str] = "group_started"
     part_seconds: dict[str, float]
-    """How long it took by part: `processes`, `process_group`."""
+    """How long it took by part: `processes`, `process_group`; `standby` where workers that waited take over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandbyReady(Event):
+    """Workers that were started next to those that train wait for a failure (rank -1; `attempt` is the others')."""
+
+    kind: ClassVar[str] = "standby_ready"
+    iteration: int
+    start_seconds: float
+    """How long they took to start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandbyLost(Event):
+    """Workers that waited for a failure were lost, or could not take over (rank -1)."""
+
+    kind: ClassVar[str] = "standby_lost"
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)

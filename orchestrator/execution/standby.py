@@ -1,0 +1,145 @@
+"""A second group of workers next to the one that trains: it has imported everything and waits to take over.
+
+Of the seconds from a failure to the next step, nine in ten are processes that start and import. A standby group
+reserves nothing but its mark, so that it keeps nobody from starting. When the group that trains is lost, the standby's
+workers train on as the next attempt, on the room that the lost ones gave back; where they cannot, workers are started
+as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from orchestrator.execution.gate import Gate
+from orchestrator.execution.nodes import NODE_ID, RESERVE_TIMEOUT_SECONDS
+from orchestrator.execution.restart_policy import standby_is_due
+from orchestrator.execution.workers import WorkerGroup
+from orchestrator.experiment.spec import Faults
+from trainers.contract import clock
+from trainers.contract.channel import Start
+from trainers.contract.events import Event, GroupStarted, StandbyLost, StandbyReady
+from trainers.contract.plan import TrialPlan
+
+logger = logging.getLogger(__name__)
+
+LOOK_INTERVAL_SECONDS = 1.0
+"""How often it is decided whether to start one."""
+
+CALL_POLL_INTERVAL_SECONDS = 0.1
+"""How often a standby that is called is looked at."""
+
+ANSWER_TIMEOUT_SECONDS = 10.0
+"""Longest wait for workers that wait; those that are still starting have as long as a process may be silent."""
+
+MAX_LOST = 3
+"""Standby groups in a row that may be lost, none of which was needed, before no other one is started."""
+
+
+class Standby:
+    """The standby groups of one trial, one at a time.
+
+    Args:
+        faults: The experiment's policy.
+        ray_dir: Folder for Ray Train's own files.
+        emit: Emits an event of the driver from its class and fields.
+    """
+
+    def __init__(self, faults: Faults, ray_dir: str, emit: Callable[..., Any]) -> None:
+        self._faults, self._ray_dir, self._emit = faults, ray_dir, emit
+        self._group: WorkerGroup | None = None
+        self._gate: Any = None
+        self._ready: Any = None  # answers when its workers wait
+        self._began = 0.0
+        self._lost = 0
+        self._looked = 0.0
+
+    def tend(self, running: WorkerGroup, attempt: int, iteration: int, events: Callable[[], Sequence[Event]]) -> None:
+        """Starts a standby group when it is time, and notices that one was lost.
+
+        Args:
+            running: The workers that train.
+            attempt: The number of their attempt.
+            iteration: Iterations that all of them have done.
+            events: Returns the events of the trial.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_INTERVAL_SECONDS:
+            return
+        self._looked = now
+        if self._group is not None:
+            if self._group.wait(0):
+                self._lose(f"{type(self._group.error).__name__}: {self._group.error}")
+            elif self._ready and ray.wait([self._ready], timeout=0)[0]:
+                self._ready = None
+                self._emit(StandbyReady, iteration=iteration, start_seconds=clock.now() - self._began)
+        elif self._lost < MAX_LOST and standby_is_due(self._faults, running.plan, attempt, iteration, events):
+            self._start(running, attempt)
+
+    def take_over(
+        self, plan: TrialPlan, attempt: int, telemetry: Any, wanted: Callable[[], bool]
+    ) -> WorkerGroup | None:
+        """Makes the standby group the workers of an attempt; None where there is none that can be.
+
+        One that is still starting is waited for: it is ahead of any that would be started now.
+
+        Args:
+            plan: The trial.
+            attempt: The number of the attempt.
+            telemetry: The actor that takes the workers' events.
+            wanted: Returns whether there still is to be an attempt.
+        """
+        group = self._group
+        if group is None:
+            return None
+        began = clock.now()
+        plan = dataclasses.replace(group.plan, mtbf_hours=plan.mtbf_hours)
+        seconds = ANSWER_TIMEOUT_SECONDS if self._ready is None else plan.timeouts["heartbeat"]
+        room, call = group.reserve(), self._gate.call.remote()
+        try:
+            while not ray.wait([call], timeout=CALL_POLL_INTERVAL_SECONDS)[0]:
+                if group.wait(0) or not wanted() or clock.now() - began > seconds:
+                    return self._lose("its workers did not answer")
+            ray.get(call)
+            if not room.wait(RESERVE_TIMEOUT_SECONDS):
+                return self._lose("the room of the lost workers is not free, or their node is gone")
+            ray.get(self._gate.give.remote(Start(plan, attempt, telemetry)))
+        except ray.exceptions.RayError as error:
+            return self._lose(f"{type(error).__name__}: {error}")
+        self._group, self._gate, self._lost = None, None, 0
+        group.started = clock.now()
+        self._emit(GroupStarted, part_seconds={"standby": group.started - began})
+        return group
+
+    def end(self) -> None:
+        """Ends the standby group, if there is one; nobody has to wait for that."""
+        group, self._group, self._gate, self._ready = self._group, None, None, None
+        if group is not None:
+            threading.Thread(target=_end, args=[group], name="end-standby", daemon=True).start()
+
+    def _start(self, running: WorkerGroup, attempt: int) -> None:
+        plan = running.plan
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
+        options = {"num_cpus": 0, "label_selector": here, "max_concurrency": plan.world_size + 3}
+        self._began = clock.now()
+        self._gate = ray.remote(Gate).options(**options).remote(plan.world_size)
+        self._ready = self._gate.ready.remote()
+        self._group = WorkerGroup(plan, attempt, None, self._ray_dir, gate=self._gate, nodes=running.nodes)
+
+    def _lose(self, reason: str) -> None:
+        logger.warning("the standby group was lost: %s", reason)
+        self._lost += 1
+        self.end()
+        self._emit(StandbyLost, message=reason)
+
+
+def _end(group: WorkerGroup) -> None:
+    with contextlib.suppress(Exception):  # of any type: Ray may be left meanwhile, which ends them too
+        group.end()
