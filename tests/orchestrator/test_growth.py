@@ -11,7 +11,7 @@ from orchestrator.execution.growth import LOOK_INTERVAL_SECONDS, Growth
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.placement import smaller
 from tests.builders.trials import TrialBuilder, plan
-from trainers.contract.events import Event, TrialRestarted
+from trainers.contract.events import Event, GroupStarted, TrialRestarted
 from trainers.contract.plan import TrialPlan
 
 EPOCH = 1_700_000_000.0
@@ -107,6 +107,18 @@ def test_what_is_left_must_be_worth_a_start(iterations: int, size: int, grows: b
     room = Room(8)
     assert looks(growth(size, room, trained(iterations)), 2000, 2030) == [None, 8 if grows else None]
     assert room.asked == (2 if grows else 0), "it is not even asked for"
+
+
+@pytest.mark.parametrize(("first_start", "grows"), [(100.0, False), (60.0, True)])
+def test_a_start_costs_what_new_workers_cost_also_where_the_last_ones_had_waited(
+    first_start: float, grows: bool
+) -> None:
+    """150 s are saved: three starts of 50 s, as long as the last one took, and fewer than two of 100 s."""
+    made = TrialBuilder(PLANNED, EPOCH - 1000)
+    made.emit(GroupStarted, 30, rank=-1, part_seconds={"processes": 20.0, "process_group": 10.0})
+    made.loop(first_start)
+    events = made.events + trained(700, attempt=1)
+    assert looks(growth(4, Room(8), events, 1), 2000, 2030) == [None, 8 if grows else None]
 
 
 @pytest.mark.parametrize(
