@@ -250,7 +250,7 @@ def main() -> int:
         choices=KINDS,
         help="this kind, once, as soon as it can happen; repeatable, in that order",
     )
-    parser.add_argument("--iterations", type=int, default=400, help="of a run; about a minute undisturbed")
+    parser.add_argument("--iterations", type=int, default=1000, help="of a run; a minute on two quiet cores")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies time-outs, for a machine that is busy")
     parser.add_argument("--min-goodput", type=float, default=0.0, help="exit code 1 below it (0 to 1)")
     parser.add_argument("--to", type=Path, help="folder of rows, summary and broken runs; seeds with a row are kept")
