@@ -137,7 +137,8 @@ def _median_rate(device: torch.device, work: Callable[[], Any], amount: float, s
         for _ in range(number):
             work()
 
-    began, timed = time.perf_counter(), []
+    timed: list[float] = []
+    began = time.perf_counter()
     while (now := time.perf_counter() - began) < seconds or not timed:
         duration = _seconds(device, many)
         if now > seconds / 3 or now + duration > seconds:

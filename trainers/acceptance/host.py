@@ -83,7 +83,8 @@ def _rates(
 
 def _bursts(work: Callable[[], float], num_threads: int, seconds: float) -> list[Burst]:
     """A few bursts; fewer where a piece of work takes much longer than they should."""
-    deadline, bursts = time.perf_counter() + 2 * seconds, []
+    bursts: list[Burst] = []
+    deadline = time.perf_counter() + 2 * seconds
     while len(bursts) < REPETITIONS and (not bursts or time.perf_counter() < deadline):
         bursts.append(run_burst(work, num_threads, seconds / REPETITIONS))
     return bursts

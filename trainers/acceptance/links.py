@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Public, but not to a type checker: torch.distributed gets them from its library at run time.
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from trainers.contract.acceptance import Measured, Meeting
 
@@ -21,16 +25,16 @@ MAX_SHARE = 0.1
 OPEN_TIMEOUT = timedelta(seconds=60)
 
 
-def open_store(address: str) -> dist.TCPStore:
+def open_store(address: str) -> Any:
     """What groups meet by whose rank 0 is on this host, at a port that was free; it ends with its process.
 
     Args:
         address: This host's, as others reach it.
     """
-    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=OPEN_TIMEOUT)
+    return TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=OPEN_TIMEOUT)
 
 
-def measure_links(meeting: Meeting, store: dist.TCPStore, device: str) -> list[Measured]:
+def measure_links(meeting: Meeting, store: Any, device: str) -> list[Measured]:
     """Meets the other hosts of a group, and measures all-reduces between them.
 
     An all-reduce is timed many times, and the fastest counts: it is the one that nothing else was in the way of. A
@@ -50,12 +54,12 @@ def measure_links(meeting: Meeting, store: dist.TCPStore, device: str) -> list[M
     """
     timeout = timedelta(seconds=meeting.timeout_seconds)
     if meeting.rank:
-        store = dist.TCPStore(meeting.address, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(meeting.address, meeting.port, is_master=False, wait_for_workers=False, timeout=timeout)
     if device == "cuda":
         torch.cuda.set_device(meeting.gpu)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore(meeting.name, store),
+        store=PrefixStore(meeting.name, store),
         rank=meeting.rank,
         world_size=meeting.size,
         timeout=timeout,
