@@ -92,10 +92,13 @@ class Soak:
         disk: For their run folders.
         server: Where they are tracked.
         values: The experiment of a run of a name.
+        busy: See `ChaosRun`.
     """
 
-    def __init__(self, folder: Path, disk: Path, server: MlflowServer, values: Callable[[str], dict[str, Any]]) -> None:
-        self.folder, self.disk, self.server, self.values = folder, disk, server, values
+    def __init__(
+        self, folder: Path, disk: Path, server: MlflowServer, values: Callable[[str], dict[str, Any]], *, busy: bool
+    ) -> None:
+        self.folder, self.disk, self.server, self.values, self.busy = folder, disk, server, values, busy
 
     def run(self, name: str, schedule: Iterator[tuple[float, str, Kind]], chance: random.Random) -> Disturbed:
         """A run to its end.
@@ -105,7 +108,8 @@ class Soak:
             schedule: Seconds until the next fault, its name and kind; it waits until the run is where it can happen.
             chance: Of what the faults draw.
         """
-        run, faults = ChaosRun(self.folder / name, self.disk, self.server, self.values(name)), list[Fired]()
+        values = self.values(name)
+        run, faults = ChaosRun(self.folder / name, self.disk, self.server, values, busy=self.busy), list[Fired]()
         began = last = time.monotonic()
         after, fault, kind = next(schedule, NOTHING)
         try:
@@ -268,9 +272,9 @@ def main() -> int:
             values = partial(
                 soak_experiment, uri=server.uri, iterations=options.iterations, workers=2, patience=options.patience
             )
-            soak = Soak(folder, disk, server, values)
+            soak = Soak(folder, disk, server, values, busy=options.patience > 1)
             undisturbed = soak.run("control", iter(()), random.Random(0)).run  # noqa: S311 - nothing is drawn
-            if undisturbed.codes != [0] or undisturbed.problems:
+            if undisturbed.codes[-1] != 0 or undisturbed.problems:
                 print(log_tail(undisturbed.folder), *undisturbed.problems, sep="\n", file=sys.stderr)
                 return 1
             control, trial = Control.of(undisturbed), trial_of(undisturbed)
