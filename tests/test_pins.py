@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray._private import ray_constants
+from ray.core.generated.export_event_pb2 import ExportEvent
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -83,6 +85,12 @@ SETTINGS = (*cluster.SETTINGS, *cluster.LOCAL_SETTINGS, *cluster.VISIBLE, "RAY_T
 def test_ray_train_still_reads_a_setting(name: str) -> None:
     package = Path(inspect.getfile(ray)).parent / "train"
     assert any(f'"{name}"' in path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+
+
+def test_ray_still_exports_the_state_of_ray_train() -> None:
+    names = cluster.VISIBLE["RAY_enable_export_api_write_config"].split(",")
+    assert set(names) <= set(ExportEvent.SourceType.keys())
+    assert '"RAY_enable_export_api_write_config"' in inspect.getsource(ray_constants)
 
 
 def test_private_names_of_ray_are_used_in_one_module_only() -> None:
