@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ def main() -> int:
     if reason := why_not():
         print(reason)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts end with this process
     alarms = found = 0
     with tempfile.TemporaryDirectory() as folder, Network() as network:
         hosts = MeasuredHosts(network, Path(folder))
