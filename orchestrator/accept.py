@@ -126,10 +126,11 @@ def _accept(request: Request) -> int:
     if has_errors(findings) or cluster is None:
         return UNFIT
     trials = expand(experiment, cluster.hardware, str(request.folder.absolute()), generated_root(experiment))
-    nodes = worker_nodes(trials, list_nodes())
-    if not nodes:
+    nodes = list_nodes()
+    if not (members := worker_nodes(trials, nodes)):
         raise SpecError(f"no node of the cluster takes a worker on {trials[0].device}")
-    request.console.print(f"Measuring {len(nodes)} node{'s' * (len(nodes) > 1)}: {', '.join(n.host for n in nodes)}")
+    hosts = ", ".join(node.host for node in members)
+    _line(request, f"Measuring {len(members)} node{'s' * (len(members) > 1)}: {hosts}")
     scope = SHORT if request.short else FULL
     acceptance = accept(trials, nodes, scope, describe(["python", "-m", "orchestrator.accept", *sys.argv[1:]]))
     shutdown()

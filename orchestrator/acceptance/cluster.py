@@ -20,19 +20,24 @@ START_TIMEOUT_SECONDS = 120.0
 
 
 def accept(trials: Sequence[TrialPlan], nodes: Sequence[Node], scope: Scope, environment: dict[str, str]) -> Acceptance:
-    """Measures nodes and the links between them as the workers of some trials would use them.
+    """Measures the nodes that take workers of some trials, and the links between them, as these would use them.
+
+    The one link of two nodes does not say which of them is slow: a node without workers, as a head is, then meets both.
 
     Args:
         trials: At least one; its device, data and storage are measured.
-        nodes: At least one.
+        nodes: All nodes of the cluster; at least one takes workers.
         scope: How much is measured.
         environment: What the result was made in.
     """
     trial, began = trials[0], time.monotonic()
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    requests = {node: _request(trial, node, scope) for node in nodes}
+    members = worker_nodes(trials, nodes)
+    others = [node for node in nodes if node not in members]
+    witnesses = others[:1] if len(members) == 2 and trial.device == "cpu" else []
+    requests = {node: _request(trial, node, scope) for node in (*members, *witnesses)}
     with Probes(requests, START_TIMEOUT_SECONDS) as probes:
-        records, links, verdicts = measure(probes, trial.device, scope)
+        records, links, verdicts = measure(probes, trial.device, scope, witnesses)
     return Acceptance(
         experiment=trial.experiment,
         started=started,

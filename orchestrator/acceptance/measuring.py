@@ -6,7 +6,7 @@ measured again, in turn with that of peers, and the best of all counts: an alarm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -87,23 +87,33 @@ class Prober(Protocol):
     ) -> dict[tuple[Node, ...], list[Measured] | Exception]:
         """Measures the links within groups that have no node in common, of all groups at once."""
 
-    def clock_offsets(self) -> dict[Node, tuple[float, float]]:
+    def clock_offsets(self, nodes: Iterable[Node]) -> dict[Node, tuple[float, float]]:
         """How far the clock of each node is ahead of this process's, and how uncertain that is (seconds)."""
 
 
 def measure(
-    probes: Prober, device: Literal["cuda", "cpu"], scope: Scope
+    probes: Prober, device: Literal["cuda", "cpu"], scope: Scope, witnesses: Collection[Node] = ()
 ) -> tuple[list[NodeRecord], list[LinkRecord], list[Verdict]]:
     """Measures the nodes of some processes and the links between them.
+
+    Args:
+        probes: The processes.
+        device: What workers compute on.
+        scope: How much is measured.
+        witnesses: Nodes among them of which only the links count, to find out which end of another one is slow.
 
     Returns:
         The nodes, in the processes' order; the links; and what is not as it should be.
     """
-    nodes = _measure_nodes(probes, device, scope)
+    members = {node: started for node, started in probes.started.items() if node not in witnesses}
+    nodes = _measure_nodes(probes, members, device, scope)
     fit = [node for node, record in nodes.items() if not record.reason]
-    links = _measure_links(probes, fit, device, scope) if len(fit) > 1 else []
-    records = list(nodes.values())
-    return records, links, judge(records, links)
+    met = [*fit, *(node for node in witnesses if isinstance(probes.started[node], ProbeStarted))]
+    links = _measure_links(probes, met, device, scope) if len(fit) > 1 else []
+    if scope.group_bytes and len(fit) > 2:
+        links += _measure_together(probes, fit, device, scope)
+    records, outside = list(nodes.values()), {node.host for node in witnesses}
+    return records, links, [each for each in judge(records, links) if not outside & set(each.hosts)]
 
 
 def rounds(nodes: Sequence[Node], most: int) -> list[list[tuple[Node, Node]]]:
@@ -120,12 +130,17 @@ def rounds(nodes: Sequence[Node], most: int) -> list[list[tuple[Node, Node]]]:
     return found
 
 
-def _measure_nodes(probes: Prober, device: Literal["cuda", "cpu"], scope: Scope) -> dict[Node, NodeRecord]:
+def _measure_nodes(
+    probes: Prober,
+    members: Mapping[Node, ProbeStarted | Exception],
+    device: Literal["cuda", "cpu"],
+    scope: Scope,
+) -> dict[Node, NodeRecord]:
     keys = node_keys(device, short=scope.short)
-    records = {node: _described(node, started) for node, started in probes.started.items()}
+    records = {node: _described(node, started) for node, started in members.items()}
     ready = [node for node, record in records.items() if not record.reason]
     _take(records, probes.measure(dict.fromkeys(ready, keys), scope.timeout_seconds))
-    for node, (offset, uncertainty) in probes.clock_offsets().items():
+    for node, (offset, uncertainty) in probes.clock_offsets(ready).items():
         records[node] = replace(records[node], clock_offset_seconds=offset, clock_uncertainty_seconds=uncertainty)
     hosts = {record.host: node for node, record in records.items()}
     for _ in range(CONFIRMATIONS):
@@ -195,13 +210,17 @@ def _measure_links(
             for pair in _suspected_pairs(links, broken=attempt == 0):
                 _take_links(links, _meet(probes, [pair], scope, gpu), gpu)
         found += links.values()
-    if scope.group_bytes:
-        together = replace(scope, message_bytes=scope.group_bytes)
-        links = {}
-        _take_links(links, _meet(probes, [tuple(nodes)], together, gpus[0]), gpus[0])
-        if len(nodes) > 2:
-            found += links.values()
     return found
+
+
+def _measure_together(
+    probes: Prober, nodes: Sequence[Node], device: Literal["cuda", "cpu"], scope: Scope
+) -> list[LinkRecord]:
+    """All nodes at once, with the first of their GPUs."""
+    gpu = 0 if device == "cuda" else None
+    links: dict[tuple[Node, ...], LinkRecord] = {}
+    _take_links(links, _meet(probes, [nodes], replace(scope, message_bytes=scope.group_bytes), gpu), gpu)
+    return list(links.values())
 
 
 def _meet(

@@ -87,14 +87,15 @@ class Probes:
                 found[group] = outcome
         return found
 
-    def clock_offsets(self) -> dict[Node, tuple[float, float]]:
-        """How far the clock of each node is ahead of this process's, and how uncertain that is (seconds).
+    def clock_offsets(self, nodes: Iterable[Node]) -> dict[Node, tuple[float, float]]:
+        """How far the clocks of some nodes are ahead of this process's, and how uncertain that is (seconds).
 
         The node's reading is set against the middle between question and answer (F. Cristian, Probabilistic clock
         synchronization, 1989).
         """
         offsets: dict[Node, tuple[float, float]] = {}
-        for node, actor in self._actors.items():
+        for node in nodes:
+            actor = self._actors[node]
             for _ in range(CLOCK_READINGS):
                 asked = time.time()
                 reading = self._wait({node: actor.now.remote()}, ANSWER_TIMEOUT_SECONDS)[node]

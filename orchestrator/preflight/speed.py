@@ -26,11 +26,10 @@ def check_speed(
     Returns:
         Warnings: a slow node makes a run slow, not wrong.
     """
-    members = worker_nodes(trials, nodes)
-    if len(members) < 2:
+    if len(worker_nodes(trials, nodes)) < 2:
         return []
     try:
-        acceptance = accept(trials, members, SHORT, {})
+        acceptance = accept(trials, nodes, SHORT, {})
     except Exception as error:  # noqa: BLE001 - a run is not given up because its nodes' speed is unknown
         what = f"the nodes could not be measured: {root_cause(error)}"
         return [Finding("warning", "not_measured", "", "", what, "See what `python -m orchestrator.accept` says")]

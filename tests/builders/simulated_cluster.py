@@ -109,5 +109,5 @@ class SimulatedCluster:
             found[tuple(group)] = values
         return found
 
-    def clock_offsets(self) -> dict[Node, tuple[float, float]]:
-        return {node: (self.offsets.get(node.host, 0.0), 0.001) for node in self.nodes}
+    def clock_offsets(self, nodes: Iterable[Node]) -> dict[Node, tuple[float, float]]:
+        return {node: (self.offsets.get(node.host, 0.0), 0.001) for node in nodes}

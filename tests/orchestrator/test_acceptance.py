@@ -107,6 +107,14 @@ def test_of_two_hosts_only_the_link_can_be_slow_and_is_measured_against_gigabit_
     assert (set(hosts), key) == ({"n0", "n1"}, "all_reduce")
 
 
+@pytest.mark.parametrize(("slow", "found"), [("n0", {"n0"}), ("n1", {"n1"}), ("n2", set())])
+def test_a_head_without_workers_is_the_third_that_says_which_of_two_cables_is_slow(slow: str, found: set[str]) -> None:
+    cluster = SimulatedCluster(3, 0, factors={(slow, "all_reduce"): 0.02})
+    records, links, verdicts = measure(cluster, "cpu", FULL, witnesses=cluster.nodes[2:])
+    assert [record.host for record in records] == ["n0", "n1"] and len(links) == 3
+    assert {each.hosts for each in verdicts} == {(host,) for host in found}
+
+
 def test_a_busy_moment_is_measured_again_and_forgotten() -> None:
     numbers = count()
 
