@@ -35,7 +35,7 @@ EXPERIMENT = tiny_experiment(
         "device": "cpu", "cpus_per_worker": 1, "num_nodes": 2, "min_workers": 2, "resize_after_seconds": 3,
         "address": "10.77.0.10:6379",
     },
-    tracking={"uri": "http://10.77.0.5:5000", "offline": True},
+    tracking={"uri": "http://10.77.0.10:5999", "offline": True},  # where nothing listens, which is known at once
     storage={"path": f"{SHARED}/runs", "checkpoint_period_iterations": 10},
     log_period_iterations=5,
 )  # fmt: skip
