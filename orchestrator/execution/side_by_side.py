@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from orchestrator.execution.event_log import EventLog
 from orchestrator.execution.event_pump import EventPump
-from orchestrator.execution.nodes import release_nodes
 from orchestrator.execution.stop import StopRequest
 from orchestrator.execution.trial import run_trial
 from orchestrator.experiment.spec import Faults
@@ -49,7 +48,6 @@ class TrialRunner:
             return run_trial(plan, self._faults, pump, self._ray_dir, self._stop)
         finally:
             self._idle.append(pump)
-            release_nodes(plan.name)
 
     def close(self) -> None:
         """Ends the actors, when no trial is under way."""

@@ -17,7 +17,7 @@ from orchestrator.execution.cluster import lost_daemon
 from orchestrator.execution.deaths import death, is_preemption, kind_of
 from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.growth import Growth
-from orchestrator.execution.nodes import lost_nodes
+from orchestrator.execution.nodes import lost_nodes, release_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
 from orchestrator.execution.standby import Standby
@@ -82,6 +82,7 @@ def run_trial(plan: TrialPlan, faults: Faults, pump: EventPump, ray_dir: str, st
     finally:
         if lost_daemon() is None:
             trial.standby.end()
+        release_nodes(plan.name)
 
 
 class _Trial:
