@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from orchestrator.experiment.placement import num_side_by_side
+from orchestrator.experiment.placement import num_side_by_side, smaller
 from trainers.contract.plan import TrialPlan
 
 
@@ -66,8 +66,10 @@ def side_by_side_note(
 def _extras(plan: TrialPlan) -> str:
     """What a trial does besides: nothing by default."""
     evaluated_on = {"GPUs": plan.evaluation_gpus, "CPUs": plan.evaluation_cpus}
+    fewer = [str(each.world_size) for each in smaller(plan)]
     parts = {
         f"{plan.accumulate} batches of each worker in a step": plan.accumulate > 1,
+        f"with {' or '.join(fewer)} workers while there is no room for all": bool(fewer),
         f"best by {plan.metric}": plan.metric != "box_ap",
         f"ends after {plan.patience} evaluations without improvement": plan.patience is not None,
         f"weights averaged ({plan.ema_decay})": plan.ema_decay is not None,

@@ -13,6 +13,7 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.preflight.cluster import check_fit
+from orchestrator.report.plan_table import plan_table
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import TrialPlan
 
@@ -57,6 +58,11 @@ def test_batches_of_the_planned_workers_stay_whole_whatever_else_is_set() -> Non
     assert [(each.world_size, each.batches_per_step, each.num_nodes) for each in smaller(plan)] == [
         (4, 6, None), (2, 12, None),
     ]  # fmt: skip
+
+
+def test_the_plan_names_the_numbers_of_workers_that_it_may_run_with() -> None:
+    assert plan_table(plans(8, min_workers=2)).caption == "with 4 or 2 workers while there is no room for all"
+    assert plan_table(plans(8, min_workers=8)).caption is None
 
 
 def test_it_is_no_matter_for_trials_that_have_no_more_workers_and_layers_that_keep_workers_apart() -> None:
