@@ -49,17 +49,17 @@ def _attempts(events: list[Event]) -> list[_Attempt]:
     reported = (event for event in events if isinstance(event, RunStarted | TrialStarted | TrialRestarted | TrialEnded))
     found: dict[tuple[str, int], _Attempt] = {}
     live: dict[str, _Attempt] = {}
-    for event in sorted(reported, key=lambda event: event.time):
-        if isinstance(event, RunStarted):  # whatever was under way had lost its driver
+    for one in sorted(reported, key=lambda event: event.time):
+        if isinstance(one, RunStarted):  # whatever was under way had lost its driver
             for attempt in live.values():
-                attempt.end = event.time
+                attempt.end = one.time
             live = {}
             continue
-        if before := live.pop(event.trial, None):
-            before.end = event.time
-        if not isinstance(event, TrialEnded):
-            live[event.trial] = found[event.trial, event.attempt] = _Attempt(event.trial, event.time)
+        if before := live.pop(one.trial, None):
+            before.end = one.time
+        if not isinstance(one, TrialEnded):
+            live[one.trial] = found[one.trial, one.attempt] = _Attempt(one.trial, one.time)
     for event in events:
-        if isinstance(event, WorkerStarted) and (attempt := found.get((event.trial, event.attempt))):
-            attempt.hosts[event.host, event.node_id] = event.host
+        if isinstance(event, WorkerStarted) and (event.trial, event.attempt) in found:
+            found[event.trial, event.attempt].hosts[event.host, event.node_id] = event.host
     return list(found.values())

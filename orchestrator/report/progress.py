@@ -133,8 +133,8 @@ class ProgressDisplay:
             console=self._console, transient=True, expand=True,
         )  # fmt: skip
         if self._run_eta.num_trials > 1:
-            done = {"total": self._run_eta.num_trials, "completed": self._run_eta.num_ended}
-            self._run_task = progress.add_task("trials", rate="", loss="", ap="", eta=None, **done)
+            total, completed = self._run_eta.num_trials, self._run_eta.num_ended
+            self._run_task = progress.add_task("trials", True, total, completed, rate="", loss="", ap="", eta=None)
         progress.start()
         return progress
 
