@@ -45,7 +45,9 @@ def slowed(hosts: MeasuredHosts, number: int) -> tuple[str, str, AbstractContext
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=20, help="of healthy hosts, and of slowed ones")
-    number = parser.parse_args().repetitions
+    parser.add_argument("--first", type=int, default=1, help="go on with this one: which host is slowed, and how")
+    options = parser.parse_args()
+    number, first = options.repetitions, options.first - 1
     if reason := why_not():
         print(reason)
         return 2
@@ -53,7 +55,7 @@ def main() -> int:
     alarms = found = 0
     with tempfile.TemporaryDirectory() as folder, Network() as network:
         hosts = MeasuredHosts(network, Path(folder))
-        for repetition in range(number):
+        for repetition in range(first, first + number):
             for name, way, slow in (("", "healthy", nullcontext()), slowed(hosts, repetition)):
                 began = time.monotonic()
                 with slow:
