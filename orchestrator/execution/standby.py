@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import ray
 
 from orchestrator.execution.gate import Gate
-from orchestrator.execution.nodes import NODE_ID, RESERVE_TIMEOUT_SECONDS
+from orchestrator.execution.nodes import NODE_ID, RESERVE_TIMEOUT_SECONDS, lost_nodes
 from orchestrator.execution.restart_policy import standby_is_due
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
@@ -27,8 +26,6 @@ from trainers.contract import clock
 from trainers.contract.channel import Start
 from trainers.contract.events import Event, GroupStarted, StandbyLost, StandbyReady
 from trainers.contract.plan import TrialPlan
-
-logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_SECONDS = 1.0
 """How often it is decided whether to start one."""
@@ -76,7 +73,7 @@ class Standby:
         self._looked = now
         if self._group is not None:
             if self._group.wait(0):
-                self._lose(f"{type(self._group.error).__name__}: {self._group.error}")
+                self._lose(_in_short(self._group.error))
             elif self._ready and ray.wait([self._ready], timeout=0)[0]:
                 self._ready = None
                 self._emit(StandbyReady, iteration=iteration, start_seconds=clock.now() - self._began)
@@ -100,6 +97,8 @@ class Standby:
         if group is None:
             return None
         began = clock.now()
+        if lost_nodes() & {node[NODE_ID] for node in group.nodes or ()}:
+            return self._lose("their node was lost")
         plan = dataclasses.replace(group.plan, mtbf_hours=plan.mtbf_hours)
         seconds = ANSWER_TIMEOUT_SECONDS if self._ready is None else plan.timeouts["heartbeat"]
         room, call = group.reserve(), self._gate.call.remote()
@@ -112,7 +111,7 @@ class Standby:
                 return self._lose("the room of the lost workers is not free, or their node is gone")
             ray.get(self._gate.give.remote(Start(plan, attempt, telemetry)))
         except ray.exceptions.RayError as error:
-            return self._lose(f"{type(error).__name__}: {error}")
+            return self._lose(_in_short(error))
         self._group, self._gate, self._lost = None, None, 0
         group.started = clock.now()
         self._emit(GroupStarted, part_seconds={"standby": group.started - began})
@@ -134,10 +133,14 @@ class Standby:
         self._group = WorkerGroup(plan, attempt, None, self._ray_dir, gate=self._gate, nodes=running.nodes)
 
     def _lose(self, reason: str) -> None:
-        logger.warning("the standby group was lost: %s", reason)
         self._lost += 1
         self.end()
         self._emit(StandbyLost, message=reason)
+
+
+def _in_short(error: Exception | None) -> str:
+    first, _, _ = str(error).partition("\n")
+    return f"{type(error).__name__}: {first}"
 
 
 def _end(group: WorkerGroup) -> None:

@@ -156,9 +156,9 @@ class Faults(Part):
     advice; null: measured once a trial has failed, and 154 days over the number of hosts before (docs/faults.md)."""
     standby: Literal["auto", True, False] = "auto"
     """Whether a second group of workers, which has imported everything, waits next to the one that trains on CPUs, to
-    take over within seconds when that one is lost. It costs some 0.5 GiB a worker and as many seconds as a start.
-    `auto`: where another failure is as likely as not before the end of a trial of kind `time_to_train`, by
-    `mtbf_hours` or the trial's own failures (docs/faults.md)."""
+    take over within seconds when that one is lost. It costs 0.75 GiB of memory, 0.5 GiB for each worker, and the CPU
+    time of a start. `auto`: where another failure is as likely as not before the end of a trial of kind
+    `time_to_train`, by `mtbf_hours` or the trial's own failures (docs/faults.md)."""
     timeouts: Timeouts = Timeouts()
     """When a worker counts as stuck."""
 

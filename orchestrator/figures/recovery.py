@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from orchestrator.figures.sections import LoopRun
-from trainers.contract.events import Event, GroupStarted, LoopStarted, StandbyReady, TrialRestarted, WorkerFailed
+from trainers.contract.events import (
+    Event,
+    GroupStarted,
+    LoopStarted,
+    StandbyLost,
+    StandbyReady,
+    TrialRestarted,
+    WorkerFailed,
+)
 
 
 def recovery_parts(
@@ -47,13 +55,14 @@ def recovery_parts(
 
 
 def standby_notes(events: Sequence[Event]) -> list[str]:
-    """A sentence for a record whose steps include some that were trained while other workers started next to them."""
-    ready = [event for event in events if isinstance(event, StandbyReady)]
-    if not ready:
-        return []
-    until = ", ".join(str(event.iteration) for event in ready)
-    seconds = sum(event.start_seconds for event in ready)
-    return [
-        f"workers that wait for a failure (faults.standby) were started next to training, for {seconds:.0f} s up to "
-        f"iteration {until}: steps meanwhile are slower"
-    ]
+    """What a record says of workers that waited: which steps their start made slower, and which of them were lost."""
+    notes = []
+    if ready := [event for event in events if isinstance(event, StandbyReady)]:
+        until = ", ".join(str(event.iteration) for event in ready)
+        seconds = sum(event.start_seconds for event in ready)
+        notes.append(
+            f"workers that wait for a failure (faults.standby) were started next to training, for {seconds:.0f} s up "
+            f"to iteration {until}: steps meanwhile are slower"
+        )
+    lost = (event for event in events if isinstance(event, StandbyLost))
+    return notes + [f"workers that waited for a failure were lost: {event.message}" for event in lost]

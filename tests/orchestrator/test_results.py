@@ -8,7 +8,15 @@ import pytest
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
 from tests.builders.trials import TrialBuilder, plan, trained
-from trainers.contract.events import Event, GroupStarted, LoopStarted, StandbyReady, WorkerFailed, event_from_json
+from trainers.contract.events import (
+    Event,
+    GroupStarted,
+    LoopStarted,
+    StandbyLost,
+    StandbyReady,
+    WorkerFailed,
+    event_from_json,
+)
 
 
 def _result(made: TrialBuilder) -> TrialResult:
@@ -154,10 +162,12 @@ def test_a_recovery_by_workers_that_waited_says_so_and_has_no_start_of_processes
     made = _restarted()
     made.emit(GroupStarted, 34.5, rank=-1, part_seconds={"standby": 4.0})
     made.emit(StandbyReady, 22.0, rank=-1, iteration=3, start_seconds=9.0)
+    made.emit(StandbyLost, 42.0, rank=-1, message="its node is gone")
     result = trial_result(made.trial, made.events)
     parts = {"detection": 0.5, "shutdown": 6.0, "standby": 5.0, "setup": 2.0, "first_step": 1.0}
     assert result.restarts[0].recovery_part_seconds == pytest.approx(parts)
     assert [note for note in result.notes if "faults.standby" in note and "up to iteration 3" in note]
+    assert [note for note in result.notes if "were lost: its node is gone" in note]
 
 
 def test_a_recovery_is_cut_into_parts_that_add_up_to_it():
