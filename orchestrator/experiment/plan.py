@@ -18,7 +18,7 @@ from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
-from orchestrator.experiment.prediction_file import predicted, prediction_of
+from orchestrator.experiment.prediction_file import check_used, predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.gpus import list_gpus
@@ -178,6 +178,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
             )
         )
     check_resizing(experiment, plans)
+    check_used(prediction, plans)
     return plans
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.experiment.reading import flatten
 from orchestrator.experiment.spec import Experiment, SpecError
-from trainers.contract.plan import Predicted, Scaling, SolverPlan
+from trainers.contract.plan import Predicted, Scaling, SolverPlan, TrialPlan
 
 FILE_NAME = "prediction.json"
 """In the folder of a run that calibrates a prediction."""
@@ -182,6 +183,19 @@ def prediction_of(experiment: Experiment) -> Prediction | None:
             "predict this one with --predict, or set prediction=null"
         )
     return found
+
+
+def check_used(prediction: Prediction | None, plans: Sequence[TrialPlan]) -> None:
+    """Raises SpecError where trials are to be compared with a prediction that has none of them."""
+    if prediction is None or not plans or any(plan.predicted for plan in plans):
+        return
+    known = ", ".join(f"{size.world_size} workers with batch {size.global_batch_size}" for size in prediction.sizes)
+    asked = ", ".join(
+        f"{plan.world_size} with batch {plan.solver.global_batch_size} ({plan.recipe_name}, {plan.scaling})"
+        for plan in plans
+    )
+    setup = f"({prediction.recipe}, {prediction.scaling})"
+    raise SpecError(f"prediction: it is for {known} {setup}, and for none of the trials here: {asked}")
 
 
 def predicted(

@@ -231,8 +231,8 @@ class Experiment(Part):
     reference_files: list[str] = Field([])
     """Files with more of them (`references/mlperf.yaml`), each with nothing but `reference_rows`."""
     prediction: str | None = None
-    """What `--predict` left (its run's folder, or `prediction.json`): trials at a size that was predicted are shown next
-    to their prediction. Refused where it was made for another model, data set or recipe switches."""
+    """What `--predict` left (its run's folder, or `prediction.json`): trials at a size that was predicted are shown
+    next to their prediction. Refused where it was made for another model, data set or recipe switches."""
 
     @model_validator(mode="before")
     @classmethod

@@ -171,9 +171,12 @@ def test_a_trial_carries_its_prediction_before_it_runs(kept: Path):
     assert TrialPlan.from_dict(asdict(plan)) == plan
 
 
-def test_other_sizes_and_batches_have_no_prediction(kept: Path):
-    assert planned(kept, trials={"world_sizes": [4], "scaling": "strong"}).predicted is None
-    assert planned(kept, trials={"world_sizes": [2], "scaling": "weak"}).predicted is None
+def test_other_sizes_have_no_prediction_and_a_run_of_others_alone_is_refused(kept: Path):
+    assert planned(kept, trials={"world_sizes": [4, 2], "scaling": "strong"}).predicted is None
+    with pytest.raises(SpecError, match=r"for 2 workers with batch 4 .*: 4 with batch 4 \(reference, strong\)"):
+        planned(kept, trials={"world_sizes": [4], "scaling": "strong"})
+    with pytest.raises(SpecError, match="for none of the trials here"):
+        planned(kept, trials={"world_sizes": [2], "scaling": "weak"})
 
 
 @pytest.mark.parametrize(
