@@ -73,6 +73,7 @@ def soak_experiment(name: str, uri: str, iterations: int, workers: int, patience
             "max_failures": 20,
             "restart_on": ["worker_lost", "communication", "stuck", "out_of_memory", "unknown", "storage"],
             "on_storage_failure": "continue",
+            "standby": True,
             "timeouts": {name: seconds * patience for name, seconds in timeouts.items()},
         },
     )
