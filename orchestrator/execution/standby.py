@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from orchestrator.execution.gate import Gate
-from orchestrator.execution.nodes import NODE_ID, RESERVE_TIMEOUT_SECONDS, lost_nodes
+from orchestrator.execution.nodes import NODE_ID, lost_nodes
 from orchestrator.execution.restart_policy import standby_is_due
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
@@ -32,9 +32,6 @@ LOOK_INTERVAL_SECONDS = 1.0
 
 CALL_POLL_INTERVAL_SECONDS = 0.1
 """How often a standby that is called is looked at."""
-
-ANSWER_TIMEOUT_SECONDS = 10.0
-"""Longest wait for workers that wait; those that are still starting have as long as a process may be silent."""
 
 MAX_LOST = 3
 """Standby groups in a row that may be lost, none of which was needed, before no other one is started."""
@@ -98,20 +95,21 @@ class Standby:
             return None
         began = clock.now()
         if lost_nodes() & {node[NODE_ID] for node in group.nodes or ()}:
-            return self._lose("their node was lost")
+            self._lose("their node was lost")
+            return None
         plan = dataclasses.replace(group.plan, mtbf_hours=plan.mtbf_hours)
-        seconds = ANSWER_TIMEOUT_SECONDS if self._ready is None else plan.timeouts["heartbeat"]
-        room, call = group.reserve(), self._gate.call.remote()
+        until = time.monotonic() + plan.timeouts["heartbeat"]  # as long as a process may be silent
+        needed = [group.reserve().ready(), self._gate.call.remote()]
         try:
-            while not ray.wait([call], timeout=CALL_POLL_INTERVAL_SECONDS)[0]:
-                if group.wait(0) or not wanted() or clock.now() - began > seconds:
-                    return self._lose("its workers did not answer")
-            ray.get(call)
-            if not room.wait(RESERVE_TIMEOUT_SECONDS):
-                return self._lose("the room of the lost workers is not free, or their node is gone")
-            ray.get(self._gate.give.remote(Start(plan, attempt, telemetry)))
+            while len(ray.wait(needed, num_returns=2, timeout=CALL_POLL_INTERVAL_SECONDS)[0]) < 2:
+                if group.wait(0) or not wanted() or time.monotonic() > until:
+                    self._lose("its workers did not answer, or there was no room for them")
+                    return None
+            ray.get(needed)
+            ray.get(self._gate.give.remote(Start(plan, attempt, telemetry)), timeout=plan.timeouts["heartbeat"])
         except ray.exceptions.RayError as error:
-            return self._lose(_in_short(error))
+            self._lose(_in_short(error))
+            return None
         self._group, self._gate, self._lost = None, None, 0
         group.started = clock.now()
         self._emit(GroupStarted, part_seconds={"standby": group.started - began})

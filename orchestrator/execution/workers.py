@@ -107,7 +107,8 @@ class WorkerGroup:
     def reserve(self) -> PlacementGroup:
         """Reserves what a standby group needs in order to train, where its workers are and as long as they live."""
         bundle = {**worker_resources(self.plan), "memory": self._mark}
-        return placement_group([bundle] * self.plan.world_size, bundle_label_selector=self.nodes or [])
+        group: PlacementGroup = placement_group([bundle] * self.plan.world_size, bundle_label_selector=self.nodes or [])
+        return group
 
     def kill(self, workers: Sequence[WorkerStarted]) -> None:
         """Kills worker processes on their nodes: a frozen one reacts to nothing else."""

@@ -164,7 +164,7 @@ def test_workers_wait_where_that_is_asked_for_as_soon_as_all_train() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"protocol": "throughput"}, {"protocol": "benchmark"}, {"device": "cuda"}])
-def test_no_workers_wait_beside_a_measurement_or_on_gpus(fields: dict[str, str]) -> None:
+def test_no_workers_wait_beside_a_measurement_or_on_gpus(fields: dict[str, Any]) -> None:
     assert due(training(1000)) and not due(training(1000, **fields))
 
 
