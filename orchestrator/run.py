@@ -165,7 +165,10 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
         if asked and not request.earlier:
             from orchestrator.prediction.predict import keep
 
-            keep(asked, request.run_dir)
+            try:
+                keep(asked, request.run_dir)
+            except OSError as error:
+                raise SpecError(f"{request.run_dir}: it cannot be written to: {error}") from error
         supervisor.working()
 
     began, tries, progress = False, 0, _progress(request.run_dir) if request.earlier else 0
