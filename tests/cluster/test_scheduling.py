@@ -1,7 +1,11 @@
 """Where the workers of 1 to 32 GPUs go on four hosts of eight: equally many on each, ranks of a host together."""
 
+import dataclasses
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -10,6 +14,17 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from tests.builders.waiting import wait_for
+
+OTHER_JOB = """
+import sys, ray
+from ray.util.placement_group import placement_group, placement_group_table
+ray.init(address=sys.argv[1], log_to_driver=False)
+elsewhere = "!in(" + ray.get_runtime_context().get_node_id() + ")"
+group = placement_group([{"CPU": 1}], bundle_label_selector=[{"ray.io/node-id": elsewhere}])
+group.wait(300)
+print(*placement_group_table(group)["bundles_to_node_id"].values(), flush=True)
+sys.stdin.read()
+"""
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore")]
 
@@ -26,8 +41,9 @@ def plans(tmp: Any, *world_sizes: int, num_nodes: int | None = None) -> list[Any
 
 
 @pytest.fixture
-def four_hosts_of_eight(cluster_of_eights: Any) -> Any:
+def four_hosts_of_eight(cluster_of_eights: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The cluster, when what the test before took has been given back: that takes a moment."""
+    monkeypatch.setattr("orchestrator.execution.nodes._held", {})
     wait_for(lambda: cluster_of_eights.available_resources().get("GPU") == 32)
     return cluster_of_eights
 
@@ -84,7 +100,7 @@ def test_the_scheduler_puts_workers_where_the_plan_does(
 
 
 def test_what_does_not_spread_equally_is_refused(four_hosts_of_eight: Any, tmp_path: Any) -> None:
-    from orchestrator.execution.nodes import choose_nodes, list_nodes
+    from orchestrator.execution.nodes import choose_nodes, list_nodes, release_nodes
     from orchestrator.preflight.cluster import check_fit
 
     for world_size, code in ((9, None), (20, None), (28, None), (31, "uneven_nodes"), (33, "too_few_gpus")):
@@ -92,6 +108,7 @@ def test_what_does_not_spread_equally_is_refused(four_hosts_of_eight: Any, tmp_p
         findings = check_fit(list_nodes(), [plan])
         assert [finding.code for finding in findings] == ([code] if code else []), world_size
         assert (choose_nodes(plan) is None) == bool(code)
+        release_nodes(plan.name)
 
 
 def test_hosts_that_another_job_has_taken_are_not_chosen(four_hosts_of_eight: Any, tmp_path: Any) -> None:
@@ -110,3 +127,44 @@ def test_hosts_that_another_job_has_taken_are_not_chosen(four_hosts_of_eight: An
         assert others is not None and nodes[0] not in others and len(others) == 16
     finally:
         remove_placement_group(taken)
+
+
+def test_trials_side_by_side_get_hosts_of_their_own(four_hosts_of_eight: Any, tmp_path: Any) -> None:
+    from orchestrator.execution import nodes
+
+    seeds = [dataclasses.replace(plan, name=name) for name in "abcde" for plan in plans(tmp_path, 8)]
+    own = [dataclasses.replace(plan, own_nodes=True) for plan in seeds]
+    assert nodes.choose_nodes(own[0]) is not None
+    assert all(nodes.fits_next_to(plan, "abcd"[:number]) for number, plan in enumerate(own[1:4], start=1))
+    found = [nodes.choose_nodes(plan) for plan in own[:4]]  # as after a restart: each has its room still
+    assert len({str(selectors) for selectors in found}) == 4
+    assert not nodes.fits_next_to(own[4], "abcd")
+    nodes.release_nodes("b")
+    assert nodes.fits_next_to(own[4], "acd")
+
+    for name in "abcde":
+        nodes.release_nodes(name)
+    halves = [dataclasses.replace(plan, name=name) for name in "abc" for plan in plans(tmp_path, 4)]
+    shared = [nodes.choose_nodes(plan) for plan in halves]
+    # Two at most get the same host, although none of them runs yet and Ray has it free.
+    counts = Counter(str(selectors[0]) for selectors in shared if selectors)
+    assert sum(counts.values()) == 3 and max(counts.values()) <= 2
+    assert nodes.choose_nodes(dataclasses.replace(own[4], name="e")) is not None
+
+
+def test_a_trial_with_hosts_of_its_own_takes_none_that_another_job_uses(
+    four_hosts_of_eight: Any, tmp_path: Any, request: Any
+) -> None:
+    from orchestrator.execution import nodes
+
+    address = four_hosts_of_eight.get_runtime_context().gcs_address
+    other = subprocess.Popen([sys.executable, "-c", OTHER_JOB, address], stdin=PIPE, stdout=PIPE, text=True)
+    request.addfinalizer(other.communicate)
+    assert other.stdout is not None
+    taken = other.stdout.readline().strip()
+    smaller, whole = (dataclasses.replace(each, name=f"t{each.world_size}") for each in plans(tmp_path, 24, 32))
+    chosen = nodes.choose_nodes(dataclasses.replace(smaller, own_nodes=True))
+    assert chosen is not None and taken not in str(chosen)
+    nodes.release_nodes(smaller.name)
+    assert nodes.choose_nodes(dataclasses.replace(whole, own_nodes=True)) is None
+    assert nodes.choose_nodes(whole) is not None, "Ray has room enough there"
