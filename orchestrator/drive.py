@@ -74,12 +74,12 @@ def check(request: Request) -> int:
     return UNFIT if has_errors(findings) else DONE
 
 
-def run(request: Request, working: Callable[[], None]) -> int:
+def run(request: Request, working: Callable[..., None]) -> int:
     """Preflight, then every trial, then results and report.
 
     Args:
         request: What was asked for.
-        working: Called once a signal no longer cuts this off, but asks for an end.
+        working: Called once a signal no longer cuts this off, but asks for an end; with what names a lost daemon.
 
     Returns:
         The exit code.
@@ -184,8 +184,9 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
     return [dataclasses.replace(plan, excluded_hosts=tuple(sorted(excluded))) for plan in plans], findings
 
 
-def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[[], None]) -> int:
+def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, working: Callable[..., None]) -> int:
     """Runs the trials until a signal comes, and publishes what they measured."""
+    from orchestrator.execution.cluster import lost_daemon
     from orchestrator.execution.event_log import EventLog
     from orchestrator.execution.gauges import Gauges
     from orchestrator.execution.stop import StopRequest, grace_seconds
@@ -200,7 +201,7 @@ def _execute(request: Request, plans: list[TrialPlan], datasets: Datasets, worki
     display = ProgressDisplay(request.console, request.quiet, left)
     stop = StopRequest(grace_seconds(), display.stopping)
     stop.install()
-    working()
+    working(lost_daemon)
     outbox = Outbox(request.run_dir / FILE_NAME)
     log = EventLog(outbox, [display, tracker, _load_report])
     publication = Publication(request.experiment, request.run_dir, tracker, earlier, outbox)

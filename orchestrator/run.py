@@ -161,7 +161,7 @@ def _calibration(experiment: Experiment, predict: str | None, calibrate: str | N
 def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Prediction | None) -> int:
     """Drives the run in a child process; where that is lost, goes on with the run or publishes what there is."""
 
-    def working() -> None:
+    def working(lost_daemon: Callable[[], str | None] = lambda: None) -> None:
         if asked and not request.earlier:
             from orchestrator.prediction.predict import keep
 
@@ -169,7 +169,7 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
                 keep(asked, request.run_dir)
             except OSError as error:
                 raise SpecError(f"{request.run_dir}: it cannot be written to: {error}") from error
-        supervisor.working()
+        supervisor.working(lost_daemon)
 
     began, tries, progress = False, 0, _progress(request.run_dir) if request.earlier else 0
     while True:

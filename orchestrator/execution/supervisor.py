@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,12 @@ MAX_PATIENCE = 2
 
 END_TIMEOUT_SECONDS = 5.0
 """Longest wait for killed processes to be gone."""
+
+LOST_CLUSTER_SECONDS = 5.0
+"""How long a child may take to end by itself once its cluster is lost; it may wait in a call of Ray's for a minute."""
+
+POLL_INTERVAL_SECONDS = 1.0
+"""How often the child looks whether there still is a cluster."""
 
 SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 """Options of Linux's `prctl`."""
@@ -70,9 +77,26 @@ class Supervisor:
         """Whether a signal has come."""
         return self._signals > 0
 
-    def working(self) -> None:
-        """Called by the child once it handles `STOP_SIGNALS` itself; until then, a signal cuts it off."""
+    def working(self, lost_daemon: Callable[[], str | None] = lambda: None) -> None:
+        """Called by the child once it handles `STOP_SIGNALS` itself; until then, a signal cuts it off.
+
+        Args:
+            lost_daemon: Returns the name of a daemon of its cluster that has ended, if one has. Then the child is ended
+                where it does not end by itself.
+        """
         self._shared[0] = WORKING
+        threading.Thread(target=self._end_without_cluster, args=[lost_daemon], daemon=True).start()
+
+    def _end_without_cluster(self, lost_daemon: Callable[[], str | None]) -> None:
+        while (daemon := lost_daemon()) is None:
+            time.sleep(POLL_INTERVAL_SECONDS)
+        time.sleep(LOST_CLUSTER_SECONDS)
+        self._give_reason(f"the Ray cluster was lost: its {daemon} has ended")
+        os._exit(1)
+
+    def _give_reason(self, reason: str) -> None:
+        """Writes down why this child gives up, for its parent."""
+        self._shared[1:] = reason.encode()[: mmap.PAGESIZE - 1].ljust(mmap.PAGESIZE - 1, b"\0")
 
     def run(self, work: Callable[[], int]) -> Ending:
         """Runs work in a child process and waits for it; afterwards, no process that it started is alive.
@@ -142,7 +166,7 @@ class Supervisor:
                 code = work()
                 self._shared[0] = ENDED
         except (ClusterLostError, OSError) as error:
-            self._shared[1:] = str(error).encode()[: mmap.PAGESIZE - 1].ljust(mmap.PAGESIZE - 1, b"\0")
+            self._give_reason(str(error))
         except BaseException:  # noqa: BLE001 - nothing may go up a stack that is the parent's
             traceback.print_exc()
         finally:

@@ -162,7 +162,7 @@ class _Trial:
             message = f"{type(group.error).__name__}: {group.error}" if group.error else "the workers ended early"
             kind = kind_of(group.error)
             if isinstance(group.error, RayActorError):
-                kind, message = "communication", f"Ray Train's controller was lost: {message}"
+                kind, message = "communication", f"Ray Train's controller was lost: {message.splitlines()[0]}"
             cause = self._failure(kind, DRIVER_RANK, message)
             if not self.stop.requested:
                 self.pump.emit(cause)

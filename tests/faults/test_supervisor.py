@@ -23,6 +23,7 @@ COMMAND = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from orchestrator import drive, run
+from orchestrator.execution import supervisor
 
 def leave_orphan():
     "As Ray's agents are: in a session of its own, with a parent that has ended."
@@ -66,6 +67,12 @@ def starting(request, working):
 def training(request, working):
     begin(request, working, 2)
     leave_orphan()
+    hold()
+
+def blocked(request, working):
+    supervisor.LOST_CLUSTER_SECONDS = 0.1
+    leave_orphan()
+    begin(request, lambda: working(lambda: "gcs_server"), 2)
     hold()
 
 def lost(request, working):
@@ -178,6 +185,11 @@ def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> 
     (trial,) = command.result.trials
     assert command.result.status == trial.status == "FAILED" and trial.reason.startswith("the process that drives")
     assert command.result.tracked and command.mlflow_statuses() == {"FAILED"}
+
+
+def test_a_run_that_waits_for_a_cluster_that_is_gone_is_ended(tmp_path: Path) -> None:
+    code, output = Started(tmp_path, "blocked").end()
+    assert code == 1 and "The Ray cluster was lost: its gcs_server has ended. " in output
 
 
 def test_a_command_that_is_killed_takes_what_it_started_with_it(tmp_path: Path) -> None:
