@@ -16,9 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.train import WorkerGroupError
 
+from orchestrator.execution.deaths import death
 from orchestrator.execution.gate import Gate
 from orchestrator.execution.nodes import NODE_ID, lost_nodes
+from orchestrator.execution.ray_internals import cause_of_death
 from orchestrator.execution.restart_policy import standby_is_due
 from orchestrator.execution.workers import WorkerGroup
 from orchestrator.experiment.spec import Faults
@@ -137,6 +140,9 @@ class Standby:
 
 
 def _in_short(error: Exception | None) -> str:
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    for reason in filter(None, map(cause_of_death, failures)):
+        return death(reason)[1]
     first, _, _ = str(error).partition("\n")
     return f"{type(error).__name__}: {first}"
 

@@ -21,6 +21,8 @@ from trainers.contract.events import (
     Event,
     LoopFinished,
     LoopStarted,
+    StandbyLost,
+    StandbyReady,
     StepsDone,
     TrialRestarted,
     WorkerStarted,
@@ -159,3 +161,23 @@ def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, 
     assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
     resumed = min(event.time - event.seconds for event in outcome.of(StepsDone) if event.attempt == 1)
     print(f"\nlost node: {resumed - loss.done_at:.1f} s from the loss to the next step")
+
+
+def test_workers_that_waited_on_a_lost_node_are_not_used(
+    bench_and_nodes: tuple[Bench, Nodes], control: Outcome
+) -> None:
+    bench, nodes = bench_and_nodes
+    nodes.add("127.0.0.6")
+    homes: dict[int, str] = {}
+
+    def kill_their_node(event: Event) -> None:
+        if isinstance(event, WorkerStarted):
+            homes[event.attempt] = event.node_id
+        if isinstance(event, StandbyReady) and event.attempt == 0:
+            nodes.kill(homes[0])
+
+    hold = Fault("hold", rank=0, iteration=7)
+    outcome = bench.run(hold, policy=Faults(standby=True), listeners=[kill_their_node])
+    assert outcome.ended.status == "FINISHED" and outcome.of(StandbyLost), outcome.ended.reason
+    assert [event.failure for event in outcome.of(TrialRestarted)] == ["worker_lost"] and homes[1] != homes[0]
+    assert (outcome.state, outcome.scores, outcome.rows) == (control.state, control.scores, control.rows)
