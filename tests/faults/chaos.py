@@ -184,7 +184,8 @@ def row(seed: int, ended: Disturbed, control: Control) -> Row:
         recovery_seconds=[r.recovery_seconds for r in trial.restarts if r.recovery_seconds] if trial else [],
         useful_seconds=(trial.goodput or 0.0) * where.wall if trial and where else 0.0,
         startup_seconds=where.startup if where else 0.0,
-        wall_seconds=where.wall if where else 0.0,
+        # A clock that was set ahead, and then a new driver: the record cannot know how long there was none.
+        wall_seconds=min(where.wall, ended.seconds) if where else 0.0,
         run_seconds=ended.seconds,
         problems=broken(run, faults, control),
     )
