@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,11 @@ MAX_STARTS = 3
 DAEMONS = ("gcs_server", "raylet")
 """Processes of a local cluster without which it is lost."""
 
+LEAVE_TIMEOUT_SECONDS = 60.0
+"""Longest wait for the threads that call Ray before it is left; the command's end waits for none of them."""
+
 _daemons: dict[str, psutil.Process] = {}
+_threads: list[threading.Thread] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +126,31 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
     return Cluster(Hardware(num_gpus=gpus, num_cpus=cpus, num_hosts=len(counted)), shown)
 
 
+def start_thread(target: Callable[..., object], name: str, *arguments: Any) -> threading.Thread:
+    """Starts a thread that calls Ray, as a daemon; `shutdown` waits for it.
+
+    Ray ends the whole process, with exit code 1, where a thread calls it after it was left.
+    """
+    _threads[:] = [thread for thread in _threads if thread.is_alive()]
+    thread = threading.Thread(target=target, name=name, args=arguments, daemon=True)
+    thread.start()
+    _threads.append(thread)
+    return thread
+
+
 def shutdown() -> None:
-    """Leaves the cluster; ends it where it was started for this run. Does nothing the second time."""
+    """Leaves the cluster; ends it where it was started for this run. Does nothing the second time.
+
+    Where a thread still calls Ray after a minute, Ray is not left: it goes with this process.
+    """
     _daemons.clear()
     found.pop(DASHBOARD, None)
+    until = time.monotonic() + LEAVE_TIMEOUT_SECONDS
+    for thread in _threads:
+        thread.join(max(0.0, until - time.monotonic()))
+        if thread.is_alive():
+            logger.warning("Ray is not left: the thread %r still calls it", thread.name)
+            return
     ray.shutdown()
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 
 from ray.util.metrics import Gauge
 
+from orchestrator.execution.cluster import start_thread
 from orchestrator.figures.catalog import FIGURES
 from orchestrator.figures.gauges import GAUGES, TAGS, LiveFigures
 from trainers.contract.events import Event
@@ -37,10 +38,9 @@ class Gauges:
         self._gauges = {name: Gauge(name, _ascii(FIGURES[key].definition), TAGS) for key, name in GAUGES.items()}
         self._next_goodput = 0.0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gauges", daemon=True)
 
     def __enter__(self) -> Gauges:
-        self._thread.start()
+        start_thread(self._run, "gauges")
         return self
 
     def __exit__(

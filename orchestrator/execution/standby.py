@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import ray
 from ray.train import WorkerGroupError
 
+from orchestrator.execution.cluster import start_thread
 from orchestrator.execution.deaths import death
 from orchestrator.execution.gate import Gate
 from orchestrator.execution.nodes import NODE_ID, lost_nodes
@@ -122,7 +122,7 @@ class Standby:
         """Ends the standby group, if there is one; nobody has to wait for that."""
         group, self._group, self._gate, self._ready = self._group, None, None, None
         if group is not None:
-            threading.Thread(target=_end, args=[group], name="end-standby", daemon=True).start()
+            start_thread(_end, "end-standby", group)
 
     def _start(self, running: WorkerGroup, attempt: int) -> None:
         plan = running.plan

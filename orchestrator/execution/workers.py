@@ -26,6 +26,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from orchestrator.execution.cluster import start_thread
 from orchestrator.execution.deaths import death
 from orchestrator.execution.nodes import call_on_nodes, choose_nodes, list_nodes, worker_resources
 from orchestrator.execution.ray_internals import StartWatch, placement_groups_of_this_job
@@ -96,8 +97,7 @@ class WorkerGroup:
         self._mark = next(_marks)
         self._ended = threading.Event()
         # In a thread, so that the main thread can receive signals and watch the workers meanwhile.
-        self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._fit, "fit")
 
     def wait(self, seconds: float) -> bool:
         """Waits for the end; returns whether it has come."""

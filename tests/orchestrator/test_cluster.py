@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -172,3 +173,27 @@ def test_a_machine_that_is_too_busy_for_ray_gets_another_start_and_then_a_senten
         with pytest.raises(SpecError, match="Ray cannot be started here: The current node timed out"):
             cluster.start_ray(None)
     assert len(begun) == starts
+
+
+def test_ray_is_not_left_before_every_thread_that_calls_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, done = threading.Event(), list[str]()
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("left"))
+    cluster.start_thread(lambda name: (ended.wait(), done.append(name)), "calls Ray", "last call")
+    leaving = threading.Thread(target=cluster.shutdown)
+    leaving.start()
+    leaving.join(timeout=0.1)
+    assert not done
+    ended.set()
+    leaving.join()
+    assert done == ["last call", "left"]
+
+
+def test_ray_is_not_left_where_a_thread_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, done = threading.Event(), list[str]()
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("left"))
+    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 0.1)
+    thread = cluster.start_thread(ended.wait, "calls Ray")
+    cluster.shutdown()
+    ended.set()
+    thread.join()
+    assert not done
