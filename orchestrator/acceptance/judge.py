@@ -98,7 +98,7 @@ def _link_verdicts(pairs: Sequence[LinkRecord]) -> Iterator[Verdict]:
         place = f"{place} " if place else ""
         if len(values) == 1:
             ((hosts, value),) = values.items()
-            if key == "all_reduce" and gpu is None and value < SLOW_LINK_GBS:
+            if key == "all_reduce" and value < SLOW_LINK_GBS:
                 what = f"{place}{row.heading} {number(value)} {row.unit}, less than gigabit Ethernet allows"
                 yield Verdict("behind", hosts, key, part, what, value)
             continue

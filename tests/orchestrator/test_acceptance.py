@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.acceptance.document import LinkRecord, NodeRecord, Verdict
 from orchestrator.acceptance.judge import judge
-from orchestrator.acceptance.measuring import FULL, SHORT, measure, rounds
+from orchestrator.acceptance.measuring import FULL, SHORT, Scope, measure, rounds
 from orchestrator.acceptance.outliers import outliers
 from orchestrator.acceptance.quantities import QUANTITIES
 from tests.builders.simulated_cluster import H100, SimulatedCluster
@@ -101,9 +101,14 @@ def test_a_slow_link_between_two_good_hosts_is_located(size: int) -> None:
         assert (set(hosts), key, others) == (set(pair), "all_reduce", [])
 
 
-def test_of_two_hosts_only_the_link_can_be_slow_and_is_measured_against_gigabit_ethernet() -> None:
-    assert accused(SimulatedCluster(2, 0, factors={("n1", "all_reduce"): 0.2})) == set()
-    ((hosts, key),) = accused(SimulatedCluster(2, 0, factors={("n1", "all_reduce"): 0.01}))
+@pytest.mark.parametrize(("device", "num_gpus"), [("cpu", 0), ("cuda", 8)])
+@pytest.mark.parametrize("scope", [SHORT, FULL])
+def test_of_two_hosts_only_the_link_can_be_slow_and_is_measured_against_gigabit_ethernet(
+    device: str, num_gpus: int, scope: Scope
+) -> None:
+    good, slow = (SimulatedCluster(2, 0, num_gpus, {("n1", "all_reduce"): factor}) for factor in (0.2, 0.01))
+    assert accused(good, device, scope) == set()
+    ((hosts, key),) = accused(slow, device, scope)
     assert (set(hosts), key) == ({"n0", "n1"}, "all_reduce")
 
 
