@@ -145,7 +145,7 @@ def _measure_nodes(
     hosts = {record.host: node for node, record in records.items()}
     for _ in range(CONFIRMATIONS):
         suspects: dict[Node, dict[str, None]] = {}
-        for verdict in judge(list(records.values()), []):
+        for verdict in judge([record for record in records.values() if not record.reason], []):
             if verdict.level == "behind" and verdict.key in QUANTITIES:
                 suspects.setdefault(hosts[verdict.hosts[0]], {})[verdict.key] = None
         for node, again in suspects.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import combinations, count
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.acceptance.judge import judge
 from orchestrator.acceptance.measuring import FULL, SHORT, Scope, measure, rounds
 from orchestrator.acceptance.outliers import outliers
 from orchestrator.acceptance.quantities import QUANTITIES
+from orchestrator.execution.nodes import Node
 from tests.builders.simulated_cluster import H100, SimulatedCluster
 from trainers.contract.acceptance import Measured
 
@@ -198,6 +200,22 @@ def test_a_node_that_cannot_be_measured_is_left_out_of_what_is_compared() -> Non
     records, links, verdicts = measure(cluster, "cpu", SHORT)
     assert [record.reason for record in records] == ["", "no answer within 120 s", ""]
     assert [link.hosts for link in links] == [("n0", "n2")] and verdicts == []
+
+
+def test_a_node_that_is_lost_while_it_is_measured_again_is_not_waited_for_once_more() -> None:
+    class Lost(SimulatedCluster):
+        def measure(
+            self, keys: Mapping[Node, tuple[str, ...]], timeout: float
+        ) -> dict[Node, list[Measured] | Exception]:
+            found = super().measure(keys, timeout)
+            if self.num_calls > 1 and self.nodes[1] in found:
+                found[self.nodes[1]] = TimeoutError("no answer within 120 s")
+            return found
+
+    cluster = Lost(4, 0, factors={("n1", "decode"): 0.1})
+    records, _, _ = measure(cluster, "cpu", SHORT)
+    assert [record.reason for record in records] == ["", "no answer within 120 s", "", ""]
+    assert cluster.num_calls == 1 + 4, "all at once, then the slow node and three peers"
 
 
 @pytest.mark.parametrize("size", range(2, 12))
