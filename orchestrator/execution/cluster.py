@@ -77,7 +77,10 @@ LEAVE_TIMEOUT_SECONDS = 60.0
 """Longest wait for the threads that call Ray before it is left; the command's end waits for none of them."""
 
 _daemons: dict[str, psutil.Process] = {}
-_threads: list[threading.Thread] = []
+
+
+class _RayThread(threading.Thread):
+    """Calls Ray."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +134,8 @@ def start_thread(target: Callable[..., object], name: str, *arguments: Any) -> t
 
     Ray ends the whole process, with exit code 1, where a thread calls it after it was left.
     """
-    _threads[:] = [thread for thread in _threads if thread.is_alive()]
-    thread = threading.Thread(target=target, name=name, args=arguments, daemon=True)
+    thread = _RayThread(target=target, name=name, args=arguments, daemon=True)
     thread.start()
-    _threads.append(thread)
     return thread
 
 
@@ -146,7 +147,9 @@ def shutdown() -> None:
     _daemons.clear()
     found.pop(DASHBOARD, None)
     until = time.monotonic() + LEAVE_TIMEOUT_SECONDS
-    for thread in _threads:
+    for thread in threading.enumerate():
+        if not isinstance(thread, _RayThread):
+            continue
         thread.join(max(0.0, until - time.monotonic()))
         if thread.is_alive():
             logger.warning("Ray is not left: the thread %r still calls it", thread.name)
@@ -159,7 +162,8 @@ def lost_daemon() -> str | None:
 
     Ray itself ends this process then, but 13 s after its raylet and 61 s after its GCS.
     """
-    return next((name for name, daemon in _daemons.items() if not _runs(daemon)), None)
+    daemons = list(_daemons.items())  # `shutdown` may be called by another thread meanwhile
+    return next((name for name, daemon in daemons if not _runs(daemon)), None)
 
 
 def token_required() -> bool:

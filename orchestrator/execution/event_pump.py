@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.execution.cluster import start_thread
 from orchestrator.execution.event_log import EventLog
 from orchestrator.execution.nodes import NODE_ID
 from orchestrator.runlog.outbox import RunFolderError
@@ -105,8 +106,7 @@ class EventPump:
         self._persisted = 0
         self._drain_lock = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="event-pump", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, "event-pump")
 
     @property
     def events(self) -> list[Event]:

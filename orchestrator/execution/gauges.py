@@ -25,7 +25,7 @@ GOODPUT_INTERVAL_SECONDS = 30.0
 
 
 class Gauges:
-    """Keeps gauges at the latest figures of a run while it is entered, in a thread that nothing waits for.
+    """Keeps gauges at the latest figures of a run while it is entered, in a thread.
 
     A trial that has ended, or lost its driver, is not shown any more half a minute later.
 

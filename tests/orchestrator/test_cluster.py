@@ -17,7 +17,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.state import get_actor
 from ray.util.state.exception import RayStateApiException
 
-from orchestrator.execution import cluster
+from orchestrator.execution import cluster, event_pump
+from orchestrator.execution.event_log import EventLog
+from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.gauges import Gauges
 from orchestrator.execution.nodes import NODE_ID, call_on_nodes, choose_nodes, list_nodes
 from orchestrator.experiment.environment import CREDENTIALS, describe
@@ -26,6 +28,7 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.gauges import GAUGES
 from orchestrator.preflight.ray_setup import SOCKETS
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.experiments import tiny_experiment
 from tests.builders.trials import trained
 from tests.builders.waiting import wait_for
@@ -197,3 +200,29 @@ def test_ray_is_not_left_where_a_thread_does_not_end(monkeypatch: pytest.MonkeyP
     ended.set()
     thread.join()
     assert not done
+
+
+def test_ray_is_not_left_while_the_events_of_workers_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    answered, done = threading.Event(), list[str]()
+    actor = SimpleNamespace(drain=SimpleNamespace(remote=lambda _: None))
+    monkeypatch.setattr(EventPump, "_start_actor", lambda _: actor)
+    monkeypatch.setattr(ray, "get", lambda *_, **__: (answered.wait(), ([], 0, {}, 0.0))[1])
+    monkeypatch.setattr(ray, "shutdown", lambda: done.append("left"))
+    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(event_pump, "CLOSE_TIMEOUT_SECONDS", 0.1)
+    pump = EventPump(EventLog(Outbox(tmp_path / FILE_NAME), []))
+    pump.close()
+    cluster.shutdown()
+    assert not done
+    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 60.0)
+    answered.set()
+    cluster.shutdown()
+    assert done == ["left"]
+
+
+def test_a_cluster_that_another_thread_leaves_meanwhile_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_daemons", dict.fromkeys(cluster.DAEMONS))
+    monkeypatch.setattr(cluster, "_runs", lambda _: cluster._daemons.clear() is None)
+    assert cluster.lost_daemon() is None
