@@ -60,11 +60,12 @@ class LiveFigures:
         """Takes the next event."""
         if isinstance(event, RunStarted):
             self._run = (str(event.experiment.get("name", "")), event.run_id)
+            self._live.clear()  # what was under way had lost its driver
         elif isinstance(event, TrialEnded):
             self._live.discard(event.trial)
-        elif event.trial:
+        elif isinstance(event, TrialStarted | TrialRestarted):
             self._live.add(event.trial)
-            self._update(event)
+        self._update(event)  # the last of a trial's workers may be later than its end
 
     def take_goodput(self, events: Sequence[Event]) -> None:
         """Takes from all events so far the goodput of every trial that runs, up to its last event."""

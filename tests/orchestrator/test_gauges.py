@@ -73,6 +73,20 @@ def test_a_trial_that_has_ended_is_not_shown_until_it_goes_on():
     assert shown(again)["restarts"] == 1 and shown(again)["box_ap"] == 55.0
 
 
+def test_what_workers_report_after_the_end_of_their_trial_does_not_show_it_again():
+    made = trained()
+    made.steps(60.0, 8, 0.5, 0.5)
+    assert shown([run_started(), *made.events]) == {}
+
+
+def test_a_trial_that_lost_its_driver_is_not_shown_before_it_goes_on():
+    made = trained()
+    lost = [*events(made), run_started()]
+    assert shown(lost) == {}
+    made.restarted(40.0, 8)
+    assert shown([*lost, made.events[-1]])["restarts"] == 1
+
+
 def test_fewer_workers_after_a_restart_complete_a_window_by_themselves():
     made = trained()
     made.events.pop()
