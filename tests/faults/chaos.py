@@ -197,9 +197,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
-    yield folder
-    if mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def summary(rows: list[Row], options: argparse.Namespace) -> str:

@@ -1,11 +1,14 @@
-"""The soak's own check of causes finds what it is there for."""
+"""The soak's own check of causes finds what it is there for, and a soak leaves nothing mounted."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from tests.builders.chaos_checks import unexplained
 from tests.builders.chaos_faults import KINDS, Fired
+from tests.faults.chaos import small_disk
 from trainers.contract.events import Event, TrialRestarted, WorkerFailed
 
 
@@ -50,3 +53,9 @@ def test_every_restart_has_its_fault_and_every_fault_its_restart(
     events: list[Event], faults: list[Fired], problem: str | None
 ) -> None:
     assert unexplained(events, faults)[:1] == ([problem] if problem else [])
+
+
+def test_a_soak_that_is_cut_off_leaves_nothing_mounted(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), small_disk(tmp_path / "disk") as disk:
+        raise KeyboardInterrupt
+    assert not disk.is_mount()
