@@ -32,7 +32,7 @@ class Control:
     def of(cls, run: ChaosRun) -> Control:
         trial = trial_of(run)
         scores = {each.iteration: each.figures for each in trial.evaluations}
-        return cls(trial.state_sha256, scores, _rows(run, trial), run.files)
+        return cls(trial.state_sha256, scores, _rows(run), run.files)
 
 
 def result_of(run: ChaosRun) -> ExperimentResult:
@@ -90,8 +90,8 @@ def unexplained(events: Sequence[Event], faults: Sequence[Fired]) -> list[str]:
             ended_by.setdefault(after, []).append(each)
     without = [each for each in ended_by.pop(None, []) if each.kind.must and each.training]
     problems += [f"{each.name}: no restart followed" for each in without]
-    for position, (each, *others) in ended_by.items():
-        failures = [event for event in events[each.events : position or 0] if isinstance(event, WorkerFailed)]
+    for end, (each, *others) in ended_by.items():
+        failures = [event for event in events[each.events : end or 0] if isinstance(event, WorkerFailed)]
         named = [(event.failure, event.rank) for event in failures]
         # Of several that ended one attempt, it is not known which is noticed.
         if each.rank is not None and not others and (each.kind.causes[0], each.rank) not in named:
@@ -110,7 +110,7 @@ def _runs(run: ChaosRun) -> list[tuple[object, ...]]:
     return _query(run, "select r.run_uuid, r.status from {tables} where e.name = ? order by r.start_time")
 
 
-def _rows(run: ChaosRun, trial: TrialResult) -> Counter[tuple[str, int, float]]:
+def _rows(run: ChaosRun) -> Counter[tuple[str, int, float]]:
     rows = _query(
         run, "select m.key, m.step, m.value from {tables} join metrics m on m.run_uuid = r.run_uuid where e.name = ?"
     )
