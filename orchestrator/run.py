@@ -116,11 +116,11 @@ def main(
             console.print(track_folder(replay_outbox), soft_wrap=True)
             raise typer.Exit(DONE)
         if resume is not None and resume != AUTO:
-            others = bool(output or config != DEFAULT_CONFIG or predict or calibrate)
+            others = bool(output or config != DEFAULT_CONFIG) or predict is not None or calibrate is not None
             earlier: EarlierRun | None = _read_earlier(resume, assignments or [], alone=not others)
         else:
             given = with_references(load_experiment(config, assignments))
-            if predict or calibrate:
+            if predict is not None or calibrate is not None:
                 given, asked = _calibration(given, predict, calibrate)
             earlier = _read_begun_job(output, given, console) if resume == AUTO else None
         experiment = earlier.experiment if earlier else given
@@ -152,7 +152,7 @@ def _calibration(experiment: Experiment, predict: str | None, calibrate: str | N
     if predict is None:
         raise SpecError(f"--calibrate {calibrate}: it has no effect without --predict")
     asked = ask(experiment, parse_sizes(predict, "--predict"))
-    given = parse_sizes(calibrate, "--calibrate") if calibrate else None
+    given = parse_sizes(calibrate, "--calibrate") if calibrate is not None else None
     # How much room a cluster has is known once it is joined; preflight then says if it is too little.
     hardware = None if cluster_address(experiment.resources.address) else Hardware.local()
     return calibration(experiment, asked, given, hardware), asked

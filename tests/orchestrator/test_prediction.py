@@ -288,3 +288,5 @@ def test_the_plan_of_a_calibration_says_what_it_is_to_predict(tmp_path: Path):
     assert "To predict: 64 workers, batch 128, LR 0.16, 11,250 iterations; MLPerf's point" in shown.stdout
     alone = run_command(SEED_8, "--dry-run", "--calibrate", "1,2", cwd=tmp_path)
     assert alone.returncode == 2 and "no effect without --predict" in alone.stderr
+    unset = run_command(SEED_8, "--dry-run", "--predict", "", cwd=tmp_path)  # a shell's variable without a value
+    assert unset.returncode == 2 and "numbers of workers from 1" in unset.stderr
