@@ -143,8 +143,9 @@ def check_concurrency(experiment: Experiment, trials: Sequence[TrialPlan], nodes
         return []
     hosts = "the only host takes" if len(nodes) == 1 else f"the {len(nodes)} hosts take"
     what = f"{asked} trials at a time; {hosts} {number}, the others wait for their turn"
-    hint = "Set it to auto, bring more hosts"
-    hint += "" if experiment.trials.allow_shared_nodes else ", or let trials share hosts (trials.allow_shared_nodes)"
+    hint = "Set it to auto, bring more hosts, or let trials share hosts (trials.allow_shared_nodes)"
+    if experiment.trials.allow_shared_nodes:
+        hint = "Set it to auto, or bring more hosts"
     return [Finding("warning", "fewer_at_a_time", "trials.concurrent", "", what, hint)]
 
 

@@ -57,8 +57,8 @@ def side_by_side_note(
         return ""
     shared = "" if plans[0].own_nodes else ", on shared hosts"
     if hosts is None:
-        most = "as many" if concurrent == "auto" else f"at most {min(concurrent, len(plans))}"
-        return f"{most} trials at a time as the cluster has room for{shared}"
+        most = "" if concurrent == "auto" else f", at most {min(concurrent, len(plans))}"
+        return f"as many trials at a time as the cluster has room for{most}{shared}"
     number = num_side_by_side(plans, hosts, concurrent)
     return f"up to {number} trials at a time{shared}" if number > 1 else "one trial after the other: no room for two"
 

@@ -78,7 +78,8 @@ def test_the_plan_says_how_many_run_at_a_time(tmp_path: Path) -> None:
     assert side_by_side_note(seeds, "auto", None) == "as many trials at a time as the cluster has room for"
     shared = plans(tmp_path, [2], 5, allow_shared_nodes=True)
     assert (
-        side_by_side_note(shared, 9, None) == "at most 5 trials at a time as the cluster has room for, on shared hosts"
+        side_by_side_note(shared, 9, None)
+        == "as many trials at a time as the cluster has room for, at most 5, on shared hosts"
     )
 
 
