@@ -176,6 +176,7 @@ def _wall_rate(trial: _Trial) -> float | None:
 def _steps(trial: _Trial) -> dict[str, Any]:
     """Throughput, step times, and every worker by itself."""
     plan, steps, warmup = trial.plan, trial.steps, trial.plan.throughput_warmup_iters
+    images_per_second = throughput(steps, warmup)
     max_points = MAX_POINTS
     if trial.log:  # whose time stamps have whole seconds: no point shorter than a minute
         max_points = max(1, min(MAX_POINTS, int(sum(e.seconds for e in steps) / 60)))
@@ -185,8 +186,8 @@ def _steps(trial: _Trial) -> dict[str, Any]:
     ranks = [rank_figures(rank, steps, trial.workers, warmup, plan.world_size) for rank in numbers]
     own = [rank.own_seconds for rank in ranks if rank.own_seconds is not None]
     return {
-        "images_per_second": throughput(steps, warmup),
-        "predicted": predicted_figures(plan, throughput(steps, warmup), _device(trial.workers)),
+        "images_per_second": images_per_second,
+        "predicted": predicted_figures(plan, images_per_second, _device(trial.workers)),
         "throughput_warmup_iters": warmup,
         "step_seconds": quantiles(step_parts(steps, "step", warmup)),
         "data_seconds": parts.pop("data"),
