@@ -18,9 +18,6 @@ from trainers.contract.events import (
 )
 from trainers.contract.plan import TrialPlan
 
-NOT_COUNTED = "preempted"
-"""A node was taken away with notice: not a failure of the trial."""
-
 STANDBY_STARTS = 2
 """How many times the seconds of a start must be left of a trial for a standby group, which takes one, to be of use."""
 

@@ -19,7 +19,7 @@ from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.growth import Growth
 from orchestrator.execution.nodes import lost_nodes, release_nodes
 from orchestrator.execution.ray_internals import cause_of_death
-from orchestrator.execution.restart_policy import NOT_COUNTED, Policy
+from orchestrator.execution.restart_policy import Policy
 from orchestrator.execution.standby import Standby
 from orchestrator.execution.stop import StopRequest
 from orchestrator.execution.stuck_dumps import save_stuck
@@ -29,7 +29,7 @@ from orchestrator.execution.workers import DRIVER_RANK, WorkerGroup
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.causes import changes_text, root_cause
 from orchestrator.figures.early_stop import early_stop_reason
-from orchestrator.figures.goodput import RESIZED, measured_mtbf_hours
+from orchestrator.figures.goodput import PREEMPTED, RESIZED, RESUMED, measured_mtbf_hours
 from orchestrator.runlog.outbox import RunFolderError
 from trainers.contract import clock
 from trainers.contract.events import (
@@ -107,7 +107,7 @@ class _Trial:
             starts = (event for event in reversed(self.pump.events) if isinstance(event, RunStarted))
             if (start := next(starts, None)) and start.changes:
                 message += f", with {changes_text(start.changes)}"
-            self._emit(TrialRestarted, failure="resumed", message=message, iteration=_iterations(earlier))
+            self._emit(TrialRestarted, failure=RESUMED, message=message, iteration=_iterations(earlier))
         while True:
             cause, reason = self._attempt()
             if cause is None or reason or self.stop.requested:
@@ -151,7 +151,7 @@ class _Trial:
             return self._failure(RESIZED, DRIVER_RANK, message), ""
         if is_preemption(group.error) or (finished and finished.reason == "preempted"):
             self.standby.end()
-            return self._failure(NOT_COUNTED, DRIVER_RANK, "a node is being taken away"), ""
+            return self._failure(PREEMPTED, DRIVER_RANK, "a node is being taken away"), ""
         if self.pump.lost:
             message = "the actor that takes the workers' events was lost"
             self.pump.emit(self._failure("communication", DRIVER_RANK, message))
