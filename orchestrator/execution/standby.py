@@ -105,7 +105,10 @@ class Standby:
         needed = [group.reserve().ready(), self._gate.call.remote()]
         try:
             while len(ray.wait(needed, num_returns=2, timeout=CALL_POLL_INTERVAL_SECONDS)[0]) < 2:
-                if group.wait(0) or not wanted() or time.monotonic() > until:
+                if not wanted():  # they are not lost for that
+                    self.end()
+                    return None
+                if group.wait(0) or time.monotonic() > until:
                     self._lose("its workers did not answer, or there was no room for them")
                     return None
             ray.get(needed)
