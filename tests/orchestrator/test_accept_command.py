@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pynvml
@@ -17,6 +19,7 @@ from orchestrator.acceptance.quantities import QUANTITIES, node_keys
 from orchestrator.acceptance.table import missing, rows
 from orchestrator.preflight.speed import speed_findings
 from tests.builders.commands import run_command
+from tests.builders.waiting import wait_for
 from trainers.acceptance import cpu_time, gpus
 from trainers.acceptance.cpu_time import Burst, run_burst, usable_cpus
 from trainers.acceptance.host import measure_host
@@ -164,7 +167,6 @@ def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) ->
     handles = iter(["first", "second"])
     reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown
     answers = {
-        "nvmlDeviceGetClockInfo": lambda handle, _: 1200 if handle == "first" else 1980,
         "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: reasons if handle == "first" else 0,
         "nvmlDeviceGetTotalEccErrors": lambda *_: 0,
         "nvmlDeviceGetRemappedRows": lambda handle: (0, 1, 0, handle == "second"),
@@ -180,6 +182,20 @@ def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) ->
     }.items():
         monkeypatch.setattr(gpus, name, value)
     monkeypatch.setattr(gpus, "_handle", lambda _: next(handles))
+    reads, matrix_rate = Counter[str](), gpus.matrix_rate
+
+    def rate_until_clocks_are_read(*args: Any, **settings: Any) -> float:
+        """Ends after both clocks were read twice under load, of which the first counts, however busy the machine is."""
+        before, rate = reads.copy(), matrix_rate(*args, **settings)
+        wait_for(lambda: all(reads[handle] >= before[handle] + 2 for handle in ("first", "second")))
+        return rate
+
+    def clock(handle: str, _: int) -> int:
+        reads[handle] += 1
+        return 1200 if handle == "first" else 1980
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", clock)
+    monkeypatch.setattr(gpus, "matrix_rate", rate_until_clocks_are_read)
     monkeypatch.setattr(gpus, "_grave_xids", lambda: ["Xid (PCI:0000:65:00): 79"])
     keys = node_keys("cuda", short=False)
     found = list(gpus.measure_gpus([torch.device("cpu")] * 2, keys, 0.02))
