@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,13 @@ class MeasuredHosts:
             for file, text in files.items():
                 (group / file).write_text(text)
             for pid in _processes_of(self.hosts[name]):
-                (group / "cgroup.procs").write_text(str(pid))
+                with suppress(ProcessLookupError):  # it has just ended
+                    (group / "cgroup.procs").write_text(str(pid))
             yield
         finally:
             for left in (group / "cgroup.procs").read_text().split():
-                (group.parent / "cgroup.procs").write_text(left)
+                with suppress(ProcessLookupError):
+                    (group.parent / "cgroup.procs").write_text(left)
             group.rmdir()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -34,11 +35,13 @@ def test_healthy_hosts_raise_no_alarm(hosts: MeasuredHosts) -> None:
 
 
 def test_a_quota_of_cpu_time_and_a_slow_disk_are_found(hosts: MeasuredHosts) -> None:
-    try:
-        with hosts.few_cpus("three"), hosts.slow_disk("one"):
-            code, document, output = hosts.accept("--against", f"{SHARED}/healthy")
-    except OSError as error:
-        pytest.skip(f"no control group can be made here: {error}")
+    with ExitStack() as slowed:
+        try:
+            slowed.enter_context(hosts.few_cpus("three"))
+            slowed.enter_context(hosts.slow_disk("one"))
+        except OSError as error:
+            pytest.skip(f"no control group can be made here: {error}")
+        code, document, output = hosts.accept("--against", f"{SHARED}/healthy")
     assert (code, behind(document)) == (1, {("one",), ("three",)}), output
     assert "host three: CPUs 0.25 CPUs; its 2 peers have 2 (median)" in output
     assert "host one: writing checkpoints 2" in output and "host one: reading data" in output
