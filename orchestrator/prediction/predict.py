@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from orchestrator.experiment.prediction_file import FILE_NAME, AskedSize, PredictedSize, Prediction, read_prediction
@@ -130,7 +130,7 @@ def _predicted(size: AskedSize, from_: _Calibration, mtbf_worker_hours: float | 
     return PredictedSize(
         **size.model_dump(),
         step_seconds=step.seconds,
-        part_seconds={name: getattr(step, name) for name in ("compute", "data", "stragglers", "communication")},
+        part_seconds=asdict(step),
         images_per_second=batch / step.seconds,
         images_per_second_low=batch / slow,
         images_per_second_high=batch / fast,
