@@ -15,13 +15,11 @@ from orchestrator.files import without_credentials
 from orchestrator.findings import root_cause
 from orchestrator.process import user_name
 from orchestrator.tracking.driver import TrackingError
+from orchestrator.tracking.mlflow_runs import MAX_METRICS
 from orchestrator.tracking.text import fit
 
 KIND = "acceptance"
 """Tag `kind` of the run."""
-
-MAX_METRICS = 1000
-"""MLflow's limit per call."""
 
 
 def log_acceptance(
