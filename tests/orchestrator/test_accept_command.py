@@ -196,7 +196,7 @@ def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", clock)
     monkeypatch.setattr(gpus, "matrix_rate", rate_until_clocks_are_read)
-    monkeypatch.setattr(gpus, "_grave_xids", lambda: ["Xid (PCI:0000:65:00): 79"])
+    monkeypatch.setattr(gpus, "_hardware_xids", lambda: ["Xid (PCI:0000:65:00): 79"])
     keys = node_keys("cuda", short=False)
     found = list(gpus.measure_gpus([torch.device("cpu")] * 2, keys, 0.02))
     values = {(each.key, each.part): each.value for each in found}

@@ -1,6 +1,6 @@
 """Measures a host's GPUs: matrix products by precision, memory, copies, clocks, and what NVML says of their health.
 
-Nothing here has run on a GPU yet; the whole of it is tested with processors as the devices, and a stand-in for NVML.
+None of this has run on a GPU yet: the tests use CPU devices and a stand-in for NVML.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SLOWED_DOWN = {
 }
 """Reasons of NVML for a low clock (nvmlClocksEventReasons) that a healthy GPU under load does not have."""
 
-GRAVE_XIDS = {48, 64, 74, 79, 92, 94, 95, 119}
+HARDWARE_XIDS = {48, 64, 74, 79, 92, 94, 95, 119}
 """Errors of the driver that come from the hardware (docs.nvidia.com/deploy/xid-errors): uncorrectable memory errors,
 rows that could not be remapped, NVLink, a GPU that has fallen off the bus, a firmware that does not answer."""
 
@@ -85,7 +85,7 @@ def measure_gpus(devices: Sequence[torch.device], keys: tuple[str, ...], seconds
             yield Measured("gpu_to_gpu", slowest / 1e9, f"GPU {index}")
     for index, handle in enumerate(handles):
         yield from (Measured("gpu_fault", 1.0, f"GPU {index}", fault) for fault in _faults(handle))
-    yield from (Measured("gpu_fault", 1.0, "", f"the kernel's log has {line}") for line in _grave_xids())
+    yield from (Measured("gpu_fault", 1.0, "", f"the kernel's log has {line}") for line in _hardware_xids())
 
 
 def _matrix_rates(
@@ -228,7 +228,7 @@ def _faults(handle: Any) -> Iterator[str]:
             yield "a page of its memory is to be retired: reset it"
 
 
-def _grave_xids() -> list[str]:
+def _hardware_xids() -> list[str]:
     """The different errors of the hardware in the kernel's log, where this process may read it."""
     found: dict[str, None] = {}
     with suppress(OSError):
@@ -236,7 +236,7 @@ def _grave_xids() -> list[str]:
         try:
             while record := os.read(log, 8192):
                 match = re.search(r"NVRM: (Xid \([^)]*\): (\d+))", record.decode(errors="replace"))
-                if match and int(match[2]) in GRAVE_XIDS:
+                if match and int(match[2]) in HARDWARE_XIDS:
                     found[match[1]] = None
         finally:
             os.close(log)

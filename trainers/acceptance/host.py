@@ -8,6 +8,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ MATRIX_SIZE, MATRICES = 512, 8
 """Side of the matrices of 1 MiB whose products a CPU computes, and how many in one call: milliseconds without Python,
 whose lock would have threads wait for one that has no CPU."""
 
-LONGEST_LISTING = 4096
+MAX_LISTED_FILES = 4096
 """Files of a data folder that are chosen from; listing all of COCO on network storage would take longer."""
 
 
@@ -164,7 +165,7 @@ def _read_rate(request: ProbeRequest) -> float:
 def _data_files(folder: str) -> list[Path]:
     """Some files of a folder, in an order of this process's own, so that hosts read different ones."""
     with os.scandir(folder) as entries:
-        files = [Path(entry.path) for _, entry in zip(range(LONGEST_LISTING), entries, strict=False) if entry.is_file()]
+        files = [Path(entry.path) for entry in islice(entries, MAX_LISTED_FILES) if entry.is_file()]
     random.SystemRandom().shuffle(files)
     return files
 
