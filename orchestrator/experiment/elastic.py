@@ -29,6 +29,13 @@ def check_resizing(experiment: Experiment, plans: Sequence[TrialPlan]) -> None:
     Raises:
         SpecError: `resources.min_workers` would have no effect, or a layer takes statistics over all workers at a time.
     """
+    fewest, most = experiment.resources.min_workers, max((plan.world_size for plan in plans), default=0)
+    if plans and fewest and fewest > most:
+        raise SpecError(
+            f"resources.min_workers: {fewest} are more than any trial has; set it to less than {most}, or to null"
+            if most > 1
+            else "resources.min_workers: a trial of one worker cannot run with fewer; set it to null"
+        )
     for plan in plans:
         if plan.min_workers is None or plan.min_workers >= plan.world_size:
             continue

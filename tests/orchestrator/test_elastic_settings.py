@@ -38,6 +38,8 @@ def plans(
             {"world_sizes": [4], "min_workers": 2, "overrides": {"MODEL.FPN.NORM": "naiveSyncBN"}},
             "MODEL.FPN.NORM naiveSyncBN takes statistics over .* set min_workers to null",
         ),
+        ({"world_sizes": [2, 4], "min_workers": 5}, "5 are more than any trial has; set it to less than 4, or to null"),
+        ({"world_sizes": [1], "min_workers": 2}, "a trial of one worker cannot run with fewer; set it to null"),
         ({"world_sizes": [4], "resize_after_seconds": 5}, "no effect without min_workers"),
         ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 1800}, "given up after 1800 s .*setup"),
         ({"world_sizes": [4], "min_workers": 2, "resize_after_seconds": 0}, "greater than or equal to 1"),
