@@ -155,6 +155,11 @@ def read_prediction(path: Path) -> Prediction:
     path = path / FILE_NAME if path.is_dir() else path
     try:
         return Prediction.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SpecError(
+            f"prediction: {path}: there is none; `python -m orchestrator.run CONFIG --predict 64` makes one in its "
+            "run folder, `python -m orchestrator.prediction RUN_FOLDER --sizes 64 --to FILE` from a run that has ended"
+        ) from error
     except OSError as error:
         raise SpecError(f"prediction: {path}: it cannot be read: {error.strerror or error}") from error
     except ValidationError as error:

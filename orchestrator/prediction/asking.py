@@ -115,10 +115,14 @@ def calibration(
     smallest = min(each.world_size for each in asked.asked)
     sizes = list(given) if given else _sizes_with_room(experiment, smallest, hardware)
     if len(sizes) < 2:
+        why = "it takes two smaller sizes to tell computation from communication"
+        if smallest <= DEFAULT_SIZES[1]:
+            raise SpecError(f"--predict {smallest}: {why}; ask for {DEFAULT_SIZES[1] + 1} workers or more")
+        if given:
+            raise SpecError(f"--calibrate {sizes[0]}: {why}; give two or more, such as --calibrate 1,2")
         raise SpecError(
-            f"--predict: it takes two small sizes to tell computation from communication, and here is room for "
-            f"{', '.join(map(str, sizes)) or 'none'} of {', '.join(map(str, DEFAULT_SIZES))}; choose them with "
-            "--calibrate"
+            f"--predict: {why}, and here is room for {', '.join(map(str, sizes)) or 'none'} of "
+            f"{', '.join(map(str, DEFAULT_SIZES))}; choose them with --calibrate"
         )
     if smallest <= sizes[-1]:
         raise SpecError(
@@ -148,7 +152,8 @@ def calibration(
     reference = sizes[0] * experiment.trials.accumulate if asked.scaling == "weak" else None
     values["trials"] |= {"world_sizes": sizes, "batch_per_worker": None, "reference_world_size": reference}
     values["trials"] |= {"concurrent": 1, "allow_shared_nodes": False}
-    values["resources"] |= {"evaluation": None, "min_workers": None}
+    values["resources"] |= {"evaluation": None, "min_workers": None, "resize_after_seconds": None}
+    values["faults"]["standby"] = "auto"
     values["tracking"]["log_model"] = False
     values["storage"] |= {"checkpoint_period_iterations": 0, "checkpoint_period": None}
     return parse_experiment(values, where="--predict")
@@ -179,6 +184,7 @@ def ask_of_run(folder: Path, values: dict[str, Any], sizes: Sequence[int]) -> Pr
     if trials["scaling"] == "both":
         first["scaling"] = "weak"
     protocol = {**values["protocol"], "kind": "throughput"}
+    values = {**values, "faults": {**values["faults"], "standby": "auto"}}  # next to a measurement there is none
     experiment = parse_experiment({**values, "trials": {**trials, **first}, "protocol": protocol}, where=str(folder))
     if not (folder / FILE_NAME).exists():
         return ask(experiment, sizes, "--sizes")

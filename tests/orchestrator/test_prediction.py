@@ -116,9 +116,9 @@ def test_a_calibration_takes_the_sizes_for_which_there_is_room():
 @pytest.mark.parametrize(
     ("predicted", "given", "words"),
     [
-        ([64], [2], "takes two small sizes"),
         ([8], [1, 8], "measures up to 8 workers, and only larger sizes are predicted"),
-        ([2], None, "here is room for 1 of 1, 2, 8"),
+        ([2], None, "--predict 2: it takes two smaller sizes .*; ask for 3 workers or more"),
+        ([8], [1], "--calibrate 1: it takes two smaller sizes .* such as --calibrate 1,2"),
     ],
 )
 def test_calibrations_that_cannot_predict_are_refused(predicted: list[int], given: list[int] | None, words: str):
@@ -130,11 +130,13 @@ def test_calibrations_that_cannot_predict_are_refused(predicted: list[int], give
 def test_what_no_calibration_needs_is_left_out_of_it():
     values = tiny_experiment(
         protocol={"target_box_ap": 50, "eval_period_iterations": 4, "patience": 2, "ema": {}, "metric": "mask_ap"},
-        tracking={"log_model": "best"}, prediction="/gone", resources={"min_workers": 1},
+        tracking={"log_model": "best"}, prediction="/gone", resources={"min_workers": 1, "resize_after_seconds": 5},
+        faults={"standby": True},
     )  # fmt: skip
     experiment = parse_experiment(values, where="tiny")
     short = calibration(experiment, ask(experiment, [4]), [1, 2], None)
     assert short.prediction is None and not short.protocol.evaluates and short.resources.min_workers is None
+    assert short.faults.standby == "auto"
     assert parse_experiment(short.model_dump(mode="json"), where="again") == short
 
 
@@ -193,7 +195,7 @@ def test_a_prediction_of_another_setup_is_refused(kept: Path, changes: dict[str,
 
 
 def test_files_that_are_no_prediction_are_refused(tmp_path: Path):
-    with pytest.raises(SpecError, match="cannot be read: No such file"):
+    with pytest.raises(SpecError, match="there is none; `python -m orchestrator"):
         planned(tmp_path / "gone")
     (tmp_path / "other.json").write_text('{"setup": {}}')
     with pytest.raises(SpecError, match=r"other.json: no prediction that this version reads: recipe Field required"):
