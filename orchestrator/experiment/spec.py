@@ -253,6 +253,8 @@ class Experiment(Part):
                 "faults.standby: true starts processes while protocol.kind throughput measures steps; set it to auto, "
                 "which starts none there, or false"
             )
+        if self.faults.standby is True and self.resources.device == "cuda":
+            raise ValueError("faults.standby: true is for CPUs so far; set it to auto or false")
         if self.tracking.log_model == "best" and not self.protocol.evaluates:
             raise ValueError("tracking.log_model: best needs an evaluation: give protocol.evaluate_at_end: true")
         if self.trials.concurrent != 1 and self.resources.evaluation:

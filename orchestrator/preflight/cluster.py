@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchestrator.acceptance.cluster import worker_nodes
 from orchestrator.execution.cluster import token_required
 from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
 from orchestrator.experiment.placement import equal_shares, num_side_by_side, smaller
@@ -56,6 +57,7 @@ def preflight_cluster(
     findings = [*check_token(nodes), *check_fit(nodes, trials, nodes_may_come=joins_cluster(experiment))]
     findings += check_concurrency(experiment, trials, nodes)
     findings += check_standby(experiment, trials)
+    findings += check_exclusion(experiment, trials, nodes)
     # A cluster that was started for this run is this machine, which has been checked (`preflight`).
     if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
@@ -121,6 +123,15 @@ def check_standby(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[F
             "true starts a second group of workers, whose processes would take memory of the GPUs that are trained on"
         )
         findings.error("standby_on_gpus", "faults.standby", "", what, "Set it to auto or false; it is for CPUs so far")
+    return findings.to_list()
+
+
+def check_exclusion(experiment: Experiment, trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
+    """Mentions that slow nodes cannot be left out where there are no others to compare them with."""
+    findings = FindingList()
+    if experiment.resources.exclude_slow_nodes and trials and len(worker_nodes(trials, nodes)) < 2:
+        what, hint = "it has no effect where one node takes workers", "Leave it out, or join a cluster of several nodes"
+        findings.warning("config_unused", "resources.exclude_slow_nodes", "", what, hint)
     return findings.to_list()
 
 

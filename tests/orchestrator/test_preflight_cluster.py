@@ -16,7 +16,7 @@ from orchestrator.data.generate import generate
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
-from orchestrator.preflight.cluster import check_fit, check_standby, check_token, needs_several_hosts
+from orchestrator.preflight.cluster import check_exclusion, check_fit, check_standby, check_token, needs_several_hosts
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
 
@@ -46,6 +46,14 @@ def test_workers_that_wait_for_a_failure_are_refused_on_gpus(device: str, standb
     values = base_experiment(Path("/data")) | {"faults": {"standby": standby}, "protocol": {"iterations": 4}}
     findings = check_standby(parse_experiment(values, "test"), trials(2, device=device))
     assert [finding.code for finding in findings] == ["standby_on_gpus"] * refused
+
+
+def test_leaving_out_slow_nodes_is_without_effect_where_there_is_one() -> None:
+    values = base_experiment(Path("/data")) | {"resources": {"exclude_slow_nodes": True}}
+    experiment = parse_experiment(values, "test")
+    (finding,) = check_exclusion(experiment, trials(2), [node("a", 4, 16)])
+    assert (finding.level, finding.code) == ("warning", "config_unused")
+    assert not check_exclusion(experiment, trials(2), [node("a", 4, 16), node("b", 4, 16)])
 
 
 def test_too_few_gpus_are_compared_with_what_each_host_has() -> None:

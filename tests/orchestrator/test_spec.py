@@ -128,6 +128,7 @@ def test_periods_of_checkpoints_that_make_no_sense_are_refused(
         ({"faults": {"standby": True, "max_failures": 0}}, "standby: true has no effect"),
         ({"faults": {"standby": True, "restart_on": []}}, "standby: true has no effect"),
         ({"faults": {"standby": True}, "protocol": {"kind": "throughput", "iterations": 4}}, "set it to auto"),
+        ({"faults": {"standby": True}, "resources": {"device": "cuda"}}, "is for CPUs so far"),
     ],
 )
 def test_workers_that_wait_for_a_failure_are_refused_where_they_help_nobody(
