@@ -76,11 +76,14 @@ image:  ## The container image of a cluster's nodes
 mlflow-server: install  ## MLflow on PostgreSQL, with a password; SERVER='--host 10.0.0.10 --allowed-host mlflow.internal'
 	$(BIN)/python -m cluster.mlflow_server $(SERVER)
 
+# The names go through two shells, the second one on the cluster.
 submit: install  ## CONFIG=... as a job of the cluster at ADDRESS=...; with JOB=NAME, again, it goes on in RUNS=.../NAME
+	@case '$(JOB)' in *[!A-Za-z0-9._-]*) echo 'JOB=$(JOB): letters, digits, ".", "_" and "-" only' >&2; exit 2;; esac
+	@case '$(CONFIG)' in /*) ;; *) test -f '$(CONFIG)' || { echo 'CONFIG=$(CONFIG): no such file here' >&2; exit 2; };; esac
 	$(BIN)/ray job submit --address $(ADDRESS) --working-dir . --runtime-env cluster/job.yaml \
 		--metadata-json '{"git_commit": "$(shell git rev-parse HEAD)", "submitted_by": "$(shell whoami)"}' \
-		-- exec python -m orchestrator.run $(CONFIG) \
-		$(if $(JOB),--output $(RUNS)/$(JOB) --resume auto --auto-resume 3)
+		-- exec python -m orchestrator.run '$(CONFIG)' \
+		$(if $(JOB),--output '$(RUNS)/$(JOB)' --resume auto --auto-resume 3)
 
 schema: install  ## configs/experiment.schema.json, from which editors complete experiment files
 	$(BIN)/python -m orchestrator.experiment.spec > configs/experiment.schema.json

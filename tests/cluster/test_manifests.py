@@ -108,6 +108,12 @@ def test_the_kuberay_job_is_what_the_launcher_would_start() -> None:
     assert "mlflow-credentials" in yaml.safe_dump(head) and "mlflow-credentials" not in yaml.safe_dump(workers)
 
 
+@pytest.mark.parametrize("given", ["JOB=a b", "JOB=a;b", "CONFIG=configs/gone.yaml"])
+def test_a_job_that_the_cluster_could_not_start_is_refused_before_it_is_sent(given: str) -> None:
+    done = subprocess.run(["make", "-o", "install", "submit", given], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and given in done.stderr
+
+
 def test_a_lost_head_or_driver_of_the_kuberay_job_needs_nobody() -> None:
     manifest = rayjob()
     spec, words = manifest["spec"], shlex.split(manifest["spec"]["entrypoint"])
