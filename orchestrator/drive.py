@@ -7,6 +7,7 @@ import importlib
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -57,6 +58,8 @@ class Request:
     """Decode every image while checking."""
     strict: bool
     """Treat warnings about the data as errors."""
+    rehearsed: bool = False
+    """Model and weights have been tried by this command: it goes on with a run by itself."""
 
     def print_json(self, document: str) -> None:
         """Prints a document where one is asked for."""
@@ -155,14 +158,15 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
 
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
     datasets: Datasets = {}
-    with Rehearsal(plans, elsewhere=joins_cluster(experiment)) as rehearsal:
+    rehearses = nullcontext() if request.rehearsed else Rehearsal(plans, elsewhere=joins_cluster(experiment))
+    with rehearses as rehearsal:
         checks = {"verify_images": request.verify_images, "strict": request.strict}
         findings = preflight(experiment, plans, **checks, rehearsal=rehearsal, datasets=datasets)
         if request.earlier:
             findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
         if not has_errors(findings):
             plans, more = _check_cluster(request, to_train=to_train)
-            findings = sort_findings([*findings, *more, *rehearsal.findings()])
+            findings = sort_findings([*findings, *more, *(rehearsal.findings() if rehearsal else ())])
     print_findings(findings)
     return findings, plans, datasets
 

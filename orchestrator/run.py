@@ -49,7 +49,7 @@ AUTO = Path("auto")
 """Value of `--resume` for the run in `--output`; a folder of this name is `./auto`."""
 
 RETRY_INTERVAL_SECONDS = 2.0
-"""Pause before a run whose process was lost is gone on with."""
+"""Pause before a run whose process was lost is gone on with, if that did not help the time before."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -184,11 +184,11 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
         if not supervisor.stopped and tries <= auto_resume:
             text = f"{reason}; going on by itself (start {tries} of {auto_resume} without a new checkpoint)"
             request.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
-            time.sleep(RETRY_INTERVAL_SECONDS)
+            time.sleep(RETRY_INTERVAL_SECONDS if tries > 1 else 0)
         if supervisor.stopped or tries > auto_resume:
             code = _give_up(request, earlier, reason, stopped=supervisor.stopped)
             return INTERRUPTED if supervisor.stopped else code
-        request = dataclasses.replace(request, earlier=earlier or request.earlier)
+        request = dataclasses.replace(request, earlier=earlier or request.earlier, rehearsed=began)
 
 
 def _give_up(request: Request, earlier: EarlierRun | None, reason: str, *, stopped: bool) -> int:

@@ -101,17 +101,18 @@ class Standby:
             self._lose("their node was lost")
             return None
         plan = dataclasses.replace(group.plan, mtbf_hours=plan.mtbf_hours)
-        until = time.monotonic() + plan.timeouts["heartbeat"]  # as long as a process may be silent
-        needed = [group.reserve().ready(), self._gate.call.remote()]
+        silent = time.monotonic() + plan.timeouts["heartbeat"]  # as long as a process may be silent
+        ready = time.monotonic() + plan.timeouts["setup"] if self._ready else silent
+        needed = {group.reserve().ready(): silent, self._gate.call.remote(): ready}
         try:
-            while len(ray.wait(needed, num_returns=2, timeout=CALL_POLL_INTERVAL_SECONDS)[0]) < 2:
+            while left := ray.wait(list(needed), num_returns=2, timeout=CALL_POLL_INTERVAL_SECONDS)[1]:
                 if not wanted():  # they are not lost for that
                     self.end()
                     return None
-                if group.wait(0) or time.monotonic() > until:
+                if group.wait(0) or any(time.monotonic() > needed[each] for each in left):
                     self._lose("its workers did not answer, or there was no room for them")
                     return None
-            ray.get(needed)
+            ray.get(list(needed))
             ray.get(self._gate.give.remote(Start(plan, attempt, telemetry)), timeout=plan.timeouts["heartbeat"])
         except ray.exceptions.RayError as error:
             self._lose(_in_short(error))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -69,6 +70,7 @@ class Tracker:
         """What the process that follows the outbox said last about events that were not taken; "" for nothing."""
         self._outbox = Outbox(run_dir / FILE_NAME)
         self._state_file = run_dir / "tracking.json"
+        self._temporary = run_dir / "tracking.tmp"
         self._state: dict[str, Any] | None = None
         self._runs: MlflowRuns | None = None
         self._finished = False
@@ -85,8 +87,17 @@ class Tracker:
         # Not multiprocessing: it brings a helper process that outlives the driver, and a job server that stops a job
         # waits for all of them.
         command = [sys.executable, "-m", "orchestrator.tracking"]
+        # MLflow writes pictures to temporary files, which a killed process leaves.
+        self._remove_temporary_files()
+        with suppress(OSError):  # no room: it takes the machine's folder
+            self._temporary.mkdir()
         process = self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": str(self._temporary)},
         )
         assert process.stdin is not None
         # Not as an argument, which every user of this machine can read: the address may hold a password.
@@ -190,6 +201,10 @@ class Tracker:
             return False
         finally:
             self._reader.join()
+            self._remove_temporary_files()
+
+    def _remove_temporary_files(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _read_state(self) -> dict[str, Any]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged

@@ -29,8 +29,8 @@ class Kind:
     causes: tuple[str, ...] = ()
     """What it may be recorded as (`TrialRestarted.failure`); empty where it ends no attempt."""
     when: str = "training"
-    """`training`: workers train; `working`: a trial has begun, with or without workers; `started`: the process that
-    drives the run has; else a `ChaosRun.phase`."""
+    """`training`: workers train; `saved`: they do, and a checkpoint exists; `working`: a trial has begun, with or
+    without workers; `started`: the process that drives the run has; else a `ChaosRun.phase`."""
     share: int = 1
     """How often it is drawn."""
     must: bool = True
@@ -168,7 +168,7 @@ KINDS = {
     "stall": Kind(_inject("stall"), STUCK),
     "deadlock": Kind(_inject("deadlock"), STUCK),
     "hold_gil": Kind(_inject("hold_gil"), STUCK),
-    "damaged_checkpoint": Kind(_damage, LOST, share=2),
+    "damaged_checkpoint": Kind(_damage, LOST, when="saved", share=2),
     "telemetry": Kind(_end("Telemetry"), ("communication",)),
     "controller": Kind(_end("TrainController"), ("communication",), must=False),  # it may be that of a standby
     "tracker": Kind(_end("orchestrator.tracking")),
@@ -194,4 +194,6 @@ def fits(run: ChaosRun, kind: Kind) -> bool:
     """Whether a fault can happen now."""
     if kind.when in ("started", "working"):
         return bool(run.child) and (kind.when == "started" or run.working)
+    if kind.when == "saved":
+        return run.training and any(run.run_dir.glob("*/checkpoints/iter_*/manifest.json"))
     return kind.when == run.phase

@@ -31,9 +31,31 @@ def test_workers_that_a_stop_finds_taking_over_are_not_reported_as_lost(
         end=lambda: ended.append(True),
     )
     monkeypatch.setattr(standby, "lost_nodes", set)
-    monkeypatch.setattr(ray, "wait", lambda *_, timeout, **__: (time.sleep(timeout), ([], []))[1])
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout, **_: (time.sleep(timeout), ([], refs))[1])
     group = standby.Standby(Faults(standby=True), "", lambda kind, **_: emitted.append(kind))
     group._group, group._gate = waiting, SimpleNamespace(call=SimpleNamespace(remote=object))
     assert group.take_over(plan(), 1, None, lambda: not stopped) is None
     assert emitted == lost
     wait_for(lambda: ended == [True])
+
+
+@pytest.mark.parametrize(("starting", "lost"), [(True, []), (False, [StandbyLost])], ids=["starting", "silent"])
+def test_workers_that_still_start_may_take_as_long_as_a_start(
+    starting: bool, lost: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emitted: list[type] = []
+    room, answer, looks = object(), object(), iter([True, True, True, False])
+    waiting: Any = SimpleNamespace(
+        plan=plan(timeouts={**plan().timeouts, "heartbeat": 0.0, "setup": 60.0}),
+        nodes=None,
+        reserve=lambda: SimpleNamespace(ready=lambda: room),
+        wait=lambda _: False,
+        end=lambda: None,
+    )
+    monkeypatch.setattr(standby, "lost_nodes", set)
+    monkeypatch.setattr(ray, "wait", lambda *_, **__: ([room], [answer]))
+    group = standby.Standby(Faults(standby=True), "", lambda kind, **_: emitted.append(kind))
+    group._group, group._gate = waiting, SimpleNamespace(call=SimpleNamespace(remote=lambda: answer))
+    group._ready = object() if starting else None
+    assert group.take_over(plan(), 1, None, lambda: next(looks)) is None
+    assert emitted == lost
