@@ -182,6 +182,7 @@ def assert_resumed_as_undisturbed(command: Command, undisturbed: Outcome, *argum
     assert command.mlflow_status() == "FINISHED"
 
 
+@pytest.mark.soak
 def test_a_closed_terminal_keeps_a_last_checkpoint_and_what_is_resumed_is_as_if_nothing_had_been(
     tmp_path: Path, undisturbed: Outcome
 ) -> None:

@@ -107,6 +107,7 @@ def states_alone(run: Run) -> list[str]:
     return found
 
 
+@pytest.mark.soak
 def test_a_killed_trial_recovers_next_to_another_and_both_end_as_they_do_alone(start: Callable[..., Run]) -> None:
     run = start()
     run.wait_until_both_are_held()  # at the same time: none of them is over when the other is in its seventh step

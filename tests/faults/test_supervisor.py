@@ -81,6 +81,7 @@ def lost(request, working):
     os.abort()
 
 def lost_once(request, working):
+    print("model and weights were tried:", request.rehearsed)
     if request.earlier:
         return drive.DONE
     lost(request, working)
@@ -206,6 +207,7 @@ def test_a_lost_run_is_gone_on_with_as_often_as_allowed(tmp_path: Path) -> None:
     (tmp_path / "once").mkdir()
     code, output = Started(tmp_path / "once", "lost_once", "--auto-resume", "1").end()
     assert code == 0 and "going on by itself (start 1 of 1" in output
+    assert [line.split()[-1] for line in output.splitlines() if "were tried" in line] == ["False", "True"]
 
     (tmp_path / "always").mkdir()
     command = Started(tmp_path / "always", "lost", "--auto-resume", "2")

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -84,6 +85,16 @@ def test_a_photo_of_which_only_the_large_file_arrived_is_completed(run: Path) ->
     (run / "tracking.json").unlink()
     Tracker(run, store(run)).sync()
     assert images(run) == before
+
+
+def test_pictures_that_a_killed_process_was_writing_are_removed_with_the_run(run: Path) -> None:
+    temporary = run / "tracking.tmp"
+    temporary.mkdir()
+    (temporary / "half.webp").touch()
+    tracker = Tracker(run, store(run))
+    process = psutil.Process(tracker.start().pid)
+    assert process.environ()["TMPDIR"] == str(temporary) and not (temporary / "half.webp").exists()
+    assert tracker.finish(120) and images(run) and not temporary.exists()
 
 
 def test_curves_confusions_and_details_are_artifacts_of_a_trial(run: Path) -> None:
