@@ -1,4 +1,4 @@
-"""Runs trials: the only package that uses Ray."""
+"""Runs trials: the driver's only package that uses Ray."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Reads experiment files and `--set`, and explains what is wrong in one; the only module that imports yaml."""
+"""Reads experiment files and `--set`, and explains what is wrong in one; the driver's only module that imports yaml."""
 
 from __future__ import annotations
 

@@ -128,7 +128,8 @@ class Timeouts(Part):
     """Seconds without progress after which a worker counts as stuck, by section of the training loop."""
 
     setup: float = Field(1800, gt=0)
-    """From the start of the training function to the first batch."""
+    """From the start of the training function to the first batch; and, each by itself, the waits before it: for room in
+    the cluster, for the group of workers to start, and for a standby that is still starting."""
     step: float = Field(300, gt=0)
     """One training step."""
     evaluation: float = Field(3600, gt=0)
