@@ -174,15 +174,16 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
 def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan], list[Finding]]:
     """Starts or joins Ray and checks the cluster; returns the final plans and the findings."""
     from orchestrator.execution.cluster import start_ray
-    from orchestrator.preflight.cluster import preflight_cluster
 
-    if to_train:
-        _import_in_background("orchestrator.execution.workers")  # seconds, while Ray's daemons start
+    # Both import torch: seconds, while Ray's daemons start.
+    _import_in_background("orchestrator.preflight.cluster", *["orchestrator.execution.workers"] * to_train)
     resources = request.experiment.resources
     cluster = start_ray(resources.address, resources.network_interface, dashboard=resources.dashboard)
     if cluster.dashboard and not request.quiet:
         request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
     plans = plan_trials(request, cluster.hardware)
+    from orchestrator.preflight.cluster import preflight_cluster
+
     excluded: set[str] = set()
     findings = preflight_cluster(request.experiment, plans, excluded)
     return [dataclasses.replace(plan, excluded_hosts=tuple(sorted(excluded))) for plan in plans], findings
@@ -283,8 +284,8 @@ def _load_report(event: Event) -> None:
         _import_in_background("orchestrator.report.page")
 
 
-def _import_in_background(module: str) -> None:
-    threading.Thread(target=importlib.import_module, args=[module], daemon=True).start()
+def _import_in_background(*modules: str) -> None:
+    threading.Thread(target=lambda: [importlib.import_module(each) for each in modules], daemon=True).start()
 
 
 def _leave_ray() -> None:

@@ -30,7 +30,7 @@ MAX_PATIENCE = 2
 END_TIMEOUT_SECONDS = 5.0
 """Longest wait for killed processes to be gone."""
 
-LOST_CLUSTER_SECONDS = 5.0
+LOST_CLUSTER_SECONDS = 2.0
 """How long a child may take to end by itself once its cluster is lost; it may wait in a call of Ray's for a minute."""
 
 POLL_INTERVAL_SECONDS = 1.0
