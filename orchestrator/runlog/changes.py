@@ -31,7 +31,6 @@ FIXED = {
 PLANNED = {
     "storage.keep_checkpoints": ("keep_checkpoints",),
     "tracking.log_model": ("keep_best",),
-    "storage.checkpoint_period": ("auto_checkpoints",),
     "faults.timeouts": ("timeouts",),
     "faults.on_storage_failure": ("survive_storage",),
     "faults.mtbf_hours": ("mtbf_hours",),
@@ -48,6 +47,9 @@ PLANNED = {
     "resources.carbon_grams_per_kwh": ("carbon_grams_per_kwh",),
 }
 """Fields of a trial's plan that are made of a key, or of what is below it."""
+
+PERIODS = ("checkpoint_period", "auto_checkpoints")
+"""Fields of a plan's solver that are made of `storage.checkpoint_period` and `storage.checkpoint_period_iterations`."""
 
 
 def change(experiment: Experiment, assignments: Sequence[str]) -> tuple[Experiment, dict[str, Any]]:
@@ -101,7 +103,8 @@ def with_changes(begun: TrialPlan, now: TrialPlan, changes: dict[str, Any]) -> T
     fields: dict[str, Any] = {}
     for key in changes:
         if key.startswith("storage.checkpoint_period"):
-            fields["solver"] = dataclasses.replace(begun.solver, checkpoint_period=now.solver.checkpoint_period)
+            periods = {name: getattr(now.solver, name) for name in PERIODS}
+            fields["solver"] = dataclasses.replace(begun.solver, **periods)
         for name, made in PLANNED.items():
             if f"{key}.".startswith(f"{name}."):
                 fields |= {field: getattr(now, field) for field in made}

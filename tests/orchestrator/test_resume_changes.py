@@ -10,13 +10,13 @@ import pytest
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.preflight.local import storage_bytes
-from orchestrator.runlog.changes import change, with_changes
+from orchestrator.runlog.changes import PERIODS, PLANNED, change, with_changes
 from orchestrator.runlog.folder import read_earlier_run
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.experiments import tiny_experiment
 from tests.builders.run_folder import make_run
 from trainers.contract.events import RunStarted
-from trainers.contract.plan import TrialPlan
+from trainers.contract.plan import SolverPlan, TrialPlan
 
 EXPERIMENT = Experiment.model_validate(tiny_experiment())
 
@@ -57,6 +57,35 @@ def test_what_changes_reaches_a_trial_that_was_begun_and_nothing_else_does(assig
     assert others == ({field} if field else set())
     if field:
         assert getattr(plan, field) == getattr(now, field)
+
+
+@pytest.mark.parametrize(
+    ("before", "assignments", "period"),
+    [
+        ({}, ["storage.checkpoint_period=auto"], (2, True)),
+        ({"checkpoint_period": "auto"}, ["storage.checkpoint_period=null"], (5000, False)),
+        (
+            {"checkpoint_period_iterations": 4},
+            ["storage={checkpoint_period_iterations: null, checkpoint_period: auto}"],
+            (2, True),
+        ),
+    ],
+)
+def test_a_trial_that_was_begun_takes_another_kind_of_checkpoint_period(
+    before: dict[str, object], assignments: list[str], period: tuple[int, bool]
+) -> None:
+    experiment = Experiment.model_validate(tiny_experiment(storage=before))
+    changed, changes = change(experiment, assignments)
+    begun = planned(experiment)
+    plan = with_changes(begun, planned(changed), changes)
+    solver = dataclasses.replace(begun.solver, checkpoint_period=period[0], auto_checkpoints=period[1])
+    assert plan == dataclasses.replace(begun, solver=solver)
+
+
+def test_every_field_that_a_key_changes_is_one_of_a_plan() -> None:
+    fields = {field.name for field in dataclasses.fields(TrialPlan)}
+    assert {field for made in PLANNED.values() for field in made} <= fields
+    assert set(PERIODS) <= {field.name for field in dataclasses.fields(SolverPlan)}
 
 
 @pytest.mark.parametrize(
