@@ -12,7 +12,7 @@ from orchestrator.figures.goodput import RESIZED
 from trainers.contract.events import Event, GroupStarted, LoopStarted, StepsDone, TrialRestarted, WorkerStarted
 from trainers.contract.plan import TrialPlan
 
-LOOK_INTERVAL_SECONDS = 5.0
+POLL_INTERVAL_SECONDS = 5.0
 """How often the cluster is asked for room."""
 
 WORTH = 2.0
@@ -57,7 +57,7 @@ class Growth:
         """The number of workers to start again with now (Unix seconds); None to go on with those that run."""
         if not self._larger or now < self._next_look:
             return None
-        self._next_look, events = now + LOOK_INTERVAL_SECONDS, self._events()
+        self._next_look, events = now + POLL_INTERVAL_SECONDS, self._events()
         nodes = Counter(event.node_id for event in self._own(events, WorkerStarted))
         worthy = (each for each in self._larger if self._saves(each.world_size, events) > WORTH)
         size = next((each.world_size for each in worthy if self._has_room(each, nodes)), None)

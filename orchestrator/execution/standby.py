@@ -30,7 +30,7 @@ from trainers.contract.channel import Start
 from trainers.contract.events import Event, GroupStarted, StandbyLost, StandbyReady
 from trainers.contract.plan import TrialPlan
 
-LOOK_INTERVAL_SECONDS = 1.0
+POLL_INTERVAL_SECONDS = 1.0
 """How often it is decided whether to start one."""
 
 CALL_POLL_INTERVAL_SECONDS = 0.1
@@ -68,7 +68,7 @@ class Standby:
             events: Returns the events of the trial.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_INTERVAL_SECONDS:
+        if now - self._looked < POLL_INTERVAL_SECONDS:
             return
         self._looked = now
         if self._group is not None:

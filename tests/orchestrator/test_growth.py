@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from orchestrator.execution import nodes
-from orchestrator.execution.growth import LOOK_INTERVAL_SECONDS, Growth
+from orchestrator.execution.growth import POLL_INTERVAL_SECONDS, Growth
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.placement import smaller
 from tests.builders.trials import TrialBuilder, plan
@@ -68,7 +68,7 @@ def test_with_all_workers_nothing_is_looked_for() -> None:
 
 def test_the_cluster_is_not_asked_all_the_time_and_told_where_the_workers_are() -> None:
     room = Room(0)
-    looks(growth(4, room, trained(100)), *(200 + LOOK_INTERVAL_SECONDS * number / 10 for number in range(30)))
+    looks(growth(4, room, trained(100)), *(200 + POLL_INTERVAL_SECONDS * number / 10 for number in range(30)))
     assert room.asked == 3 and room.own == {"a": 2, "b": 2}
 
 
