@@ -27,12 +27,12 @@ from trainers.contract.events import Event, LoopStarted, RunStarted, TrialStarte
 
 RESULTS = "results.json"
 TRIAL_FILES = (
-    "log.txt", "log.txt.rank*", "mllog.txt", "ai_rank.log", "system_information.json", "system_desc_id.json",
-    "checkpoints/*/manifest.json", f"{DETAILS_FOLDER}/*.json",
+    "log.txt", "log.txt.rank*", "mllog.txt", "ai_rank.log", "system_information.json", "checkpoints/*/manifest.json",
+    f"{DETAILS_FOLDER}/*.json",
 )  # fmt: skip
 """Of a trial's folder. The report is left out: it can be made of these (`python -m orchestrator.report`)."""
 
-RESULT_FILES = ("mllog.txt", "ai_rank.log", "system_information.json", "system_desc_id.json")
+RESULT_FILES = ("mllog.txt", "ai_rank.log", "system_information.json")
 """Those that the driver writes into every trial's folder, whoever trained it."""
 
 EXPERIMENT, ENVIRONMENT, CONFIG = "experiment.yaml", "environment.json", "config.yaml"
