@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from orchestrator.figures.record import Record
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class ConvergenceCheck(_Record):
+class ConvergenceCheck(Record):
     """MLPerf's check that runs do not converge in fewer epochs than the reference (docs/measurement.md)."""
 
     passed: bool
@@ -27,7 +23,7 @@ class ConvergenceCheck(_Record):
     """What MLPerf multiplies the score by: more than 1 where fewer epochs than the reference's mean were needed."""
 
 
-class BenchmarkResult(_Record):
+class BenchmarkResult(Record):
     """The runs of one setup together (`benchmark.` in the catalogue); figures are means over the runs that count."""
 
     num_runs: int

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from orchestrator.figures.record import Record
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class NodeEnergy(_Record):
+class NodeEnergy(Record):
     """Energy of one host; joules as in `Energy`."""
 
     host: str
@@ -21,7 +17,7 @@ class NodeEnergy(_Record):
     """Of all its processors and its memory."""
 
 
-class Energy(_Record):
+class Energy(Record):
     """Energy of the devices that a trial computes on, all hosts together (`energy.` in the catalogue).
 
     On GPUs these are its GPUs, on CPUs the processors of its hosts, whatever else they do.

@@ -8,22 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import ConfigDict, computed_field
 
 from orchestrator.experiment.prediction_file import Prediction
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.benchmark_records import BenchmarkResult
 from orchestrator.figures.energy_records import Energy
+from orchestrator.figures.record import Record
 from orchestrator.figures.scaling_records import RepeatRow, ScalingFit, ScalingRow
 from orchestrator.files import write_atomically
 from trainers.contract.plan import ProtocolKind, Scaling
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class Quantiles(_Record):
+class Quantiles(Record):
     """Quantiles of a duration over the steps of the throughput window, all ranks together, in seconds."""
 
     p50: float | None = None
@@ -31,7 +28,7 @@ class Quantiles(_Record):
     p99: float | None = None
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """One COCO evaluation (`evaluations.` in the catalogue)."""
 
     iteration: int
@@ -51,7 +48,7 @@ class Evaluation(_Record):
     """File of its curves, confusions and images, relative to the trial's folder; empty where there is none."""
 
 
-class Sections(_Record):
+class Sections(Record):
     """Where the wall time of a trial went, in seconds of rank 0 (`sections.` in the catalogue); they add up to `wall`.
 
     A section that was not measured by itself is null, and its seconds are in `step_other` or `other`.
@@ -74,7 +71,7 @@ class Sections(_Record):
     other: float
 
 
-class RankFigures(_Record):
+class RankFigures(Record):
     """One worker's figures over the throughput window."""
 
     rank: int
@@ -89,7 +86,7 @@ class RankFigures(_Record):
     peak_memory_gib: float | None = None
 
 
-class CurvePoint(_Record):
+class CurvePoint(Record):
     """Consecutive steps of the run, all workers together, warm-up and hooks left out: a point of the drift curve."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)  # `images_per_second` is written, and not read
@@ -108,7 +105,7 @@ class CurvePoint(_Record):
         return self.num_images / self.seconds
 
 
-class Restart(_Record):
+class Restart(Record):
     """One start of the workers after the first (`restarts.` in the catalogue)."""
 
     attempt: int
@@ -125,7 +122,7 @@ class Restart(_Record):
     """Its parts in order, from `detection` to `first_step` (docs/measurement.md, "Downtime"); empty without it."""
 
 
-class PredictedFigures(_Record):
+class PredictedFigures(Record):
     """The prediction of a trial (`predicted.` in the catalogue)."""
 
     images_per_second: float | None = None
@@ -136,7 +133,7 @@ class PredictedFigures(_Record):
     error: float | None = None
 
 
-class Segment(_Record):
+class Segment(Record):
     """Consecutive iterations of the final state that were trained with one number of workers."""
 
     first_iteration: int
@@ -153,7 +150,7 @@ class Segment(_Record):
     """Throughput of its attempts, as the trial's; null where it has no iteration after the warm-up."""
 
 
-class TrialResult(_Record):
+class TrialResult(Record):
     """What one trial measured."""
 
     name: str
@@ -263,7 +260,7 @@ class TrialResult(_Record):
     mlflow_run_id: str | None = None
 
 
-class ExperimentResult(_Record):
+class ExperimentResult(Record):
     """results.json."""
 
     schema_version: Literal[1] = 1

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from orchestrator.figures.record import Record
 from trainers.contract.plan import Scaling
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-
-class ScalingRow(_Record):
+class ScalingRow(Record):
     """One world size against the smallest one of the same recipe and kind of scaling (`scaling.` in the catalogue)."""
 
     recipe: str
@@ -35,7 +30,7 @@ class ScalingRow(_Record):
     """Iterations done at the end of what is compared."""
 
 
-class ScalingFit(_Record):
+class ScalingFit(Record):
     """A model of the step time over the world size, and its projection to a size that was not run (`fits.`)."""
 
     recipe: str
@@ -56,7 +51,7 @@ class ScalingFit(_Record):
     projected_efficiency: float
 
 
-class Spread(_Record):
+class Spread(Record):
     """One figure over the repeats that have it."""
 
     num_values: int
@@ -72,7 +67,7 @@ class Spread(_Record):
     """Mean without the smallest and the largest, from five values up (as MLPerf scores)."""
 
 
-class RepeatRow(_Record):
+class RepeatRow(Record):
     """The repeats of one recipe, kind of scaling and world size."""
 
     recipe: str

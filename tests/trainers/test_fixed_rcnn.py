@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,20 +25,13 @@ from trainers.speedups.apply import tune_model
 from trainers.speedups.fixed_rcnn import FixedRCNN, unsupported
 from trainers.speedups.padded_batch import PaddedBatch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [(64, 80), (90, 61), (33, 96)]
 PADDED = (96, 96)
 """What detectron2 pads images of these sizes to."""
 
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Several threads would wait for each other on tensors as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,7 @@ from trainers.speedups import graphs
 from trainers.speedups.apply import tune_model
 from trainers.speedups.padded_batch import PaddedBatch
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
