@@ -14,7 +14,8 @@ Mapper = Literal["detectron2", "exact", "fast"]
 class Recipe:
     """The switches of one way to train; the defaults are detectron2's own parts.
 
-    Every switch can be set by itself in the experiment file. What each one gains is measured in docs/performance.md.
+    Every switch can be set by itself in the experiment file. What they gain is measured by configs/ablation.yaml, a
+    recipe at a time, and on GPUs by the ladder of `make bench-gpu`.
     """
 
     precision: Precision = "fp32"
@@ -85,7 +86,7 @@ class Recipe:
     """Evaluate in a separate process while training goes on (trainers/overlap.py): the one on the device of rank 0,
     unless `resources.evaluation` reserves others. Takes a second model's memory. The same figures; a target that is met
     ends training some iterations later. None: where a run's one host has CPUs to spare for it, or others are reserved
-    (docs/performance.md)."""
+    (docs/settings.md, "Evaluations while training goes on")."""
     scorer: Scorer = "pycocotools"
     """Which COCO scorer computes the twelve figures; both give the same to 1e-6."""
 

@@ -79,7 +79,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
         _seconds("evaluations.seconds", "Evaluation (s)", "How long an evaluation took; training was stalled as long, "
             "or for the part `stall` where it ran concurrently.", mlflow="time/evaluation_seconds"),
         _seconds("evaluations.part_seconds.*", "Evaluation by part (s)", "Seconds of an evaluation by part: inference, "
-            "gather, score, and stall of a concurrent one.", mlflow="time/evaluation_*_seconds"),
+            "gather, score, details; where there is any, loss, precise_bn, stall.", mlflow="time/evaluation_*_seconds"),
         _seconds("evaluations.elapsed_seconds", "Boxes scored at (s)", "Seed clock when the box figures of an "
             "evaluation were known."),
         _seconds("evaluations.mask_elapsed_seconds", "Masks scored at (s)", "Seed clock when the mask figures of an "

@@ -185,8 +185,9 @@ class Evaluated(Event):
     seconds: float | None
     """How long it took; training was stalled as long, unless it ran concurrently."""
     part_seconds: dict[str, float]
-    """The same by part: `inference`, `gather`, `score`. With a concurrent evaluation also `stall`: how long training
-    was stalled for it, copying the weights and, at the end of training, waiting for it."""
+    """The same by part: `inference`, `gather`, `score`, `details` (the file of them); `loss` where a validation loss is
+    computed, `precise_bn` where statistics of batch norm are. With a concurrent evaluation also `stall`: how long
+    training was stalled for it, copying the weights and, at the end of training, waiting for it."""
     keypoint_scored: float | None = None
     """When the keypoint figures were known; None for a model without keypoints."""
     left_out: tuple[int, ...] = ()
