@@ -15,27 +15,29 @@ import math
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.builders.chaos_checks import Control, broken, log_tail, trial_of
+from tests.builders.chaos_checks import Control, log_tail
 from tests.builders.chaos_faults import KINDS, NEEDS_SMALL_DISK, Fired, Kind, fits
 from tests.builders.chaos_run import ChaosRun, soak_experiment
+from tests.builders.chaos_summary import HEADER, Disturbed, Row, goodput, row, summary
 from tests.builders.mlflow_server import MlflowServer
 from tests.builders.s3 import free_port
 
 POLL_INTERVAL_SECONDS = 0.1
+
+WORKERS = (2, 1)
+"""Numbers of workers that seeds have in turn; two share both cores of a small machine with whatever else starts."""
 
 MAX_SECONDS = 1800.0
 """A run that has not ended by then has hung."""
@@ -45,43 +47,6 @@ MAX_STARTS = 30
 
 Schedule = Iterator[tuple[float, dict[str, Kind]]]
 """Seconds until the next fault, and kinds by name of which one is drawn that can happen then."""
-
-HEADER = """| seed | faults: kind rank@second | exit codes | restarts | recovery, s | goodput | run, s | verdict |
-|---|---|---|---|---|---|---|---|"""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one seed came to."""
-
-    seed: int
-    faults: list[str]
-    kinds: list[str]
-    codes: list[int]
-    restarts: list[str]
-    recovery_seconds: list[float]
-    useful_seconds: float
-    """Of steps whose result was kept."""
-    startup_seconds: float
-    """From the start of the trial to its first batch."""
-    wall_seconds: float
-    """Of the trial, stops included."""
-    run_seconds: float
-    """Of the commands, the checks before and the report after the trial included."""
-    problems: list[str]
-
-    def __str__(self) -> str:
-        values = (
-            self.seed,
-            ", ".join(self.faults) or "none",
-            ", ".join(map(str, self.codes)),
-            ", ".join(self.restarts) or "–",
-            ", ".join(f"{each:.0f}" for each in self.recovery_seconds) or "–",
-            f"{self.useful_seconds / self.wall_seconds:.0%}" if self.wall_seconds else "–",
-            f"{self.run_seconds:.0f}",
-            "; ".join(self.problems) or "held",
-        )
-        return f"| {' | '.join(str(value).replace('|', '/') for value in values)} |"
 
 
 class Soak:
@@ -155,40 +120,10 @@ class Soak:
         return run.codes[-1] == 0 or run.codes[-1] not in run.fine or len(run.codes) > MAX_STARTS
 
 
-@dataclass(frozen=True)
-class Disturbed:
-    """A run that has ended, and the faults that it met."""
-
-    run: ChaosRun
-    faults: list[Fired]
-    seconds: float
-
-
 def drawn(chance: random.Random, kinds: dict[str, Kind], mtbf: float) -> Schedule:
     """Faults without end, with a mean time between them in seconds."""
     while True:
         yield chance.expovariate(1 / mtbf), kinds
-
-
-def row(seed: int, ended: Disturbed, control: Control) -> Row:
-    """What one seed came to, and what did not hold."""
-    run, faults = ended.run, ended.faults
-    trial = trial_of(run) if (run.run_dir / "results.json").exists() else None
-    where = trial.sections if trial else None
-    return Row(
-        seed=seed,
-        faults=[f"{f.name}{'' if f.rank is None else f' {f.rank}'}@{f.seconds:.0f}" for f in faults],
-        kinds=[fault.name for fault in faults],
-        codes=run.codes,
-        restarts=[restart.cause for restart in trial.restarts] if trial else [],
-        recovery_seconds=[r.recovery_seconds for r in trial.restarts if r.recovery_seconds] if trial else [],
-        useful_seconds=(trial.goodput or 0.0) * where.wall if trial and where else 0.0,
-        startup_seconds=where.startup if where else 0.0,
-        # A clock that was set ahead, and then a new driver: the record cannot know how long there was none.
-        wall_seconds=min(where.wall, ended.seconds) if where else 0.0,
-        run_seconds=ended.seconds,
-        problems=broken(run, faults, control),
-    )
 
 
 @contextmanager
@@ -202,41 +137,6 @@ def small_disk(folder: Path) -> Iterator[Path]:
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def summary(rows: list[Row], options: argparse.Namespace) -> str:
-    """All seeds as Markdown, for `benchmarks/results`."""
-    held = sum(not row.problems for row in rows)
-    kinds = Counter(kind for row in rows for kind in row.kinds)
-    recoveries = sorted(seconds for row in rows for seconds in row.recovery_seconds)
-    hours = sum(row.run_seconds for row in rows) / 3600
-    wall, useful = (sum(getattr(row, f"{name}_seconds") for row in rows) for name in ("wall", "useful"))
-    startup = sum(row.startup_seconds for row in rows)
-    lines = [
-        f"# {datetime.now(UTC):%Y-%m-%d}, `make chaos SEEDS={len(rows)}`",
-        "",
-        f"A mean time between failures of {options.mtbf:g} s, {options.iterations} iterations a run, {hours:.1f} "
-        f"hours. {held} of {len(rows)} seeds held all invariants. {sum(kinds.values())} faults: "
-        + (", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) or "none")
-        + ".",
-        f"Goodput: {goodput(rows):.1%} once training had begun ({useful:.0f} s of {wall - startup:.0f} s), "
-        f"{useful / wall if wall else 0:.1%} with the first start of every run ({wall:.0f} s).",
-    ]
-    if recoveries:
-        lines.append(
-            f"Recovery, from the failure to the end of the next step, {len(recoveries)} times: median "
-            f"{statistics.median(recoveries):.1f} s, worst {recoveries[-1]:.1f} s."
-        )
-    return "\n".join([*lines, "", HEADER, *map(str, rows), ""])
-
-
-def goodput(rows: list[Row]) -> float:
-    """Useful seconds of all runs over those since their first batch.
-
-    A run of a minute says nothing about how often one of days is started for the first time.
-    """
-    wall = sum(row.wall_seconds - row.startup_seconds for row in rows)
-    return sum(row.useful_seconds for row in rows) / wall if wall else 0.0
 
 
 def keep(run: ChaosRun, folder: Path) -> None:
@@ -257,7 +157,7 @@ def main() -> int:
         choices=KINDS,
         help="this kind, once, as soon as it can happen; repeatable, in that order",
     )
-    parser.add_argument("--iterations", type=int, default=300, help="of a run; 40 seconds on two quiet cores")
+    parser.add_argument("--iterations", type=int, default=200, help="of a run; half a minute on two quiet cores")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies time-outs, for a machine that is busy")
     parser.add_argument("--min-goodput", type=float, default=0.0, help="exit code 1 below it (0 to 1)")
     parser.add_argument("--to", type=Path, help="folder of rows, summary and broken runs; seeds with a row are kept")
@@ -272,20 +172,24 @@ def main() -> int:
         folder = Path(name)
         server = MlflowServer(folder, free_port())
         with small_disk(folder / "disk") as disk, server:
-            values = partial(
-                soak_experiment, uri=server.uri, iterations=options.iterations, workers=2, patience=options.patience
-            )
-            soak = Soak(folder, disk, server, values, busy=options.patience > 1)
-            undisturbed = soak.run("control", iter(()), random.Random(0)).run  # noqa: S311 - nothing is drawn
-            if undisturbed.codes[-1] != 0 or undisturbed.problems:
-                print(log_tail(undisturbed.folder), *undisturbed.problems, sep="\n", file=sys.stderr)
-                return 1
-            control, trial = Control.of(undisturbed), trial_of(undisturbed)
-            wall = trial.sections.wall if trial.sections else 0.0
-            print(f"undisturbed: {wall:.0f} s, goodput {trial.goodput or 0:.0%}\n\n{HEADER}", flush=True)
+            soaks = []
+            for workers in WORKERS:
+                common = {"uri": server.uri, "iterations": options.iterations, "patience": options.patience}
+                values = partial(soak_experiment, workers=workers, **common)
+                soak = Soak(folder, disk, server, values, busy=options.patience > 1)
+                chance = random.Random(0)  # noqa: S311 - nothing is drawn
+                undisturbed = soak.run(f"undisturbed{workers}", iter(()), chance)
+                if undisturbed.run.codes[-1] != 0 or undisturbed.run.problems:
+                    print(log_tail(undisturbed.run.folder), *undisturbed.run.problems, sep="\n", file=sys.stderr)
+                    return 1
+                soaks.append((soak, Control.of(undisturbed.run)))
+                found = goodput([row(-1, undisturbed, soaks[-1][1])])
+                print(f"{workers} workers undisturbed: {undisturbed.seconds:.0f} s, goodput {found:.0%}", flush=True)
+            print(f"\n{HEADER}", flush=True)
             kinds = {name: KINDS[name] for name in KINDS if disk.is_mount() or name not in NEEDS_SMALL_DISK}
             forced = [(0.0, {name: KINDS[name]}) for name in options.only or ()]
             for seed in seeds:
+                soak, control = soaks[seed % len(soaks)]
                 chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
                 schedule = iter(forced) if forced else drawn(chance, kinds, options.mtbf)
                 ended = soak.run(f"seed{seed}", schedule, chance)
