@@ -20,7 +20,8 @@ code=$?
 written=$(stat --format %Y "$runs/$SLURM_JOB_NAME/results.json" 2>/dev/null || echo 0)
 [ $code -eq 0 ] && [ "$written" -lt "$begun" ] && code=1
 # Slurm itself queues the job again after a lost host or a preemption. What else cut the command off is worth another
-# try; done, not fit, trained but not tracked, and stopped are not.
+# try, and so is 1, which a lost cluster gives as well: a run that failed by itself says so at once. Done, not fit,
+# trained but not tracked, and stopped are not.
 case $code in
 0 | 2 | 3 | 130) ;;
 *) [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ] && scontrol requeue "$SLURM_JOB_ID" ;;
