@@ -154,17 +154,17 @@ def _set_clock(run: ChaosRun, chance: random.Random) -> None:
 
 
 KINDS = {
-    "kill": Kind(_signal(signal.SIGKILL), LOST, share=6),
-    "kill_all": Kind(_kill_all, LOST, share=2),
-    "crash": Kind(_signal(signal.SIGSEGV), LOST, share=2),
-    "abort": Kind(_signal(signal.SIGABRT), LOST, share=2),
+    "kill": Kind(_signal(signal.SIGKILL), LOST, share=12),
+    "kill_all": Kind(_kill_all, LOST, share=4),
+    "crash": Kind(_signal(signal.SIGSEGV), LOST, share=4),
+    "abort": Kind(_signal(signal.SIGABRT), LOST, share=4),
     "terminate": Kind(_signal(signal.SIGTERM), LOST),
     "interrupt": Kind(_signal(signal.SIGINT)),
     "freeze": Kind(_signal(signal.SIGSTOP), STUCK),
-    "raise": Kind(_inject("raise"), UNKNOWN, share=2),
+    "raise": Kind(_inject("raise"), UNKNOWN, share=4),
     "raise_async": Kind(_inject("raise_async"), UNKNOWN),
     "exit": Kind(_inject("exit"), UNKNOWN),
-    "gpu_error": Kind(_inject("gpu_error"), UNKNOWN, share=2),
+    "gpu_error": Kind(_inject("gpu_error"), UNKNOWN, share=6),
     "stall": Kind(_inject("stall"), STUCK),
     "deadlock": Kind(_inject("deadlock"), STUCK),
     "hold_gil": Kind(_inject("hold_gil"), STUCK),
@@ -185,7 +185,8 @@ KINDS = {
     "disk_full": Kind(_fill, ("storage",), must=False),
     "clock": Kind(_set_clock, when="working"),
 }
-"""The catalogue. Deaths of a worker are drawn more often, as they are what happens most."""
+"""The catalogue. What ends a worker is drawn two times in three, as it is what happens most: of the 419 interruptions
+of Llama 3's training that nobody had planned, GPUs alone were 58.7 % (table 5 of https://arxiv.org/abs/2407.21783)."""
 
 NEEDS_SMALL_DISK = {"disk_full"}
 
