@@ -117,10 +117,7 @@ def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFo
     events: dict[str, list[Event]] = {}
     for event in _events(path):
         events.setdefault(event.trial, []).append(event)
-    try:
-        plans = {plan.name: plan for own in events.values() for plan in _plans(own)}
-    except (KeyError, TypeError) as error:  # a field that this version lacks, or has and misses
-        raise ValueError(f"{path / FILE_NAME}: not plans that this version reads: {error}") from error
+    plans = {plan.name: plan for own in events.values() for plan in _plans(own, path)}
     starts = [event for event in events.get("", []) if isinstance(event, RunStarted)]
     tracking: dict[str, Any] = {}
     with suppress(OSError, ValueError):  # it was not tracked, or the file is damaged
@@ -141,8 +138,8 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
     """Reads what is needed to go on with a run, and changes what `--set KEY=VALUE` asks for.
 
     Raises:
-        SpecError: Something may not be changed, there is no run in the folder, it is elsewhere than when the run was
-            started, or the run was replayed from a log.
+        SpecError: Something may not be changed, there is no run in the folder or one that this version cannot read, it
+            is elsewhere than when the run was started, or the run was replayed from a log.
     """
     folder = folder.expanduser().absolute()
     try:
@@ -155,7 +152,7 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         hint = f"; {REPLAYED}" if (folder / "results.json").exists() else ""
         raise SpecError(f"{folder}: no run was started in this folder (its {FILE_NAME} is missing or empty){hint}")
     plans: dict[str, TrialPlan] = {}
-    for plan in _plans(events):
+    for plan in _plans(events, folder):
         if isinstance(plan, LoggedPlan):
             raise SpecError(
                 f"{folder}: it was replayed from a log ({plan.source}) and has nothing to resume; {REPLAYED}"
@@ -275,5 +272,12 @@ def _events(folder: Path) -> list[Event]:
     return [event for event, _ in Outbox(folder / FILE_NAME).read()]
 
 
-def _plans(events: Sequence[Event]) -> Iterator[Plan]:
-    return (plan_from_dict(event.plan) for event in events if isinstance(event, TrialStarted))
+def _plans(events: Sequence[Event], folder: Path) -> list[Plan]:
+    """The plans of the trials that were begun; raises SpecError where this version cannot read one."""
+    try:
+        return [plan_from_dict(event.plan) for event in events if isinstance(event, TrialStarted)]
+    except (KeyError, TypeError, ValidationError) as error:  # a field that this version lacks, or has and misses
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SpecError(
+            f"{folder / FILE_NAME}: not plans that this version reads, use the one that wrote them ({what})"
+        ) from error

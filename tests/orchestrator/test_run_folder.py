@@ -118,6 +118,29 @@ def test_a_run_that_was_moved_is_not_resumed(old_folder, tmp_path_factory):
     assert read_run_folder(moved).trials[0].folder == moved / "t"
 
 
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"num_classes":null,', ""),
+        ('"num_classes":null,', '"num_classes":null,"of_a_later_version":1,'),
+        ('"winograd":false,', '"of_a_later_version":false,'),
+        ('"max_iter":40,', ""),
+        ('"train":{', '"train":5,"was":{'),
+        ('"experiment":"old",', '"source":"/log.txt",'),
+        (f'"plan":{PLAN}', '"plan":5'),
+    ],
+)
+def test_a_plan_that_this_version_does_not_read_is_refused_in_a_line(old_folder, written, instead):
+    text = (old_folder / FILE_NAME).read_text()
+    written = written.replace("FOLDER", str(old_folder))
+    assert written in text
+    (old_folder / FILE_NAME).write_text(text.replace(written, instead))
+    with pytest.raises(SpecError, match=r"events.jsonl: not plans that this version reads.+\(\w+Error: [^\n]+\)$"):
+        read_earlier_run(old_folder)
+    with pytest.raises(ValueError, match=r"events.jsonl: not plans that this version reads.+\(\w+Error: [^\n]+\)$"):
+        read_run_folder(old_folder)
+
+
 def test_a_folder_without_a_run_is_not_resumed(tmp_path):
     with pytest.raises(SpecError, match="no run was started in this folder"):
         read_earlier_run(tmp_path)
