@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 
 from orchestrator.execution.stop import INTERRUPTED
-from orchestrator.experiment.plan import Hardware, expand, generated_root, under
+from orchestrator.experiment.plan import Hardware, draw_data, expand, generated_root, under
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.files import has_line
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
@@ -153,10 +153,7 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         if not has_errors(check_settings(experiment)):
             raise
         plans = []  # the reason is among the findings
-    if experiment.data.generated is not None:
-        from orchestrator.data.generate import generate
-
-        generate(generated_root(experiment), **experiment.data.generated.model_dump())
+    draw_data(experiment)
     datasets: Datasets = {}
     rehearses = nullcontext() if request.rehearsed else Rehearsal(plans, elsewhere=joins_cluster(experiment))
     with rehearses as rehearsal:

@@ -22,7 +22,7 @@ class GeneratedData(Part):
     """Kinds of shapes."""
     crowd_fraction: float = Field(0.0, ge=0, le=1)
     """Share of images that also hold a crowd region (RLE)."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """The same seed draws the same images, byte for byte."""
 
 

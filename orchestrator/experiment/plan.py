@@ -56,6 +56,22 @@ def generated_root(experiment: Experiment) -> Path:
     return (Path(experiment.storage.path).expanduser() / ".generated" / name).absolute()
 
 
+def draw_data(experiment: Experiment) -> None:
+    """Draws the generated data set of an experiment that has one, unless it is there already.
+
+    Raises:
+        SpecError: It cannot be written below `storage.path`.
+    """
+    if experiment.data.generated is None:
+        return
+    from orchestrator.data.generate import generate  # brings OpenCV
+
+    try:
+        generate(generated_root(experiment), **experiment.data.generated.model_dump())
+    except OSError as error:
+        raise SpecError(f"data.generated: they cannot be drawn below storage.path: {error}") from error
+
+
 def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
     """Training and validation set of an experiment, with absolute paths; nothing is read."""
     data = experiment.data

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.data.shapes import ShapesParameters
+from orchestrator.experiment.data_source import GeneratedData
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import load_experiment, parse_experiment
 from orchestrator.experiment.spec import CONFIGS, DEFAULT_CONFIG, SpecError, experiment_schema
@@ -53,6 +55,7 @@ def test_every_field_says_what_it_means() -> None:
         ("trials.worldsizes=[1]", "trials.worldsizes: unknown key; did you mean 'world_sizes'?"),
         ("protocol.kind=thruput", "protocol.kind: Input should be 'throughput', 'time_to_train' or 'benchmark'"),
         ("name=../evil", "name: String should match pattern"),
+        ("data.generated.seed=-1", "data.generated.seed: Input should be greater than or equal to 0"),
         ("trials.recipes=[quick]", "unknown recipe 'quick'; known: plain, reference, "),
         ("trials.seeds=[1,1]", "seeds holds a value twice"),
         ("data={coco2017: true, generated: {}}", "give exactly one of"),
@@ -66,6 +69,21 @@ def test_a_wrong_assignment_is_refused_with_its_place(assignment: str, message: 
     with pytest.raises(SpecError) as caught:
         load_experiment(DEFAULT_CONFIG, [assignment])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("bound", ["minimum", "maximum"])
+def test_every_data_set_that_a_file_can_ask_for_can_be_drawn(bound: str) -> None:
+    fields = GeneratedData.model_json_schema()["properties"]
+    given = {name: field.get(bound, 2**31 - 1) for name, field in fields.items()}
+    values = GeneratedData(**given).model_dump()
+    ShapesParameters(width=values["size"], height=values.pop("size"), **values)
+
+
+def test_data_that_cannot_be_drawn_where_runs_go_end_the_command_with_2(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = run_command("--preflight", "--set", "storage.path=taken/runs", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "data.generated: they cannot be drawn below storage.path: [Errno 20] Not a directory" in done.stderr
 
 
 def test_an_assignment_sets_a_field_and_one_detectron2_key() -> None:
