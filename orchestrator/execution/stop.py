@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a run to end; SIGHUP comes with the end of a terminal."""
+STOP_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
+"""What asks a run to end: SIGHUP comes with the end of a terminal, SIGQUIT from its keyboard, the last two from batch
+systems that announce the end of a job."""
 
-AT_ONCE = signal.SIGUSR1
+AT_ONCE = signal.SIGRTMIN
 """Sent to the process that drives a run when somebody has asked for its end a second time."""
 
 INTERRUPTED = 130

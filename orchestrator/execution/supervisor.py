@@ -42,7 +42,7 @@ SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 STARTING, WORKING, ENDED = range(3)
 """Phases of the child."""
 
-PARENT_DIED = signal.SIGUSR2
+PARENT_DIED = signal.SIGRTMAX
 
 
 class ClusterLostError(Exception):
@@ -113,6 +113,9 @@ class Supervisor:
         sys.stderr.flush()
         # No signal may come between the fork and when the child is known.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        if self.stopped:  # while this looked around, or before
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            return Ending(None, "", worked=False)
         self._child = os.fork()
         if self._child == 0:
             self._be_child(parent, work)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from orchestrator.execution.stop import STOP_SIGNALS
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import ROOT
@@ -23,7 +24,7 @@ COMMAND = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from orchestrator import drive, run
-from orchestrator.execution import supervisor
+from orchestrator.execution import stop, supervisor
 
 def leave_orphan():
     "As Ray's agents are: in a session of its own, with a parent that has ended."
@@ -51,7 +52,7 @@ def begin(request, working, iteration):
         trial.checkpoint(4.0, iteration, 0.1)
     outbox.append(*trial.events)
     signal.signal(signal.SIGTERM, lambda *_: open("asked", "w").close())
-    signal.signal(signal.SIGUSR1, lambda *_: open("at_once", "w").close())
+    signal.signal(stop.AT_ONCE, lambda *_: open("at_once", "w").close())
     working()
     return trial
 
@@ -135,10 +136,7 @@ class Started:
         return ExperimentResult.model_validate_json((self.folder / "run" / "results.json").read_bytes())
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 @pytest.mark.parametrize("to", ["command", "child"])
 def test_a_signal_while_ray_starts_ends_at_once_with_one_line(to: str, number: signal.Signals, tmp_path: Path) -> None:
     command = Started(tmp_path, "starting")
@@ -170,6 +168,45 @@ def test_a_stop_that_is_not_obeyed_is_enforced_by_the_third_signal_and_recorded(
     assert code == 130 and "Traceback" not in output
     assert output.rstrip().endswith(f"go on with: python -m orchestrator.run --resume {tmp_path / 'run'}")
     assert command.result.status == "KILLED" and command.mlflow_statuses() == {"KILLED"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
+def test_the_quit_key_and_a_batch_systems_notice_ask_for_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+    command = Started(tmp_path, "training")
+    wait_for(command.has("ready"))
+    command.process.send_signal(number)
+    wait_for(command.has("asked"))
+    assert command.process.poll() is None and not (tmp_path / "at_once").exists()
+    command.child.kill()
+    code, output = command.end()
+    assert code == 130 and "--resume" in output and command.result.status == "KILLED"
+
+
+STOPPED_BETWEEN = """
+import os, psutil, signal
+from orchestrator.execution.supervisor import Supervisor
+
+supervisor = Supervisor()
+first = supervisor.run(lambda: 7)
+look = psutil.Process.children
+
+def look_while_a_stop_comes(*values, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    psutil.Process.children = look
+    return look(*values, **options)
+
+psutil.Process.children = look_while_a_stop_comes
+second = supervisor.run(lambda: open("started", "w").close() or 0)
+print(first.code, second.code, second.worked, supervisor.stopped)
+"""
+
+
+def test_a_stop_that_comes_just_before_another_start_is_not_lost(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STOPPED_BETWEEN]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "7 None False True\n", done.stderr
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> None:
