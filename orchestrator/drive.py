@@ -17,7 +17,6 @@ from rich.console import Console
 from orchestrator.execution.stop import INTERRUPTED
 from orchestrator.experiment.plan import Hardware, draw_data, expand, generated_root, under
 from orchestrator.experiment.spec import Experiment, SpecError
-from orchestrator.files import has_line
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table, side_by_side_note
@@ -90,13 +89,10 @@ def run(request: Request, working: Callable[..., None]) -> int:
     Raises:
         ClusterLostError: The local Ray cluster is gone; `close` does what is left to do, in another process.
     """
-    from orchestrator.runlog.folder import only_driver
+    from orchestrator.runlog.folder import check_unused, only_driver
 
-    if request.earlier:
-        with only_driver(request.run_dir):
-            pass  # refused before anything is checked or started
-    elif any(has_line(request.run_dir / name) for name in ("results.json", "events.jsonl")):
-        raise SpecError(f"--output {request.run_dir}: holds another run; name a new folder, or --resume it")
+    with only_driver(request.run_dir) if request.earlier else nullcontext():
+        check_unused(request.run_dir, request.earlier)  # refused before anything is checked or started
     findings, plans, datasets = _preflight(request, to_train=True)
     if has_errors(findings):
         request.print_json(to_json(findings))
@@ -105,6 +101,7 @@ def run(request: Request, working: Callable[..., None]) -> int:
         request.console.print(plan_table(plans, _side_by_side(request, plans)))
     request.run_dir.mkdir(parents=True, exist_ok=True)
     with only_driver(request.run_dir, os.getppid()):
+        check_unused(request.run_dir, request.earlier)  # others may have used it meanwhile
         return _execute(request, plans, datasets, working)
 
 

@@ -21,6 +21,8 @@ from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
 from orchestrator.figures.records import ExperimentResult, TrialResult
+from orchestrator.files import has_line
+from orchestrator.findings import root_cause
 from orchestrator.runlog.changes import assignments_between, change
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
@@ -95,6 +97,8 @@ class EarlierRun:
     """What `--resume --set` has changed since it was begun, this time too, by dotted key."""
     new_changes: dict[str, Any]
     """What it changes this time."""
+    size: int
+    """Bytes of its events that were read."""
 
 
 def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFolder:
@@ -143,9 +147,10 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
     """
     folder = folder.expanduser().absolute()
     try:
-        events = _events(folder)
+        read = list(Outbox(folder / FILE_NAME).read())
     except (OSError, ValueError) as error:
         raise SpecError(f"{folder / FILE_NAME}: {error}") from error
+    events = [event for event, _ in read]
     starts = [event for event in events if isinstance(event, RunStarted)]
     if not starts:
         # A replayed log has results and, before it is tracked, no events.
@@ -176,6 +181,7 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         failed=_failure(closing[-1], last_ends.values()),
         changes={key: value for start in starts for key, value in start.changes.items()} | changes,
         new_changes=changes,
+        size=read[-1][1],
     )
 
 
@@ -202,10 +208,10 @@ def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:
         SpecError: The run there is another experiment's, or cannot be gone on with.
     """
     folder = folder.expanduser().absolute()
-    if (folder / LOCK).exists():
-        with only_driver(folder, timeout=_take_over_timeout(folder)):
-            pass  # what the last driver wrote is read once it is gone
     try:
+        if (folder / LOCK).exists():
+            with only_driver(folder, timeout=_take_over_timeout(folder)):
+                pass  # what the last driver wrote is read once it is gone
         starts = [event for event in _events(folder) if isinstance(event, RunStarted)]
     except OSError:  # also where the folder is not there: whoever begins the run says what is wrong with it
         return None
@@ -222,6 +228,25 @@ def enter_working_directory(run: EarlierRun) -> None:
     """Changes to the folder the run's command was given in, if that is on this machine."""
     with suppress(OSError, KeyError):
         os.chdir(run.started.tags[WORKING_DIRECTORY])
+
+
+def check_unused(run_dir: Path, earlier: EarlierRun | None) -> None:
+    """Refuses a folder that others use: also under the lock, as it may have been held and released meanwhile.
+
+    Args:
+        run_dir: The folder.
+        earlier: The run there, to go on with; None to begin one.
+
+    Raises:
+        SpecError: It has events that `earlier` was read without, holds another run, or cannot be read.
+    """
+    try:
+        if earlier and any(Outbox(run_dir / FILE_NAME).read(earlier.size)):
+            raise SpecError(f"{run_dir}: another process has gone on with the run meanwhile; give the command again")
+        if not earlier and any(has_line(run_dir / name) for name in ("results.json", FILE_NAME)):
+            raise SpecError(f"--output {run_dir}: holds another run; name a new folder, or --resume it")
+    except OSError as error:
+        raise SpecError(f"{run_dir}: it cannot be read: {root_cause(error)}") from error
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_a_job_that_is_started_again_begins_its_run_once_and_goes_on_with_it(tmp
     assert read_begun_run(tmp_path / "none", parse()) is None
     (tmp_path / FILE_NAME).touch()
     assert read_begun_run(tmp_path, parse()) is None, "cut off before its first line"
+    assert read_begun_run(tmp_path / ("n" * 300), parse()) is None, "a folder that cannot be"
     found = read_begun_run(tmp_path, begun(tmp_path))
     assert found and (found.started.run_id, found.changes, found.failed) == ("tiny/1", {}, "")
 
@@ -123,3 +124,11 @@ def test_a_job_that_is_to_go_on_by_itself_names_its_folder(tmp_path):
         write_experiment(tmp_path, tiny_experiment()), "--output", "run", "--resume", "auto", cwd=tmp_path
     )
     assert done.returncode == 1 and "bad_input: x.jpg) and would again" in done.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--resume", "auto")])
+def test_a_folder_that_cannot_be_is_refused_in_a_sentence(tmp_path, options):
+    output = tmp_path / ("n" * 300)
+    done = run_command(write_experiment(tmp_path, tiny_experiment()), "--output", output, *options, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error {output}: it cannot be read: File name too long: {output / 'results.json'}\n"

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from orchestrator.experiment.spec import SpecError
+from orchestrator import drive
+from orchestrator.drive import Request
+from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.trial import trial_result
-from orchestrator.runlog.folder import only_driver, read_earlier_run, read_run_folder
-from orchestrator.runlog.outbox import FILE_NAME
+from orchestrator.runlog.folder import EarlierRun, only_driver, read_earlier_run, read_run_folder
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import ROOT
-from trainers.contract.events import LoopFinished, StepsDone, WorkerStarted
+from tests.builders.experiments import tiny_experiment
+from trainers.contract.events import LoopFinished, RunEnded, StepsDone, WorkerStarted
+
+DRIVER = {"trial": "", "attempt": 0, "rank": -1, "time": 2000.0}
 
 RECIPE = (
     '{"precision":"fp32","tf32":false,"channels_last":false,"compile":false,"winograd":false,"sparse_pooling":false,'
@@ -155,6 +164,39 @@ def test_a_second_driver_is_refused_with_the_process_of_the_first(tmp_path):
         pass
     with only_driver(tmp_path):
         pass
+
+
+def folder_in_use(
+    run_dir: Path, earlier: EarlierRun | None, monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
+):
+    """Drives a run, while somebody else uses its folder during the checks."""
+
+    def preflight(*_: object, **__: object) -> tuple[list[object], list[object], dict[str, object]]:
+        use()
+        return [], [], {}
+
+    monkeypatch.setattr(drive, "_preflight", preflight)
+    monkeypatch.setattr(drive, "_execute", lambda *_: 0)
+    experiment = Experiment.model_validate(tiny_experiment())
+    request = Request(experiment, run_dir, earlier, Console(), True, None, False, False)
+    return drive.run(request, lambda *_: None)
+
+
+def test_a_run_that_others_began_during_the_checks_is_not_written_into(old_folder, tmp_path_factory, monkeypatch):
+    new = tmp_path_factory.mktemp("new")
+    assert folder_in_use(new / "unused", None, monkeypatch, lambda: None) == 0
+    begin = partial(shutil.copy, old_folder / FILE_NAME, new)
+    with pytest.raises(SpecError, match=r"--output .* holds another run"):
+        folder_in_use(new, None, monkeypatch, begin)
+
+
+def test_a_run_that_others_went_on_with_during_the_checks_is_not_gone_on_with(old_folder, monkeypatch):
+    earlier = read_earlier_run(old_folder)
+    assert folder_in_use(old_folder, earlier, monkeypatch, lambda: None) == 0
+    go_on = partial(Outbox(old_folder / FILE_NAME).append, RunEnded(**DRIVER, status="FINISHED"))
+    with pytest.raises(SpecError, match="another process has gone on with the run meanwhile; give the command again"):
+        folder_in_use(old_folder, earlier, monkeypatch, go_on)
+    assert folder_in_use(old_folder, read_earlier_run(old_folder), monkeypatch, lambda: None) == 0
 
 
 def test_a_file_system_without_locks_is_refused_with_its_reason(tmp_path, monkeypatch):
