@@ -47,6 +47,8 @@ def trial_of(run: ChaosRun) -> TrialResult:
 def broken(run: ChaosRun, faults: list[Fired], control: Control) -> list[str]:
     """What does not hold."""
     problems = list(run.problems)
+    if "Traceback" in printed(run.folder):
+        problems.append("a traceback in what the command printed")
     if not (run.run_dir / "results.json").exists():
         return [*problems, "no results.json"]
     result, trial, own = result_of(run), trial_of(run), Control.of(run)
@@ -126,6 +128,11 @@ def _doubled(run: ChaosRun) -> list[tuple[object, ...]]:
     )
 
 
+def printed(folder: Path) -> str:
+    """What the command printed, in all of its starts; a worker's traceback is for the log and the events alone."""
+    return (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+
+
 def log_tail(folder: Path) -> str:
     """The end of what the command printed."""
-    return (folder / "output.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
+    return printed(folder)[-3000:]

@@ -1,13 +1,16 @@
-"""The soak's own check of causes finds what it is there for, and a soak leaves nothing mounted."""
+"""The soak's own checks find what they are there for, and a soak leaves nothing mounted."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.builders.chaos_checks import unexplained
+from tests.builders.chaos_checks import Control, broken, unexplained
 from tests.builders.chaos_faults import KINDS, Fired
+from tests.builders.chaos_run import ChaosRun, soak_experiment
+from tests.builders.mlflow_server import MlflowServer
 from tests.faults.chaos import small_disk
 from trainers.contract.events import Event, TrialRestarted, WorkerFailed
 
@@ -26,6 +29,8 @@ def failed(failure: str, rank: int) -> WorkerFailed:
 def restarted(failure: str) -> TrialRestarted:
     return TrialRestarted(**OF, rank=-1, failure=failure, message="why")  # type: ignore[arg-type]
 
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "run.py", line 1, in <module>\nKeyError: 1\n'
 
 LOST = [failed("worker_lost", 1), restarted("worker_lost")]
 
@@ -53,6 +58,14 @@ def test_every_restart_has_its_fault_and_every_fault_its_restart(
     events: list[Event], faults: list[Fired], problem: str | None
 ) -> None:
     assert unexplained(events, faults)[:1] == ([problem] if problem else [])
+
+
+@pytest.mark.parametrize(("text", "problems"), [("rank 0 failed in step: RuntimeError", 0), (TRACEBACK, 1)])
+def test_a_traceback_that_the_command_prints_is_a_problem(text: str, problems: int, tmp_path: Path) -> None:
+    run = ChaosRun(tmp_path / "run", tmp_path, MlflowServer(tmp_path, 0), soak_experiment("soak", "", 10, 1))
+    (run.folder / "output.txt").write_text(text)
+    found = broken(run, [], Control(None, {}, Counter(), set()))
+    assert found == ["a traceback in what the command printed"] * problems + ["no results.json"]
 
 
 def test_a_soak_that_is_cut_off_leaves_nothing_mounted(tmp_path: Path) -> None:
