@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import Section, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
 from trainers.contract.plan import ADDED_CONFIG_KEYS
@@ -97,7 +98,7 @@ def evaluate(value: Any) -> Any:
 
 def zoo_path(config: str) -> Path:
     """Where a model config is: the given path, else in detectron2's model zoo; SpecError where it is neither."""
-    local = _expanded(config)
+    local = expanded(config, "model.config")
     if local.suffix not in (".yaml", ".yml"):
         raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
     if local.is_file():
@@ -172,13 +173,6 @@ def _in_zoo(path: Path) -> bool:
     return path.resolve().is_relative_to(zoo_folder())
 
 
-def _expanded(path: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # there is no such user
-        return Path(path)
-
-
 def _package() -> Path:
     package = importlib.util.find_spec("detectron2")
     if package is None or not package.submodule_search_locations:
@@ -220,7 +214,7 @@ def _base_path(path: Path, base: str, place: str) -> Path:
     """The file that `_BASE_` names: absolute, from a home folder (`~`), or relative to the file it is in."""
     if "://" in base:
         raise SpecError(f"{place} {base}: configs are not fetched; download it and give its path")
-    found = (path.parent / _expanded(base)).absolute()
+    found = (path.parent / expanded(base, place)).absolute()
     if not found.is_file():
         raise SpecError(f"{place} {base}: no such file: {found}")
     return found

@@ -18,6 +18,7 @@ from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
+from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.prediction_file import check_used, predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
@@ -43,9 +44,9 @@ class Hardware:
 def new_run_dir(experiment: Experiment, output: Path | None) -> Path:
     """The folder of a run that begins: the given one, else `storage.path`/EXPERIMENT/UTC-TIME."""
     if output is not None:
-        return output.expanduser().absolute()
+        return expanded(output, "--output").absolute()
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    return (Path(experiment.storage.path).expanduser() / experiment.name / stamp).absolute()
+    return (expanded(experiment.storage.path, "storage.path") / experiment.name / stamp).absolute()
 
 
 def generated_root(experiment: Experiment) -> Path:
@@ -53,7 +54,7 @@ def generated_root(experiment: Experiment) -> Path:
     data = experiment.data.generated
     values = data.model_dump_json() if data else ""
     name = hashlib.sha256(values.encode()).hexdigest()[:12]
-    return (Path(experiment.storage.path).expanduser() / ".generated" / name).absolute()
+    return (expanded(experiment.storage.path, "storage.path") / ".generated" / name).absolute()
 
 
 def draw_data(experiment: Experiment) -> None:
@@ -88,7 +89,7 @@ def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[Dataset
         name, (train, val) = "generated", coco_layout(generated_root)
 
     def plan(part: str, split: Split) -> DatasetPlan:
-        annotations, images = (str(path.expanduser().absolute()) for path in (split.annotations, split.images))
+        annotations, images = (str(expanded(path, "data").absolute()) for path in (split.annotations, split.images))
         return DatasetPlan(f"{name}_{part}", annotations, images)
 
     return plan("train", train), plan("val", val)
@@ -216,4 +217,4 @@ def start_weights(experiment: Experiment) -> str:
     """Start weights, `model.weights` or else `MODEL.WEIGHTS`: an address or an absolute path; "" for random ones."""
     given = experiment.model.weights
     name: str = usable_value(experiment, "MODEL.WEIGHTS") if given is None else given
-    return str(Path(name).expanduser().absolute()) if name and "://" not in name else name
+    return str(expanded(name, "model.weights").absolute()) if name and "://" not in name else name

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import flatten
 from orchestrator.experiment.spec import Experiment, SpecError
 from trainers.contract.plan import Predicted, Scaling, SolverPlan, TrialPlan
@@ -151,7 +152,7 @@ def read_prediction(path: Path) -> Prediction:
     Raises:
         SpecError: It cannot be read, or is none that this version reads.
     """
-    path = path.expanduser()
+    path = expanded(path, "prediction")
     path = path / FILE_NAME if path.is_dir() else path
     try:
         return Prediction.model_validate_json(path.read_bytes())

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from orchestrator.experiment.part import Part
+from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import MAX_SHOWN, read_yaml
 from orchestrator.experiment.spec import Experiment, ReferenceRow, SpecError
 
@@ -38,5 +39,5 @@ def with_references(experiment: Experiment) -> Experiment:
     Raises:
         SpecError: A file cannot be read, or holds no reference rows.
     """
-    rows = [row for name in experiment.reference_files for row in read_references(Path(name).expanduser())]
+    rows = [row for name in experiment.reference_files for row in read_references(expanded(name, "reference_files"))]
     return experiment.model_copy(update={"reference_rows": [*experiment.reference_rows, *rows]})

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment.detectron_config import default_values, model_value, zoo_path
-from orchestrator.experiment.plan import Hardware, expand
+from orchestrator.experiment.plan import Hardware, expand, generated_root, new_run_dir
 from orchestrator.experiment.reading import load_experiment, parse_experiment
+from orchestrator.experiment.references import with_references
 from orchestrator.experiment.schedule import scaled_solver
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
 from tests.builders.commands import run_command
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import ADDED_CONFIG_KEYS, TrialPlan
+
+NOBODY = "~nobody-of-this-name/x.yaml"
 
 
 def load(**changes: object) -> Experiment:
@@ -234,6 +237,33 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     shown = run_command("--dry-run", cwd=tmp_path).stdout
     for words in ("fast-1xcpu", "fast-2xcpu", "sqlite:///mlflow.db", str(tmp_path / "runs" / "demo")):
         assert words in shown
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("storage", {"path": NOBODY}),
+        (
+            "data",
+            {"coco": {f"{part}_{what}": NOBODY for part in ("train", "val") for what in ("annotations", "images")}},
+        ),
+        ("model", {"config": NOBODY}),
+        ("model", {"weights": NOBODY}),
+        ("prediction", NOBODY),
+        ("reference_files", [NOBODY]),
+    ],
+)
+def test_a_path_below_the_home_of_nobody_is_refused_with_its_field(place: str, value: object) -> None:
+    experiment = load(**{place: value})
+    with pytest.raises(SpecError, match=rf"^{place}.*: {NOBODY}: ~nobody-of-this-name is no user's home folder here"):
+        expand(with_references(experiment), Hardware(), str(new_run_dir(experiment, None)), generated_root(experiment))
+
+
+@pytest.mark.parametrize("option", ["--output", "--resume", "--replay-outbox"])
+def test_a_run_below_the_home_of_nobody_ends_the_command_with_2(tmp_path: Path, option: str) -> None:
+    done = run_command(option, NOBODY, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2 and "~nobody-of-this-name is no user's home folder here" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

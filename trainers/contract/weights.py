@@ -51,7 +51,8 @@ class StartWeights:
         """
         if not (address := self.address):
             return Path(self.name).expanduser().absolute()
-        cache = Path(os.getenv("FVCORE_CACHE") or "~/.torch/iopath_cache").expanduser().absolute()
+        named = os.getenv("FVCORE_CACHE") or "~/.torch/iopath_cache"
+        cache = Path(os.path.expanduser(named)).absolute()  # noqa: PTH111 - as iopath does; Path.expanduser() may raise
         place = unquote(urlsplit(address).path).lstrip("/")
         if address.startswith(CATALOGUE) and ".." not in place:
             return cache / place
