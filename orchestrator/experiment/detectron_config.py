@@ -11,6 +11,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ COMPUTED_DEFAULTS: Mapping[str, Any] = {
     "SOLVER.WARMUP_FACTOR": 0.001,
 }
 """Defaults that are no literals in detectron2's source; a test compares them."""
+
+MAX_FILES = 100
+"""Most files that a model config is read from, each counted as often as one builds on it: detectron2 reads it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +184,21 @@ def _package() -> Path:
     return Path(package.submodule_search_locations[0])
 
 
-def _files(path: Path, above: tuple[Path, ...] = ()) -> list[Path]:
-    """A YAML file after all that it builds on, each before what changes it; `above` are the files that build on it."""
+def _files(path: Path) -> list[Path]:
+    """A YAML file after all that it builds on, each before what changes it."""
+    files = list(islice(_downwards(path), MAX_FILES + 1))
+    if len(files) > MAX_FILES:
+        raise SpecError(f"{path}: by _BASE_, more than {MAX_FILES} files are read for it; name each file once")
+    return files[::-1]
+
+
+def _downwards(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A YAML file before all that it builds on, the last first; `above` are the files that build on it."""
     if path.resolve() in (each.resolve() for each in above):
         raise SpecError(f"{path}: _BASE_ goes round in a circle: {' -> '.join(map(str, (*above, path)))}")
-    bases, _ = _read(path)
-    return [*(file for base in bases for file in _files(base, (*above, path))), path]
+    yield path
+    for base in reversed(_read(path)[0]):
+        yield from _downwards(base, (*above, path))
 
 
 @cache

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 MAX_NUMBER = 2**31 - 1
 """Largest number of an experiment file; as seconds, it is 68 years."""
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""NUL, and halves of surrogate pairs: YAML's escapes can give them."""
 
 MAX_VALUES, MAX_DEPTH = 100_000, 50
 """Most values of a YAML file, each counted as often as it is referred to, and deepest nesting."""
@@ -20,8 +24,8 @@ def usable_numbers(value: Any) -> Any:
     return value
 
 
-def endless(values: Any) -> str:
-    """Why a structure of YAML is too large to be meant, as aliases make it in a few lines; "" where it is not."""
+def unusable(values: Any) -> str:
+    """Why a structure of YAML is too large to be meant, as a few aliases make it, or holds what is no text; else ""."""
     waiting, number = [(values, 1)], 0
     while waiting:
         value, depth = waiting.pop()
@@ -34,4 +38,6 @@ def endless(values: Any) -> str:
             waiting += [(part, depth + 1) for part in (value.values() if isinstance(value, Mapping) else value)]
         elif isinstance(value, int) and value.bit_length() > 1000:
             return "it holds a number of more than 300 digits"
+        elif isinstance(value, str) and (found := _NO_TEXT.search(value)):
+            return f"it holds \\u{ord(found[0]):04x}, which is no character of a text"
     return ""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.experiment.limits import endless
+from orchestrator.experiment.limits import MAX_VALUES, unusable
 from orchestrator.experiment.spec import Experiment, SpecError
 
 EXCLUSIVE_FIELDS = (
@@ -51,6 +51,9 @@ class Section(dict[str, Any]):
 class _Loader(yaml.SafeLoader):
     """Makes Sections of mappings, and refuses a key that is given twice in one: YAML's rule is to drop the first."""
 
+    _num_pairs = 0
+    """Keys with values so far, each counted as often as a merge key repeats it."""
+
     def construct_section(self, node: yaml.MappingNode) -> Section:
         keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for (tag, name), times in Counter(keys).items():
@@ -61,6 +64,23 @@ class _Loader(yaml.SafeLoader):
         section = Section(values)
         section.lines = {self.construct_object(key, deep=True): key.start_mark.line + 1 for key, _ in node.value}
         return section
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The value of a node. PyYAML raises what Python's conversions do: KeyError for `!!bool maybe`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            text = f": {node.value[:MAX_SHOWN]!r}" if isinstance(node, yaml.ScalarNode) else ""
+            problem = f"this is no {node.tag.rpartition(':')[2]}{text}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts what merge keys (`<<`) refer to into a mapping; a few lines of them multiply without an end."""
+        super().flatten_mapping(node)
+        self._num_pairs += len(node.value)
+        if self._num_pairs > MAX_VALUES:
+            problem = f"merge keys (<<) make more than {MAX_VALUES:,} values"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 class _CodeIgnored(_Loader):
@@ -90,11 +110,11 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> Section:
         if "tag:yaml.org,2002:python/" in problem:
             problem = "code (!!python/…) is run in the installed model zoo only; write out what it computes"
         raise SpecError(f"{path}{line}: not valid YAML: {problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2024-13-45
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of a character that is none, such as "\UFFFFFFFF"
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     except RecursionError as error:
         raise SpecError(f"{path}: it is nested too deeply to be read") from error
-    if problem := endless(values):
+    if problem := unusable(values):
         raise SpecError(f"{path}: {problem}")
     if not isinstance(values, Section):
         raise SpecError(f"{path}: must hold a mapping of keys to values, such as NAME: VALUE")
@@ -137,11 +157,11 @@ def assign(values: dict[str, Any], assignment: str) -> None:
         raise SpecError(f"--set {assignment}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - made of the safe loader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise SpecError(f"--set {assignment[:MAX_SHOWN]}: the value is not valid YAML: {error}") from error
     except RecursionError as error:
         raise SpecError(f"--set {key}: it is nested too deeply to be read") from error
-    if problem := endless(value):
+    if problem := unusable(value):
         raise SpecError(f"--set {key}: {problem}")
     if value is not None and value is not False:
         _drop_alternatives(values, key)

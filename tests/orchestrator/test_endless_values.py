@@ -1,4 +1,4 @@
-"""Numbers and structures without an end are refused by name, as quickly as any other wrong value."""
+"""Numbers and structures without an end, and values that are none, are refused as any other wrong value is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from orchestrator.experiment.spec import SpecError
 
 FILE = "name: x\ndata: {generated: {}}\n"
 LAUGHS = "a: &a [x]\n" + "".join(f"{name}: &{name} [{f'*{last}, ' * 10}]\n" for last, name in pairwise("abcdefg"))
+MERGES = f"{FILE}a: &a {{x: 1}}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{last}'] * 10)}], {name}: 1}}\n" for last, name in pairwise("abcdefghi")
+)
 
 
 def refusal(folder: Path, text: str, *assignments: str) -> str:
@@ -59,6 +62,7 @@ def test_an_endless_value_of_a_field_is_refused_with_its_name(tmp_path: Path, fi
         f"{FILE}description: &a [*a]\n",
         "name: x\ndata: &d {generated: *d}\n",
         LAUGHS,
+        MERGES,
     ],
 )
 def test_an_endless_file_is_refused_with_its_place(tmp_path: Path, text: str) -> None:
@@ -66,6 +70,43 @@ def test_an_endless_file_is_refused_with_its_place(tmp_path: Path, text: str) ->
     (tmp_path / "model.yaml").write_text(text)
     with pytest.raises(SpecError, match=r"model\.yaml"):
         file_settings(str(tmp_path / "model.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('!!int ""', "this is no int: ''"),
+        ("!!bool maybe", "this is no bool: 'maybe'"),
+        ("!!timestamp x", "this is no timestamp: 'x'"),
+        ("!!timestamp {=: 2001-01-01}", "this is no timestamp"),
+        ("!!map [[a]]", "this is no map"),
+        ("{!!bool maybe: 1}", "this is no bool: 'maybe'"),
+        (r'"\UFFFFFFFF"', "not valid YAML"),
+        (r'"\udce9"', r"it holds \udce9, which is no character of a text"),
+        (r'["x\0"]', r"it holds \u0000, which is no character of a text"),
+    ],
+)
+def test_what_yaml_takes_for_a_value_and_is_none_is_refused_with_its_place(
+    tmp_path: Path, value: str, words: str
+) -> None:
+    in_file = refusal(tmp_path, f"{FILE}description: {value}\n")
+    assert words in in_file and f"{tmp_path}/c.yaml" in in_file
+    assert words in (given := refusal(tmp_path, FILE, f"description={value}")) and "--set description" in given
+
+
+def test_a_merge_key_puts_the_values_of_another_section_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("A: &a {X: 1, Y: 2}\nB: {<<: *a, Y: 3}\n")
+    values = {key: each.value for key, each in file_settings(str(tmp_path / "model.yaml")).items()}
+    assert values == {"A.X": 1, "A.Y": 2, "B.X": 1, "B.Y": 3}
+
+
+def test_model_configs_that_build_on_each_other_without_an_end_are_refused(tmp_path: Path) -> None:
+    for number in range(40):  # 2^40 reads
+        (tmp_path / f"{number}.yaml").write_text(f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (tmp_path / "40.yaml").write_text("SOLVER: {MAX_ITER: 3}\n")
+    with pytest.raises(SpecError, match=r"/0.yaml: by _BASE_, more than 100 files are read for it"):
+        file_settings(str(tmp_path / "0.yaml"))
+    assert file_settings(str(tmp_path / "35.yaml"))["SOLVER.MAX_ITER"].value == 3
 
 
 def test_a_model_config_that_is_its_own_base_is_refused_with_the_circle(tmp_path: Path) -> None:
