@@ -19,8 +19,8 @@ STOP_SIGNALS = (
 """What asks a run to end: SIGHUP comes with the end of a terminal, SIGQUIT from its keyboard, the last two from batch
 systems that announce the end of a job."""
 
-AT_ONCE = signal.SIGRTMIN
-"""Sent to the process that drives a run when somebody has asked for its end a second time."""
+AT_ONCE = signal.SIGURG
+"""Sent to the process that drives a run when somebody has asked for its end a second time. Nothing else uses it."""
 
 INTERRUPTED = 130
 """Exit code of a command that a signal ended, whichever signal it was."""

@@ -42,7 +42,8 @@ SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 STARTING, WORKING, ENDED = range(3)
 """Phases of the child."""
 
-PARENT_DIED = signal.SIGRTMAX
+PARENT_DIED = signal.SIGVTALRM
+"""Sent by the kernel; nothing else here uses it, and every system has it."""
 
 
 class ClusterLostError(Exception):
