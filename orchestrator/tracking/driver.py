@@ -52,6 +52,11 @@ def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> st
     return f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} mlflow {call}"
 
 
+def own_runs(ids: dict[str, str]) -> dict[str, str]:
+    """Of MLflow's run ids by name, those of the run itself: not of references, which other runs share."""
+    return {name: id for name, id in ids.items() if not name.startswith("reference/")}
+
+
 class TrackingError(Exception):
     """The store refused, did not answer, or cannot be used; the text is one line, without credentials."""
 
@@ -109,7 +114,7 @@ class Tracker:
 
     def run_ids(self) -> dict[str, str]:
         """MLflow's run ids so far, by trial; the parent's under ""."""
-        return dict(self._read_state()["runs"])
+        return own_runs(self._read_state()["runs"])
 
     def experiment_id(self) -> str | None:
         """MLflow's id of the experiment; None until it is known."""

@@ -29,6 +29,7 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.process import user_name
 from orchestrator.report.table import markdown_table
 from orchestrator.tracking import benchmark, notes
+from orchestrator.tracking.driver import own_runs
 from orchestrator.tracking.evaluations import EvaluationLog, evaluation_metrics
 from orchestrator.tracking.models import dataset_inputs, log_model
 from orchestrator.tracking.text import fit
@@ -83,7 +84,7 @@ class MlflowRuns:
         try:
             if self._experiment_id and self._client.get_experiment(self._experiment_id).lifecycle_stage == "deleted":
                 return "experiment", self._experiment_id
-            for run_id in self._runs.values():
+            for run_id in own_runs(self._runs).values():
                 if self._client.get_run(run_id).info.lifecycle_stage == "deleted":
                     return "run", run_id
         except Exception:  # noqa: BLE001 - it is asked after a failure, which is reported anyway
@@ -133,7 +134,7 @@ class MlflowRuns:
 
     def fail(self, reason: str) -> None:
         """Marks the runs as failed that are not at their end; those of the trials first."""
-        for run_id in reversed(self._runs.values()):
+        for run_id in reversed(own_runs(self._runs).values()):
             if self._client.get_run(run_id).info.status in ("RUNNING", "SCHEDULED"):
                 self._tag(run_id, {"reason": reason})
                 self._client.set_terminated(run_id, "FAILED")

@@ -47,7 +47,7 @@ def store(run: Path) -> str:
 
 
 def trials(tracker: Tracker) -> list[str]:
-    return [name for name in tracker.run_ids() if name and not name.startswith("reference/")]
+    return [name for name in tracker.run_ids() if name]
 
 
 def images(run: Path) -> Counter[str]:

@@ -1,21 +1,28 @@
-"""A store that fails while a run is tracked is one line; what was deleted comes with the command that restores it."""
+"""A store that fails while a run is tracked is one line; what was deleted comes with the command that restores it.
+
+What was renamed, or is not needed, keeps no run from going on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import mlflow.entities
 import pytest
 from mlflow.tracking import MlflowClient
 
-from orchestrator.runlog.outbox import FILE_NAME
+from orchestrator.preflight.tracking import check_earlier_tracking
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker, TrackingError
 from tests.builders.commands import run_command
 from tests.builders.logs import whole_run
-from tests.builders.run_folder import make_run
+from tests.builders.run_folder import made_experiment, make_run
+from trainers.contract.events import RunStarted, event_from_json
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,19 @@ def first_lines(run: Path, number: int) -> str:
     return "".join(lines[number:])
 
 
+def go_on(run: Path, rest: str) -> None:
+    """Writes the events of another start of a run whose driver was killed."""
+    outbox = Outbox(run / FILE_NAME)
+    started = next(event for event, _ in outbox.read() if isinstance(event, RunStarted))
+    outbox.append(dataclasses.replace(started, attempt=1), *map(event_from_json, rest.splitlines()))
+
+
+def reference(run: Path) -> mlflow.entities.Run:
+    """The run of the published figure."""
+    (found,) = MlflowClient(store(run)).search_runs(["1"], "tags.kind = 'reference'")
+    return found
+
+
 def failure(run: Path, tracker: Tracker | None = None) -> str:
     with pytest.raises(TrackingError) as raised:
         (tracker or Tracker(run, store(run))).sync()
@@ -77,16 +97,18 @@ def test_an_experiment_that_is_deleted_meanwhile_comes_with_the_command_that_res
     assert tracker.sync()
 
 
-def test_a_run_that_is_deleted_meanwhile_comes_with_the_command_that_restores_it(run: Path) -> None:
+@pytest.mark.parametrize("trial", ["", "reference-1xcpu"])
+def test_a_run_that_is_deleted_meanwhile_comes_with_the_command_that_restores_it(run: Path, trial: str) -> None:
     rest = first_lines(run, 20)
     tracker = Tracker(run, store(run))
     tracker.sync()
-    client, parent = MlflowClient(store(run)), tracker.run_ids()[""]
-    client.delete_run(parent)
+    client, deleted = MlflowClient(store(run)), tracker.run_ids()[trial]
+    client.delete_run(deleted)
+    client.delete_run(reference(run).info.run_id)  # which is not missed
     with (run / FILE_NAME).open("a") as file:
         file.write(rest)
-    assert f"mlflow runs restore --run-id {parent}" in failure(run, tracker)
-    client.restore_run(parent)
+    assert f"mlflow runs restore --run-id {deleted}" in failure(run, tracker)
+    client.restore_run(deleted)
     assert tracker.sync()
 
 
@@ -109,6 +131,18 @@ def test_a_store_that_lost_its_run_for_good_says_how_to_track_it_again(run: Path
     assert f"remove {state} to track the run again" in failure(run)
     state.unlink()
     assert Tracker(run, store(run)).sync()
+
+
+def test_a_reference_that_was_deleted_keeps_no_run_from_going_on_and_is_logged_again(run: Path) -> None:
+    rest = first_lines(run, 20)
+    Tracker(run, store(run)).sync()
+    deleted = reference(run).info.run_id
+    MlflowClient(store(run)).delete_run(deleted)
+    assert check_earlier_tracking(made_experiment(tracking={"uri": store(run)}), run) == []
+    go_on(run, rest)
+    assert Tracker(run, store(run)).sync()
+    again = reference(run).info
+    assert again.run_id != deleted and again.status == "FINISHED"
 
 
 @pytest.mark.parametrize(
