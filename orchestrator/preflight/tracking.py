@@ -44,7 +44,7 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
 
     Args:
         experiment: What is run.
-        runs: MLflow's ids of the runs of an earlier start that is gone on with.
+        runs: MLflow's ids of the runs of an earlier start that is gone on with, the parent's first.
     """
     findings = FindingList()
     uri = tracking_uri(experiment.tracking.uri)
@@ -66,6 +66,8 @@ def check_tracking(experiment: Experiment, runs: Sequence[str] = ()) -> list[Fin
 
 def check_store(uri: str, experiment: str, runs: Sequence[str] = ()) -> list[Finding]:
     """Checks that a store takes runs, and that an experiment (by name) and earlier runs (by id) are not deleted there.
+
+    Where the first of the runs exists, its experiment is the one that is checked, whatever that is called by now.
 
     Returns:
         Errors.

@@ -55,10 +55,14 @@ def ask_server(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
         StoreError: It does not answer, is no MLflow server, or refuses us.
     """
     _call(uri, "experiments/search", max_results="1")
-    found = _call(uri, "experiments/get-by-name", experiment_name=experiment).get("experiment", {})
+    infos = {run: _call(uri, "runs/get", run_id=run).get("run", {}).get("info", {}) for run in runs}
+    if runs and (id := infos[runs[0]].get("experiment_id")):
+        answer = _call(uri, "experiments/get", experiment_id=id)
+    else:
+        answer = _call(uri, "experiments/get-by-name", experiment_name=experiment)
+    found = answer.get("experiment", {})
     if found.get("lifecycle_stage") == "deleted":
         return StoreState(deleted_experiment=str(found["experiment_id"]))
-    infos = {run: _call(uri, "runs/get", run_id=run).get("run", {}).get("info", {}) for run in runs}
     deleted = [run for run, info in infos.items() if info.get("lifecycle_stage") == "deleted"]
     return StoreState(deleted_runs=deleted, artifacts=found.get("artifact_location"))
 
@@ -211,8 +215,13 @@ def _look_up(select: Callable[..., Any], uri: str, experiment: str, runs: Sequen
     if latest and version != latest:
         hint = f"Back it up, then run `mlflow db upgrade {without_credentials(uri)}`, or name another database"
         raise StoreError("tracking_schema", "an older version of MLflow made its tables", hint)
-    experiments = "SELECT experiment_id, lifecycle_stage, artifact_location FROM experiments WHERE name = :name"
-    id, stage, artifacts = select(experiments, name=experiment).fetchone() or (None, "", None)
+    of_run = (
+        "SELECT e.experiment_id, e.lifecycle_stage, e.artifact_location "
+        "FROM experiments e JOIN runs r ON r.experiment_id = e.experiment_id WHERE r.run_uuid = :run"
+    )
+    named = "SELECT experiment_id, lifecycle_stage, artifact_location FROM experiments WHERE name = :name"
+    found = select(of_run, run=runs[0]).fetchone() if runs else None
+    id, stage, artifacts = found or select(named, name=experiment).fetchone() or (None, "", None)
     if stage == "deleted":
         return StoreState(deleted_experiment=str(id))
     stages = "SELECT lifecycle_stage FROM runs WHERE run_uuid = :run"

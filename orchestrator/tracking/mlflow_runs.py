@@ -173,8 +173,10 @@ class MlflowRuns:
 
     def _start_run(self, event: RunStarted) -> None:
         name = event.experiment["name"]
-        experiment = self._client.get_experiment_by_name(name)
-        self._experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        # A run stays in its experiment, whatever that is called by now.
+        parent = self._runs.get("")
+        found = self._client.get_run(parent).info if parent else self._client.get_experiment_by_name(name)
+        self._experiment_id = found.experiment_id if found else self._client.create_experiment(name)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.time))
         run_id = self._run(event.run_id, f"{name} {stamp}", event.time, notes.run_tags(event))
         self._runs[""] = run_id

@@ -246,6 +246,9 @@ def test_a_server_on_which_the_experiment_or_a_run_is_deleted_is_found(server: s
     )  # fmt: skip
     (finding,) = check(server, "b")
     assert f"MLFLOW_TRACKING_URI={server} mlflow experiments restore -x 7" in finding.hint
+    Server.answers["runs/get"] = (200, {"runs": {"b": {"info": {"experiment_id": "8"}}}})
+    Server.answers["experiments/get"] = (200, {"experiment": {"experiment_id": "8", "lifecycle_stage": "active"}})
+    assert check(server, "b") == [], "it is in another one, which had this name"
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,40 @@ def test_a_store_that_lost_its_run_for_good_says_how_to_track_it_again(run: Path
     assert Tracker(run, store(run)).sync()
 
 
+def test_a_run_whose_experiment_was_renamed_goes_on_in_it(run: Path) -> None:
+    rest = first_lines(run, 20)
+    tracker, client = Tracker(run, store(run)), MlflowClient(store(run))
+    tracker.sync()
+    id, before = str(tracker.experiment_id()), tracker.run_ids()
+    client.rename_experiment(id, "a better name")
+    other = client.create_experiment("demo")
+    client.delete_experiment(other)
+    experiment = made_experiment(tracking={"uri": store(run)})
+    assert check_earlier_tracking(experiment, run) == [], "another one has its name now"
+    client.delete_experiment(id)
+    (finding,) = check_earlier_tracking(experiment, run)
+    assert f"mlflow experiments restore -x {id}" in finding.hint
+    client.restore_experiment(id)
+    go_on(run, rest)
+    assert Tracker(run, store(run)).sync()
+    after = Tracker(run, store(run))
+    assert after.experiment_id() == id and before.items() <= after.run_ids().items()
+    assert {each.info.status for each in client.search_runs([id])} == {"FINISHED"}
+
+
+def test_a_store_that_was_made_again_gets_nothing_into_the_experiment_of_somebody_else(
+    run: Path, database: Path
+) -> None:
+    rest = first_lines(run, 20)
+    Tracker(run, store(run)).sync()
+    shutil.copy(database, run.parent / "mlflow.db")
+    client = MlflowClient(store(run))
+    assert client.create_experiment("of somebody else") == Tracker(run, store(run)).experiment_id()
+    go_on(run, rest)
+    assert f"remove {run / 'tracking.json'} to track the run again" in failure(run)
+    assert client.search_runs(["1"]) == []
+
+
 def test_a_reference_that_was_deleted_keeps_no_run_from_going_on_and_is_logged_again(run: Path) -> None:
     rest = first_lines(run, 20)
     Tracker(run, store(run)).sync()
