@@ -16,7 +16,7 @@ from orchestrator.findings import root_cause
 from orchestrator.process import user_name
 from orchestrator.tracking.driver import TrackingError
 from orchestrator.tracking.mlflow_runs import MAX_METRICS
-from orchestrator.tracking.text import fit
+from orchestrator.tracking.text import fit, fit_tags
 
 KIND = "acceptance"
 """Tag `kind` of the run."""
@@ -57,7 +57,7 @@ def log_acceptance(
         for start in range(0, len(points), MAX_METRICS):
             client.log_batch(run_id, metrics=points[start : start + MAX_METRICS])
         tagged = {"kind": KIND, "mlflow.user": user_name(), **tags}
-        client.log_batch(run_id, tags=[RunTag(fit(key, "key"), fit(value, "tag")) for key, value in tagged.items()])
+        client.log_batch(run_id, tags=[RunTag(key, value) for key, value in fit_tags(tagged).items()])
         for file in files:
             client.log_artifact(run_id, str(file))
         client.set_terminated(run_id, "FINISHED")

@@ -32,7 +32,7 @@ from orchestrator.tracking import benchmark, notes
 from orchestrator.tracking.driver import own_runs
 from orchestrator.tracking.evaluations import EvaluationLog, evaluation_metrics
 from orchestrator.tracking.models import dataset_inputs, log_model
-from orchestrator.tracking.text import fit
+from orchestrator.tracking.text import fit, fit_tags
 from trainers.contract.events import (
     Evaluated,
     Event,
@@ -133,11 +133,13 @@ class MlflowRuns:
         self._metrics.clear()
 
     def fail(self, reason: str) -> None:
-        """Marks the runs as failed that are not at their end; those of the trials first."""
+        """Marks the runs as failed that are not at their end, at the last event's time; those of the trials first."""
+        last = max((event.time for event in chain(*self._events.values())), default=time.time())
         for run_id in reversed(own_runs(self._runs).values()):
-            if self._client.get_run(run_id).info.status in ("RUNNING", "SCHEDULED"):
+            info = self._client.get_run(run_id).info
+            if info.status in ("RUNNING", "SCHEDULED"):
                 self._tag(run_id, {"reason": reason})
-                self._client.set_terminated(run_id, "FAILED")
+                self._client.set_terminated(run_id, "FAILED", max(int(last * 1000), info.start_time))
 
     def _is_out_of_place(self, event: Event) -> bool:
         """Whether it is of a trial whose start is missing, in a damaged log."""
@@ -269,7 +271,7 @@ class MlflowRuns:
         if found:
             self._recall_points(str(found[0].info.run_id), list(found[0].data.metrics))
             return str(found[0].info.run_id)
-        tags = _fit_tags({"mlflow.user": user_name(), **tags}) | {RUN_KEY: key}
+        tags = fit_tags({"mlflow.user": user_name(), **tags}) | {RUN_KEY: key}
         run = self._client.create_run(
             self._experiment(), start_time=int(started * 1000), tags=tags, run_name=fit(name, "name")
         )
@@ -302,10 +304,6 @@ class MlflowRuns:
             self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
     def _tag(self, run_id: str, tags: dict[str, str]) -> None:
-        fitting = [RunTag(key, value) for key, value in _fit_tags(tags).items()]
+        fitting = [RunTag(key, value) for key, value in fit_tags(tags).items()]
         for start in range(0, len(fitting), MAX_TAGS):
             self._client.log_batch(run_id, tags=fitting[start : start + MAX_TAGS])
-
-
-def _fit_tags(tags: dict[str, str]) -> dict[str, str]:
-    return {fit(key, "key"): fit(value, "tag") for key, value in tags.items()}

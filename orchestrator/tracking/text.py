@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 MAX_LENGTHS = {"filter": 250, "name": 250, "key": 250, "unique key": 250, "param": 6000, "tag": 5000}
@@ -43,6 +44,11 @@ def fit(text: object, use: Literal["filter", "name", "key", "unique key", "param
         return whole[:limit]
     digest = hashlib.sha256(whole.encode()).hexdigest()
     return f"{whole[: limit - len(digest)]}{digest}"
+
+
+def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as MLflow takes them."""
+    return {fit(key, "key"): fit(value, "tag") for key, value in tags.items()}
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -179,6 +179,18 @@ def test_a_reference_that_was_deleted_keeps_no_run_from_going_on_and_is_logged_a
     assert again.run_id != deleted and again.status == "FINISHED"
 
 
+def test_a_run_that_cannot_go_on_fails_at_the_time_of_its_last_event(run: Path) -> None:
+    later = [dataclasses.replace(e, time=e.time + 1e9) for e, _ in Outbox(run / FILE_NAME).read()][:20]
+    (run / FILE_NAME).unlink()
+    Outbox(run / FILE_NAME).append(*later)  # by a clock that is ahead of this machine's
+    tracker, client = Tracker(run, store(run)), MlflowClient(store(run))
+    tracker.fail("no room")
+    infos = [client.get_run(id).info for id in tracker.run_ids().values()]
+    assert len(infos) == 2, "parent and trial"
+    assert {info.status for info in infos} == {"FAILED"}
+    assert {info.end_time for info in infos} == {int(max(event.time for event in later) * 1000)}
+
+
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
