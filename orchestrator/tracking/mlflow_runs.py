@@ -289,13 +289,13 @@ class MlflowRuns:
         return self._experiment_id
 
     def _figures(self, run_id: str, values: dict[str, float | None], when: float = 0.0, step: int = 0) -> None:
-        """Logs the known ones of some figures at once, at the first free step."""
+        """Logs the known ones of some figures at the first free step; points that are there stay as they are."""
         known = {fit(name, "key"): value for name, value in values.items() if value is not None}
         at = int(when * 1000)
         while any(self._stored.get((run_id, name, step), at) != at for name in known):
             step += 1  # the log has lost the end of the trial that these figures were of
-        points = [Metric(name, value, at, step) for name, value in known.items()]
-        self._client.log_batch(run_id, metrics=points)
+        new = [name for name in known if (run_id, name, step) not in self._stored]
+        self._client.log_batch(run_id, metrics=[Metric(name, known[name], at, step) for name in new])
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
         fitting = {fit(key, "key"): fit(value, "param") for key, value in values.items()}

@@ -81,11 +81,12 @@ def log_model(
     data = _dataset(plan.val) if Path(plan.val.annotations).is_file() else None
     evaluated = [e for e in events if isinstance(e, Evaluated) and e.iteration == chosen.iteration]
     val, digest = (data.name, data.digest) if data else (None, None)
+    # The points that the run has: where an evaluation was repeated, by a restart or after the log was cut, the first.
     metrics = [
-        Metric(f"coco/{name}", value, int(event.time * 1000), event.iteration, model.model_id, val, digest, run_id)
-        for event in evaluated[:1]  # one that a restart repeats is in the run once, with its first time
-        for name, value in event.figures.items()
-        if value is not None
+        Metric(point.key, point.value, point.timestamp, point.step, model.model_id, val, digest, run_id)
+        for name in (evaluated[0].figures if evaluated else ())
+        for point in client.get_metric_history(run_id, f"coco/{name}")
+        if point.step == chosen.iteration
     ]
     client.log_batch(run_id, metrics=metrics)
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)

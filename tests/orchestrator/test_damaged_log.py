@@ -17,6 +17,7 @@ from orchestrator.figures.causes import lost_events
 from orchestrator.figures.trial import trial_result
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
+from tests.builders.metric_rows import repeated_points
 from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.trials import TrialBuilder, plan, trained
 from trainers.contract.events import Event, EventsLost, LogReplayed, StepsDone, TrialEnded, event_from_json
@@ -153,6 +154,37 @@ def test_a_log_that_was_cut_is_tracked_from_its_start_and_no_row_comes_twice(run
     assert not any(name.startswith(("loss/", "coco/box", "time/window")) for name in ends)
     (state,) = [json.loads((run / "tracking.json").read_text())]
     assert state["offset"] == (run / FILE_NAME).stat().st_size
+
+
+def test_the_model_of_a_log_that_was_cut_has_the_points_of_its_run(tmp_path: Path) -> None:
+    experiment = made_experiment(
+        trials={"world_sizes": [1]}, storage={"checkpoint_period_iterations": 60}, tracking={"log_model": True}
+    )
+    run = make_run(tmp_path / "run", experiment)
+    lines = (run / FILE_NAME).read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if '"evaluated"' in line and '"iteration":240' in line)
+    (run / FILE_NAME).write_text("\n".join(lines[: first + 1]) + "\n")
+    assert not Tracker(run, store(run)).sync()
+    (run / FILE_NAME).write_text("\n".join(lines[:first]) + "\n")
+    # On a GPU, another evaluation has not exactly the same AP.
+    go_on(run, [line.replace('"box_ap":', '"box_ap":1') for line in lines[first:]], later=3600.0)
+    assert Tracker(run, store(run)).sync()
+    assert repeated_points(tmp_path / "mlflow.db") == []
+    client, id = MlflowClient(store(run)), Tracker(run, store(run)).run_ids()["reference-1xcpu"]
+    (model,) = client.search_logged_models(["1"])
+    points = {name: client.get_metric_history(id, name)[-1] for name in ("coco/box_ap", "coco/mask_ap")}
+    assert {metric.key: (metric.value, metric.timestamp, metric.step) for metric in model.metrics or ()} == {
+        name: (point.value, point.timestamp, 240) for name, point in points.items()
+    }
+
+
+def test_a_log_that_lost_lines_in_its_middle_changes_no_row(run: Path) -> None:
+    before, lines = rows(run), (run / FILE_NAME).read_text().splitlines(keepends=True)
+    windows = [number for number, line in enumerate(lines) if '"steps_done"' in line]
+    del lines[windows[len(windows) // 2] : windows[-1]]
+    (run / FILE_NAME).write_text("".join(lines))
+    assert Tracker(run, store(run)).sync()
+    assert rows(run) == before
 
 
 def test_an_offset_that_is_past_the_end_or_in_a_line_is_no_offset(run: Path) -> None:
