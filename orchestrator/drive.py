@@ -122,14 +122,12 @@ def close(request: Request, status: Status, reason: str) -> int:
         status: How the run ended.
         reason: Why.
     """
-    from orchestrator.publish import close_run, resume_command
+    from orchestrator.publish import close_run
 
     request.console.show_cursor()  # a progress bar hides it
-    try:
-        publication, tracked = close_run(request.experiment, request.run_dir, status, reason, request.console)
-    except OSError as error:
-        text = f"{reason}; nor can its results be written: {error}. Go on with: {resume_command(request.run_dir)}"
-        request.console.print(text, style="red", soft_wrap=True, markup=False, highlight=False)
+    publication, tracked = close_run(request.experiment, request.run_dir, status, reason, request.console)
+    if tracked is None:
+        request.print_json(publication.to_json())
         return FAILED
     return _conclude(request, publication, publication.status, tracked=tracked)
 

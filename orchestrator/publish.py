@@ -228,7 +228,7 @@ def resume_command(run_dir: Path) -> str:
 
 def close_run(
     experiment: Experiment, run_dir: Path, status: Status, reason: str, console: Console
-) -> tuple[Publication, bool]:
+) -> tuple[Publication, bool | None]:
     """Publishes what a run measured whose process was lost, and marks it as ended.
 
     Args:
@@ -239,32 +239,33 @@ def close_run(
         console: Output for people.
 
     Returns:
-        The publication, and whether MLflow has all of the run.
+        The publication, and whether MLflow has all of the run; None where its folder cannot be written.
 
     Raises:
         SpecError: No run was started in the folder, or somebody else drives it by now.
     """
     run = read_earlier_run(run_dir)
-    outbox = Outbox(run_dir / FILE_NAME)
-    tracker = Tracker(run_dir, tracking_uri(experiment.tracking.uri))
+    outbox, tracker = Outbox(run_dir / FILE_NAME), Tracker(run_dir, tracking_uri(experiment.tracking.uri))
     publication = Publication(experiment, run_dir, tracker, run, outbox)
     publication._result.environment = run.environment
     with only_driver(run_dir):
-        events = [event for event, _ in outbox.read()]
-        clock.not_before(max(event.time for event in events))
-        for plan in run.plans.values():
-            attempt = max(event.attempt for event in events if event.trial == plan.name)
-            if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (plan.name, attempt) for e in events):
-                ended = TrialEnded(
-                    trial=plan.name, attempt=attempt, rank=-1, time=clock.now(), status=status, reason=reason
-                )
-                outbox.append(ended)
-                events.append(ended)
-            publication.add_trial(plan, events)
-        if run.ended:  # and only its end was not tracked yet
-            status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
-        tracked = publication.finish(status, outbox.append, console, math.inf, reason)
-    return publication, tracked
+        try:
+            events = [event for event, _ in outbox.read()]
+            clock.not_before(max(event.time for event in events))
+            for name, plan in run.plans.items():
+                attempt = max(event.attempt for event in events if event.trial == name)
+                if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (name, attempt) for e in events):
+                    events.append(
+                        TrialEnded(trial=name, attempt=attempt, rank=-1, time=clock.now(), status=status, reason=reason)
+                    )
+                    outbox.append(events[-1])
+                publication.add_trial(plan, events)
+            if run.ended:  # and only its end was not tracked yet
+                status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
+            return publication, publication.finish(status, outbox.append, console, math.inf, reason)
+        except RunFolderError as error:
+            publication.give_up(RunFolderError(f"{reason}; {error}", gone=error.gone), console)
+            return publication, None
 
 
 def track_folder(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -13,12 +14,17 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from rich.console import Console
 
+from orchestrator import drive
+from orchestrator.drive import Request
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from orchestrator.tracking.driver import Tracker
 from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import experiment
+from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.waiting import wait_for
 from trainers.faults import VARIABLE, Fault, fired
 
@@ -89,14 +95,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_a_cut_log_lacks_is_na
 ) -> None:
     run, filler = small_disk / "run", small_disk / "filler"
 
-    def fill() -> None:
-        with filler.open("wb", buffering=0) as file:
-            for size in (1 << 20, 4096, 1):
-                while file.write(bytes(size)) == size if free(small_disk) >= size else False:
-                    pass
-        assert free(small_disk) == 0, "the fault did not fire"
-
-    code, output = run_until(tmp_path, run, fill)
+    code, output = run_until(tmp_path, run, lambda: fill(filler))
     assert code == 1 and "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith("FAILED")]
     assert f"{run} cannot be written: No space left on device" in line
@@ -122,6 +121,35 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_a_cut_log_lacks_is_na
     assert statuses(tmp_path) == {"FINISHED": 2}
     assert set(rows(tmp_path).values()) == {1}
     assert len(list(run.glob("*/checkpoints/iter_*"))) <= 2, "the newest and the best"
+
+
+def test_a_run_whose_process_is_lost_while_the_disk_is_full_is_marked_as_failed(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    run, printed, stdout = small_disk / "run", io.StringIO(), io.StringIO()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = made_experiment("tiny", trials={"world_sizes": [1]}, tracking={"uri": uri})
+    lines = (make_run(run, made) / FILE_NAME).read_text().splitlines(keepends=True)
+    (run / FILE_NAME).write_text("".join(lines[:-2]))  # without the ends of the trial and of the run
+    Tracker(run, uri).sync()
+    assert statuses(tmp_path) == {"RUNNING": 2, "FINISHED": 1}, "the published figure is over"
+    fill(small_disk / "filler")
+    request = Request(made, run, None, Console(file=printed, width=200), True, stdout, False, False)
+    assert drive.close(request, "FAILED", "the Ray cluster was lost") == 1
+    (line,) = printed.getvalue().split("\n")[:-1]
+    assert line.startswith(f"FAILED: the Ray cluster was lost; {run} cannot be written: No space left on device; ")
+    assert "shows it as failed" in line and line.endswith(f"python -m orchestrator.run --resume {run}")
+    assert statuses(tmp_path) == {"FAILED": 2, "FINISHED": 1}
+    assert json.loads(stdout.getvalue())["status"] == "FAILED"
+
+
+def fill(file: Path) -> None:
+    """Fills the disk that a new file is on."""
+    with file.open("wb", buffering=0) as filler:
+        for size in (1 << 20, 4096, 1):
+            while filler.write(bytes(size)) == size if free(file.parent) >= size else False:
+                pass
+    assert free(file.parent) == 0, "the fault did not fire"
 
 
 def free(folder: Path) -> int:
