@@ -32,7 +32,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
-from trainers.contract.memory import Memory, batch_hint, fitting_batch
+from trainers.contract.memory import Memory, batch_hint, fitting_batch, lost_loader_text, oom_kills
 from trainers.contract.plan import TrialPlan
 from trainers.ema import WeightAverage, evaluated_models
 from trainers.evaluation import Evaluator
@@ -78,6 +78,7 @@ class Rank:
         self.injector = faults.from_environment(placement.rank, attempt)
         self.activity: Activity = self.injector or Activity()
         self.pulse = Pulse(self.event, placement, channel, self.activity)
+        self._oom_kills = oom_kills()
         self._before_steps: tuple[Memory, float] | None = None  # and the size of the trained weights in bytes
 
     def event(self, kind: type[E], **fields: Any) -> E:
@@ -255,11 +256,14 @@ class Rank:
             device_name=machine.device_name(device),
             device_memory_gib=machine.device_memory_gib(device),
             versions=machine.package_versions(),
+            oom_kills=self._oom_kills,
             **machine.host_description(),
         )
 
     def _send_failure(self, error: Exception) -> None:
         failure, message = classify(error), in_short(error)
+        if killed := lost_loader_text(error, self._oom_kills):
+            failure, message = "out_of_memory", f"{message}; {killed}"
         if failure == "out_of_memory" and self._before_steps and self.activity.section == "step":
             failed, fitting = machine.memory(self._device()), None
             if self.activity.part not in ("data", "forward"):

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayActorError
+from collections.abc import Sequence
+
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import PreemptionError, WorkerGroupError
 
+from orchestrator.execution.nodes import call_on_nodes, list_nodes
 from orchestrator.execution.ray_internals import cause_of_death
-from trainers.contract.events import FailureKind
-from trainers.contract.memory import is_out_of_memory
+from trainers.contract.events import FailureKind, WorkerStarted
+from trainers.contract.memory import is_out_of_memory, oom_kills, oom_kills_text
 from trainers.contract.storage import is_storage_failure
 
+OOM_KILLS_TIMEOUT_SECONDS = 5.0
+"""Longest wait for the nodes of lost workers to say whether the kernel has killed any."""
 
-def death(reason: Exception) -> tuple[FailureKind, str]:
-    """The kind of failure that ended a worker's process, and a sentence, from what Ray says about it."""
+
+def death(reason: Exception, killed: str = "") -> tuple[FailureKind, str]:
+    """The kind of failure that ended a worker's process, and a sentence.
+
+    Args:
+        reason: What Ray says about it; an OutOfMemoryError where Ray's own monitor of memory ended the process.
+        killed: What is known of the kernel's having killed it, from `killed_for_memory`.
+    """
     text = str(reason)
-    kind: FailureKind = "out_of_memory" if "OOM" in text and "memory pressure" in text else "worker_lost"
-    return kind, f"its process died: {text.splitlines()[0] if text else type(reason).__name__}"
+    kind: FailureKind = "out_of_memory" if killed or isinstance(reason, OutOfMemoryError) else "worker_lost"
+    return kind, f"its process died: {killed or (text.splitlines()[0] if text else type(reason).__name__)}"
+
+
+def killed_for_memory(workers: Sequence[WorkerStarted]) -> dict[int, str]:
+    """What the nodes of lost workers say of processes that the kernel killed since these workers began, by rank.
+
+    Ray does not know which signal ended a process. Ranks whose node has seen no such kill, or does not answer, are left
+    out.
+    """
+    homes = {worker.node_id for worker in workers if worker.oom_kills is not None}
+    nodes = {node: () for node in list_nodes() if node.id in homes}
+    counts = {node.id: count for node, count in call_on_nodes(oom_kills, nodes, OOM_KILLS_TIMEOUT_SECONDS).items()}
+    texts = {
+        worker.rank: oom_kills_text(worker.oom_kills, count)
+        for worker in workers
+        if isinstance(count := counts.get(worker.node_id), int)
+    }
+    return {rank: text for rank, text in texts.items() if text}
 
 
 def kind_of(error: BaseException | None) -> FailureKind:

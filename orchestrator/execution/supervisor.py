@@ -23,6 +23,7 @@ from types import FrameType
 import psutil
 
 from orchestrator.execution.stop import AT_ONCE, INTERRUPTED, STOP_SIGNALS, handle_stop_signals
+from trainers.contract.memory import oom_kills, oom_kills_text
 
 MAX_PATIENCE = 2
 """Signals that are passed on; with the next one, the child is killed."""
@@ -109,7 +110,7 @@ class Supervisor:
         self._others = set(psutil.Process().children(recursive=True))
         self._forked = True
         _prctl(SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become this one's children
-        parent = os.getpid()
+        parent, killed = os.getpid(), oom_kills()
         sys.stdout.flush()
         sys.stderr.flush()
         # No signal may come between the fork and when the child is known.
@@ -129,6 +130,8 @@ class Supervisor:
         if -code in STOP_SIGNALS:  # sent to the child alone
             self._signals += 1
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code == -signal.SIGKILL and (text := oom_kills_text(killed, oom_kills())):
+            how += f"; {text}"
         return Ending(None, reason or f"the process that drives the run was lost ({how})", phase == WORKING)
 
     def _wait(self) -> int:

@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 from ray.train import WorkerGroupError
 
 from orchestrator.execution.cluster import lost_daemon
-from orchestrator.execution.deaths import death, is_preemption, kind_of
+from orchestrator.execution.deaths import death, is_preemption, killed_for_memory, kind_of
 from orchestrator.execution.event_pump import EventPump
 from orchestrator.execution.growth import Growth
 from orchestrator.execution.nodes import lost_nodes, release_nodes
@@ -47,6 +47,7 @@ from trainers.contract.events import (
     WorkerFailed,
     WorkerStarted,
 )
+from trainers.contract.memory import batch_hint
 from trainers.contract.plan import TrialPlan
 
 POLL_INTERVAL_SECONDS = 0.2
@@ -230,17 +231,21 @@ class _Trial:
         lost = {worker.rank: worker.host for worker in self._own(WorkerStarted) if worker.node_id in nodes}
         for rank, host in lost.items():
             self._emit_dead("worker_lost", f"its node {host} was lost", rank)
-        for rank in dead.keys() - lost.keys():
+        gone = dead.keys() - lost.keys()
+        killed = killed_for_memory([worker for worker in self._own(WorkerStarted) if worker.rank in gone])
+        for rank in gone:
             reason = cause_of_death(dead[rank])
             if reason is None:  # the training function raised before it could report that, as an import may do
                 kind = kind_of(dead[rank])
                 self._emit_dead(kind, f"{type(dead[rank]).__name__}: {dead[rank]}", rank)
                 continue
-            self._emit_dead(*death(reason), rank)
+            self._emit_dead(*death(reason, killed.get(rank, "")), rank)
 
     def _emit_dead(self, kind: str, message: str, rank: int) -> None:
         sample = self.pump.heartbeats.get(rank)
         last, began = (sample.heartbeat, sample.received) if sample else (None, None)
+        if kind == "out_of_memory" and last and last.section == "step":
+            message += batch_hint(self.plan, None)
         self.pump.emit(self._failure(kind, rank, message, last, began))
 
     def _failure(

@@ -209,6 +209,24 @@ def test_a_stop_that_comes_just_before_another_start_is_not_lost(tmp_path: Path)
     assert not (tmp_path / "started").exists()
 
 
+KILLED_FOR_MEMORY = """
+import os, signal
+from orchestrator.execution import supervisor
+
+counts = iter([3, 4])
+supervisor.oom_kills = lambda: next(counts)
+print(supervisor.Supervisor().run(lambda: os.kill(os.getpid(), signal.SIGKILL)).reason)
+"""
+
+
+def test_a_lost_process_names_the_kernels_kill_for_lack_of_memory(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_FOR_MEMORY], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "was lost (signal SIGKILL; since it started, the kernel has killed a process on its node" in done.stdout
+
+
 def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> None:
     command = Started(tmp_path, "training")
     wait_for(command.has("ready"))

@@ -13,9 +13,18 @@ import torch
 from torch.distributed import DistBackendError
 
 from tests.builders.commands import ROOT
+from tests.builders.memory_group import memory_group
 from tests.builders.trials import plan
 from trainers.checkpoints import StorageError
-from trainers.contract.memory import Memory, batch_hint, fitting_batch, is_out_of_memory
+from trainers.contract.memory import (
+    Memory,
+    batch_hint,
+    fitting_batch,
+    is_out_of_memory,
+    lost_loader_text,
+    oom_kills,
+    oom_kills_text,
+)
 from trainers.failures import classify
 from trainers.loading import BadInputError
 
@@ -160,3 +169,76 @@ def test_a_worker_whose_memory_is_limited_fails_for_that_reason(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert "FAILED out_of_memory step" in done.stdout, done.stdout + done.stderr
     assert "; try 2 images per worker instead of 4 (" in done.stdout
+
+
+V2 = {
+    "proc/self/cgroup": "0::/pods/worker\n",
+    "sys/fs/cgroup/pods/memory.events": "oom 4\noom_kill 3\noom_group_kill 0\n",
+}
+V1 = {
+    "proc/self/cgroup": "5:cpu,cpuacct:/docker/7\n4:memory:/docker/7\n0::/\n",
+    "sys/fs/cgroup/memory/docker/7/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+}
+SEEN_AS_ROOT = {"proc/self/cgroup": "0::/host/path\n", "sys/fs/cgroup/memory.events": "oom_kill 5\n"}
+MACHINE = {"proc/vmstat": "pgfault 9\noom_kill 1\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [(V2 | MACHINE, 3), (V1 | MACHINE, 2), (SEEN_AS_ROOT | MACHINE, 5), (MACHINE, 1), ({"proc/vmstat": "a 1\n"}, None)],
+    ids=["cgroup v2", "cgroup v1", "a container", "no cgroup", "an old kernel"],
+)
+def test_the_kernels_own_count_of_what_it_killed_is_read(
+    files: dict[str, str], count: int | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == count
+
+
+def test_only_a_count_that_rose_says_that_the_kernel_killed() -> None:
+    assert oom_kills_text(2, 2) == oom_kills_text(None, 3) == oom_kills_text(3, None) == ""
+    assert "the kernel has killed a process on its node for lack of memory" in oom_kills_text(2, 3)
+    assert "killed 2 processes" in oom_kills_text(0, 2)
+    lost = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    assert lost_loader_text(lost, oom_kills()) == "", "for another reason"
+    assert lost_loader_text(lost, -1) and not lost_loader_text(RuntimeError("another error"), -1)
+
+
+TRAIN_WITH_HUNGRY_LOADERS = """
+import dataclasses, multiprocessing, sys
+from pathlib import Path
+from tests.builders.training import plan_of
+from trainers import loading
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import WorkerFailed
+from trainers.rank import Rank
+
+mapped = loading._mapped
+
+def hungry(mapper, record):
+    if multiprocessing.parent_process():
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        print(len(b"x" * 2**32))
+    return mapped(mapper, record)
+
+loading._mapped = hungry
+events = []
+plan = dataclasses.replace(plan_of(Path(sys.argv[1]), "mask_rcnn"), loader_workers=1)
+try:
+    Rank(plan, 0, Placement(0, 1, 0, 1, "here"), Channel(events.append, lambda _: "run")).train(0.0)
+except Exception:
+    (failed,) = [event for event in events if isinstance(event, WorkerFailed)]
+    print("FAILED", failed.failure, failed.section, failed.message)
+"""
+
+
+@pytest.mark.train
+def test_a_loader_process_that_the_kernel_killed_is_out_of_memory(tmp_path: Path) -> None:
+    with memory_group() as group:
+        group.limit(2 * 2**30)
+        command = group.command(sys.executable, "-c", TRAIN_WITH_HUNGRY_LOADERS, str(tmp_path))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert "FAILED out_of_memory step RuntimeError: DataLoader worker" in done.stdout, done.stdout + done.stderr
+    assert "the kernel has killed a process on its node for lack of memory" in done.stdout

@@ -63,6 +63,8 @@ class WorkerStarted(Event):
     """Counting hyper-threads."""
     host_memory_gib: float | None = None
     operating_system: str = ""
+    oom_kills: int | None = None
+    """Processes that the kernel had killed for lack of memory before (`trainers.contract.memory.oom_kills`)."""
     world_size: int | None = None
 
 

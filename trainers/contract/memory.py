@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from trainers.contract.plan import TrialPlan
 
@@ -15,6 +17,9 @@ _SAYS_SO = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """As in torch's allocators, cuDNN and cuBLAS, C++, numpy, OpenCV, the loader, and oneDNN."""
+
+_LOADER_LOST = re.compile(r"DataLoader worker \(.*\) (is killed by signal: Killed|exited unexpectedly)")
+"""As torch says it; the second where no main thread waits for the loader's processes."""
 
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMG]iB)")
 """As torch says it, on GPU and CPU."""
@@ -27,6 +32,45 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _SAYS_SO.search(str(error)):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How many processes the kernel has killed so far for lack of memory; None where nothing counts them.
+
+    Counted for the control group that this process is in (in cgroup v2 with those below it), else for the machine.
+
+    Args:
+        root: Where `proc` and `sys` are.
+    """
+    groups = root / "sys/fs/cgroup"
+    files = []
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                mounted, name = (groups / "memory", "memory.oom_control") if controllers else (groups, "memory.events")
+                folder = mounted / path.lstrip("/")
+                # In a container, the path may be the host's: then only its own group is to be seen, as the uppermost.
+                seen = [each for each in (folder, *folder.parents) if each.is_relative_to(mounted)]
+                files += [each / name for each in seen]
+    for file in [*files, root / "proc/vmstat"]:
+        with suppress(OSError):
+            if counted := re.search(r"^oom_kill (\d+)$", file.read_text(encoding="ascii"), re.MULTILINE):
+                return int(counted[1])
+    return None
+
+
+def oom_kills_text(before: int | None, now: int | None) -> str:
+    """Says that the kernel killed processes between two counts by `oom_kills`; "" where it did not, as far as known."""
+    if before is None or now is None or now <= before:
+        return ""
+    number = "a process" if now == before + 1 else f"{now - before} processes"
+    return f"since it started, the kernel has killed {number} on its node for lack of memory (its count oom_kill)"
+
+
+def lost_loader_text(error: BaseException, before: int | None) -> str:
+    """`oom_kills_text` since a count, for an exception by which torch says that a loader process is gone; else ""."""
+    return oom_kills_text(before, oom_kills()) if _LOADER_LOST.search(str(error)) else ""
 
 
 @dataclass(frozen=True, slots=True)
