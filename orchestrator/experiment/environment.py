@@ -33,7 +33,7 @@ CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_T
 
 def describe(argv: list[str]) -> dict[str, str]:
     """The environment of this process, which was started by the command line `argv`; without secrets."""
-    return {
+    environment = {
         "command": shlex.join(argv),
         "host": platform.node(),
         "os": platform.platform(),
@@ -45,6 +45,7 @@ def describe(argv: list[str]) -> dict[str, str]:
         **{name: os.environ[name] for name in VARIABLES if name in os.environ},
         **found,
     }
+    return {key: _as_utf8(text) for key, text in environment.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -80,10 +81,15 @@ def _installed(names: Iterable[str]) -> Iterator[importlib.metadata.Distribution
 
 
 def command_line() -> list[str]:
-    """This process's command, as one would type it, without the user and password in an address."""
+    """This process's command, as one would type it, without the user and password in an address; it is UTF-8."""
     main = sys.modules["__main__"].__spec__
     command = ["python", "-m", main.name, *sys.argv[1:]] if main else ["python", *sys.argv]
-    return [without_credentials(part) for part in command]
+    return [_as_utf8(without_credentials(part)) for part in command]
+
+
+def _as_utf8(text: str) -> str:
+    r"""Text that JSON can hold: a byte that was not UTF-8, which Python keeps as half a character, becomes `\udcXX`."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def cluster_address(configured: str | None) -> str | None:
@@ -105,7 +111,8 @@ def _git() -> dict[str, str]:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=5)
+            command = ["git", "-C", str(root), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=5)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

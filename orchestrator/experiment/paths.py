@@ -16,15 +16,25 @@ def expanded(path: str | Path, place: str) -> Path:
         place: What gives it, such as `--output`; opens the message.
 
     Raises:
-        SpecError: There is no such home folder, or the absolute path is not UTF-8, as pyarrow and JSON need it.
+        SpecError: There is no such home folder.
     """
     try:
-        found = Path(path).expanduser()
-        str(found.absolute()).encode()
+        return Path(path).expanduser()
     except RuntimeError as error:
         start = Path(path).parts[0]
         raise SpecError(f"{place}: {path}: {start} is no user's home folder here; give the whole path") from error
+
+
+def absolute(path: str | Path, place: str) -> Path:
+    """The absolute path, `expanded`; of what workers open, or a record names.
+
+    Raises:
+        SpecError: There is no such home folder, or the path is not UTF-8, as pyarrow and JSON need it.
+    """
+    found = expanded(path, place).absolute()
+    try:
+        str(found).encode()
     except UnicodeEncodeError as error:
-        shown = printable(str(found.absolute()))
+        shown = printable(str(found))
         raise SpecError(f"{place}: {shown}: a name in it is not UTF-8; rename it, or give another path") from error
     return found

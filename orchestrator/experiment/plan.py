@@ -18,7 +18,7 @@ from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.prediction_file import check_used, predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
@@ -44,9 +44,9 @@ class Hardware:
 def new_run_dir(experiment: Experiment, output: Path | None) -> Path:
     """The folder of a run that begins: the given one, else `storage.path`/EXPERIMENT/UTC-TIME."""
     if output is not None:
-        return expanded(output, "--output").absolute()
+        return absolute(output, "--output")
     stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    return (expanded(experiment.storage.path, "storage.path") / experiment.name / stamp).absolute()
+    return absolute(experiment.storage.path, "storage.path") / experiment.name / stamp
 
 
 def generated_root(experiment: Experiment) -> Path:
@@ -54,7 +54,7 @@ def generated_root(experiment: Experiment) -> Path:
     data = experiment.data.generated
     values = data.model_dump_json() if data else ""
     name = hashlib.sha256(values.encode()).hexdigest()[:12]
-    return (expanded(experiment.storage.path, "storage.path") / ".generated" / name).absolute()
+    return absolute(experiment.storage.path, "storage.path") / ".generated" / name
 
 
 def draw_data(experiment: Experiment) -> None:
@@ -89,7 +89,7 @@ def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[Dataset
         name, (train, val) = "generated", coco_layout(generated_root)
 
     def plan(part: str, split: Split) -> DatasetPlan:
-        annotations, images = (str(expanded(path, "data").absolute()) for path in (split.annotations, split.images))
+        annotations, images = (str(absolute(path, "data")) for path in (split.annotations, split.images))
         return DatasetPlan(f"{name}_{part}", annotations, images)
 
     return plan("train", train), plan("val", val)
@@ -217,4 +217,4 @@ def start_weights(experiment: Experiment) -> str:
     """Start weights, `model.weights` or else `MODEL.WEIGHTS`: an address or an absolute path; "" for random ones."""
     given = experiment.model.weights
     name: str = usable_value(experiment, "MODEL.WEIGHTS") if given is None else given
-    return str(expanded(name, "model.weights").absolute()) if name and "://" not in name else name
+    return str(absolute(name, "model.weights")) if name and "://" not in name else name

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.experiment.limits import MAX_VALUES, unusable
+from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.spec import Experiment, SpecError
 
 EXCLUSIVE_FIELDS = (
@@ -32,9 +33,10 @@ def load_experiment(path: Path, assignments: list[str] | None = None) -> Experim
     each other, such as `data.generated` and `data.coco`, the one set last replaces the others.
 
     Raises:
-        SpecError: The file cannot be read, is not YAML, has an unknown key (the nearest known one is named) or a value
-            that is not allowed.
+        SpecError: The file cannot be read, is not YAML, has a name that is not UTF-8, an unknown key (the nearest known
+            one is named) or a value that is not allowed.
     """
+    absolute(path, "experiment file")  # Ray takes no command line that is not UTF-8
     values = read_yaml(path)
     for assignment in assignments or []:
         assign(values, assignment)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.acceptance.document import read_document
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.prediction_file import Prediction
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import write_atomically
@@ -53,9 +53,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     try:
         simulated = _links(links, bandwidth, latency, gradients, algorithm)
-        prediction = _predict(
-            expanded(run, "RUN_FOLDER").absolute(), parse_sizes(sizes, "--sizes"), simulated, mtbf_hours
-        )
+        prediction = _predict(absolute(run, "RUN_FOLDER"), parse_sizes(sizes, "--sizes"), simulated, mtbf_hours)
         text = prediction.model_dump_json(indent=2) + "\n"
         if output:
             write_atomically(output, text)

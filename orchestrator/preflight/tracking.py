@@ -112,6 +112,8 @@ def _ask(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
         raise StoreError("tracking_store", f"it is not an address: {error}", "Write HOST:PORT after http://") from error
     if uri != uri.strip():
         raise StoreError("tracking_store", "a space before or after it", "Take the space out")
+    if uri != uri.encode(errors="replace").decode():
+        raise StoreError("tracking_store", "it is not UTF-8, and no record can hold it", "Take another name")
     if scheme in ("http", "https"):
         return ask_server(uri, experiment, runs)
     if scheme == "sqlite":

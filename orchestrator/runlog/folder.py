@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
@@ -146,7 +146,7 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         SpecError: Something may not be changed, there is no run in the folder or one that this version cannot read, it
             is elsewhere than when the run was started, or the run was replayed from a log.
     """
-    folder = expanded(folder, "RUN_FOLDER").absolute()
+    folder = absolute(folder, "RUN_FOLDER")
     try:
         read = list(Outbox(folder / FILE_NAME).read())
     except (OSError, ValueError) as error:
@@ -208,7 +208,7 @@ def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:
     Raises:
         SpecError: The run there is another experiment's, or cannot be gone on with.
     """
-    folder = expanded(folder, "RUN_FOLDER").absolute()
+    folder = absolute(folder, "RUN_FOLDER")
     try:
         if (folder / LOCK).exists():
             with only_driver(folder, timeout=_take_over_timeout(folder)):

@@ -1,6 +1,7 @@
 """What a job knows of itself, and what it must not hand on."""
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.experiment.environment import describe
+from orchestrator.experiment.environment import command_line, describe
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.preflight.node import NodeRequest, inspect_node
 from orchestrator.preflight.tracking import check_tracking
@@ -21,6 +22,35 @@ def test_a_job_reports_its_id_and_what_its_sender_said(monkeypatch: pytest.Monke
     monkeypatch.setattr("orchestrator.experiment.environment._git", dict)  # a job's copy has no history
     found = describe(["python"])
     assert (found["ray_job_id"], found["ray_job.submitted_by"], found["git_commit"]) == ("job-1", "ada", "c0ffee")
+
+
+def test_the_environment_and_the_command_can_be_recorded_whatever_their_bytes_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "caf\udce9.yaml"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1\udce9")
+    monkeypatch.setattr("platform.node", lambda: "h\udce9te")
+    command = command_line()
+    found = describe(command)
+    assert command[-1] == r"caf\udce9.yaml" and found["command"].endswith(r"'caf\udce9.yaml'")
+    assert (found["OMP_NUM_THREADS"], found["host"]) == (r"1\udce9", r"h\udce9te")
+    "".join([*command, *found.values()]).encode()
+
+
+def test_a_checkout_with_a_file_whose_name_is_not_utf_8_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (
+        ["init", "-q"],
+        ["commit", "-q", "--allow-empty", "-m", "x"],
+        ["config", "core.quotePath", "false"],
+    ):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "caf\udce9").touch()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path))
+    assert describe(["python"])["git_dirty"] == "true"
 
 
 def test_a_worker_that_would_have_the_tracking_password_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def check(uri: str | None, *runs: str, **tracking: object) -> list[Finding]:
         ("sqlite:mlflow.db", "sqlite:///mlflow.db"),
         ("sqlite:///~/mlflow.db", "~ is not expanded"),
         (" sqlite:///mlflow.db", "a space"),
+        ("sqlite:////data/caf\udce9.db", "not UTF-8"),
         ("sqlite3:///mlflow.db", "MLflow knows no store sqlite3://"),
         ("htp://host:5000", "MLflow knows no store htp://"),
         ("s3://bucket/mlflow", "MLflow knows no store s3://"),

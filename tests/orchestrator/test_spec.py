@@ -191,6 +191,13 @@ def test_a_misspelt_key_ends_the_command_with_2_and_the_right_spelling(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [("caf\udce9.yaml",), ("--output", "caf\udce9"), ("--resume", "caf\udce9")])
+def test_a_name_that_is_not_utf_8_is_refused_before_training(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = run_command(*arguments, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2 and f"{tmp_path}/caf" in done.stderr
+    assert r"caf\udce9" in done.stderr and "is not UTF-8" in done.stderr
+
+
 @pytest.mark.parametrize("argument", ["--help", "--dry-run"])
 def test_a_quick_answer_imports_nothing_heavy(argument: str) -> None:
     script = (
