@@ -13,13 +13,14 @@ import pkgutil
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from trainers import flight_recorder, stacks
 from trainers.canary import find_port
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Command, Placement, Start
-from trainers.contract.events import Heartbeat
+from trainers.contract.events import ClockChanged, Heartbeat
 from trainers.contract.plan import TrialPlan
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         config: `start` (Start) of a worker that trains at once, or `gate` (handle of the actor) of one that waits there
             for its start; `clock` (the driver's, from `clock.anchor`).
     """
-    clock.adopt(config["clock"])
     start: Start = config["start"] if "start" in config else _wait_for_start(config["gate"])
+    same_machine = _take_clock(config["clock"], start.telemetry)
     entered = clock.now()
     stacks.answer_requests()
     import ray
@@ -68,8 +69,28 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     flight_recorder.hide(placement.rank)
     plan = start.plan
-    reserved = {"start_evaluating": RayEvaluators} if plan.evaluation_gpus or plan.evaluation_cpus else {}
-    Rank(plan, start.attempt, placement, channel, before_step(), **reserved).train(entered)
+    reserved = (
+        {"start_evaluating": partial(RayEvaluators, start.telemetry)}
+        if plan.evaluation_gpus or plan.evaluation_cpus
+        else {}
+    )
+    rank = Rank(plan, start.attempt, placement, channel, before_step(), **reserved)
+    if not (same_machine or placement.local_rank) and abs(deviation := clock.deviation()) > clock.TOLERANCE_SECONDS:
+        rank.send(ClockChanged, seconds=deviation)
+    rank.train(entered)
+
+
+def _take_clock(anchor: str, telemetry: Any) -> bool:
+    """Takes over the driver's clock, from another machine via the actor there; returns whether it is on this one."""
+    import ray
+
+    if clock.adopt(anchor):
+        return True
+    try:
+        clock.follow(lambda: float(ray.get(telemetry.now.remote(), timeout=CONFIRM_TIMEOUT_SECONDS)))
+    except ray.exceptions.RayError as error:  # the loss of that actor ends the attempt
+        logger.warning("the driver's clock is not known: %s", error)
+    return False
 
 
 def _wait_for_start(gate: Any) -> Start:
@@ -96,12 +117,16 @@ class RayEvaluators:
     See `trainers.evaluation_server.Evaluating`.
     """
 
-    def __init__(self, plan: TrialPlan) -> None:
+    def __init__(self, telemetry: Any, plan: TrialPlan) -> None:
         import ray
 
         from trainers.evaluation_server import EvaluationServer
 
         class Server(EvaluationServer):
+            def __init__(self, plan: TrialPlan, device: str, anchor: str, rank: int, world_size: int) -> None:
+                _take_clock(anchor, telemetry)
+                super().__init__(plan, device, anchor, rank, world_size)
+
             def address(self) -> str:
                 return f"{ray.util.get_node_ip_address()}:{find_port()}"
 

@@ -54,6 +54,10 @@ class Telemetry:
         self._command: Command = "run"
         self._attempt = 0
 
+    def now(self) -> float:
+        """The run's time (Unix seconds), for workers on other machines."""
+        return clock.now()
+
     def push(self, event: Event) -> None:
         """Takes an event from a worker."""
         self._events.append(event)

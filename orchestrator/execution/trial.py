@@ -53,9 +53,6 @@ from trainers.contract.plan import TrialPlan
 POLL_INTERVAL_SECONDS = 0.2
 """How often the driver looks at the workers."""
 
-CLOCK_TOLERANCE_SECONDS = 2.0
-"""How far the wall clock may be off the run's before it counts as set."""
-
 E = TypeVar("E", bound=Event)
 
 
@@ -202,7 +199,7 @@ class _Trial:
 
     def _note_clock(self) -> None:
         deviation = clock.deviation()
-        if abs(deviation - self.deviation) > CLOCK_TOLERANCE_SECONDS:
+        if abs(deviation - self.deviation) > clock.TOLERANCE_SECONDS:
             self.deviation = deviation
             self._emit(ClockChanged, seconds=deviation)
 

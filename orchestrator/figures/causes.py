@@ -136,7 +136,5 @@ def changes_text(changes: dict[str, Any]) -> str:
 def clock_note(event: ClockChanged) -> str:
     """A change of the machine's clock in a line."""
     direction = "ahead of" if event.seconds > 0 else "behind"
-    return (
-        f"the clock of the driver's machine is {abs(event.seconds):,.0f} s {direction} the run's times, which go on as "
-        "they began"
-    )
+    whose = "the driver's machine" if event.rank < 0 else f"rank {event.rank}'s machine"
+    return f"the clock of {whose} is {abs(event.seconds):,.0f} s {direction} the run's times, which go on as they began"

@@ -234,7 +234,8 @@ class ProgressDisplay:
 
     @__call__.register
     def _clock_changed(self, event: ClockChanged) -> None:
-        self._print(event.trial, f"[yellow]the clock was set[/]: {clock_note(event)}", always=True)
+        what = "the clock was set" if event.rank < 0 else "a clock is off"
+        self._print(event.trial, f"[yellow]{what}[/]: {clock_note(event)}", always=True)
 
     @__call__.register
     def _worker_failed(self, event: WorkerFailed) -> None:

@@ -1,4 +1,4 @@
-"""The machine's clock is set back two hours in mid-run: durations stay what they were, and it is noted."""
+"""The clock is set back in mid-run, or another machine's is off: durations stay what they were, and it is noted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import ROOT
 from tests.builders.experiments import write_experiment
-from tests.builders.fault_bench import experiment
+from tests.builders.fault_bench import Bench, experiment
 from tests.builders.waiting import wait_for
-from trainers.contract.events import ClockChanged
+from trainers.contract import clock
+from trainers.contract.events import ClockChanged, Evaluated
 from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train
@@ -79,3 +80,22 @@ def test_a_clock_that_is_set_back_in_mid_run_changes_no_duration_and_is_noted(tm
     assert "7,200 s behind" in output and "7,200 s behind" in (run / "report.md").read_text()
     info = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(str(trial.mlflow_run_id)).info
     assert info.status == "FINISHED" and info.start_time < info.end_time
+
+
+@pytest.mark.soak
+def test_a_worker_on_a_machine_with_another_clock_takes_the_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_offset", clock._offset - 7200)  # all workers are two hours ahead of this driver
+    anchors = iter([clock.anchor()])  # for the actor that takes events; to the workers, it is another machine's
+    monkeypatch.setattr(clock, "anchor", lambda: next(anchors, "another-boot 0.0"))
+    began = clock.now()
+    values = experiment(trials={"world_sizes": [1], "scaling": "strong"})
+    values["resources"] = {**values.get("resources", {}), "evaluation": {"cpus": 1}}  # in another process again
+    outcome = bench.run(values=values)
+    assert outcome.ended.status == "FINISHED", outcome.ended.reason
+    times = [event.time for event in outcome.events if event.rank == 0]
+    evaluations = outcome.of(Evaluated)
+    assert [event.overlapped for event in evaluations] == [True, False]
+    times += [event.box_scored for event in evaluations]
+    assert began < min(times) and max(times) < clock.now()
+    noted = [event.seconds for event in outcome.of(ClockChanged) if event.rank == 0]
+    assert noted == [pytest.approx(7200, abs=60)]

@@ -26,6 +26,7 @@ def odd() -> TrialBuilder:
     made.emit(CheckpointFailed, 29.2, iteration=8, message="the checkpoint of iteration 8 could not be written")
     made.emit(ClockChanged, 29.5, rank=-1, seconds=-7200.2)
     made.emit(ClockChanged, 29.6, rank=-1, seconds=86400.0)
+    made.emit(ClockChanged, 29.7, rank=1, seconds=-3600.0)
     made.evaluated(29.8, 7, 1.0, 1.0, left_out=(5, 6), num_lost=2)
     for iteration in (7, 9):  # that of 7 was made after a restart
         made.emit(EvaluationLost, 29.9, iteration=iteration, message=f"the evaluation after {iteration} is left out")
@@ -35,6 +36,7 @@ def odd() -> TrialBuilder:
 NOTES = [
     "the clock of the driver's machine is 7,200 s behind the run's times, which go on as they began",
     "the clock of the driver's machine is 86,400 s ahead of the run's times, which go on as they began",
+    "the clock of rank 1's machine is 3,600 s behind the run's times, which go on as they began",
     f"the checkpoint {PATH} is damaged and was skipped: its SHA-256 is not the manifest's",
     "the checkpoint of iteration 8 could not be written",
     "the evaluation after 5, 6 iterations was left out, since an older one was in progress",
@@ -62,7 +64,7 @@ def test_the_terminal_shows_it_also_where_it_is_quiet(odd: TrialBuilder) -> None
         display(event)
     shown = output.getvalue()
     assert f"skipping a damaged checkpoint {PATH}: its SHA-256 is not the manifest's" in shown
-    assert shown.count("the clock was set: ") == 2
+    assert shown.count("the clock was set: ") == 2 and shown.count("a clock is off: ") == 1
     assert "evaluation after 5, 6 iterations was left out" in shown
     assert "the evaluation after 9 is left out" in shown
 

@@ -44,9 +44,27 @@ def test_another_process_of_the_machine_and_its_children_take_the_clock_over(mon
     assert len(times) == 2 and before < times[0] < times[1] < clock.now()
 
 
-def test_the_clock_of_another_machine_is_not_taken_over() -> None:
+@pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
+def test_the_clock_of_another_machine_is_read_and_handed_on(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    steady, delays = [1000.0], iter([0.3, 0.01, 0.2, 0.4, 0.1])
+    monkeypatch.setattr(clock, "_steady", lambda: steady[0])
+
+    def read() -> float:
+        """Of the time of a call, a tenth passes before the reading: so it is wrong by 0.4 of it."""
+        delay = next(delays)
+        steady[0] += delay
+        return seconds + steady[0] - 0.9 * delay
+
+    clock.follow(read)
+    assert clock.now() == pytest.approx(seconds + steady[0] - 0.004), "the fastest answer counts"
+    assert os.environ[clock.VARIABLE] == clock.anchor()
+
+
+def test_the_clock_of_another_machine_is_not_taken_over_unread() -> None:
     before = clock.now()
-    clock.adopt("another-boot 0.0")
+    assert clock.adopt(clock.anchor())
+    os.environ.pop(clock.VARIABLE)
+    assert not clock.adopt("another-boot 0.0")
     assert 0 <= clock.now() - before < 600 and clock.VARIABLE not in os.environ
 
 

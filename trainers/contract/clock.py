@@ -1,7 +1,8 @@
 """The clock of a run: Unix seconds that move on evenly, also when somebody sets the machine's clock meanwhile.
 
-The driver's clock is the wall clock of its start, moved on by the machine's monotonic clock. The workers take it over
-where they are on the same machine, since they read the same monotonic clock; elsewhere each process has its own.
+The driver's clock is the wall clock of its start, moved on by the machine's monotonic clock. The workers take it over:
+those on the same machine exactly, since they read the same monotonic clock, the others as well as an answer from there
+allows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+
+READINGS = 5
+"""How often the clock of another machine is read; the reading with the fastest answer counts."""
+
+TOLERANCE_SECONDS = 2.0
+"""How far a wall clock may be off the run's before that is noted."""
 
 VARIABLE = "BENCHMARK_CLOCK"
 """Hands the clock on to child processes: the machine's boot, and the offset."""
@@ -41,13 +49,39 @@ def anchor() -> str:
     return f"{_boot()} {_offset!r}"
 
 
-def adopt(given: str) -> None:
-    """Takes over another process's clock, if it is on this machine; so do processes that are started from here."""
+def adopt(given: str) -> bool:
+    """Takes over another process's clock, if it is on this machine; so do processes that are started from here.
+
+    Returns:
+        Whether it is.
+    """
     global _offset
     boot, _, offset = given.partition(" ")
     if boot == _boot():
         _offset = float(offset)
         os.environ[VARIABLE] = given
+        return True
+    return False
+
+
+def follow(read: Callable[[], float]) -> None:
+    """Takes over the clock of a process on another machine; so do processes that are started from here.
+
+    Its reading is set against the middle between question and answer (F. Cristian, Probabilistic clock synchronization,
+    1989), which is wrong by half of the time between them at most.
+
+    Args:
+        read: Returns the other process's `now()`.
+    """
+    global _offset
+    readings = []
+    for _ in range(READINGS):
+        asked = _steady()
+        theirs = read()
+        answered = _steady()
+        readings.append((answered - asked, theirs - (asked + answered) / 2))
+    _offset = min(readings)[1]
+    os.environ[VARIABLE] = anchor()
 
 
 def not_before(moment: float) -> None:

@@ -267,11 +267,11 @@ class CheckpointSkipped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ClockChanged(Event):
-    """Somebody set the clock of the driver's machine (rank -1); the times of events do not follow it."""
+    """A machine's clock is not that of the times of events: the driver's (rank -1) was set, a worker's is another."""
 
     kind: ClassVar[str] = "clock_changed"
     seconds: float
-    """How far it is ahead of the times of events since then; negative where it was set back."""
+    """How far it is ahead of the times of events since then; negative where it is behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
