@@ -132,7 +132,7 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
         loader_workers = usable_value(experiment, "DATALOADER.NUM_WORKERS")
         most_loader_workers = cpus - 1  # one is for the training process itself
     scalings: tuple[Scaling, ...] = ("weak", "strong") if trials.scaling == "both" else (trials.scaling,)
-    checkpoints = experiment.storage.checkpoints
+    checkpoints = _address_or_path(experiment.storage.checkpoints or "", "storage.checkpoints")
     checkpoint_root = under(checkpoints, f"{experiment.name}/{Path(run_dir).name}") if checkpoints else run_dir
     # The largest trial decides for all, so that sizes that are compared evaluate alike.
     alone = hardware.num_hosts == 1 and not trials.allow_shared_nodes
@@ -217,4 +217,8 @@ def start_weights(experiment: Experiment) -> str:
     """Start weights, `model.weights` or else `MODEL.WEIGHTS`: an address or an absolute path; "" for random ones."""
     given = experiment.model.weights
     name: str = usable_value(experiment, "MODEL.WEIGHTS") if given is None else given
-    return str(absolute(name, "model.weights")) if name and "://" not in name else name
+    return _address_or_path(name, "model.weights")
+
+
+def _address_or_path(name: str, place: str) -> str:
+    return str(absolute(name, place)) if name and "://" not in name else name

@@ -243,6 +243,7 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     ("place", "value"),
     [
         ("storage", {"path": NOBODY}),
+        ("storage", {"checkpoints": NOBODY}),
         (
             "data",
             {"coco": {f"{part}_{what}": NOBODY for part in ("train", "val") for what in ("annotations", "images")}},
@@ -257,6 +258,12 @@ def test_a_path_below_the_home_of_nobody_is_refused_with_its_field(place: str, v
     experiment = load(**{place: value})
     with pytest.raises(SpecError, match=rf"^{place}.*: {NOBODY}: ~nobody-of-this-name is no user's home folder here"):
         expand(with_references(experiment), Hardware(), str(new_run_dir(experiment, None)), generated_root(experiment))
+
+
+def test_checkpoints_go_below_the_folder_that_is_meant() -> None:
+    for given, meant in (("~/c", Path.home() / "c"), ("c", Path.cwd() / "c"), ("s3://c", "s3://c")):
+        (plan,) = plans(load(storage={"checkpoints": given}))
+        assert plan.checkpoint_dir == f"{meant}/tiny/x/{plan.name}/checkpoints"
 
 
 @pytest.mark.parametrize("option", ["--output", "--resume", "--replay-outbox"])
