@@ -244,10 +244,7 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     [
         ("storage", {"path": NOBODY}),
         ("storage", {"checkpoints": NOBODY}),
-        (
-            "data",
-            {"coco": {f"{part}_{what}": NOBODY for part in ("train", "val") for what in ("annotations", "images")}},
-        ),
+        ("data", {"coco": {f"{a}_{b}": NOBODY for a in ("train", "val") for b in ("annotations", "images")}}),
         ("model", {"config": NOBODY}),
         ("model", {"weights": NOBODY}),
         ("prediction", NOBODY),
