@@ -1,20 +1,26 @@
-"""MLflow dead, slow, silent and back again: training's side never waits, and every point arrives exactly once."""
+"""MLflow dead, slow, silent, locked and back again: training never waits, and every point arrives exactly once."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 
 from orchestrator.drive import NOT_TRACKED, exit_code
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
@@ -24,7 +30,9 @@ from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
 from tests.builders.mlflow_server import MlflowServer
 from tests.builders.s3 import free_port
-from trainers.contract.events import Evaluated, StepsDone
+from tests.builders.waiting import wait_for
+from trainers.contract.events import Evaluated, RunEnded, StepsDone
+from trainers.faults import VARIABLE, Fault, fired
 
 pytestmark = pytest.mark.train
 
@@ -190,3 +198,75 @@ def test_a_run_that_trained_and_is_not_tracked_says_so_last_and_by_its_exit_code
 def test_only_a_finished_run_that_is_to_be_tracked_now_has_the_exit_code_of_an_untracked_one() -> None:
     assert exit_code("FINISHED", tracked=True) == 0 and exit_code("FINISHED", tracked=False) == NOT_TRACKED == 3
     assert exit_code("FAILED", tracked=False) == 1 and exit_code("KILLED", tracked=False) == 130
+
+
+def run_while(folder: Path, disturbed: Callable[[Path], AbstractContextManager[None]]) -> tuple[int, str]:
+    """Runs the command, whose store is disturbed from mid-run to its last event; returns its exit code and output."""
+    faults, run = folder / "faults.json", folder / "run"
+    faults.write_text(json.dumps([dataclasses.asdict(Fault("hold", rank=0, iteration=5))]))
+    command = [sys.executable, "-m", "orchestrator.run", write_experiment(folder, experiment()), "--output", run]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, VARIABLE: str(faults), "COLUMNS": "200"},
+    )  # fmt: skip
+
+    def wait_until(met: Callable[[], bool]) -> None:
+        wait_for(lambda: met() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[0]
+
+    try:
+        wait_until(lambda: bool(fired(faults)) and len(Tracker(run, store(folder)).run_ids()) == 2)
+        with disturbed(folder):
+            faults.unlink()
+            wait_until(lambda: any(isinstance(event, RunEnded) for event, _ in Outbox(run / FILE_NAME).read()))
+        output = process.communicate(timeout=600)[0]
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def store(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with closing(sqlite3.connect(folder / "mlflow.db", timeout=60, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+
+
+@contextmanager
+def deleted(folder: Path) -> Iterator[None]:
+    MlflowClient(store(folder)).delete_experiment("1")
+    yield
+
+
+@pytest.mark.soak
+def test_a_database_that_is_locked_in_mid_run_has_every_point_once_in_the_end(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    code, output = run_while(tmp_path, locked)
+    assert code == 0 and "Traceback" not in output, output
+    run = Tracker(tmp_path / "run", store(tmp_path)).run_ids()[undisturbed.plan.name]
+    assert metric_rows(store(tmp_path), run) == undisturbed.rows
+    assert {each.info.status for each in MlflowClient(store(tmp_path)).search_runs(["1"])} == {"FINISHED"}
+
+
+@pytest.mark.soak
+def test_an_experiment_that_is_deleted_in_mid_run_comes_back_by_the_commands_of_the_last_line(
+    tmp_path: Path, undisturbed: Outcome
+) -> None:
+    code, output = run_while(tmp_path, deleted)
+    assert code == NOT_TRACKED and "Traceback" not in output, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("NOT TRACKED.") and "the experiment 1 was deleted there" in last
+    restore, track = re.findall(r"`(.+?)`", last)[0], last.partition("Track it with: ")[2]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in (restore, track):
+        shell = ["/bin/sh", "-c", command]
+        done = subprocess.run(shell, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    run = Tracker(tmp_path / "run", store(tmp_path)).run_ids()[undisturbed.plan.name]
+    assert metric_rows(store(tmp_path), run) == undisturbed.rows

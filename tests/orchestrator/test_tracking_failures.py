@@ -118,6 +118,20 @@ def test_an_experiment_that_was_deleted_before_is_named(run: Path) -> None:
     assert "mlflow experiments restore -x 1" in failure(run)
 
 
+def test_a_database_that_is_locked_for_longer_than_mlflow_waits_has_every_event_in_the_end(run: Path) -> None:
+    rest = first_lines(run, 20)
+    tracker = Tracker(run, store(run))
+    tracker.sync()
+    with (run / FILE_NAME).open("a") as file:
+        file.write(rest)
+    with closing(sqlite3.connect(run.parent / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert "does not take events: " in (text := failure(run, tracker)) and "database is locked" in text
+        other.execute("ROLLBACK")
+    assert tracker.sync()
+    assert {each.info.status for each in MlflowClient(store(run)).search_runs(["1"])} == {"FINISHED"}
+
+
 def test_a_store_that_lost_its_run_for_good_says_how_to_track_it_again(run: Path) -> None:
     rest = first_lines(run, 20)
     Tracker(run, store(run)).sync()
