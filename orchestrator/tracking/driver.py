@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from orchestrator.files import without_credentials, write_atomically
 from orchestrator.findings import root_cause
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
+from orchestrator.tracking.text import own_runs
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
 if TYPE_CHECKING:
@@ -50,11 +51,6 @@ def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> st
     """The command that restores something deleted in a store."""
     call = f"experiments restore -x {id}" if what == "experiment" else f"runs restore --run-id {id}"
     return f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} mlflow {call}"
-
-
-def own_runs(ids: dict[str, str]) -> dict[str, str]:
-    """Of MLflow's run ids by name, those of the run itself: not of references, which other runs share."""
-    return {name: id for name, id in ids.items() if not name.startswith("reference/")}
 
 
 class TrackingError(Exception):

@@ -29,10 +29,9 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.process import user_name
 from orchestrator.report.table import markdown_table
 from orchestrator.tracking import benchmark, notes
-from orchestrator.tracking.driver import own_runs
 from orchestrator.tracking.evaluations import EvaluationLog, evaluation_metrics
 from orchestrator.tracking.models import dataset_inputs, log_model
-from orchestrator.tracking.text import fit, fit_tags
+from orchestrator.tracking.text import fit, fit_tags, own_runs
 from trainers.contract.events import (
     Evaluated,
     Event,

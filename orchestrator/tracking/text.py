@@ -51,5 +51,10 @@ def fit_tags(tags: Mapping[str, str]) -> dict[str, str]:
     return {fit(key, "key"): fit(value, "tag") for key, value in tags.items()}
 
 
+def own_runs(ids: dict[str, str]) -> dict[str, str]:
+    """Of MLflow's run ids by name, those of the run itself: not of references, which other runs share."""
+    return {name: id for name, id in ids.items() if not name.startswith("reference/")}
+
+
 def _escaped(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
