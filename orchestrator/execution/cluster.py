@@ -166,6 +166,11 @@ def lost_daemon() -> str | None:
     return next((name for name, daemon in daemons if not _runs(daemon)), None)
 
 
+def is_local() -> bool:
+    """Whether the cluster is a local one, which this process has started."""
+    return bool(_daemons)
+
+
 def token_required() -> bool:
     """Whether this process, and so the cluster that let it in, uses Ray's token authentication."""
     return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import PreemptionError, WorkerGroupError
 
+from orchestrator.execution.cluster import is_local
 from orchestrator.execution.nodes import call_on_nodes, list_nodes
 from orchestrator.execution.ray_internals import cause_of_death
 from trainers.contract.events import FailureKind, WorkerStarted
@@ -36,8 +37,11 @@ def killed_for_memory(workers: Sequence[WorkerStarted]) -> dict[int, str]:
     out.
     """
     homes = {worker.node_id for worker in workers if worker.oom_kills is not None}
-    nodes = {node: () for node in list_nodes() if node.id in homes}
-    counts = {node.id: count for node, count in call_on_nodes(oom_kills, nodes, OOM_KILLS_TIMEOUT_SECONDS).items()}
+    if is_local():  # in this process's control group; a call may have to wait for a process to start
+        counts: dict[str, object] = dict.fromkeys(homes, oom_kills())
+    else:
+        nodes = {node: () for node in list_nodes() if node.id in homes}
+        counts = {node.id: count for node, count in call_on_nodes(oom_kills, nodes, OOM_KILLS_TIMEOUT_SECONDS).items()}
     texts = {
         worker.rank: oom_kills_text(worker.oom_kills, count)
         for worker in workers
