@@ -174,7 +174,7 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
     if cluster.dashboard and not request.quiet:
         request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
     plans = plan_trials(request, cluster.hardware)
-    from orchestrator.preflight.cluster import preflight_cluster
+    from orchestrator.preflight.cluster import preflight_cluster  # not before Ray starts: it waits for torch
 
     excluded: set[str] = set()
     findings = preflight_cluster(request.experiment, plans, excluded)

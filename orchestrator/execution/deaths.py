@@ -23,7 +23,7 @@ def death(reason: Exception, killed: str = "") -> tuple[FailureKind, str]:
 
     Args:
         reason: What Ray says about it; an OutOfMemoryError where Ray's own monitor of memory ended the process.
-        killed: What is known of the kernel's having killed it, from `killed_for_memory`.
+        killed: What `killed_for_memory` says of this worker; "" for nothing.
     """
     text = str(reason)
     kind: FailureKind = "out_of_memory" if killed or isinstance(reason, OutOfMemoryError) else "worker_lost"

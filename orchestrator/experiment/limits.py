@@ -39,5 +39,5 @@ def unusable(values: Any) -> str:
         elif isinstance(value, int) and value.bit_length() > 1000:
             return "it holds a number of more than 300 digits"
         elif isinstance(value, str) and (found := _NO_TEXT.search(value)):
-            return f"it holds \\u{ord(found[0]):04x}, which is no character of a text"
+            return f"it holds \\u{ord(found[0]):04x}, which no text can hold"
     return ""

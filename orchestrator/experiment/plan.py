@@ -70,7 +70,7 @@ def draw_data(experiment: Experiment) -> None:
     try:
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
     except OSError as error:
-        raise SpecError(f"data.generated: they cannot be drawn below storage.path: {error}") from error
+        raise SpecError(f"data.generated: its images cannot be written below storage.path: {error}") from error
 
 
 def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:

@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             text = f": {node.value[:MAX_SHOWN]!r}" if isinstance(node, yaml.ScalarNode) else ""
-            problem = f"this is no {node.tag.rpartition(':')[2]}{text}"
+            problem = f"not a valid {node.tag.rpartition(':')[2]}{text}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:

@@ -75,15 +75,15 @@ def test_an_endless_file_is_refused_with_its_place(tmp_path: Path, text: str) ->
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ('!!int ""', "this is no int: ''"),
-        ("!!bool maybe", "this is no bool: 'maybe'"),
-        ("!!timestamp x", "this is no timestamp: 'x'"),
-        ("!!timestamp {=: 2001-01-01}", "this is no timestamp"),
-        ("!!map [[a]]", "this is no map"),
-        ("{!!bool maybe: 1}", "this is no bool: 'maybe'"),
+        ('!!int ""', "not a valid int: ''"),
+        ("!!bool maybe", "not a valid bool: 'maybe'"),
+        ("!!timestamp x", "not a valid timestamp: 'x'"),
+        ("!!timestamp {=: 2001-01-01}", "not a valid timestamp"),
+        ("!!map [[a]]", "not a valid map"),
+        ("{!!bool maybe: 1}", "not a valid bool: 'maybe'"),
         (r'"\UFFFFFFFF"', "not valid YAML"),
-        (r'"\udce9"', r"it holds \udce9, which is no character of a text"),
-        (r'["x\0"]', r"it holds \u0000, which is no character of a text"),
+        (r'"\udce9"', r"it holds \udce9, which no text can hold"),
+        (r'["x\0"]', r"it holds \u0000, which no text can hold"),
     ],
 )
 def test_what_yaml_takes_for_a_value_and_is_none_is_refused_with_its_place(

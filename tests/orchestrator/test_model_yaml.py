@@ -137,7 +137,7 @@ def test_the_last_of_several_bases_wins_and_each_value_knows_its_place(tmp_path:
         ({"own": "SOLVER: {GAMMA: 1.0}\nSOLVER: {MAX_ITER: 3}\n"}, "own.yaml:2: .*key SOLVER is given twice"),
         ({"own": "SOLVER:\n  GAMMA: 0.5\n  GAMMA: 0.6\n"}, "own.yaml:3: .*key GAMMA is given twice"),
         ({"own": "MODEL: &m {A: *m}\n"}, "own.yaml:1: not valid YAML"),
-        ({"own": "MODEL: 2024-13-45\n"}, "own.yaml:1: not valid YAML: this is no timestamp: '2024-13-45'"),
+        ({"own": "MODEL: 2024-13-45\n"}, "own.yaml:1: not valid YAML: not a valid timestamp: '2024-13-45'"),
         (
             {"own": "MODEL: !!python/object/apply:os.mkdir [pwned]\n"},
             "own.yaml:1: not valid YAML: code .* is run in the installed",

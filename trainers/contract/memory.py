@@ -19,7 +19,7 @@ _SAYS_SO = re.compile(
 """As in torch's allocators, cuDNN and cuBLAS, C++, numpy, OpenCV, the loader, and oneDNN."""
 
 _LOADER_LOST = re.compile(r"DataLoader worker \(.*\) (is killed by signal: Killed|exited unexpectedly)")
-"""As torch says it; the second where no main thread waits for the loader's processes."""
+"""As torch says it; the second form where no main thread waits for the loader's processes."""
 
 _REQUESTED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMG]iB)")
 """As torch says it, on GPU and CPU."""
