@@ -164,6 +164,8 @@ def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) ->
     """With processors in place of GPUs, and NVML's answers made up."""
     import torch
 
+    from tests.builders.numerics import process_switches
+
     handles = iter(["first", "second"])
     reasons = pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwThermalSlowdown
     answers = {
@@ -198,7 +200,9 @@ def test_all_quantities_of_gpus_are_measured(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gpus, "matrix_rate", rate_until_clocks_are_read)
     monkeypatch.setattr(gpus, "_hardware_xids", lambda: ["Xid (PCI:0000:65:00): 79"])
     keys = node_keys("cuda", short=False)
+    switches = process_switches()
     found = list(gpus.measure_gpus([torch.device("cpu")] * 2, keys, 0.02))
+    assert process_switches() == switches
     values = {(each.key, each.part): each.value for each in found}
     wanted = {key for key in keys if QUANTITIES[key].device == "cuda"}
     assert {key for key, part in values if part == "GPU 0"} == {key for key, part in values if part == "GPU 1"}

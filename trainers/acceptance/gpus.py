@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from trainers.contract.acceptance import Measured
+from trainers.matmul_precision import restored_matmul_precision
 
 PRECISIONS = {
     "fp32": (torch.float32, False),
@@ -98,9 +99,10 @@ def _matrix_rates(
         old = [each for each in devices if each.type == "cuda" and torch.cuda.get_device_capability(each) < (8, 0)]
         if f"gpu_matrix_{precision}" not in keys or (needs_ampere and old):
             continue
-        torch.backends.cuda.matmul.allow_tf32 = with_tf32
         measure = partial(matrix_rate, kind=kind, seconds=seconds, size=MATRIX_SIZE)
-        rates, clocks = _at_once(devices, measure, handles)
+        with restored_matmul_precision():
+            torch.backends.cuda.matmul.allow_tf32 = with_tf32
+            rates, clocks = _at_once(devices, measure, handles)
         for index, rate in enumerate(rates):
             yield Measured(f"gpu_matrix_{precision}", rate / 1e12, f"GPU {index}")
     for index, clock in enumerate(clocks):

@@ -25,6 +25,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 from torch import nn
 
+from trainers.matmul_precision import restored_matmul_precision
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
 from trainers.speedups.determinism import deterministic_process
@@ -181,18 +182,16 @@ def process_settings(recipe: Recipe, device: torch.device, cudnn_benchmark: bool
 
 @contextmanager
 def _gpu_numerics(tf32: bool | None, cudnn_benchmark: bool) -> Iterator[None]:
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    inherits = matmul.fp32_precision == "none"  # which the older switch does not put back
-    if tf32 is not None:
-        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    cudnn.benchmark = cudnn_benchmark
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
-        if inherits:
-            matmul.fp32_precision = "none"
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    with restored_matmul_precision():
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        cudnn.benchmark = cudnn_benchmark
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @contextmanager
