@@ -39,8 +39,8 @@ E = TypeVar("E", bound=Event)
 PERIOD = 10
 """Iterations of a window of steps."""
 
-CHECKPOINT_PERIOD = 30
-"""Iterations between checkpoints: some four seconds, as `checkpoint_period: auto` advises at a fault a minute."""
+CHECKPOINT_PERIOD = 20
+"""Iterations between checkpoints: some three seconds, as `checkpoint_period: auto` advises at a fault a minute."""
 
 MARK = "CHAOS_RUN"
 """Variable of the environment by which all processes of a run are found."""
@@ -62,7 +62,7 @@ time.time = _time
 
 
 def soak_experiment(name: str, uri: str, iterations: int, workers: int, patience: float = 1.0) -> dict[str, Any]:
-    """Checkpoints every four seconds, and what a run needs to survive everything that may be retried."""
+    """Checkpoints every three seconds, and what a run needs to survive everything that may be retried."""
     timeouts = {"step": 8, "heartbeat": 8, "evaluation": 30, "checkpoint": 20, "report": 20, "setup": 120}
     values = tiny_experiment(
         name=name,

@@ -94,8 +94,8 @@ def summary(rows: list[Row], options: argparse.Namespace) -> str:
     lines = [
         f"# {datetime.now(UTC):%Y-%m-%d}, `make chaos SEEDS={len(rows)}`",
         "",
-        f"A mean time between failures of {options.mtbf:g} s, {options.iterations} iterations a run, {hours:.1f} "
-        f"hours. {held} of {len(rows)} seeds held all invariants. {sum(kinds.values())} faults: "
+        f"A mean time between failures of {options.mtbf:g} s while workers train, {options.iterations} iterations a "
+        f"run, {hours:.1f} hours. {held} of {len(rows)} seeds held all invariants. {sum(kinds.values())} faults: "
         + (", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) or "none")
         + ".",
         f"Goodput: {goodput(rows):.1%} once training had begun ({useful:.0f} s of {wall - startup:.0f} s), "

@@ -1,10 +1,10 @@
 """A soak: runs of the whole command with random faults, each compared with an undisturbed one: `make chaos SEEDS=20`.
 
 Faults come at random moments, with a mean time between failures, from the catalogue of
-`tests/builders/chaos_faults.py`: what can happen to workers, and to everything else that a run consists of. Exit code 1
-when an invariant did not hold: the same weights bit for bit, the same AP, every metric row in MLflow exactly once, no
-process and no file left, the right exit code, the right cause and rank in the record, and the goodput that
-`--min-goodput` asks for.
+`tests/builders/chaos_faults.py`: what can happen to workers, and to everything else that a run consists of. Each kind
+comes at its own rate, and does not come while what it happens to is not there. Exit code 1 when an invariant did not
+hold: the same weights bit for bit, the same AP, every metric row in MLflow exactly once, no process and no file left,
+the right exit code, the right cause and rank in the record, and the goodput that `--min-goodput` asks for.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ MAX_SECONDS = 1800.0
 MAX_STARTS = 30
 """A command that was started so often comes to no end."""
 
-Schedule = Iterator[tuple[float, dict[str, Kind]]]
-"""Seconds until the next fault, and kinds by name of which one is drawn that can happen then."""
+Schedule = Iterator[tuple[float, str, Kind]]
+"""Seconds until the next fault, and its kind with its name."""
 
 
 class Soak:
@@ -65,18 +65,20 @@ class Soak:
     ) -> None:
         self.folder, self.disk, self.server, self.values, self.busy = folder, disk, server, values, busy
 
-    def run(self, name: str, schedule: Schedule, chance: random.Random) -> Disturbed:
+    def run(self, name: str, schedule: Schedule, chance: random.Random, *, wait: bool = True) -> Disturbed:
         """A run to its end.
 
         Args:
             name: Of the run.
-            schedule: Of the faults; one that is due waits until the run is where any of its kinds can happen.
-            chance: Of kinds, and of what the faults draw.
+            schedule: Of the faults.
+            chance: Of what the faults draw.
+            wait: Whether one that is due waits until it can happen; else it does not happen then.
         """
         values = self.values(name)
         run, faults = ChaosRun(self.folder / name, self.disk, self.server, values, busy=self.busy), list[Fired]()
         began = last = time.monotonic()
-        after, kinds = next(schedule, (math.inf, {}))
+        none = math.inf, "", KINDS["kill"]
+        after, fault, kind = next(schedule, none)
         try:
             run.start()
             while True:
@@ -89,10 +91,10 @@ class Soak:
                 elif now - began > MAX_SECONDS:
                     run.problems.append(f"did not end within {MAX_SECONDS:.0f} s")
                     break
-                elif now - last >= after and (fitting := [each for each in kinds if fits(run, kinds[each])]):
-                    (fault,) = chance.choices(fitting, weights=[kinds[each].share for each in fitting])
-                    faults.append(self._fire(run, fault, kinds[fault], chance, now - began))
-                    after, kinds = next(schedule, (math.inf, {}))
+                elif now - last >= after and ((fitting := fits(run, kind)) or not wait):
+                    if fitting:
+                        faults.append(self._fire(run, fault, kind, chance, now - began))
+                    after, fault, kind = next(schedule, none)
                     last = now
         finally:
             run.end()
@@ -121,9 +123,11 @@ class Soak:
 
 
 def drawn(chance: random.Random, kinds: dict[str, Kind], mtbf: float) -> Schedule:
-    """Faults without end, with a mean time between them in seconds."""
+    """Faults without end, with a mean time between them in seconds, each kind as often as its share says."""
+    shares = [kind.share for kind in kinds.values()]
     while True:
-        yield chance.expovariate(1 / mtbf), kinds
+        (name,) = chance.choices(list(kinds), shares)
+        yield chance.expovariate(1 / mtbf), name, kinds[name]
 
 
 @contextmanager
@@ -150,14 +154,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="how many runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--mtbf", type=float, default=60.0, help="mean time between failures, in seconds")
+    parser.add_argument(
+        "--mtbf", type=float, default=60.0, help="mean time between failures while workers train, in seconds"
+    )
     parser.add_argument(
         "--only",
         action="append",
         choices=KINDS,
         help="this kind, once, as soon as it can happen; repeatable, in that order",
     )
-    parser.add_argument("--iterations", type=int, default=200, help="of a run; half a minute on two quiet cores")
+    parser.add_argument("--iterations", type=int, default=250, help="of a run; some 35 seconds on two quiet cores")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies time-outs, for a machine that is busy")
     parser.add_argument("--min-goodput", type=float, default=0.0, help="exit code 1 below it (0 to 1)")
     parser.add_argument("--to", type=Path, help="folder of rows, summary and broken runs; seeds with a row are kept")
@@ -187,12 +193,12 @@ def main() -> int:
                 print(f"{workers} workers undisturbed: {undisturbed.seconds:.0f} s, goodput {found:.0%}", flush=True)
             print(f"\n{HEADER}", flush=True)
             kinds = {name: KINDS[name] for name in KINDS if disk.is_mount() or name not in NEEDS_SMALL_DISK}
-            forced = [(0.0, {name: KINDS[name]}) for name in options.only or ()]
+            forced = [(0.0, name, KINDS[name]) for name in options.only or ()]
             for seed in seeds:
                 soak, control = soaks[seed % len(soaks)]
                 chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
                 schedule = iter(forced) if forced else drawn(chance, kinds, options.mtbf)
-                ended = soak.run(f"seed{seed}", schedule, chance)
+                ended = soak.run(f"seed{seed}", schedule, chance, wait=bool(forced))
                 if forced and len(ended.faults) < len(forced):
                     ended.run.problems.append("not every fault fired")
                 rows.append(new := row(seed, ended, control))

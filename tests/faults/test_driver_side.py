@@ -79,7 +79,7 @@ def test_a_run_ends_as_undisturbed_after(what: str, bench: Bench) -> None:
     if kind is KINDS["disk_full"] and not bench.small_disk:
         pytest.skip("a file system cannot be mounted here (root is needed)")
     name = f"run{list(CASES).index(what)}"
-    ended = bench.soak.run(name, iter([(0.0, {what: kind})]), random.Random(name))  # noqa: S311 - repeatable
+    ended = bench.soak.run(name, iter([(0.0, what, kind)]), random.Random(name))  # noqa: S311 - repeatable
     assert [fault.name for fault in ended.faults] == [what], "the fault did not happen"
     assert not broken(ended.run, ended.faults, bench.control), log_tail(ended.run.folder)
     bench.soak.remove(ended.run)  # the disk is small
