@@ -130,6 +130,10 @@ def main(
         )
         # Ray prints what its daemons report to stdout, which is to hold one JSON document.
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            if dry_run or preflight:
+                from orchestrator.runlog.folder import check_unused
+
+                check_unused(run_dir, earlier)
             if dry_run:
                 raise typer.Exit(_show_plan(request, asked))
             if preflight:

@@ -6,7 +6,9 @@ drew them. The set is drawn into a temporary folder and renamed: a folder that h
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import shutil
 import uuid
@@ -53,6 +55,7 @@ def generate(
     Raises:
         ValueError: A parameter is out of its range.
         FileExistsError: `to` holds something else: other files, or a set with other parameters and no `replace`.
+        OSError: It cannot be written, or is larger than what is free.
     """
     width, height = (size, size) if isinstance(size, int) else size
     fewest, most = shapes_per_image
@@ -61,6 +64,7 @@ def generate(
     if _is_present(to, wanted, replace=replace):
         return coco_layout(to)
     to.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(to.parent, wanted)
     partial = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         (partial / "annotations").mkdir(parents=True)
@@ -106,6 +110,17 @@ def _put_in_place(partial: Path, to: Path, parameters: ShapesParameters, *, repl
         to.rename(old)
         partial.rename(to)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_room(folder: Path, parameters: ShapesParameters) -> None:
+    """Raises OSError where the images, each as large as the first one, take more than what is free."""
+    limit = parameters.distinct_images or math.inf
+    number = sum(min(num_images, limit) for num_images in (parameters.num_train, parameters.num_val))
+    needed = number * len(_draw_jpeg(0, 0, parameters)[0])
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        gib, of = (f"{size / 2**30:,.1f} GiB" for size in (needed, free))
+        raise OSError(errno.ENOSPC, f"{number:,} images take about {gib}, {of} are free", str(folder))
 
 
 def _write_split(
@@ -158,16 +173,21 @@ def _run_chunks(chunks: list[tuple[str, int, int, int, ShapesParameters]], proce
 
 
 def _draw_chunk(chunk: tuple[str, int, int, int, ShapesParameters]) -> list[list[dict[str, Any]]]:
-    import cv2
-    import numpy as np
-
     folder, split, start, stop, parameters = chunk
     drawn = []
     for index in range(start, stop):
-        image, shapes = draw_image(np.random.default_rng([parameters.seed, split, index]), parameters)
-        done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
-        if not done:
-            raise OSError(f"image {index} could not be encoded as JPEG")
-        (Path(folder) / f"{index + 1:012d}.jpg").write_bytes(data.tobytes())
+        data, shapes = _draw_jpeg(split, index, parameters)
+        (Path(folder) / f"{index + 1:012d}.jpg").write_bytes(data)
         drawn.append(shapes)
     return drawn
+
+
+def _draw_jpeg(split: int, index: int, parameters: ShapesParameters) -> tuple[bytes, list[dict[str, Any]]]:
+    import cv2
+    import numpy as np
+
+    image, shapes = draw_image(np.random.default_rng([parameters.seed, split, index]), parameters)
+    done, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    if not done:
+        raise OSError(f"image {index} could not be encoded as JPEG")
+    return data.tobytes(), shapes

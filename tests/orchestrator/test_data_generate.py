@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,12 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "a", num_train=1, num_val=1, size=32, on_progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_set_larger_than_the_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"2,147,483,711 images take about [\d,.]+ GiB, [\d,.]+ GiB are free") as caught:
+        generate(tmp_path / "data", num_train=2**31 - 1, num_val=64)
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 def test_repeated_images_are_links_with_annotations_of_their_own(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_job_that_is_to_go_on_by_itself_names_its_folder(tmp_path):
     assert done.returncode == 1 and "bad_input: x.jpg) and would again" in done.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--resume", "auto")])
+@pytest.mark.parametrize("options", [(), ("--resume", "auto"), ("--dry-run",), ("--preflight",)])
 def test_a_folder_that_cannot_be_is_refused_in_a_sentence(tmp_path, options):
     output = tmp_path / ("n" * 300)
     done = run_command(write_experiment(tmp_path, tiny_experiment()), "--output", output, *options, cwd=tmp_path)
