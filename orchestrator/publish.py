@@ -32,6 +32,7 @@ from orchestrator.report.writer import try_report
 from orchestrator.runlog.folder import (
     WORKING_DIRECTORY,
     EarlierRun,
+    LockError,
     enter_working_directory,
     only_driver,
     read_earlier_run,
@@ -248,8 +249,8 @@ def close_run(
     outbox, tracker = Outbox(run_dir / FILE_NAME), Tracker(run_dir, tracking_uri(experiment.tracking.uri))
     publication = Publication(experiment, run_dir, tracker, run, outbox)
     publication._result.environment = run.environment
-    with only_driver(run_dir):
-        try:
+    try:
+        with only_driver(run_dir):
             events = [event for event, _ in outbox.read()]
             clock.not_before(max(event.time for event in events))
             for name, plan in run.plans.items():
@@ -263,9 +264,10 @@ def close_run(
             if run.ended:  # and only its end was not tracked yet
                 status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
             return publication, publication.finish(status, outbox.append, console, math.inf, reason)
-        except RunFolderError as error:
-            publication.give_up(RunFolderError(f"{reason}; {error}", gone=error.gone), console)
-            return publication, None
+    except (LockError, RunFolderError) as error:
+        gone = isinstance(error, RunFolderError) and error.gone
+        publication.give_up(RunFolderError(f"{reason}; {error}", gone=gone), console)
+        return publication, None
 
 
 def track_folder(folder: Path) -> str:

@@ -250,6 +250,10 @@ def check_unused(run_dir: Path, earlier: EarlierRun | None) -> None:
         raise SpecError(f"{run_dir}: it cannot be read: {root_cause(error)}") from error
 
 
+class LockError(SpecError):
+    """The file system of a run's folder refuses its lock."""
+
+
 @contextmanager
 def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
     """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
@@ -260,7 +264,8 @@ def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LO
         timeout: Longest wait for another driver to end, in seconds.
 
     Raises:
-        SpecError: Another driver is at work there, or the file system has no locks.
+        LockError: The file system has no locks, or cannot be written.
+        SpecError: Another driver is at work there.
     """
     import filelock
 
@@ -272,7 +277,7 @@ def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LO
         text = f"process {known['pid']} on {known['host']}" if known else "another process"
         raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
     except OSError as error:
-        raise SpecError(f"{run_dir}: it cannot be locked: {error}") from error
+        raise LockError(f"{run_dir}: it cannot be locked: {error}") from error
     try:
         with suppress(OSError):  # for messages alone
             owner.write_bytes(orjson.dumps({"pid": owner_pid or os.getpid(), "host": socket.gethostname()}))

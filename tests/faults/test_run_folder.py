@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -123,8 +124,12 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_a_cut_log_lacks_is_na
     assert len(list(run.glob("*/checkpoints/iter_*"))) <= 2, "the newest and the best"
 
 
-def test_a_run_whose_process_is_lost_while_the_disk_is_full_is_marked_as_failed(
-    tmp_path: Path, small_disk: Path
+@pytest.mark.parametrize(
+    ("disk", "what"),
+    [("full", "cannot be written: No space left on device"), ("read-only", r": it cannot be locked: .*Read-only file")],
+)
+def test_a_run_whose_process_is_lost_while_its_disk_cannot_be_written_is_marked_as_failed(
+    tmp_path: Path, small_disk: Path, disk: str, what: str
 ) -> None:
     run, printed, stdout = small_disk / "run", io.StringIO(), io.StringIO()
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -133,11 +138,14 @@ def test_a_run_whose_process_is_lost_while_the_disk_is_full_is_marked_as_failed(
     (run / FILE_NAME).write_text("".join(lines[:-2]))  # without the ends of the trial and of the run
     Tracker(run, uri).sync()
     assert statuses(tmp_path) == {"RUNNING": 2, "FINISHED": 1}, "the published figure is over"
-    fill(small_disk / "filler")
+    if disk == "full":
+        fill(small_disk / "filler")
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     request = Request(made, run, None, Console(file=printed, width=200), True, stdout, False, False)
     assert drive.close(request, "FAILED", "the Ray cluster was lost") == 1
     (line,) = printed.getvalue().split("\n")[:-1]
-    assert line.startswith(f"FAILED: the Ray cluster was lost; {run} cannot be written: No space left on device; ")
+    assert re.match(f"FAILED: the Ray cluster was lost; {run} ?{what}", line)
     assert "shows it as failed" in line and line.endswith(f"python -m orchestrator.run --resume {run}")
     assert statuses(tmp_path) == {"FAILED": 2, "FINISHED": 1}
     assert json.loads(stdout.getvalue())["status"] == "FAILED"
