@@ -89,7 +89,8 @@ def run(request: Request, working: Callable[..., None]) -> int:
     Raises:
         ClusterLostError: The local Ray cluster is gone; `close` does what is left to do, in another process.
     """
-    from orchestrator.runlog.folder import check_unused, only_driver
+    from orchestrator.runlog.folder import check_unused
+    from orchestrator.runlog.lock import only_driver
 
     with only_driver(request.run_dir) if request.earlier else nullcontext():
         check_unused(request.run_dir, request.earlier)  # refused before anything is checked or started

@@ -29,14 +29,8 @@ from orchestrator.report.mlflow_links import mlflow_base, table_address
 from orchestrator.report.mlperf import write_mllog
 from orchestrator.report.table import closing_table
 from orchestrator.report.writer import try_report
-from orchestrator.runlog.folder import (
-    WORKING_DIRECTORY,
-    EarlierRun,
-    LockError,
-    enter_working_directory,
-    only_driver,
-    read_earlier_run,
-)
+from orchestrator.runlog.folder import WORKING_DIRECTORY, EarlierRun, enter_working_directory, read_earlier_run
+from orchestrator.runlog.lock import LockError, only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract import clock

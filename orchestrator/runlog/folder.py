@@ -1,4 +1,4 @@
-"""A run's folder: reads it back, for reports and to go on with the run, and keeps a second driver off it.
+"""A run's folder: reads it back, for reports and to go on with the run.
 
 All that is needed is in the folder: the experiment and the plans in `events.jsonl`, the results in `results.json`. A
 folder that was copied elsewhere still has its old path in every plan, so reports search a trial's files in the folder.
@@ -7,9 +7,8 @@ folder that was copied elsewhere still has its old path in every plan, so report
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,13 @@ from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.files import has_line
 from orchestrator.findings import root_cause
 from orchestrator.runlog.changes import assignments_between, change
+from orchestrator.runlog.lock import LOCK, only_driver, take_over_timeout
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
 
-LOCK, OWNER = "driver.lock", "driver.json"
-"""Lock of a run's folder, and the process that holds it."""
-
-LOCK_TIMEOUT_SECONDS = 5.0
-"""Longest wait for the lock: a driver that was killed may still be ending what it started."""
-
-TAKE_OVER_SECONDS = 120.0
-"""Longest wait of a job that is started again for another host's lock: a file server keeps the locks of a lost host
-until its lease ends, with Linux's NFS server 90 s later."""
-
 WORKING_DIRECTORY = "run.working_directory"
 """Tag with the folder the command was given in: an experiment file may hold relative paths."""
-
 
 REPLAYED = "`python -m orchestrator.replay LOG --track` tracks the run of a log"
 """How to track what `--replay-outbox` and `--resume` cannot take."""
@@ -211,7 +200,7 @@ def read_begun_run(folder: Path, given: Experiment) -> EarlierRun | None:
     folder = absolute(folder, "RUN_FOLDER")
     try:
         if (folder / LOCK).exists():
-            with only_driver(folder, timeout=_take_over_timeout(folder)):
+            with only_driver(folder, timeout=take_over_timeout(folder)):
                 pass  # what the last driver wrote is read once it is gone
         starts = [event for event in _events(folder) if isinstance(event, RunStarted)]
     except OSError:  # also where the folder is not there: whoever begins the run says what is wrong with it
@@ -248,55 +237,6 @@ def check_unused(run_dir: Path, earlier: EarlierRun | None) -> None:
             raise SpecError(f"--output {run_dir}: holds another run; name a new folder, or --resume it")
     except OSError as error:
         raise SpecError(f"{run_dir}: it cannot be read: {root_cause(error)}") from error
-
-
-class LockError(SpecError):
-    """The file system of a run's folder refuses its lock."""
-
-
-@contextmanager
-def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LOCK_TIMEOUT_SECONDS) -> Iterator[None]:
-    """Keeps other drivers off a run's folder; the lock ends with the process, however that ends.
-
-    Args:
-        run_dir: The folder.
-        owner_pid: The process that is named to others; None for this one.
-        timeout: Longest wait for another driver to end, in seconds.
-
-    Raises:
-        LockError: The file system has no locks, or cannot be written.
-        SpecError: Another driver is at work there.
-    """
-    import filelock
-
-    lock, owner = filelock.FileLock(run_dir / LOCK), run_dir / OWNER
-    try:
-        lock.acquire(timeout=timeout)
-    except filelock.Timeout as error:
-        known = _owner(run_dir)
-        text = f"process {known['pid']} on {known['host']}" if known else "another process"
-        raise SpecError(f"{run_dir}: {text} is still running it; stop that one first") from error
-    except OSError as error:
-        raise LockError(f"{run_dir}: it cannot be locked: {error}") from error
-    try:
-        with suppress(OSError):  # for messages alone
-            owner.write_bytes(orjson.dumps({"pid": owner_pid or os.getpid(), "host": socket.gethostname()}))
-        yield
-    finally:
-        lock.release()
-
-
-def _owner(run_dir: Path) -> dict[str, Any]:
-    """The last driver's `pid` and `host`; empty where they are not known."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        known = orjson.loads((run_dir / OWNER).read_bytes())
-        return {"pid": known["pid"], "host": known["host"]}
-    return {}
-
-
-def _take_over_timeout(run_dir: Path) -> float:
-    elsewhere = _owner(run_dir).get("host") != socket.gethostname()
-    return TAKE_OVER_SECONDS if elsewhere else LOCK_TIMEOUT_SECONDS
 
 
 def _events(folder: Path) -> list[Event]:

@@ -9,8 +9,9 @@ import pytest
 
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment, SpecError
-from orchestrator.runlog import folder
-from orchestrator.runlog.folder import only_driver, read_begun_run
+from orchestrator.runlog import lock
+from orchestrator.runlog.folder import read_begun_run
+from orchestrator.runlog.lock import only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
@@ -48,12 +49,12 @@ def test_a_job_that_is_started_again_begins_its_run_once_and_goes_on_with_it(tmp
 
 def test_a_job_waits_for_the_lock_of_a_host_that_was_lost_and_not_for_a_driver_here(tmp_path, monkeypatch):
     given = begun(tmp_path)
-    monkeypatch.setattr(folder, "LOCK_TIMEOUT_SECONDS", 0.0)
-    monkeypatch.setattr(folder, "TAKE_OVER_SECONDS", 600.0)
+    monkeypatch.setattr(lock, "LOCK_TIMEOUT_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "TAKE_OVER_SECONDS", 600.0)
     with only_driver(tmp_path), pytest.raises(SpecError, match=r"process \d+ on .+ is still running it"):
         read_begun_run(tmp_path, given)
     with only_driver(tmp_path):
-        (tmp_path / folder.OWNER).write_text('{"pid": 7, "host": "lost"}')
+        (tmp_path / lock.OWNER).write_text('{"pid": 7, "host": "lost"}')
         job = Thread(target=lambda: found.append(read_begun_run(tmp_path, given)))
         found: list[object] = []
         job.start()

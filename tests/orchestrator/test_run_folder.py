@@ -18,7 +18,8 @@ from orchestrator import drive
 from orchestrator.drive import Request
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.trial import trial_result
-from orchestrator.runlog.folder import EarlierRun, only_driver, read_earlier_run, read_run_folder
+from orchestrator.runlog.folder import EarlierRun, read_earlier_run, read_run_folder
+from orchestrator.runlog.lock import only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import ROOT
 from tests.builders.experiments import tiny_experiment
@@ -210,7 +211,7 @@ def test_a_file_system_without_locks_is_refused_with_its_reason(tmp_path, monkey
 
 def test_the_lock_of_a_driver_that_died_is_free(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from orchestrator.runlog.folder import only_driver\n"
+        "import os, sys; from pathlib import Path; from orchestrator.runlog.lock import only_driver\n"
         "with only_driver(Path(sys.argv[1])): os._exit(3)"
     )
     died = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=False)
