@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import msgspec
 from pydantic.dataclasses import dataclass
 
 from trainers.contract.plan import ProtocolKind, Scaling, TrialPlan
@@ -67,5 +68,17 @@ Plan = TrialPlan | LoggedPlan
 
 
 def plan_from_dict(values: dict[str, Any]) -> Plan:
-    """The plan in a `TrialStarted` event, also after a round trip through JSON."""
-    return LoggedPlan(**values) if "source" in values else TrialPlan.from_dict(values)
+    """The plan in a `TrialStarted` event, also after a round trip through JSON.
+
+    Raises:
+        KeyError: It lacks a field.
+        TypeError: It has a field that no plan has, or a value of another type.
+        pydantic.ValidationError: The same, in what the log of another program says.
+    """
+    if "source" in values:
+        return LoggedPlan(**values)
+    TrialPlan.from_dict(values)  # takes no unknown field
+    try:
+        return msgspec.convert(values, TrialPlan)
+    except msgspec.ValidationError as error:
+        raise TypeError(str(error)) from error

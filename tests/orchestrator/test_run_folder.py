@@ -136,6 +136,7 @@ def test_a_run_that_was_moved_is_not_resumed(old_folder, tmp_path_factory):
         ('"winograd":false,', '"of_a_later_version":false,'),
         ('"max_iter":40,', ""),
         ('"train":{', '"train":5,"was":{'),
+        ('"max_iter":40,', '"max_iter":"40",'),
         ('"experiment":"old",', '"source":"/log.txt",'),
         (f'"plan":{PLAN}', '"plan":5'),
     ],
