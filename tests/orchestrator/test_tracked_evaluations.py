@@ -18,6 +18,7 @@ from orchestrator.tracking.text import fit
 from tests.builders.metric_rows import repeated_points
 from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.trials import trained
+from tests.builders.waiting import wait_for
 from trainers.contract.events import Evaluated
 
 CLASSES = ["a@b", "a_b", "a/b", "", "..", "x" * 300, "x" * 301]
@@ -95,6 +96,13 @@ def test_pictures_that_a_killed_process_was_writing_are_removed_with_the_run(run
     process = psutil.Process(tracker.start().pid)
     assert process.environ()["TMPDIR"] == str(temporary) and not (temporary / "half.webp").exists()
     assert tracker.finish(120) and images(run) and not temporary.exists()
+
+
+def test_what_tracks_goes_behind_all_that_trains(run: Path) -> None:
+    process = psutil.Process(Tracker(run, store(run)).start().pid)
+    shares = Path(f"/proc/{process.pid}/autogroup")  # of its session; absent where the kernel shares by process alone
+    wait_for(lambda: process.nice() == 19 and (not shares.exists() or shares.read_text().endswith(" nice 19\n")))
+    process.kill()
 
 
 def test_curves_confusions_and_details_are_artifacts_of_a_trial(run: Path) -> None:
