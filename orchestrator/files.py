@@ -33,6 +33,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file; no where it cannot be seen or the name cannot be one, for which Path's method raises."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is a folder; as `is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def existing_parent(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists and can be seen."""
     return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 - Path.exists() may raise

@@ -11,7 +11,7 @@ from orchestrator.acceptance.document import Acceptance
 from orchestrator.acceptance.measuring import Scope, measure
 from orchestrator.execution.nodes import Node
 from orchestrator.execution.probes import Probes
-from orchestrator.files import existing_parent
+from orchestrator.files import existing_parent, is_folder
 from trainers.contract.acceptance import ProbeRequest
 from trainers.contract.plan import TrialPlan
 
@@ -64,6 +64,6 @@ def _request(trial: TrialPlan, node: Node, scope: Scope) -> ProbeRequest:
         num_cpus=node.num_cpus,
         seconds=scope.node_seconds,
         num_bytes=scope.file_bytes,
-        data_folder=str(images) if images.is_dir() else None,
+        data_folder=str(images) if is_folder(images) else None,
         checkpoint_folder=checkpoints,
     )

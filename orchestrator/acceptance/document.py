@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from orchestrator.files import write_atomically
+from orchestrator.files import is_folder, write_atomically
 from trainers.contract.acceptance import Measured
 
 FILE_NAME = "acceptance.json"
@@ -133,7 +133,7 @@ def read_document(path: Path) -> Acceptance:
         OSError: It cannot be read.
         ValueError: It is something else.
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    file = path / FILE_NAME if is_folder(path) else path
     try:
         return msgspec.json.decode(file.read_bytes(), type=Acceptance)
     except msgspec.MsgspecError as error:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.files import is_folder
 from orchestrator.process import prepare_process
 
 VERIFIED, DOUBTED, UNFIT = 0, 1, 2
@@ -40,7 +41,7 @@ def pack(
     from orchestrator.bundle.signature import signature
 
     redaction = Redaction()
-    if to and to.is_dir():
+    if to and is_folder(to):
         raise _refusal(f"--to {to}: it is a folder; name the file to write")
     try:
         names = _names(runs)

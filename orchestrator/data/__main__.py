@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator.data.progress_bar import show_bar
+from orchestrator.files import is_file
 from orchestrator.process import prepare_process
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def check(
     from orchestrator.findings import as_errors, has_errors, print_findings, sort_findings, to_json
 
     findings: list[Finding]
-    if path.is_file() or path.suffix == ".json":
+    if is_file(path) or path.suffix == ".json":
         # Checked as for scoring, which needs more than training does.
         splits, findings = {"": Split(path, images or path.parent, for_scoring=True)}, []
     else:

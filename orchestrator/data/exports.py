@@ -6,6 +6,7 @@ that its name or folder is named for; its images are in the folder in which its 
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 import os
@@ -17,14 +18,18 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
-from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, walk_files
+from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
 from orchestrator.data.layout import Dataset, Split, coco_layout
 from orchestrator.data.name_matching import SUFFIXES, match_names, part_of
+from orchestrator.files import is_file, is_folder
 from orchestrator.findings import Finding, FindingList
 from trainers.contract.annotations import AnnotationFileError, to_utf8
 
 MAX_DEPTH = 4
 """Folders below the data set's that are looked at."""
+
+FIXED = ".fixed.json"
+"""How files end that `data fix-names` wrote: they replace those without it."""
 
 MAX_FOLDERS = 5000
 """Folders looked at; a data set with one per video may have thousands."""
@@ -65,9 +70,9 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
         wrong with the layout. Code `part_missing` is a warning that there is no training or no validation set.
     """
     root = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
-    if root.name == "annotations" or root.is_file():
+    if root.name == "annotations" or is_file(root):
         root = root.parent
-    elif (root / "coco").is_dir() and not (root / "annotations").is_dir():
+    elif is_folder(root / "coco") and not is_folder(root / "annotations"):
         root /= "coco"
     contents = _scan(root)
     by_part: defaultdict[str, list[Path]] = defaultdict(list)
@@ -141,10 +146,10 @@ def _is_annotation_file(file: Path) -> bool:
     text = _text(file)
     if text is None:
         return False
-    head = text[:4096].lstrip()
+    head = text[:4096].removeprefix(codecs.BOM_UTF8).lstrip()
     if not head.startswith(b"{") or not re.search(rb'"(info|images|annotations|categories|licenses)"\s*:', head):
         return False
-    return all(re.search(rb'"' + key + rb'"\s*:\s*\[', text) for key in (b"images", b"annotations"))
+    return all(re.search(rb'"' + key + rb'"\s*:\s*(\[|null\b)', text) for key in (b"images", b"annotations"))
 
 
 def _text(file: Path) -> bytes | mmap.mmap | None:
@@ -172,7 +177,7 @@ def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> 
     instances = {file.parent for file in files if file.name.startswith("instances")}
     # Next to COCO's `instances_…` are files for other tasks: captions, keypoints, panoptic.
     files = [file for file in files if file.parent not in instances or file.name.startswith("instances")]
-    fixed = {file.with_name(file.name.replace(".fixed.json", ".json")) for file in files if ".fixed." in file.name}
+    fixed = {file.with_name(file.name.replace(FIXED, ".json")) for file in files if file.name.endswith(FIXED)}
     files = sorted(set(files) - fixed, key=lambda file: (len(file.parts), len(file.name), file))
     if len(files) > 1:
         names = [str(file.relative_to(root)) for file in files]
@@ -215,7 +220,7 @@ def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Pat
 def _nothing_found(root: Path, contents: _Contents) -> Finding:
     """The finding for a folder without an annotation file: what it holds instead, and what to do."""
     suggestion = _suggest_datasets(root)
-    if not root.is_dir():
+    if not is_folder(root):
         return Finding("error", "layout", str(root), "", "there is no such folder", suggestion or FETCH)
     counts = contents.suffixes
     images = sum(number for suffix, number in counts.items() if suffix in SUFFIXES)
@@ -245,8 +250,9 @@ def _suggest_export(contents: _Contents) -> str:
 
 def _suggest_datasets(root: Path) -> str:
     """Recognises the most common mistake: DETECTRON2_DATASETS names the folder `coco` instead of the one above it."""
-    for candidate in (root.parent, *root.glob("*/coco"), *root.glob("*")):
-        if candidate != root and coco_layout(candidate).train.annotations.is_file():
+    inside = (*root.glob("*/coco"), *root.glob("*")) if is_folder(root) else ()
+    for candidate in (root.parent, *inside):
+        if candidate != root and is_file(coco_layout(candidate).train.annotations):
             if candidate.name == "coco":
                 return f"Set DETECTRON2_DATASETS={candidate.parent}, the folder that holds `coco`"
             return f"A set in this layout is in {candidate}: name that folder, or link it to {root}"

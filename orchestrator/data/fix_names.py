@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from orchestrator.data.image_names import MAX_SEARCHED, check_name, is_file, walk_files
+from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
 from orchestrator.data.name_matching import match_names, part_of
 from orchestrator.data.raw_file import RawFile
-from orchestrator.files import write_atomically
+from orchestrator.files import is_file, is_folder, write_atomically
 
 
 class FixedNames(NamedTuple):
@@ -32,7 +32,7 @@ def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
     """
     if to.exists():
         raise FileExistsError(f"{to} exists: name another file")
-    if not images.is_dir():
+    if not is_folder(images):
         raise ValueError(f"{images} is not a folder")
     raw = RawFile(file)
     names = [image["file_name"] for image in raw.images]

@@ -11,6 +11,7 @@ from shlex import quote
 
 from orchestrator.data.entries import ImageEntry, Problem
 from orchestrator.data.name_matching import NameMatch, match_names, part_of
+from orchestrator.files import is_file
 from orchestrator.findings import Finding, FindingList
 
 MAX_SEARCHED = 200_000
@@ -26,15 +27,23 @@ FoundFile = tuple[int, int, bool]
 def list_files(root: Path) -> dict[str, FoundFile]:
     """Lists all files below `root` by relative name; links are followed, broken ones left out.
 
+    So are folders in it that cannot be read, such as a disk's `lost+found`.
+
     Raises:
-        OSError: A folder is unreadable.
+        OSError: `root` is unreadable.
     """
     found: dict[str, FoundFile] = {}
     real_root = os.path.realpath(root)
     folders, linked = [(str(root), "", False)], {real_root}
     while folders:
         folder, prefix, is_linked = folders.pop()
-        with os.scandir(folder) as entries:
+        try:
+            listed = os.scandir(folder)
+        except OSError:
+            if not prefix:
+                raise
+            continue
+        with listed as entries:
             for entry in entries:
                 is_link = entry.is_symlink()
                 if is_link and not os.path.exists(entry.path):  # noqa: PTH110 - also leads to nothing: to itself
@@ -61,11 +70,6 @@ def check_name(name: str) -> Problem | None:
     if ".." in name and posixpath.normpath(name.replace("\\", "/")).split("/")[0] == "..":
         return Problem("path_parent", f"file_name {name!r} leaves the image folder with '..'", RELATIVE)
     return None
-
-
-def is_file(path: str | Path) -> bool:
-    """Whether a file is there; unlike Path's, no for a name that cannot be one."""
-    return os.path.isfile(path)  # noqa: PTH113
 
 
 def locate_images(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from orchestrator.files import is_file, is_folder
+
 
 @dataclass(frozen=True)
 class Split:
@@ -20,7 +22,7 @@ class Split:
 
     def is_present(self) -> bool:
         """Whether both its file and its folder exist."""
-        return self.annotations.is_file() and self.images.is_dir()
+        return is_file(self.annotations) and is_folder(self.images)
 
 
 class Dataset(NamedTuple):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import Section, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.files import is_file
 from trainers.contract.plan import ADDED_CONFIG_KEYS
 
 if TYPE_CHECKING:
@@ -103,12 +104,12 @@ def evaluate(value: Any) -> Any:
 def zoo_path(config: str) -> Path:
     """Where a model config is: the given path, else in detectron2's model zoo; SpecError where it is neither."""
     local = expanded(config, "model.config")
-    if local.suffix not in (".yaml", ".yml"):
+    if local.suffix not in (".yaml", ".yml", ""):
         raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
-    if local.is_file():
+    if is_file(local):
         return local.absolute()
     zoo = zoo_folder()
-    if ".." not in config and (zoo / config).is_file():
+    if ".." not in config and is_file(zoo / config):
         return zoo / config
     known = [path.relative_to(zoo).as_posix() for path in sorted(zoo.rglob("*.yaml"))]
     near = difflib.get_close_matches(config, known, n=1, cutoff=0.6)
@@ -228,7 +229,7 @@ def _base_path(path: Path, base: str, place: str) -> Path:
     if "://" in base:
         raise SpecError(f"{place} {base}: configs are not fetched; download it and give its path")
     found = (path.parent / expanded(base, place)).absolute()
-    if not found.is_file():
+    if not is_file(found):
         raise SpecError(f"{place} {base}: no such file: {found}")
     return found
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import flatten
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.files import is_folder
 from trainers.contract.plan import Predicted, Scaling, SolverPlan, TrialPlan
 
 FILE_NAME = "prediction.json"
@@ -153,7 +154,7 @@ def read_prediction(path: Path) -> Prediction:
         SpecError: It cannot be read, or is none that this version reads.
     """
     path = expanded(path, "prediction")
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / FILE_NAME if is_folder(path) else path
     try:
         return Prediction.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:

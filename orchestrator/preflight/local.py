@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.detectron_config import config_files
 from orchestrator.experiment.environment import cluster_address
-from orchestrator.files import redact
+from orchestrator.files import is_file, is_folder, redact
 from orchestrator.findings import Finding, FindingList, as_errors, has_errors, sort_findings
 from orchestrator.preflight import model as model_checks
 from orchestrator.preflight.node import NodeRequest, inspect_node, judge_nodes
@@ -174,7 +174,7 @@ def node_request(trials: Sequence[TrialPlan]) -> NodeRequest:
     if os.path.isabs(trial.config_file):  # noqa: PTH117 - a model zoo name is not a path
         paths |= {f"the model config {file.name}": str(file) for file in config_files(trial.config_file)}
     # What the driver does not have either is reported once, by the checks of the data.
-    present = {what: path for what, path in paths.items() if Path(path).exists()}
+    present = {what: path for what, path in paths.items() if is_file(path) or is_folder(path)}
     checkpoints = "" if "://" in trial.checkpoint_dir else str(Path(trial.checkpoint_dir).parent.parent)
     folders = [str(Path(trial.trial_dir).parent), *([checkpoints] if checkpoints else [])]
     return NodeRequest(paths=present, folders=dict.fromkeys(folders, ""), checkpoints=checkpoints)

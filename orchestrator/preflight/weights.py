@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from orchestrator.data.fetch import FetchError, download
 from orchestrator.data.progress_bar import show_bar
 from orchestrator.experiment.plan import start_weights
-from orchestrator.files import redact
+from orchestrator.files import is_folder, redact
 from orchestrator.findings import Finding
 from trainers.contract.annotations import placeholder
 from trainers.contract.weights import FETCHED_SCHEMES, StartWeights
@@ -46,9 +46,8 @@ def prepare_weights(name: str, sha256: str | None) -> Finding | None:
     """
     weights = StartWeights.of(name)
     if not weights.address:
-        if not weights.path.is_file():
-            what = "the start weights are a folder" if weights.path.is_dir() else "the start weights do not exist"
-            return _finding(weights, "missing", what, "Correct the path")
+        if is_folder(weights.path):
+            return _finding(weights, "missing", "the start weights are a folder", "Correct the path")
     elif not weights.address.startswith(FETCHED_SCHEMES):
         what = f"addresses of {name.partition('://')[0]}:// are not fetched, only those of https:// and detectron2://"
         return _finding(weights, "address", what, BY_HAND)
@@ -60,6 +59,8 @@ def prepare_weights(name: str, sha256: str | None) -> Finding | None:
             return _finding(weights, "checksum", wrong, BY_HAND if weights.address else hint)
         with weights.path.open("rb") as stream:
             other = placeholder(stream.read(512))
+    except (FileNotFoundError, NotADirectoryError):
+        return _finding(weights, "missing", "the start weights do not exist", "Correct the path")
     except OSError as error:
         return _finding(weights, "missing", f"the start weights cannot be read: {error.strerror}", "Make them readable")
     return _finding(weights, "placeholder", f"the start weights are {other[0]}", other[1]) if other else None

@@ -16,6 +16,7 @@ from orchestrator.figures.logged_plan import LoggedPlan
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import repeat_rows, scaling_fits, scaling_rows
 from orchestrator.figures.trial import trial_result
+from orchestrator.files import is_file, is_folder
 from orchestrator.replay.launches import Launch
 from orchestrator.replay.messages import read_messages
 from orchestrator.replay.metrics_json import is_metrics_json, read_metrics
@@ -183,11 +184,11 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
 
 
 def _runs(path: Path, year: int | None) -> Sequence[LoggedRun | MllogRun]:
-    if path.is_dir():
+    if is_folder(path):
         if results := sorted([*path.glob(MLPERF_RESULTS), *path.glob(f"{BENCHMARK}/{MLPERF_RESULTS}")]):
             return [run for file in results for run in find_mllog_runs(file, *read_text(file))]
         files = [path / f"{name}{packed}" for name in LOG_NAMES for packed in PACKED]
-        inside = next((file for file in files if file.is_file()), None)
+        inside = next((file for file in files if is_file(file)), None)
         if inside is None:
             raise ReplayError(f"{path}: holds neither {' nor '.join((*LOG_NAMES, MLPERF_RESULTS))}")
         path = inside

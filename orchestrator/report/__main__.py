@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.files import is_file
 from orchestrator.process import prepare_process
 from orchestrator.report.entries import Unpacked, read_entries
 from orchestrator.report.writer import write_comparison, write_run
@@ -41,7 +42,7 @@ def main(
 
 def _reports(runs: Sequence[Path], against: Path | None, output: Path | None) -> list[Path]:
     for path in runs:
-        if path.is_file():
+        if is_file(path):
             raise ValueError(f"{path}: not a run's folder; bundles and files of references are shown by --to FOLDER")
     folders = [read_run_folder(path.absolute()) for path in [*([against] if against else []), *runs]]
     place = (output or runs[0]).absolute()

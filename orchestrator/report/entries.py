@@ -17,6 +17,7 @@ from orchestrator.figures.benchmark import scored, verdict_lines
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.scaling import scaling_rows, spread
 from orchestrator.figures.trial import trial_result
+from orchestrator.files import is_folder
 from orchestrator.report.table import Row, table_rows
 from orchestrator.runlog.folder import RunFolder, read_run_folder
 
@@ -130,7 +131,7 @@ def read_entries(paths: Sequence[Path], open_bundle: OpenBundle) -> list[Entry]:
 
 def _read(path: Path, open_bundle: OpenBundle) -> list[Entry]:
     source = "/".join(path.absolute().parts[-2:])
-    if path.is_dir():
+    if is_folder(path):
         return _stated_and_recomputed(read_run_folder(path), source)
     if not path.exists():
         raise ValueError("there is no such file or folder")

@@ -159,6 +159,20 @@ def test_an_annotation_file_in_utf_16_is_recognised(source: Path, tmp_path: Path
     assert list(find_splits(tmp_path / "my data")[0]) == ["train", "val"]
 
 
+def test_an_annotation_file_with_a_mark_or_without_annotations_is_recognised(source: Path, tmp_path: Path) -> None:
+    layouts.cvat(source, tmp_path / "my data")
+    train, val = sorted((tmp_path / "my data/annotations").iterdir())
+    train.write_text(train.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    layouts.write(val, {**json.loads(val.read_text(encoding="utf-8")), "annotations": None})
+    assert list(find_splits(tmp_path / "my data")[0]) == ["train", "val"]
+
+
+def test_a_name_that_cannot_be_one_is_no_folder(tmp_path: Path) -> None:
+    (finding,) = find_splits(tmp_path / ("n" * 300))[1]
+    assert finding.what == "there is no such folder"
+    assert not coco_layout(tmp_path / ("n" * 300)).train.is_present()
+
+
 def test_the_images_of_a_neighbouring_data_set_are_not_taken(source: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         layouts.label_studio(source, tmp_path / name)
@@ -173,6 +187,13 @@ def test_of_copies_in_one_folder_the_shortest_name_is_taken_and_instances_before
     layouts.roboflow(source, tmp_path / "a")
     shutil.copyfile(tmp_path / "a/train/_annotations.coco.json", tmp_path / "a/train/_annotations.coco.backup.json")
     assert find_splits(tmp_path / "a")[0]["train"].annotations.name == "_annotations.coco.json"
+    for name in ("train.fixed.v2.json", "train.fixed.json"):
+        shutil.copyfile(tmp_path / "a/train/_annotations.coco.json", tmp_path / "a/train" / name)
+        for other in (tmp_path / "a/train").glob("_annotations*"):
+            other.unlink()
+        assert find_splits(tmp_path / "a")[0]["train"].annotations.name == name
+        shutil.copyfile(tmp_path / "a/train" / name, tmp_path / "a/train/_annotations.coco.json")
+        (tmp_path / "a/train" / name).unlink()
     for part in layouts.PARTS:  # Supervisely's export
         document, images = layouts.read(source, part)
         for name in ("instances", "captions"):

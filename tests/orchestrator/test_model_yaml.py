@@ -126,6 +126,7 @@ def test_the_last_of_several_bases_wins_and_each_value_knows_its_place(tmp_path:
         ({"own": "_BASE_: own.yaml\n"}, r"goes round in a circle: .*own.yaml -> .*own.yaml$"),
         ({"own": "_BASE_: a.yaml\n", "a": "_BASE_: [own.yaml]\n"}, r"circle: .*own.yaml -> .*a.yaml -> .*own.yaml$"),
         ({"own": "SOLVER: {}\n_BASE_: gone.yaml\n"}, r"own.yaml:2: _BASE_ gone.yaml: no such file: /.*gone.yaml"),
+        ({"own": f"_BASE_: {'n' * 300}.yaml\n"}, "own.yaml:1: _BASE_ n+.yaml: no such file: "),
         ({"own": "_BASE_: https://host/a.yaml\n"}, r"own.yaml:1: _BASE_ https://host/a.yaml: configs are not fetched"),
         ({"own": "_BASE_: ~nobody-of-this-name/a.yaml\n"}, "own.yaml:1: _BASE_: ~nobody.* is no user's home folder"),
         ({"own": "_BASE_:\n"}, r"own.yaml:1: _BASE_ is None; give a path or a list of paths"),
@@ -157,6 +158,19 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
     with pytest.raises(SpecError, match=message):
         file_settings(str(path))
     assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", "did you mean .*mask_rcnn_R_50_FPN_1x.yaml"),
+        ("n" * 300 + ".yaml", "no such file or model zoo config"),
+        ("config.py", "a .py config would run code"),
+    ],
+)
+def test_a_config_that_is_nowhere_is_named_with_the_nearest(name: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        file_settings(name)
 
 
 def test_a_folder_of_the_users_called_model_zoo_reaches_workers_as_a_path(

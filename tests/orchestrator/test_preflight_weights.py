@@ -112,6 +112,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(
 def test_a_path_is_checked_without_reading_it_all(tmp_path: Path) -> None:
     assert refused(str(tmp_path / "none.pth")).code == "weights_missing"
     assert "folder" in refused(str(tmp_path)).what
+    assert "cannot be read: File name too long" in refused(str(tmp_path / ("n" * 300))).what
     (tmp_path / "page.pth").write_bytes(b"<html><body>404</body></html>")
     assert refused(str(tmp_path / "page.pth")).code == "weights_placeholder"
     (tmp_path / "start.pth").write_bytes(CONTENT)
