@@ -24,7 +24,7 @@ from orchestrator.data.layout import Split
 from orchestrator.data.overlap import find_overlap
 from orchestrator.data.progress_bar import show_bar
 from orchestrator.files import cache_folder, file_sha256, write_atomically
-from orchestrator.findings import Finding, FindingList
+from orchestrator.findings import Finding, FindingList, has_errors
 from trainers.contract.annotations import AnnotationFileError
 
 CHECKS_VERSION = 4
@@ -101,7 +101,8 @@ def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = 
     summary.num_images_checked = len(files)
     _compare_with_official(split, summary, findings)
     report = SplitReport(findings.to_list(), summary, files=files)
-    if entry is not None and summary.num_images >= CACHED_FROM:
+    # What is wrong may pass without a change of the files: no access, a disk that does not answer.
+    if entry is not None and summary.num_images >= CACHED_FROM and not has_errors(report.findings):
         _write_cache(entry, report, verify_images=verify_images)
     return report
 

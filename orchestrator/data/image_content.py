@@ -34,6 +34,9 @@ TAILS = {
 TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773)
 """None, LZW, deflate and its older number, PackBits (TIFF 6.0, `Compression`)."""
 
+HEIF_HEADS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
+"""How files of HEIF begin, after the size of their first box (ISO/IEC 23008-12, brands): photos of telephones."""
+
 WARNINGS = ("exif_ambiguous", "image_large")
 """Codes of problems that do not keep detectron2 from reading the image."""
 
@@ -56,9 +59,9 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
             stream.seek(0)
             with Image.open(stream) as image:
                 kind, size = image.format or "", image.size
-                orientation = _read_orientation(image)
                 if verify or not _is_whole(image, kind, tail, head, num_bytes):
                     image.convert("RGB")  # decodes it, as detectron2 does
+                orientation = _read_orientation(image)  # a PNG's may follow its pixels
                 problem = _check_depth(image)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\((\d+) pixels", str(error))
@@ -67,9 +70,10 @@ def inspect_image(path: str, width: int, height: int, *, verify: bool) -> Proble
         return Problem("image_too_large", f"{what} (limit {limit} million), and so for detectron2", TILE_IT)
     except MemoryError:
         return Problem("image_corrupt", "the image does not fit into memory", FETCH_AGAIN)
-    except PermissionError as error:
-        return Problem("image_unreadable", f"cannot be read: {error.strerror}", "Give the user of the run read access")
     except Exception as error:  # noqa: BLE001 - decoders of damaged files raise anything: OSError, SyntaxError, …
+        if isinstance(error, OSError) and error.errno:  # the system's, not a decoder's
+            hint = "Give the user of the run read access, or look after the disk it is on"
+            return Problem("image_unreadable", f"cannot be read: {error.strerror}", hint)
         return _damage(error, path, head, num_bytes)
     return problem or _check_size(kind, size, orientation, width, height) or _check_pixels(size)
 
@@ -145,6 +149,10 @@ def _damage(error: Exception, path: str, head: bytes, num_bytes: int) -> Problem
     truncated = "truncated" in text.lower() or isinstance(error, EOFError)
     if text.startswith("cannot identify"):
         is_tiff = head[:4] in (b"II*\0", b"MM\0*")
+        if head[4:12] in HEIF_HEADS:
+            return Problem(
+                "image_corrupt", "the image is HEIC or HEIF, which Pillow does not read", "Convert it to JPEG"
+            )
         text = "a TIFF of a kind that Pillow does not read" if is_tiff else "no image format is recognised"
     what = f"the image is {'truncated' if truncated else 'corrupt'}: {text[:120]}"
     return Problem("image_truncated" if truncated else "image_corrupt", what, FETCH_AGAIN)

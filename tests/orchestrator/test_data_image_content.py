@@ -96,6 +96,7 @@ def test_pixels_that_8_bits_cannot_hold_are_refused(
         (b"", "image_corrupt", "empty"),
         (b"never an image" * 9, "image_corrupt", "no image format"),
         (b"II*\0" + b"\0" * 40, "image_corrupt", "TIFF of a kind"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "image_corrupt", "HEIC or HEIF"),
     ],
 )
 def test_what_lies_in_the_place_of_an_image_is_named(tmp_path: Path, content: bytes, found: str, words: str) -> None:
