@@ -172,12 +172,26 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (b'{"images": [{"id": 1}], "annotations": [], "categories": []}', "not every image has a file_name"),
         (b'{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": [], "categories": []}',
          "two images have the id 1"),
+        (b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "category_id": [1]}],'
+         b' "categories": []}', "an id is a list"),
+        (b'{"images": [{"id": 1, "x": NaN}], "annotations": [], "categories": [5]}', "is not a COCO file"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_cocos_is_refused_with_2(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "all.json").write_bytes(content)
     code, _, stderr = command(tmp_path)
     assert code == 2 and words in stderr
+
+
+def test_a_file_with_numbers_that_json_has_not_is_split_and_keeps_them(tmp_path: Path) -> None:
+    document = write(tmp_path / "all.json", [[1], [1], [2], [2]])
+    document["annotations"][0]["score"] = float("nan")
+    (tmp_path / "all.json").write_text(json.dumps(document))
+    assert command(tmp_path, "--val", "0.5")[0] == 0
+    parts = [read(tmp_path / f"out/{part}.json") for part in ("train", "val")]
+    assert sorted(len(part["images"]) for part in parts) == [2, 2]
+    (score,) = [entry["score"] for part in parts for entry in part["annotations"] if "score" in entry]
+    assert score != score
 
 
 def test_a_file_in_utf_16_with_ids_as_text_is_split(tmp_path: Path) -> None:
