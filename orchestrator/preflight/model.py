@@ -74,10 +74,14 @@ def _check_masks(experiment: Experiment, train: SplitSummary, val: SplitSummary,
             hint = "Give them masks, or take a box model (COCO-Detection/…) or MODEL.MASK_ON: false"
             place = f"annotation {summary.first_without_mask}"
             findings.error("mask_missing", summary.annotations, place, what, hint)
-    if train.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
-        what = f"{train.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
-        hint = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
-        findings.error("rle_with_polygon_format", train.annotations, f"annotation {train.first_rle}", what, hint)
+    # A validation loss reads the validation set as training reads the other one.
+    for summary in (train, *([val] if experiment.protocol.validation_loss else [])):
+        if summary.num_rle and _value(experiment, "INPUT.MASK_FORMAT") == "polygon":
+            what = f"{summary.num_rle:,} objects have run-length encoded masks; INPUT.MASK_FORMAT is polygon"
+            hint = "Set model.overrides.INPUT.MASK_FORMAT=bitmask"
+            findings.error(
+                "rle_with_polygon_format", summary.annotations, f"annotation {summary.first_rle}", what, hint
+            )
 
 
 def _check_keypoints(experiment: Experiment, summary: SplitSummary, findings: FindingList) -> None:

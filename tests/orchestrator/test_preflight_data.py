@@ -55,3 +55,13 @@ def test_strictness_stops_a_run_at_a_flaw_that_training_would_pass(project: Proj
 def test_validation_images_that_are_trained_on_are_a_warning(project: Project) -> None:
     project.image(0, "val").write_bytes(project.image(1).read_bytes())
     assert [(finding.level, finding.code) for finding in check(project)] == [("warning", "split_overlap")]
+
+
+def test_masks_that_only_a_validation_loss_reads_as_training_does_are_judged_with_it(project: Project) -> None:
+    rle = {"size": [64, 64], "counts": [0, 64 * 64]}
+    project.edit(lambda document: document["annotations"][0].update(segmentation=rle), "val")
+    project.experiment["protocol"] = {"kind": "time_to_train"}
+    assert "rle_with_polygon_format" not in [finding.code for finding in check(project)]
+    project.experiment["protocol"]["validation_loss"] = True
+    (finding,) = [finding for finding in check(project) if finding.code == "rle_with_polygon_format"]
+    assert finding.level == "error" and "val" in finding.file
