@@ -15,7 +15,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image as read_by_detectron2
 from detectron2.structures import BoxMode
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pycocotools import mask as coco_mask
 
 from trainers.speedups.fast_mapper import FastMapper, read_image, resize
@@ -185,6 +185,43 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, image_for
     exif[274] = orientation
     Image.fromarray(picture(60, 90)).save(path, exif=exif, quality=90)
     assert np.array_equal(read_image(str(path), image_format), read_by_detectron2(str(path), image_format))
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("place", ["xmp", "late exif", "png text", "png raw profile"])
+def test_an_orientation_is_found_wherever_pillow_finds_one(tmp_path: Path, place: str) -> None:
+    path, image, exif = tmp_path / "turned", Image.fromarray(picture(60, 90)), Image.Exif()
+    exif[274] = 6
+    if place == "xmp":
+        image.save(path, "JPEG", xmp=XMP)
+    elif place == "late exif":  # behind a profile of colours of more than 64 KiB
+        image.save(path, "JPEG", exif=exif, icc_profile=bytes(200_000))
+        data = path.read_bytes()
+        start = data.index(b"\xff\xe1")
+        size = 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        block, at = data[start : start + size], data.index(b"\xff\xdb")
+        path.write_bytes(data[:start] + data[start + size : at] + block + data[at:])
+    else:
+        info = PngImagePlugin.PngInfo()
+        if place == "png text":
+            info.add_itxt("XML:com.adobe.xmp", XMP.decode())
+        else:
+            block = exif.tobytes()
+            info.add_text("Raw profile type exif", f"\nexif\n{len(block):8d}\n{block.hex()}\n")
+        image.save(path, "PNG", pnginfo=info)
+    theirs = read_by_detectron2(str(path), "BGR")
+    assert theirs.shape == (90, 60, 3), "the orientation is there"
+    assert np.array_equal(read_image(str(path), "BGR"), theirs)
+
+
+def test_an_animated_png_is_read_alike(tmp_path: Path) -> None:
+    first, second, path = picture(50, 70), picture(50, 70, seed=1), tmp_path / "animated.png"
+    frames = [Image.fromarray(second)]
+    Image.fromarray(first).save(path, save_all=True, append_images=frames, default_image=True)
+    assert b"acTL" in path.read_bytes()
+    assert np.array_equal(read_image(str(path), "BGR"), read_by_detectron2(str(path), "BGR"))
 
 
 @pytest.mark.parametrize(

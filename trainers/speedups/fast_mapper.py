@@ -37,6 +37,9 @@ Pixels = NDArray[Any]
 
 ELEMENTWISE = (augment.ResizeTransform, HFlipTransform, VFlipTransform, NoOpTransform)
 """Transforms that move each point by itself, whatever else is in the array."""
+ORIENTATION_MARKS = (b"Exif", b"eXIf", b"tiff:Orientation", b"Raw profile type exif")
+"""What a JPEG or PNG holds in which Pillow finds an orientation."""
+
 MIN_BOX_SIDE = 1e-5
 """Sides above this count as a box (detectron2's `filter_empty_instances`)."""
 
@@ -211,12 +214,13 @@ def _is_whole_png(data: bytes) -> bool:
         and data[24:26] in (b"\x08\x00", b"\x08\x02")
         and data[-8:-4] == b"IEND"
         and b"tRNS" not in data
+        and b"acTL" not in data  # animated: Pillow shows its first frame, which need not be the image
     )
 
 
 def _upright(image: Pixels, data: bytes) -> Pixels:
     """Turns an image by the orientation Pillow finds, which is the one detectron2 goes by."""
-    if b"Exif" not in data[:65536] and b"eXIf" not in data:
+    if not any(mark in data for mark in ORIENTATION_MARKS):
         return image
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation)
