@@ -140,7 +140,7 @@ def _fields(entry: Entry, image: Entry, iou_type: IouType) -> Entry:
         values["keypoints"] = keypoints = [float(value) for value in entry.get("keypoints") or ()]
         labelled = _number(entry.get("num_keypoints"))
         values["num_keypoints"] = sum(value > 0 for value in keypoints[2::3]) if labelled is None else int(labelled)
-    area = _number(entry.get("area"))
+    area = None if isinstance(entry.get("area"), str) else _number(entry.get("area"))
     return values | {"area": _measured_area(entry, image) if area is None else area}
 
 

@@ -116,7 +116,9 @@ def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingLis
             continue
         image = ImageEntry(image_id, "", 0, 0)
         if not isinstance(name, str) or not name:
-            findings.error("image_entry", file, place, f"its file_name is {shorten(name)}", REGENERATE)
+            in_lvis = isinstance(entry.get("coco_url"), str)
+            hint = "Write the last two parts of its coco_url, by which LVIS names images" if in_lvis else REGENERATE
+            findings.error("image_entry", file, place, f"its file_name is {shorten(name)}", hint)
         elif not (is_id(width) and is_id(height) and width > 0 and height > 0):
             what = f"its width and height are {shorten(width)} and {shorten(height)}, not numbers of pixels"
             findings.error("image_entry", file, place, what, REGENERATE)

@@ -192,6 +192,8 @@ def _check_masks(
             effect = f"; detectron2 leaves out the {what}"
             if for_scoring:
                 effect = "; the object counts as missed" if checked.drops_object else "; it is scored without it"
+                if problem.code == "polygon_odd":
+                    effect = "; it is scored without its last number"
         report(problem.code, summary.annotations, f"annotation {entry.id}", problem.what + effect, problem.hint)
     summary.num_polygons = len(ids["polygons"])
     summary.num_rle, summary.first_rle = len(ids["rle"]), next(iter(ids["rle"]), None)

@@ -239,6 +239,13 @@ def test_half_a_layout_is_an_error_and_a_lone_part_a_warning(root: Path) -> None
     assert code == 0 and [finding["level"] for finding in report["findings"]] == ["warning"]
 
 
+def test_the_names_of_lvis_are_pointed_out(root: Path) -> None:
+    url = {"file_name": None, "coco_url": "http://images.cocodataset.org/train2017/1.jpg"}
+    edit(coco_layout(root).val.annotations, lambda document: document["images"][0].update(url))
+    (hint,) = [each["hint"] for each in check(root)[1]["findings"] if each["code"] == "image_entry"]
+    assert "coco_url" in hint
+
+
 def test_counts_that_differ_from_the_published_coco_are_noted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = coco_layout(root)
     num_annotations = len(json.loads(paths.train.annotations.read_text())["annotations"])

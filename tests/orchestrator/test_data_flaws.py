@@ -55,7 +55,7 @@ def remove(part: str, *names: str) -> Change:
         (third(segmentation=[[1, 1, 9, 1, 9, 9], [1, 1, 2, 2]]), "polygon_short", "out the polygon", "without it"),
         (third(segmentation=[[1, 1, 2, 2]]), "polygon_short", "out the object", "counts as missed"),
         (third(segmentation=[[1, 1], [9, 1], [9, 9]]), "polygon_short", "points as pairs", "points as pairs"),
-        (third(segmentation=[[1, 1, 9, 1, 9, 9, 3]]), "polygon_odd", "out the object", "counts as missed"),
+        (third(segmentation=[[1, 1, 9, 1, 9, 9, 3]]), "polygon_odd", "out the object", "without its last number"),
         (third(bbox=[-4, 3, 20, 9]), "box_over_edge", "cuts it at the edge", "with the part outside"),
         (third(bbox=[60, 3, 20, 9]), "box_outside", "leaves the object out", "hardly be found"),
         (third(bbox=[3, 3, 0, 9]), "box_empty", "leaves the object out", "never be found"),

@@ -47,7 +47,7 @@ def test_a_missing_iscrowd_is_0(tmp_path: Path, iou_type: IouType) -> None:
     assert both(path, some(lambda annotation: annotation.update(iscrowd=None)), iou_type) == with_zeros
 
 
-@pytest.mark.parametrize("missing", [DELETED, None, float("nan"), "large"])
+@pytest.mark.parametrize("missing", [DELETED, None, float("nan"), "large", "7.5"])
 def test_a_missing_area_is_the_masks(tmp_path: Path, expected: dict[IouType, Figures], missing: Any) -> None:
     def change(annotation: dict[str, Any]) -> None:
         annotation |= {"area": missing}
