@@ -195,6 +195,8 @@ class _Trial:
                     self.pump.order("preempt", self.number)
             if watchdog and (stuck := watchdog.look(self.pump.heartbeats, self.pump.drained)):
                 return self._end_stuck(group, stuck)
+            if watchdog and watchdog.all_ended(self.pump.heartbeats, self.pump.drained):
+                return group.end()
         return None
 
     def _note_clock(self) -> None:

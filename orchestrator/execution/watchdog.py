@@ -62,6 +62,17 @@ class Watchdog:
             return []
         return found if found and now - since >= CONFIRM_TIMEOUT_SECONDS else []
 
+    def all_ended(self, samples: dict[int, HeartbeatSample], now: float) -> bool:
+        """Whether all ranks ended longer ago than `heartbeat`: Ray Train, which ends soon after them, is stuck.
+
+        Args:
+            samples: The last heartbeat of each rank.
+            now: When they were fetched (Unix seconds of the driver's host).
+        """
+        ended = [sample.received for sample in samples.values() if sample.heartbeat.part == ENDED]
+        begun = bool(ended) and min(ended) > self._started  # else they are of the attempt before
+        return begun and len(ended) == self._world_size and now - max(ended) > self._timeouts["heartbeat"]
+
     def _find(self, samples: dict[int, HeartbeatSample], now: float) -> list[Stuck]:
         running = {rank: sample for rank, sample in samples.items() if sample.heartbeat.part != ENDED}
         silent = [

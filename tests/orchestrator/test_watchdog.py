@@ -73,3 +73,19 @@ def test_a_machine_that_slept_is_given_time_to_wake() -> None:
     assert watchdog.look({0: sample(0, "step", "data", 7, since=99)}, 5000.0) == []
     assert watchdog.look({0: sample(0, "step", "data", 7, since=5000.5, at=5001)}, 5001.0) == []
     assert watchdog.look({0: sample(0, "step", "data", 8, since=5003, at=5003.5)}, 5004.0) == []
+
+
+def test_ranks_that_ended_long_ago_mean_that_ray_train_is_frozen() -> None:
+    watchdog = Watchdog(TIMEOUTS, 2, 90.0)
+    ended = {rank: sample(rank, "checkpoint", "ended", 9, since=94, at=95.0 + rank) for rank in (0, 1)}
+    assert not watchdog.all_ended(ended, 100.9), "the last of them ended less than 5 s ago"
+    assert watchdog.all_ended(ended, 101.1)
+    assert watchdog.look(ended, 101.1) == [], "no rank is to blame"
+
+
+def test_ray_train_is_not_frozen_while_a_rank_has_not_ended() -> None:
+    watchdog = Watchdog(TIMEOUTS, 2, 90.0)
+    ended = sample(1, "checkpoint", "ended", 9, since=94, at=95.0)
+    assert not watchdog.all_ended({1: ended}, 500.0), "rank 0 has not begun"
+    assert not watchdog.all_ended({0: sample(0, "checkpoint", "", 9, since=94, at=499.0), 1: ended}, 500.0)
+    assert not Watchdog(TIMEOUTS, 1, 96.0).all_ended({1: ended}, 500.0), "these are of the attempt before"
