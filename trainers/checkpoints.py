@@ -286,24 +286,3 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_to_cpu(inner) for inner in value)
     return value
-
-
-def state_sha256(state: dict[str, Any]) -> str:
-    """Hash over every tensor and value of a state, the same for bit-identical states only."""
-    digest = hashlib.sha256()
-
-    def add(value: Any, place: str) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{place}:{value.dtype}:{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                add(value[key], f"{place}.{key}")
-        elif isinstance(value, list | tuple):
-            for index, inner in enumerate(value):
-                add(inner, f"{place}.{index}")
-        else:
-            digest.update(f"{place}={value!r}".encode())
-
-    add(state, "")
-    return digest.hexdigest()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
@@ -103,6 +105,27 @@ def training_state(loop: TrainingLoop) -> dict[str, Any]:
         "stop_reason": loop.stop_reason,
     }
     return state | {"ema": loop.average.state()} if loop.average else state
+
+
+def state_sha256(state: dict[str, Any]) -> str:
+    """Hash over every tensor and value of a state, the same for bit-identical states only."""
+    digest = hashlib.sha256()
+
+    def add(value: Any, place: str) -> None:
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{place}:{value.dtype}:{tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(value[key], f"{place}.{key}")
+        elif isinstance(value, list | tuple):
+            for index, inner in enumerate(value):
+                add(inner, f"{place}.{index}")
+        else:
+            digest.update(f"{place}={value!r}".encode())
+
+    add(state, "")
+    return digest.hexdigest()
 
 
 def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:

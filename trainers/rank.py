@@ -19,7 +19,7 @@ from torch import nn
 from trainers import energy, faults, hooks, loading, machine, mask_rcnn
 from trainers.batching import Batch
 from trainers.checkpoint_hook import CheckpointHook
-from trainers.checkpoints import CheckpointStore, state_sha256
+from trainers.checkpoints import CheckpointStore
 from trainers.contract import clock
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
@@ -181,7 +181,7 @@ class Rank:
         self.activity.enter("checkpoint")
         store.wait()
         if placement.rank == 0:
-            state_hash = state_sha256(hooks.training_state(loop))
+            state_hash = hooks.state_sha256(hooks.training_state(loop))
             self.send(LoopFinished, iteration=loop.iteration, reason=reason, state_sha256=state_hash)
 
     def _build_loop(

@@ -18,10 +18,10 @@ from tests.builders.padded_batches import padded, random_records
 from tests.builders.tape import TapeCapture
 from trainers import hooks, mask_rcnn
 from trainers.batching import Batch
-from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.ema import WeightAverage
+from trainers.hooks import state_sha256
 from trainers.loop import TrainingLoop
 from trainers.pulse import Activity
 from trainers.speedups.padded_batch import PaddedBatch

@@ -19,9 +19,9 @@ from orchestrator.figures.records import ExperimentResult
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
-from trainers.checkpoints import state_sha256
 from trainers.contract.events import StepsDone
 from trainers.evaluation_hook import EVALUATION_PENDING_KEY
+from trainers.hooks import state_sha256
 
 pytestmark = pytest.mark.train
 

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders.checkpoints import newest, save, state, store
-from trainers.checkpoints import StorageError, state_sha256
+from trainers.checkpoints import StorageError
+from trainers.hooks import state_sha256
 
 
 def test_nothing_is_found_where_nothing_was_written(tmp_path: Path) -> None:

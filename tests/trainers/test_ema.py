@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.builders.graphs import plan_of as plan_without_data
 from tests.builders.graphs import train as train_loop
 from tests.builders.training import last, plan_of, train
-from trainers.checkpoints import state_sha256
 from trainers.contract.events import Evaluated, LoopStarted
 from trainers.ema import HASTE, WeightAverage
+from trainers.hooks import state_sha256
 
 
 def changed(model: nn.Module) -> None:
