@@ -13,10 +13,12 @@ import logging
 import os
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -51,6 +53,21 @@ def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> st
     """The command that restores something deleted in a store."""
     call = f"experiments restore -x {id}" if what == "experiment" else f"runs restore --run-id {id}"
     return f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} mlflow {call}"
+
+
+def _copy_to_new(made: Path, path: Path) -> None:
+    """Copies a SQLite database into a file that has no tables yet, all at once.
+
+    MLflow makes its tables in dozens of steps; where it is cut off in one of them, it often cannot go on later.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(path, isolation_level=None)) as target:
+        target.execute("BEGIN IMMEDIATE")
+        if not target.execute("SELECT 1 FROM sqlite_master").fetchone():  # else another run has been faster
+            for statement in source.iterdump():
+                if statement not in ("BEGIN TRANSACTION;", "COMMIT;"):
+                    target.execute(statement)
+        target.execute("COMMIT")
 
 
 class TrackingError(Exception):
@@ -152,6 +169,12 @@ class Tracker:
     def _open_runs(self, state: dict[str, Any]) -> MlflowRuns:
         from orchestrator.tracking.mlflow_runs import MlflowRuns
 
+        path = Path(self._uri.partition(":///")[2])
+        if self._uri.startswith("sqlite") and "?" not in self._uri and not (path.is_file() and path.stat().st_size):
+            with suppress(Exception), tempfile.TemporaryDirectory() as folder:  # MLflow then says why it cannot be
+                made = Path(folder, "mlflow.db")
+                MlflowRuns(f"sqlite:///{made}", self._run_dir, state)
+                _copy_to_new(made, path)
         return MlflowRuns(self._uri, self._run_dir, state)
 
     def _sync(self) -> bool:

@@ -19,9 +19,11 @@ from mlflow.tracking import MlflowClient
 from orchestrator.preflight.tracking import check_earlier_tracking
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker, TrackingError
+from orchestrator.tracking.schema import revisions
 from tests.builders.commands import run_command
 from tests.builders.logs import whole_run
 from tests.builders.run_folder import made_experiment, make_run
+from tests.builders.waiting import wait_for
 from trainers.contract.events import RunStarted, event_from_json
 
 
@@ -223,6 +225,17 @@ def test_the_process_that_tracks_says_why_once_and_the_driver_keeps_it(run: Path
     tracker = Tracker(run, "http://127.0.0.1:9")
     assert not tracker.finish(timeout=600)
     assert tracker.failure == "MLflow at http://127.0.0.1:9 does not take events: Connection refused"
+
+
+def test_a_new_store_is_whole_once_it_has_a_table_whenever_its_making_is_cut_off(run: Path) -> None:
+    path = run.parent / "new" / "mlflow.db"
+    process = Tracker(run, f"sqlite:///{path}").start()
+    wait_for(lambda: (path.exists() and path.stat().st_size) or process.poll() is not None)
+    process.kill()
+    process.wait()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (revisions()[0],)
+    assert Tracker(run, f"sqlite:///{path}").sync()
 
 
 def test_a_replay_that_fails_is_one_line_and_one_that_succeeds_notes_it_in_the_results(
