@@ -2,29 +2,93 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import re
+from typing import Any, NamedTuple
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class Gpu(NamedTuple):
-    """One GPU."""
+    """One GPU, or a slice of one (MIG)."""
 
     name: str
-    total_bytes: int
-    free_bytes: int
+    index: int
+    """Its number in `nvidia-smi`; that of its GPU for a slice."""
+    total_bytes: int | None = None
+    """Its memory; None where the driver does not say, as of a GPU that shares the machine's."""
+    free_bytes: int | None = None
+    """What nobody uses of it; None where the driver does not say."""
 
 
 def list_gpus() -> list[Gpu]:
-    """The GPUs of this machine with their memory; none where there is no driver."""
+    """The GPUs of this machine that `CUDA_VISIBLE_DEVICES` leaves to CUDA; none where there is no driver.
+
+    Numbers in the variable are taken in the driver's order, as Ray takes them.
+    """
     import pynvml
 
-    gpus = []
     try:
         pynvml.nvmlInit()
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            gpus.append(Gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free)))
-        pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return []
-    return gpus
+    try:
+        return [_describe(handle) for handle in _visible_handles(os.environ.get(VISIBLE))]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(handle: Any) -> Gpu:
+    import pynvml
+
+    whole = _ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
+    known = memory is not None and memory.total > 0
+    return Gpu(
+        name=str(pynvml.nvmlDeviceGetName(handle)),
+        index=int(pynvml.nvmlDeviceGetIndex(handle if whole is None else whole)),
+        total_bytes=int(memory.total) if known else None,
+        free_bytes=int(memory.free) if known else None,
+    )
+
+
+def _visible_handles(visible: str | None) -> list[Any]:
+    """The driver's handles of what a value of `CUDA_VISIBLE_DEVICES` names, in its order, as CUDA reads it.
+
+    The list ends at the first entry that names nothing, and is empty where one comes twice.
+    """
+    import pynvml
+
+    found = (_ask(pynvml.nvmlDeviceGetHandleByIndex, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    handles = [handle for handle in found if handle is not None]  # CUDA has no others either
+    if visible is None:
+        return handles
+    uuids = [str(_ask(pynvml.nvmlDeviceGetUUID, handle)) for handle in handles]
+    chosen: dict[str, Any] = {}
+    for entry in map(str.strip, visible.split(",")):
+        key = entry
+        if entry.startswith("MIG-"):
+            handle = _ask(pynvml.nvmlDeviceGetHandleByUUID, entry)
+        else:
+            number = re.match(r"\+?\d+", entry)  # what follows it is not read
+            same = [each for each, uuid in enumerate(uuids) if entry.startswith("GPU-") and uuid.startswith(entry)]
+            index = int(number.group()) if number else same[0] if len(same) == 1 else len(handles)
+            handle, key = (handles[index], str(index)) if index < len(handles) else (None, "")
+        if handle is None:
+            break
+        if key in chosen:
+            return []
+        chosen[key] = handle
+    return list(chosen.values())
+
+
+def _ask(function: Any, *arguments: Any) -> Any:
+    """What the driver answers; None where it refuses."""
+    import pynvml
+
+    try:
+        return function(*arguments)
+    except pynvml.NVMLError:
+        return None

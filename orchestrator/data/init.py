@@ -100,14 +100,15 @@ class Machine(NamedTuple):
 
     num_gpus: int
     gpu_gib: float
-    """Memory of the smallest GPU."""
+    """Memory of the smallest GPU; 0 where that is not known."""
     num_cpus: int
 
     @classmethod
     def local(cls) -> Machine:
         """This machine."""
-        memory = [gpu.total_bytes / 2**30 for gpu in list_gpus()]
-        return cls(len(memory), min(memory, default=0.0), _num_cpus())
+        gpus = list_gpus()
+        memory = [gpu.total_bytes / 2**30 for gpu in gpus if gpu.total_bytes]
+        return cls(len(gpus), min(memory, default=0.0), _num_cpus())
 
 
 class Schedule(NamedTuple):
@@ -185,6 +186,11 @@ def _num_cpus() -> int:
         return available
 
 
+def _gpus(machine: Machine) -> str:
+    size = f" of {machine.gpu_gib:.0f} GiB" if machine.gpu_gib else ""
+    return f"{machine.num_gpus} GPUs{size}" if machine.num_gpus else "no GPU"
+
+
 def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: Machine) -> str:
     num_bare, num_objects = _count_bare(train, val)
     config = BOX_CONFIG if num_bare else MASK_CONFIG
@@ -198,7 +204,7 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
         folder=printable(str(folder)),
         num_train=train.num_images,
         num_val=val.num_images,
-        machine=f"{machine.num_gpus} GPUs of {machine.gpu_gib:.0f} GiB" if machine.num_gpus else "no GPU",
+        machine=_gpus(machine),
         name=_scalar(re.sub(r"[^A-Za-z0-9]+", "_", folder.name).strip("_")[:80] or "own_data"),
         train_annotations=_scalar(train.annotations),
         train_images=_scalar(train.images),

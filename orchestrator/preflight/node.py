@@ -150,12 +150,15 @@ def judge_nodes(
         if other:
             what = f"other versions there: {', '.join(other)}"
             findings.error("node_versions", "packages", node, what, "Use one image on all nodes")
-        for index, (name, total, unused) in enumerate(report.gpus if needs_gpus else []):
-            if unused < BUSY_SHARE * total:
-                what = f"GPU {index} ({name}) has {_size(unused)} of {_size(total)} free: something else uses it"
+        for gpu in report.gpus if needs_gpus else []:
+            total, unused = gpu.total_bytes, gpu.free_bytes
+            if total is not None and unused is not None and unused < BUSY_SHARE * total:
+                what = (
+                    f"GPU {gpu.index} ({gpu.name}) has {_size(unused)} of {_size(total)} free: something else uses it"
+                )
                 hint = "End that process (`nvidia-smi` shows it), or expect less"
-                findings.warning("gpu_busy", f"GPU {index}", node, what, hint)
-    kinds = {name for report in reports for name, _, _ in report.gpus}
+                findings.warning("gpu_busy", f"GPU {gpu.index}", node, what, hint)
+    kinds = {gpu.name for report in reports for gpu in report.gpus}
     if needs_gpus and len(kinds) > 1:
         what = f"GPUs of several kinds: {', '.join(sorted(kinds))}; every step waits for the slowest"
         findings.warning("gpu_kinds", "GPUs", "", what, "Use nodes of one kind for meaningful figures")

@@ -16,6 +16,7 @@ from orchestrator.data.generate import generate
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
+from orchestrator.gpus import Gpu
 from orchestrator.preflight.cluster import check_exclusion, check_fit, check_standby, check_token, needs_several_hosts
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
@@ -121,7 +122,7 @@ REQUEST = NodeRequest({"the training images": "/data/train2017"}, {RUNS: "", CHE
 FINE = FolderState(100 * GIB, "", True)
 GOOD = NodeReport(
     host="a", versions={"python": "3.11.9", "ray": "2.60.0"}, folders={RUNS: FINE, CHECKPOINTS: FINE},
-    shared_memory_free=8 * GIB, gpus=[("H100", 80 * GIB, 79 * GIB)],
+    shared_memory_free=8 * GIB, gpus=[Gpu("H100", 0, 80 * GIB, 79 * GIB)],
 )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_a_good_node_has_no_finding() -> None:
         ({"shared_memory_free": 64 * 2**20}, "shared_memory", "64 MiB free"),
         ({"versions": {"python": "3.11.9", "ray": "2.59.0"}}, "node_versions", "ray 2.59.0 (driver: 2.60.0)"),
         ({"versions": {"python": "3.11.9"}}, "node_versions", "ray none (driver: 2.60.0)"),
-        ({"gpus": [("H100", 80 * GIB, 10 * GIB)]}, "gpu_busy", "10.0 GiB of 80.0 GiB free"),
+        ({"gpus": [Gpu("H100", 5, 80 * GIB, 10 * GIB)]}, "gpu_busy", "GPU 5 (H100) has 10.0 GiB of 80.0 GiB free"),
     ],
 )
 def test_what_is_wrong_on_one_node_is_reported_with_its_name(change: dict[str, Any], code: str, words: str) -> None:
@@ -156,7 +157,7 @@ def test_what_is_wrong_on_one_node_is_reported_with_its_name(change: dict[str, A
 
 
 def test_gpus_of_several_kinds_are_reported_unless_none_is_used() -> None:
-    other = replace(GOOD, host="b", gpus=[("V100", 16 * GIB, 16 * GIB)])
+    other = replace(GOOD, host="b", gpus=[Gpu("V100", 0, 16 * GIB, 16 * GIB)])
     assert [code for code, _, _ in judge(GOOD, other)] == ["gpu_kinds"]
     assert judge(GOOD, other, needs_gpus=False) == []
 
