@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_rows import PEAK_TFLOPS, GpuRow, Target, peak_tflops
+from benchmarks.gpu_rows import BELOW_SXM, PEAK_TFLOPS, GpuRow, Target, peak_tflops, words_of
 
-MEASURED_ON = ("H100", "H200")
-"""Words of the devices on which a target counts as reached or not."""
+MEASURED_ON = {"H100", "H200"}
+"""Words of the devices on which a target counts as reached or not; slices and PCIe cards have less than is asked of."""
 
 VERDICTS = {True: "reached", False: "**below**", None: "not measured"}
 
@@ -62,6 +62,12 @@ class Results:
         return next((row.device for row in self.everything if row.device), {})
 
     @property
+    def counts(self) -> bool:
+        """Whether it was measured on a device that the targets are for."""
+        words = words_of(str(self.device.get("device")))
+        return bool(words & MEASURED_ON) and not words & BELOW_SXM
+
+    @property
     def cut(self) -> list[GpuRow]:
         """Rows that there was no time for."""
         return [row for row in self.everything if row.problem.startswith("cut")]
@@ -74,7 +80,7 @@ class Results:
     @property
     def below(self) -> list[str]:
         """Targets that were measured on the device that they are for, and not reached."""
-        if not any(word in str(self.device.get("device")) for word in MEASURED_ON):
+        if not self.counts:
             return []
         pairs = [(row, target) for row in self.everything for target in row.targets if row.reached(target) is False]
         return [f"{row.name}, batch {row.batch}: {target.figure}" for row, target in pairs]
@@ -93,7 +99,8 @@ class Results:
 def file_stem(results: Results) -> str:
     """The date and the device, as files of results are named."""
     name = str(results.device.get("device", "no-device"))
-    known = next((word for word in PEAK_TFLOPS if word in name.split()), name)
+    words = words_of(name)
+    known = next((word for word in PEAK_TFLOPS if word in words and not words & BELOW_SXM), name)
     return f"{results.machine['time'][:10]}_{re.sub(r'[^a-z0-9]+', '-', known.lower()).strip('-')}-bench-gpu"
 
 
@@ -161,11 +168,9 @@ def _rates(rows: list[GpuRow]) -> list[str]:
 
 
 def _targets(results: Results) -> list[str]:
-    counts = any(word in str(results.device.get("device")) for word in MEASURED_ON)
-
     def verdict(row: GpuRow, target: Target) -> str:
         reached = row.reached(target)
-        return VERDICTS[reached] if counts or reached is None else "(for an H100)"
+        return VERDICTS[reached] if results.counts or reached is None else "(for an H100)"
 
     return _table("Targets on one H100", ("row", "batch", "figure", "measured", "target", "aim", ""), [
         (row.name, row.batch, target.figure, _figure(getattr(row, target.figure), ".3g"),

@@ -6,19 +6,31 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from orchestrator.acceptance.data_sheets import sheet_rate
+
 PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
 """Dense 16-bit peak of tensor cores by a word of the device's name (NVIDIA's data sheets; SXM where there are two)."""
 
+BELOW_SXM = {"MIG", "PCIE", "NVL"}
+"""Words, in capitals, of the names of slices and PCIe cards, which have less than the SXM module of their name."""
+
+
+def words_of(device: str) -> set[str]:
+    """The words of a device's name, in capitals."""
+    return set(device.upper().replace("-", " ").split())
+
 
 def peak_tflops(device: str) -> float | None:
-    """Dense 16-bit peak of a device by its name; None for one that is not in the table."""
-    words = device.replace("-", " ").split()
+    """Dense 16-bit peak of a device by its name; None for one that is not in a table, as every slice (MIG)."""
+    words = words_of(device)
+    if words & BELOW_SXM:
+        return sheet_rate(device, "gpu_matrix_fp16")
     return next((peak for word, peak in PEAK_TFLOPS.items() if word in words), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a row is to reach on one H100."""
+    """What a row is to reach on one H100 (SXM)."""
 
     figure: str
     """Name of a property of `GpuRow`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ def test_a_row_is_rated_by_its_blocks_and_its_neighbours() -> None:
 def test_targets_count_only_on_the_devices_that_they_are_for() -> None:
     row = GpuRow("fast", 2, TARGETS["fast", 2], device={"device": "NVIDIA A10"}, waits=5.0)
     assert results(row).below == [] and "(for an H100)" in page(results(row))
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H200 NVL", None), ("NVIDIA H100 PCIe", 756.5),
+     ("NVIDIA H100 NVL", 835.5)],
+)  # fmt: skip
+def test_a_slice_and_a_pcie_card_are_not_judged_by_the_full_chip(device: str, peak: float | None) -> None:
+    row = GpuRow("fast", 2, TARGETS["fast", 2], device={"device": device}, waits=5.0, flops_per_image=1e12)
+    row.blocks = [block(0.5)]
+    found = results(row)
+    assert row.tflops == 16.0 and row.peak_share == (16 / peak if peak else None) and found.below == []
+    text = page(found)
+    assert (f"16-bit peak {peak} TFLOP/s" if peak else "its 16-bit peak is not in the table") in text
+    assert "(for an H100)" in text and "**below**" not in text
+    assert file_stem(found) == f"2026-01-02_{re.sub('[ .]', '-', device.lower())}-bench-gpu"
 
 
 def test_what_was_not_measured_is_none_in_json_and_a_dash_on_the_page() -> None:
