@@ -72,6 +72,8 @@ class Supervisor:
         self._forked = False
         self._others: set[psutil.Process] = set()
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)  # the child's phase, then why it gave up
+        # Some job launchers ignore it, which is inherited: then no process here would learn how its children ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         handle_stop_signals(self._on_signal)
 
     @property

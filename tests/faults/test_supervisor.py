@@ -227,6 +227,22 @@ def test_a_lost_process_names_the_kernels_kill_for_lack_of_memory(tmp_path: Path
     assert "was lost (signal SIGKILL; since it started, the kernel has killed a process on its node" in done.stdout
 
 
+RUN_IN_CHILD = """
+import subprocess
+from orchestrator.execution.supervisor import Supervisor
+
+print(Supervisor().run(lambda: subprocess.run(["false"]).returncode + 6))
+"""
+
+
+def test_a_launcher_that_ignores_the_ends_of_children_changes_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_IN_CHILD], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == "Ending(code=7, reason='', worked=True)\n", done.stderr
+
+
 def test_a_run_whose_process_is_lost_is_closed_by_its_parent(tmp_path: Path) -> None:
     command = Started(tmp_path, "training")
     wait_for(command.has("ready"))
