@@ -136,7 +136,8 @@ def restore(loop: TrainingLoop, state: dict[str, Any]) -> None:
     restore_values(unwrapped(loop.model), saved[loop.rank * len(saved) // loop.plan.world_size])
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scheduler.load_state_dict(state["scheduler"])
-    loop.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # saved in another precision, it is empty; where there is no scaler now, torch ignores it
+        loop.scaler.load_state_dict(state["scaler"])
     if loop.average:
         loop.average.restore(state["ema"])
     # A run that had been stopped goes on; one that had finished has nothing left to do.

@@ -21,6 +21,7 @@ from trainers.contract.events import (
 )
 from trainers.faults import VARIABLE, Fault, fired
 from trainers.rank import Rank
+from trainers.recipes import Precision
 
 pytestmark = pytest.mark.train
 
@@ -40,6 +41,19 @@ def test_a_rank_that_died_twice_ends_with_the_weights_of_one_that_did_not(tmp_pa
     losses = {event.iteration: event.losses for event in [*second, *third] if isinstance(event, StepsDone)}
     expected = {event.iteration: event.losses for event in healthy if isinstance(event, StepsDone)}
     assert losses == {iteration: expected[iteration] for iteration in losses}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")  # the scaler skips a first step
+@pytest.mark.parametrize(("before", "after"), [("fp32", "amp"), ("amp", "fp32")])
+def test_a_trial_continues_in_another_precision(tmp_path: Path, before: Precision, after: Precision) -> None:
+    plan = plan_of(tmp_path, "mask_rcnn")
+    first, second = (
+        dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, precision=each)) for each in (before, after)
+    )
+    train(first, die_at=6)
+    events = train(second, attempt=1)
+    assert (last(events, LoopStarted).iteration, last(events, LoopStarted).numerics["precision"]) == (4, after)
+    assert last(events, LoopFinished).iteration == 12
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_at_the_next_start(tmp_path: Path) -> None:
