@@ -128,20 +128,27 @@ class CheckpointStore:
         """The newest checkpoint that verifies and its path; damaged ones are skipped, which is reported.
 
         Raises:
-            StorageError: The folder cannot be read.
+            StorageError: The folder cannot be read; or no checkpoint loads, and one of them is not damaged but unread.
         """
         try:
-            valid = self._valid(self._skip)
+            valid, skipped = self._valid()
         except OSError as error:
             raise StorageError(f"{self._root} cannot be read: {error}") from error
+        found = None
         for iteration in sorted(valid, reverse=True):
             try:
-                return self.load(iteration)
+                found = self.load(iteration)
+                break
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 if is_out_of_memory(error):  # no fault of the checkpoint
                     raise
-                self._skip(self._folder(iteration), error)
-        return None
+                skipped[self._folder(iteration)] = error.with_traceback(None)  # which holds the content
+        unread = next(filter(_is_unread, skipped.values()), None)
+        if unread and not found:
+            raise StorageError(f"no checkpoint under {self._root} can be read: {unread}") from unread
+        for path, reason in skipped.items():
+            self._skip(path, reason)
+        return found
 
     def _skip(self, path: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
@@ -239,21 +246,21 @@ class CheckpointStore:
         if owner > self._attempt:
             raise StorageError(f"attempt {owner} writes here now; this one was given up")
 
-    def _valid(self, on_damaged: Callable[[str, Exception], None] = lambda *_: None) -> dict[int, float | None]:
-        """Iteration and score of every checkpoint that has a readable manifest."""
-        found: dict[int, float | None] = {}
+    def _valid(self) -> tuple[dict[int, float | None], dict[str, Exception]]:
+        """Iteration and score of every checkpoint that has a readable manifest; and why others have none, by path."""
+        found, damaged = dict[int, float | None](), dict[str, Exception]()
         selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True, recursive=True)
         for path in (info.path for info in self._files.get_file_info(selector) if info.base_name == MANIFEST):
             try:
                 manifest = json.loads(self._read(path))
                 found[int(manifest["iteration"])] = manifest["score"]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                on_damaged(path, error)
-        return found
+                damaged[path] = error
+        return found, damaged
 
     def _prune(self) -> None:
         """Deletes all but the newest, the best and the awaited, and the remains of interrupted writes."""
-        valid = self._valid()
+        valid, damaged = self._valid()
         kept = self._awaited | set(sorted(valid)[-self._keep :])
         scored = {iteration: score for iteration, score in valid.items() if score is not None}
         if scored:
@@ -262,10 +269,18 @@ class CheckpointStore:
             match = re.fullmatch(r"iter_(\d+)", info.base_name)
             if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
                 continue
+            if _is_unread(damaged.get(f"{info.path}/{MANIFEST}")):
+                logger.warning("checkpoint %s is kept, because its manifest cannot be read", info.path)
+                continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
             if int(match[1]) in valid:
                 self._files.delete_file(f"{info.path}/{MANIFEST}")
             self._files.delete_dir(info.path)
+
+
+def _is_unread(error: Exception | None) -> bool:
+    """Whether a file may be whole and cannot be read now; S3's errors have no number, but for an absent object."""
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _write_file(files: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:

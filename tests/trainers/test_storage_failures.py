@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,37 @@ def test_what_a_killed_process_left_half_written_takes_no_room_from_the_next(tmp
     left.write_bytes(b"half")
     store(tmp_path, attempt=1).take_over()
     assert not left.exists() and newest(tmp_path) == 4
+
+
+@contextmanager
+def unreadable(*files: Path) -> Iterator[None]:
+    """Has the operating system answer with EIO where files are read."""
+    for file in files:
+        file.rename(f"{file}.real")
+        file.symlink_to("/proc/self/mem")
+    yield
+    for file in files:
+        if file.is_symlink():
+            Path(f"{file}.real").replace(file)
+
+
+def test_the_best_is_kept_though_its_manifest_cannot_be_read_for_a_moment(tmp_path: Path) -> None:
+    target = store(tmp_path, keep=1)
+    save(target, 4, 8, scores={4: 40.0, 8: 30.0})
+    with unreadable(tmp_path / "iter_0000004" / "manifest.json"):
+        save(target, 12, scores={12: 20.0})
+    save(target, 16)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000016"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state-0.pt"])
+def test_training_does_not_begin_from_nothing_where_no_checkpoint_can_be_read(tmp_path: Path, name: str) -> None:
+    save(store(tmp_path), 4, 8)
+    skipped: list[dict[str, str]] = []
+    files = [tmp_path / f"iter_000000{iteration}" / name for iteration in (4, 8)]
+    with unreadable(*files), pytest.raises(StorageError, match=r"no checkpoint .* can be read: .*Input/output error"):
+        store(tmp_path, on_skipped=lambda **fields: skipped.append(fields)).load_newest()
+    assert skipped == [], "they are not damaged"
+    with unreadable(files[1]):
+        assert newest(tmp_path) == 4
+    assert newest(tmp_path) == 8
