@@ -43,7 +43,8 @@ def only_driver(run_dir: Path, owner_pid: int | None = None, timeout: float = LO
     """
     import filelock
 
-    lock, owner = filelock.FileLock(run_dir / LOCK), run_dir / OWNER
+    # Where there is no flock, filelock would mark the folder with a file instead, which a killed driver leaves.
+    lock, owner = filelock.FileLock(run_dir / LOCK, fallback_to_soft=False), run_dir / OWNER
     try:
         lock.acquire(timeout=timeout)
     except filelock.Timeout as error:

@@ -19,7 +19,7 @@ from orchestrator.drive import Request
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.trial import trial_result
 from orchestrator.runlog.folder import EarlierRun, read_earlier_run, read_run_folder
-from orchestrator.runlog.lock import only_driver
+from orchestrator.runlog.lock import LockError, only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import ROOT
 from tests.builders.experiments import tiny_experiment
@@ -201,18 +201,19 @@ def test_a_run_that_others_went_on_with_during_the_checks_is_not_gone_on_with(ol
     assert folder_in_use(old_folder, read_earlier_run(old_folder), monkeypatch, lambda: None) == 0
 
 
-def test_a_file_system_without_locks_is_refused_with_its_reason(tmp_path, monkeypatch):
-    def no_locks(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+@pytest.mark.parametrize(("number", "words"), [(errno.ENOLCK, "No locks available"), (errno.ENOSYS, "not implemented")])
+def test_a_file_system_without_locks_is_refused_with_its_reason(number, words, tmp_path, monkeypatch):
+    def no_locks(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    with pytest.raises(SpecError, match=r"cannot be locked: .*No locks available"), only_driver(tmp_path):
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(LockError, match=rf"cannot be locked: .*{words}"), only_driver(tmp_path):
         pass
 
 
 def test_the_lock_of_a_driver_that_died_is_free(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from orchestrator.runlog.lock import only_driver\n"
+        "import os, sys; from pathlib import Path; from orchestrator.runlog.lock import LockError, only_driver\n"
         "with only_driver(Path(sys.argv[1])): os._exit(3)"
     )
     died = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=False)
