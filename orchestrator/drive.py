@@ -23,6 +23,7 @@ from orchestrator.report.plan_table import plan_table, side_by_side_note
 from orchestrator.runlog.changes import with_changes
 
 if TYPE_CHECKING:
+    from orchestrator.execution.cluster import Cluster
     from orchestrator.execution.event_log import EventLog
     from orchestrator.execution.stop import StopRequest
     from orchestrator.publish import Publication, Status
@@ -136,17 +137,26 @@ def close(request: Request, status: Status, reason: str) -> int:
 def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Finding], list[TrialPlan], Datasets]:
     """Generates data where asked for, starts or joins Ray, and checks; returns findings, final plans and data sets.
 
-    Where something is wrong already, Ray is not started and the rehearsal not waited for.
+    Where something is wrong already, Ray is not started and the rehearsal not waited for. A cluster that decides what
+    the trials run on is joined before: they are planned, and checked, for its devices.
     """
     from orchestrator.preflight.local import joins_cluster, preflight
+    from orchestrator.preflight.ray_setup import check_ray
     from orchestrator.preflight.rehearsal import Rehearsal
     from orchestrator.preflight.tracking import check_earlier_tracking
 
-    experiment = request.experiment
+    experiment, cluster = request.experiment, None
+    is_left_to_cluster = joins_cluster(experiment) and experiment.resources.device == "auto"
+
+    def is_unfit() -> bool:
+        return has_errors([*check_settings(experiment), *(check_ray(experiment) if is_left_to_cluster else ())])
+
     try:
-        plans = plan_trials(request, Hardware.local())
+        if is_left_to_cluster and not is_unfit():
+            cluster = _start_ray(request, to_train=to_train)
+        plans = plan_trials(request, cluster.hardware if cluster else Hardware.local())
     except SpecError:
-        if not has_errors(check_settings(experiment)):
+        if cluster or not is_unfit():
             raise
         plans = []  # the reason is among the findings
     draw_data(experiment)
@@ -158,14 +168,14 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         if request.earlier:
             findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
         if not has_errors(findings):
-            plans, more = _check_cluster(request, to_train=to_train)
+            plans, more = _check_cluster(request, cluster or _start_ray(request, to_train=to_train))
             findings = sort_findings([*findings, *more, *(rehearsal.findings() if rehearsal else ())])
     print_findings(findings)
     return findings, plans, datasets
 
 
-def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan], list[Finding]]:
-    """Starts or joins Ray and checks the cluster; returns the final plans and the findings."""
+def _start_ray(request: Request, *, to_train: bool) -> Cluster:
+    """Starts or joins Ray."""
     from orchestrator.execution.cluster import start_ray
 
     # Both import torch: seconds, while Ray's daemons start.
@@ -174,6 +184,11 @@ def _check_cluster(request: Request, *, to_train: bool) -> tuple[list[TrialPlan]
     cluster = start_ray(resources.address, resources.network_interface, dashboard=resources.dashboard)
     if cluster.dashboard and not request.quiet:
         request.console.print(f"Ray's dashboard: {cluster.dashboard}", soft_wrap=True, highlight=False)
+    return cluster
+
+
+def _check_cluster(request: Request, cluster: Cluster) -> tuple[list[TrialPlan], list[Finding]]:
+    """Checks the cluster; returns the final plans and the findings."""
     plans = plan_trials(request, cluster.hardware)
     from orchestrator.preflight.cluster import preflight_cluster  # not before Ray starts: it waits for torch
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from orchestrator.experiment.prediction_file import Prediction
     from orchestrator.experiment.spec import Experiment
     from orchestrator.runlog.folder import EarlierRun
+    from trainers.contract.plan import TrialPlan
 
 AUTO = Path("auto")
 """Value of `--resume` for the run in `--output`; a folder of this name is `./auto`."""
@@ -242,7 +243,7 @@ def _show_plan(request: Request, asked: Prediction | None) -> int:
     if has_errors(findings):
         request.print_json(to_json(findings))
         return UNFIT
-    plans = drive.plan_trials(request, Hardware.local())
+    plans = _likely_plans(request)
     if request.json_output:
         shown: Any = [dataclasses.asdict(plan) for plan in plans]
         shown = {"calibration": shown, "prediction": asked.model_dump(mode="json")} if asked else shown
@@ -260,6 +261,20 @@ def _show_plan(request: Request, asked: Prediction | None) -> int:
     place = f"Results in {request.run_dir}, tracked in {store} as {request.experiment.name!r}."
     request.console.print(place, soft_wrap=True, markup=False, highlight=False)
     return DONE
+
+
+def _likely_plans(request: Request) -> list[TrialPlan]:
+    """The plans of all trials; where a cluster is to decide the device, for this machine's, or for GPUs."""
+    resources, local = request.experiment.resources, Hardware.local()
+    if resources.device != "auto" or not cluster_address(resources.address):
+        return drive.plan_trials(request, local)
+    try:
+        plans = drive.plan_trials(request, local)
+    except SpecError:
+        plans = drive.plan_trials(request, dataclasses.replace(local, num_gpus=1))
+    text = f"resources.device: auto is taken as {plans[0].device}; the cluster decides it once it is joined."
+    request.console.print(text, soft_wrap=True, markup=False, highlight=False)
+    return plans
 
 
 def _read_earlier(folder: Path, assignments: list[str], *, alone: bool) -> EarlierRun:
