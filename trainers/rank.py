@@ -43,7 +43,7 @@ from trainers.loop import Request, TrainingLoop
 from trainers.overlap import Start, overlap, process_here
 from trainers.precise_bn import precise_batch_norm
 from trainers.pulse import Activity, Pulse
-from trainers.speedups.apply import process_settings, resolve_precision
+from trainers.speedups.apply import agree_on_precision, process_settings, resolve_precision
 from trainers.speedups.graphs import capture_for
 from trainers.training_order import Epoch, training_epoch
 
@@ -119,6 +119,7 @@ class Rank:
         torch.set_num_threads(plan.cpus_per_worker)
         if placement.world_size > 1:
             comm.create_local_process_group(placement.local_world_size)
+        agree_on_precision(plan.recipe.precision, self._device(), placement.host)
         torch.manual_seed(plan.seed)
         mask_rcnn.register(cfg, plan.train)
         mask_rcnn.register(cfg, plan.val)

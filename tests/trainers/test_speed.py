@@ -14,14 +14,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from benchmarks.ours import write_plan
 from tests.builders.recipes import plan_of, train
+from tests.builders.training import last
 from trainers import machine, mask_rcnn
-from trainers.contract.events import LoopFinished, event_from_json
+from trainers.contract.channel import Channel, Placement
+from trainers.contract.events import Event, LoopFinished, WorkerFailed, event_from_json
+from trainers.contract.plan import TrialPlan
+from trainers.contract.problems import ConfigurationError
 from trainers.loading import batches_of_a_size
+from trainers.rank import Rank
 from trainers.recipes import FAST, PLAIN, RECIPES, REFERENCE, Recipe
-from trainers.speedups.apply import process_settings, resolve_precision
+from trainers.speedups.apply import agree_on_precision, process_settings, resolve_precision
 from trainers.speedups.roi_pooling import SparsePooler
 
 
@@ -77,6 +84,27 @@ def test_auto_precision_is_what_the_device_computes_in(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, capability=capability: capability)
         assert resolve_precision("auto", cuda) == precision
     assert resolve_precision("bf16", cpu) == "bf16"
+
+
+def _rank_starts(rank: int, store: str, plan: TrialPlan) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    bf16, host, events = rank == 1, f"host{rank}", list[Event]()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+        agree_on_precision("bf16", torch.device("cpu"), host)
+        with pytest.raises(ConfigurationError) as caught:
+            Rank(plan, 0, Placement(rank, 2, 0, 1, host), Channel(events.append, lambda _: "run")).train(0.0)
+        found = "auto is not the same precision for all workers: it is bf16 on host1, fp32 on host0"
+        assert str(caught.value).startswith(f"trials.switches.precision: {found}. Set it to ")
+        assert last(events, WorkerFailed).failure == "configuration"
+        bf16 = True
+        agree_on_precision("auto", torch.device("cpu"), host)
+    dist.destroy_process_group()
+
+
+def test_workers_whose_auto_precisions_differ_do_not_start(tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan_of(tmp_path, dataclasses.replace(PLAIN, precision="auto"), "auto"), world_size=2)
+    mp.spawn(_rank_starts, args=(str(tmp_path / "store"), plan), nprocs=2)
 
 
 def test_a_recipes_settings_of_the_process_end_with_it() -> None:

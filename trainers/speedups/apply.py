@@ -23,8 +23,10 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
+from detectron2.utils import comm
 from torch import nn
 
+from trainers.contract.problems import ConfigurationError
 from trainers.matmul_precision import restored_matmul_precision
 from trainers.recipes import Precision, Recipe
 from trainers.speedups.convolution import winograd_conv
@@ -80,6 +82,26 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         return "bf16" if ampere else "amp"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "fp32"
+
+
+def agree_on_precision(precision: Precision, device: torch.device, host: str) -> None:
+    """Makes sure that `auto` is the same for all ranks, whose gradients are averaged: those of `amp` are scaled.
+
+    To be called by every rank, in its process group; one alone communicates nothing.
+
+    Raises:
+        ConfigurationError: It is not; the same on every rank.
+    """
+    if precision != "auto":
+        return
+    hosts: dict[str, set[str]] = {}
+    for resolved, name in comm.all_gather((resolve_precision(precision, device), host)):
+        hosts.setdefault(resolved, set()).add(name)
+    if len(hosts) > 1:
+        found = ", ".join(f"{resolved} on {', '.join(sorted(hosts[resolved]))}" for resolved in sorted(hosts))
+        what = f"auto is not the same precision for all workers: it is {found}"
+        hint = "Set it to fp32, on GPUs also amp, or put the trial on one kind of GPU or CPU"
+        raise ConfigurationError(what, "mixed_precision", "trials.switches.precision", hint)
 
 
 def exchange(model: nn.Module, tables: Mapping[str, Table]) -> Exchanged:
