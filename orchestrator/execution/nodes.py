@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ CONNECT_TIMEOUT_SECONDS = 1.0
 
 RESERVE_TIMEOUT_SECONDS = 2.5
 """Longest wait for room on nodes that are large enough: Ray looks again every second."""
+
+POLL_INTERVAL_SECONDS = 0.1
+"""Time between two looks at reservations."""
 
 NODE_ID = "ray.io/node-id"
 """Label that Ray gives every node."""
@@ -144,6 +148,22 @@ def all_reduce_failure(nodes: Sequence[Node], device: str, timeout: float) -> Ex
     arguments = {node: (rank, size, first.address, port, device, timeout / 2) for rank, node in enumerate(nodes)}
     outcomes = call_on_nodes(time_all_reduce, arguments, timeout, num_gpus=int(device == "cuda"))
     return next((outcome for outcome in outcomes.values() if isinstance(outcome, Exception)), None)
+
+
+def with_free_gpu(nodes: Sequence[Node]) -> list[Node]:
+    """Those of some nodes on which a GPU is free now, found by reserving one on each for a moment."""
+    groups = {node: placement_group([{"GPU": 1.0}], bundle_label_selector=[{NODE_ID: node.id}]) for node in nodes}
+    deadline = time.monotonic() + RESERVE_TIMEOUT_SECONDS
+    try:
+        while True:
+            # Not `wait`, which takes whole seconds: one node that is in use would take those of all.
+            free = [node for node, group in groups.items() if placement_group_table(group)["state"] == "CREATED"]
+            if len(free) == len(nodes) or time.monotonic() > deadline:
+                return free
+            time.sleep(POLL_INTERVAL_SECONDS)
+    finally:
+        for group in groups.values():
+            remove_placement_group(group)
 
 
 def worker_resources(plan: TrialPlan) -> dict[str, float]:

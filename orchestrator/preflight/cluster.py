@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.acceptance.cluster import worker_nodes
 from orchestrator.execution.cluster import token_required
-from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes
+from orchestrator.execution.nodes import Node, all_reduce_failure, call_on_nodes, list_nodes, with_free_gpu
 from orchestrator.experiment.placement import equal_shares, num_side_by_side, smaller
 from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
@@ -270,12 +270,21 @@ def _last_line(error: Exception) -> str:
 
 
 def check_communication(trials: Sequence[TrialPlan], nodes: Sequence[Node]) -> list[Finding]:
-    """Times an all-reduce between the hosts of the widest trial that needs several: what hangs is found here."""
+    """Times an all-reduce between the hosts of the widest trial that needs several: what hangs is found here.
+
+    Hosts whose GPUs are all in use are left out: the trial waits for them, the all-reduce would not.
+    """
     wide = [trial for trial in trials if needs_several_hosts(trial, nodes)]
     if not wide:
         return []
     trial = max(wide, key=lambda trial: trial.num_nodes or trial.world_size)
-    hosts = [node for node in nodes if node.capacity(trial)][: trial.num_nodes or None]
+    hosts = [node for node in nodes if node.capacity(trial)]
+    free = with_free_gpu(hosts) if trial.device == "cuda" else hosts
+    if len(free) < min(2, len(hosts)):
+        what = "an all-reduce between hosts was not tried: their GPUs are in use"
+        hint = "Nothing: a trial waits for room, up to faults.timeouts.setup; try it again once they are free"
+        return [Finding("warning", "canary_left_out", "network", f"trial {trial.name}", what, hint)]
+    hosts = free[: trial.num_nodes or None]
     failure = all_reduce_failure(hosts, trial.device, CANARY_TIMEOUT_SECONDS)
     if failure is None:
         return []

@@ -22,7 +22,7 @@ SLICE = "MIG-cc44"
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine of three GPUs, the first of which is in use; attributes say what the driver answers."""
-    made = SimpleNamespace(memory={uuid: (80 * GIB, 79 * GIB) for uuid in (*UUIDS, SLICE)}, hidden=set())
+    made = SimpleNamespace(memory=dict.fromkeys((*UUIDS, SLICE), (80 * GIB, 79 * GIB)), hidden=set())
     made.memory[UUIDS[0]] = (80 * GIB, 10 * GIB)
 
     def handle(index: int) -> str:

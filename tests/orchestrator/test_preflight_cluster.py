@@ -8,16 +8,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from orchestrator.data.generate import generate
+from orchestrator.execution import nodes
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.gpus import Gpu
-from orchestrator.preflight.cluster import check_exclusion, check_fit, check_standby, check_token, needs_several_hosts
+from orchestrator.preflight import cluster as preflight
+from orchestrator.preflight.cluster import (
+    check_communication,
+    check_exclusion,
+    check_fit,
+    check_standby,
+    check_token,
+    needs_several_hosts,
+)
 from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
 from tests.builders.bad_input import base_experiment
 
@@ -99,6 +108,47 @@ def test_a_trial_needs_several_hosts_where_none_holds_all_its_workers() -> None:
     (trial,) = trials(4, device="cpu", cpus=1)
     assert needs_several_hosts(trial, [node("a", 0, 2), node("b", 0, 2)])
     assert not needs_several_hosts(trial, [node("a", 0, 4), node("b", 0, 4)])
+
+
+class Group:
+    """A stand-in for Ray's placement groups; `busy` are the hosts that another job keeps."""
+
+    busy: ClassVar[set[str]] = set()
+    kept: ClassVar[list[Group]] = []
+
+    def __init__(self, bundles: list[dict[str, float]], *, bundle_label_selector: list[dict[str, str]]) -> None:
+        assert bundles == [{"GPU": 1.0}]
+        (selector,) = bundle_label_selector
+        self.host = selector["ray.io/node-id"]
+        self.kept.append(self)
+
+    def state(self) -> dict[str, str]:
+        return {"state": "PENDING" if self.host in self.busy else "CREATED"}
+
+
+@pytest.mark.parametrize(
+    ("busy", "num_nodes", "met"),
+    [("", None, "abcd"), ("a", None, "bcd"), ("a", 2, "bc"), ("abc", None, ""), ("abcd", 2, "")],
+)
+def test_hosts_whose_gpus_another_job_uses_need_not_answer(
+    monkeypatch: pytest.MonkeyPatch, busy: str, num_nodes: int | None, met: str
+) -> None:
+    def all_reduce(hosts: list[Node], device: str, timeout: float) -> None:
+        assert not Group.kept and device == "cuda"
+        asked.extend(host.host for host in hosts)
+
+    asked: list[str] = []
+    monkeypatch.setattr(Group, "busy", set(busy))
+    monkeypatch.setattr(nodes, "placement_group", Group)
+    monkeypatch.setattr(nodes, "placement_group_table", Group.state)
+    monkeypatch.setattr(nodes, "remove_placement_group", Group.kept.remove)
+    monkeypatch.setattr(nodes, "RESERVE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(preflight, "all_reduce_failure", all_reduce)
+    hosts = [node(name, 8, 64) for name in "abcd"]
+    findings = check_communication(trials(16, num_nodes=num_nodes), hosts)
+    assert asked == list(met)
+    assert [(finding.level, finding.code) for finding in findings] == [("warning", "canary_left_out")] * (not met)
+    assert all("their GPUs are in use" in finding.what for finding in findings)
 
 
 def test_an_open_cluster_without_a_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
