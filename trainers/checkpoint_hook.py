@@ -84,7 +84,8 @@ class CheckpointHook:
                 state[PATIENCE_KEY] = self.evaluation.patience.state()
             scores = self.evaluation.last_scores if self.evaluation.last_iteration == loop.iteration else None
             score = metric_rating(scores, self.plan.metric) if scores else None
-            self.store.save(loop.iteration, state, score, started, self.evaluation.awaited())
+            ending = loop.stop_reason is not None
+            self.store.save(loop.iteration, state, score, started, self.evaluation.awaited(), ending=ending)
             self._stalls.append(time.perf_counter() - started)
         if self.plan.solver.auto_checkpoints:
             self._set_next(loop)

@@ -34,6 +34,9 @@ MANIFEST = "manifest.json"
 OWNER = "attempt"
 """File with the number of the latest attempt that writes here."""
 
+CONFIRM_RETRY_SECONDS = 1.0
+"""How long after a refusal `before_valid` is called again for the last checkpoint."""
+
 
 class StorageError(OSError):
     """A checkpoint could not be written or read."""
@@ -80,6 +83,7 @@ class CheckpointStore:
         score: float | None,
         since: float | None = None,
         awaited: Collection[int] = (),
+        ending: bool = False,
     ) -> None:
         """Takes a snapshot and returns; it is written in the background.
 
@@ -89,6 +93,7 @@ class CheckpointStore:
             score: The higher the better; None where the model was not evaluated.
             since: When training began to be stalled for it (`time.perf_counter`); None for now.
             awaited: Iterations of which the checkpoints are kept until they are rated, or until another is saved.
+            ending: Whether it is the last: `before_valid` is called until it may count, or another attempt writes here.
 
         Raises:
             StorageError: The previous write failed.
@@ -98,7 +103,7 @@ class CheckpointStore:
         snapshot = _to_cpu(state)
         taken = time.perf_counter()
         self._awaited = set(awaited)
-        self._pending = [self._writer.submit(self._write, iteration, snapshot, score, taken - started, taken)]
+        self._pending = [self._writer.submit(self._write, iteration, snapshot, score, ending, started, taken)]
 
     def wait(self) -> None:
         """Waits for what is being written; raises StorageError where it failed."""
@@ -147,13 +152,10 @@ class CheckpointStore:
         if unread and not found:
             raise StorageError(f"no checkpoint under {self._root} can be read: {unread}") from unread
         for path, reason in skipped.items():
-            self._skip(path, reason)
+            message = f"{type(reason).__name__}: {reason}" if isinstance(reason, KeyError) else str(reason)
+            logger.warning("checkpoint %s is damaged and is skipped: %s", path, message)
+            self._on_skipped(path=path, message=message)
         return found
-
-    def _skip(self, path: str, error: Exception) -> None:
-        message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
-        logger.warning("checkpoint %s is damaged and is skipped: %s", path, message)
-        self._on_skipped(path=path, message=message)
 
     def load(self, iteration: int) -> tuple[dict[str, Any], str]:
         """The checkpoint of an iteration and its path.
@@ -179,7 +181,7 @@ class CheckpointStore:
             return content
 
     def _write(
-        self, iteration: int, state: dict[str, Any], score: float | None, stall_seconds: float, taken: float
+        self, iteration: int, state: dict[str, Any], score: float | None, ending: bool, started: float, taken: float
     ) -> None:
         folder = self._folder(iteration)
         try:
@@ -196,9 +198,12 @@ class CheckpointStore:
                 "score": score,
                 "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
             }
-            if not self._before_valid():
+            while not self._before_valid():
                 logger.warning("the checkpoint of iteration %d does not count: the driver lacks its events", iteration)
-                return
+                if not ending:  # the next one makes up for it
+                    return
+                self._check_owner()
+                time.sleep(CONFIRM_RETRY_SECONDS)
             self._check_owner()
             _write_file(self._files, f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
         except OSError as error:
@@ -208,7 +213,7 @@ class CheckpointStore:
             iteration=iteration,
             path=folder,
             size_bytes=len(content),
-            stall_seconds=stall_seconds,
+            stall_seconds=taken - started,
             write_seconds=time.perf_counter() - taken,
         )
         try:

@@ -29,7 +29,8 @@ BEFORE_STEP_VARIABLE = "BENCHMARK_BEFORE_STEP"
 """Names a function as `module:function`; it is called once per rank and returns the function to call before steps."""
 
 CONFIRM_TIMEOUT_SECONDS = 30.0
-"""Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint."""
+"""Longest wait for the driver to confirm that it has events; after it, the worker goes on without a new checkpoint,
+or asks again for its last one."""
 
 PERSISTED_POLL_INTERVAL_SECONDS = 0.05
 """How often a worker asks whether they are on the driver's disk."""

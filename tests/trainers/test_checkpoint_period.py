@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,8 +54,26 @@ def test_a_period_that_sets_itself_changes_no_weights_and_resumes_exactly(tmp_pa
 
 
 class _Store:
-    def save(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+    endings: list[bool]
+
+    def save(self, *_: Any, ending: bool, **__: Any) -> None:
+        self.endings = [ending]
+
+
+def _loop(**fields: Any) -> Any:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return SimpleNamespace(
+        model=model, optimizer=optimizer, scheduler=optimizer, scaler=optimizer, iteration=2, stop_reason=None,
+        average=None, device=torch.device("cpu"), activity=SimpleNamespace(enter=lambda *_: None), **fields,
+    )  # fmt: skip
+
+
+def _evaluation(take_found: Callable[..., None] = lambda *_, **__: None) -> Any:
+    return SimpleNamespace(
+        take_found=take_found, pending=lambda _: False, saved=lambda _: [], awaited=set, last_scores=None,
+        last_iteration=0,
+    )  # fmt: skip
 
 
 def _two_ranks(rank: int, folder: str, found: Any) -> None:
@@ -63,19 +82,9 @@ def _two_ranks(rank: int, folder: str, found: Any) -> None:
     )
     solver = {"checkpoint_period": 2, "auto_checkpoints": True, "max_iter": 10_000}
     # A rank that measures steps 100 times as long as rank 0's, and knows of no stall, still does as rank 0.
-    model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    loop: Any = SimpleNamespace(
-        model=model, optimizer=optimizer, scheduler=optimizer, scaler=optimizer, rank=rank, iteration=2,
-        stop_reason=None, average=None, device=torch.device("cpu"), activity=SimpleNamespace(enter=lambda *_: None),
-        window=SimpleNamespace(step_seconds=[1e-4 if rank == 0 else 1e-2]),
-    )  # fmt: skip
-    evaluation: Any = SimpleNamespace(
-        take_found=lambda *_, **__: None, pending=lambda _: False, saved=lambda _: [], awaited=set, last_scores=None,
-        last_iteration=0,
-    )  # fmt: skip
+    loop = _loop(rank=rank, window=SimpleNamespace(step_seconds=[1e-4 if rank == 0 else 1e-2]))
     store: Any = _Store()
-    hook = CheckpointHook(plan_without_data(mtbf_hours=1.0, **solver), 0, 1, store, evaluation, lambda: None)
+    hook = CheckpointHook(plan_without_data(mtbf_hours=1.0, **solver), 0, 1, store, _evaluation(), lambda: None)
     assert not hook.due(1, ending=False) and hook.due(1, ending=True) and hook.due(2, ending=False)
     hook.run(loop)
     found.put(next(iteration for iteration in range(3, 10**9) if hook.due(iteration, ending=False)))
@@ -87,3 +96,15 @@ def test_all_ranks_take_the_next_checkpoint_together(tmp_path: Path):
     mp.spawn(_two_ranks, (str(tmp_path), found), nprocs=2)
     first, second = found.get(), found.get()
     assert first == second > 3
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_store_learns_which_checkpoint_is_the_last(ends: bool):
+    def find_the_target(loop: Any, **_: Any) -> None:
+        loop.stop_reason = "target" if ends else None
+
+    store: Any = _Store()
+    CheckpointHook(plan_without_data(world_size=1), 0, 1, store, _evaluation(find_the_target), lambda: None).run(
+        _loop(rank=0)
+    )
+    assert store.endings == [ends]

@@ -73,6 +73,23 @@ def test_a_checkpoint_whose_events_the_driver_lacks_does_not_count(tmp_path: Pat
     assert newest(tmp_path) == 9
 
 
+def test_the_last_one_asks_again_until_the_driver_has_its_events(tmp_path: Path) -> None:
+    answers = iter([False, True])
+    target = store(tmp_path, before_valid=lambda: next(answers))
+    target.save(12, state(12), None, ending=True)
+    target.wait()
+    assert newest(tmp_path) == 12
+
+
+def test_the_last_one_of_an_attempt_that_was_replaced_does_not_ask_without_end(tmp_path: Path) -> None:
+    target = store(tmp_path, before_valid=lambda: False)
+    target.take_over()
+    store(tmp_path, attempt=1).take_over()
+    target.save(12, state(12), None, ending=True)
+    with pytest.raises(StorageError, match="attempt 1 writes here now"):
+        target.wait()
+
+
 def test_one_that_is_to_be_rated_later_is_kept_until_then(tmp_path: Path) -> None:
     target = store(tmp_path, keep=1)
     for iteration, awaited in ((4, {4}), (8, {4}), (12, {4, 12})):
