@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import logging
 import os
-import tempfile
 import threading
 import time
 import uuid
@@ -248,8 +247,11 @@ class _StartReport:
 
 
 def _nccl_settings() -> dict[str, str]:
-    """What has workers record their collectives, where no other group of workers on their nodes does."""
-    return flight_recorder.settings(f"{tempfile.gettempdir()}/nccl-{uuid.uuid4().hex}-rank")
+    """What has workers record their collectives, where no other group of workers on their nodes does.
+
+    The folder must exist on every node: torch ends a process that cannot make its pipe. This one's `TMPDIR` may not.
+    """
+    return flight_recorder.settings(f"/tmp/nccl-{uuid.uuid4().hex}-rank")  # noqa: S108 - a name nobody can guess
 
 
 def _kill_processes(pids: Sequence[int]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from orchestrator.execution import workers
 from tests.builders.commands import ROOT
 from trainers import flight_recorder
 
@@ -57,6 +59,12 @@ def test_a_process_without_a_record_and_one_that_has_ended_have_none() -> None:
     process.kill()
     process.wait()
     assert flight_recorder.fetch(process.pid) is None
+
+
+def test_the_pipe_lies_where_every_node_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the driver's, which another node may not have
+    stems = {value for value in workers._nccl_settings().values() if "/" in value}
+    assert {Path(stem).parent for stem in stems} == {Path("/tmp")}
 
 
 def test_torch_listens_on_such_a_pipe_by_such_variables() -> None:
