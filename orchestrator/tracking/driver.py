@@ -13,11 +13,13 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -209,23 +211,29 @@ class Tracker:
         return self._end(" ".join(reason.split()), timeout)
 
     def _end(self, reason: str, timeout: float) -> bool:
-        process = self._process
-        if process is None or process.poll():  # not started, or killed
-            process = self.start()
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it has just been killed
-            process.stdin.write(reason)
-            process.stdin.close()
-        try:
-            return process.wait(timeout) == 0
-        except subprocess.TimeoutExpired:
-            self.failure = self.failure or f"MLflow at {self.place} takes longer than {timeout:.0f} s"
-            process.kill()
-            process.wait()
-            return False
-        finally:
-            self._reader.join()
-            self._remove_temporary_files()
+        deadline, code = time.monotonic() + timeout, 0
+        for _ in range(2):
+            process = self._process
+            if process is None or process.poll():  # not started, or killed
+                process = self.start()
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it has just been killed
+                process.stdin.write(reason)
+                process.stdin.close()
+            try:
+                code = process.wait(deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                self.failure = self.failure or f"MLflow at {self.place} takes longer than {timeout:.0f} s"
+                process.kill()
+                process.wait()
+                return False
+            finally:
+                self._reader.join()
+                self._remove_temporary_files()
+            if code >= 0:
+                return code == 0
+        self.failure = self.failure or f"the process that tracks was killed twice ({signal.Signals(-code).name})"
+        return False
 
     def _remove_temporary_files(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -247,6 +255,7 @@ class Tracker:
     def _log_output(self, process: subprocess.Popen[str]) -> None:
         """Logs the process's output in the driver, which owns the terminal."""
         assert process.stdout is not None
-        for line in process.stdout:
-            self.failure = line.rstrip()
-            logger.warning("%s", self.failure)
+        with process.stdout as lines:
+            for line in lines:
+                self.failure = line.rstrip()
+                logger.warning("%s", self.failure)
