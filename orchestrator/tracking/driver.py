@@ -129,11 +129,11 @@ class Tracker:
 
     def run_ids(self) -> dict[str, str]:
         """MLflow's run ids so far, by trial; the parent's under ""."""
-        return own_runs(self._read_state()["runs"])
+        return own_runs(self._known_state()["runs"])
 
     def experiment_id(self) -> str | None:
         """MLflow's id of the experiment; None until it is known."""
-        return cast("str | None", self._read_state()["experiment_id"])
+        return cast("str | None", self._known_state()["experiment_id"])
 
     def sync(self) -> bool:
         """Tracks the events of the outbox that are not tracked yet; returns whether the run's end has been tracked.
@@ -163,7 +163,7 @@ class Tracker:
         with suppress(TrackingError):
             self.sync()
         try:
-            (self._runs or self._open_runs(self._state or self._read_state())).fail(reason)
+            (self._runs or self._open_runs(self._known_state())).fail(reason)
         except Exception as error:
             what = f"MLflow at {self.place} still shows the run as running"
             raise TrackingError(f"{what}: {without_credentials(root_cause(error))}") from error
@@ -180,7 +180,7 @@ class Tracker:
         return MlflowRuns(self._uri, self._run_dir, state)
 
     def _sync(self) -> bool:
-        state = self._state = self._state or self._read_state()
+        state = self._state = self._known_state()
         if self._runs is None:
             self._runs = self._open_runs(state)
             for event, offset in self._outbox.read():
@@ -237,6 +237,10 @@ class Tracker:
 
     def _remove_temporary_files(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _known_state(self) -> dict[str, Any]:
+        """What is tracked so far: what this process has tracked, else what the file says."""
+        return self._state or self._read_state()
 
     def _read_state(self) -> dict[str, Any]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged

@@ -1,12 +1,17 @@
-"""The process that tracks is replaced where it is killed."""
+"""The process that tracks is replaced where it is killed, and a disk without room for its state costs no run."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from orchestrator.publish import track_folder
 from orchestrator.tracking.driver import Tracker
+from tests.builders.run_folder import make_run
 
 KILLED_AT_THE_END = """#!/bin/sh
 read -r store; reason=$(cat)
@@ -30,3 +35,18 @@ def test_a_process_that_is_killed_while_the_run_waits_for_it_is_replaced_once(
     assert tracker.abandon("no room", timeout=600) == (kills == 1)
     assert Path("asked.txt").read_text() == "asked: no room\n" * 2
     assert tracker.failure == ("" if kills == 1 else "the process that tracks was killed twice (SIGKILL)")
+
+
+def test_a_replay_on_a_full_disk_names_the_run_that_it_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run, uri = make_run(tmp_path / "run"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr("orchestrator.tracking.driver.write_atomically", full)
+    monkeypatch.setattr("orchestrator.figures.records.write_atomically", full)
+    done = track_folder(run)
+    assert not (run / "tracking.json").exists()
+    id = done.partition(f"has all of {run} (run ")[2].removesuffix(").")
+    tracked = MlflowClient(uri).get_run(id)
+    assert tracked.info.status == "FINISHED" and "mlflow.parentRunId" not in tracked.data.tags
