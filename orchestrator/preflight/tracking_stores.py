@@ -207,8 +207,12 @@ def _writable(path: Path) -> Iterator[sqlite3.Connection]:
 
 def _look_up(select: Callable[..., Any], uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
     """Looks into MLflow's tables, by `select(SQL, name=value)`."""
-    (version,) = select("SELECT version_num FROM alembic_version").fetchone()
+    (version,) = select("SELECT version_num FROM alembic_version").fetchone() or (None,)
     latest, known = revisions()
+    is_old = version in known - {latest}
+    if version is None or (is_old and select("SELECT COUNT(*) FROM experiments").fetchone()[0] == 0):
+        # MLflow was cut off while it made its tables, after which it makes its default experiment.
+        return StoreState()
     if latest and version not in known:
         hint = "Update MLflow here (pyproject.toml, `make lock`), or name another database"
         raise StoreError("tracking_schema", "a newer version of MLflow made its tables", hint)

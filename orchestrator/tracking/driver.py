@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -152,6 +153,8 @@ class Tracker:
                 reason = f"the {deleted[0]} {deleted[1]} was deleted there; `{restore_command(*deleted, self._uri)}`"
             elif getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
                 reason += f" It was deleted for good: remove {self._state_file} to track the run again from its start"
+            elif runs is None and re.search("already exists|duplicate column", reason):
+                reason += ". MLflow was cut off while it made the tables: if they hold no run yet, remove them"
             raise TrackingError(f"MLflow at {self.place} does not take events: {reason}") from error
 
     def fail(self, reason: str) -> None:

@@ -16,7 +16,7 @@ import mlflow.entities
 import pytest
 from mlflow.tracking import MlflowClient
 
-from orchestrator.preflight.tracking import check_earlier_tracking
+from orchestrator.preflight.tracking import check_earlier_tracking, check_store
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker, TrackingError
 from orchestrator.tracking.schema import revisions
@@ -236,6 +236,23 @@ def test_a_new_store_is_whole_once_it_has_a_table_whenever_its_making_is_cut_off
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (revisions()[0],)
     assert Tracker(run, f"sqlite:///{path}").sync()
+
+
+def test_a_store_whose_making_was_cut_off_is_left_to_mlflow_and_a_failure_says_what_to_do(run: Path) -> None:
+    path = run.parent / "cut.sqlite"
+
+    def checked_after(statement: str) -> list[str]:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute(statement)
+            connection.commit()
+        return [finding.code for finding in check_store(f"sqlite:///{path}", "demo")]
+
+    assert checked_after("CREATE TABLE experiments (experiment_id INTEGER, name TEXT)") == []
+    assert checked_after("CREATE TABLE alembic_version (version_num TEXT NOT NULL)") == []
+    assert checked_after("CREATE TABLE metrics (step BIGINT)") == [], "the first of many steps is done by half"
+    assert "was cut off while it made" in failure(run, Tracker(run, f"sqlite:///{path}"))
+    assert checked_after("INSERT INTO alembic_version VALUES ('451aebb31d03')") == []
+    assert checked_after("INSERT INTO experiments VALUES (0, 'Default')") == ["tracking_schema"], "it was whole once"
 
 
 def test_a_replay_that_fails_is_one_line_and_one_that_succeeds_notes_it_in_the_results(
