@@ -165,6 +165,7 @@ def _calibration(experiment: Experiment, predict: str | None, calibrate: str | N
 
 def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Prediction | None) -> int:
     """Drives the run in a child process; where that is lost, goes on with the run or publishes what there is."""
+    from orchestrator.runlog.folder import count_progress
 
     def working(lost_daemon: Callable[[], str | None] = lambda: None) -> None:
         if asked and not request.earlier:
@@ -176,14 +177,15 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
                 raise SpecError(f"{request.run_dir}: it cannot be written to: {error}") from error
         supervisor.working(lost_daemon)
 
-    began, tries, progress = False, 0, _progress(request.run_dir) if request.earlier else 0
+    began, tries, progress = False, 0, (count_progress(request.run_dir) if request.earlier else 0) or 0
     while True:
         ending = supervisor.run(partial(_without_traceback, drive.run, request, working))
         if ending.code is not None and not (tries and ending.code == UNFIT):
             return INTERRUPTED if supervisor.stopped else ending.code
         began |= ending.worked
         earlier = _read_begun(request.run_dir) if began else None
-        before, progress = progress, _progress(request.run_dir)
+        before, found = progress, count_progress(request.run_dir)
+        progress = found or 0
         tries = 1 if progress > before else tries + 1
         reason = ending.reason or "the run could not be started again"
         if not supervisor.stopped and tries <= auto_resume:
@@ -191,17 +193,22 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
             request.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
             time.sleep(RETRY_INTERVAL_SECONDS if tries > 1 else 0)
         if supervisor.stopped or tries > auto_resume:
-            code = _give_up(request, earlier, reason, stopped=supervisor.stopped)
+            unreadable = began and found is None
+            code = _give_up(request, earlier, reason, stopped=supervisor.stopped, unreadable=unreadable)
             return INTERRUPTED if supervisor.stopped else code
         request = dataclasses.replace(request, earlier=earlier or request.earlier, rehearsed=began)
 
 
-def _give_up(request: Request, earlier: EarlierRun | None, reason: str, *, stopped: bool) -> int:
+def _give_up(
+    request: Request, earlier: EarlierRun | None, reason: str, *, stopped: bool, unreadable: bool = False
+) -> int:
     """Ends a run whose process was lost or cut off; returns the exit code."""
     if earlier is not None:
         code = drive.close(request, *(("KILLED", "stopped by the user") if stopped else ("FAILED", reason)))
         return INTERRUPTED if stopped else code
     text = "stopped before training began" if stopped else f"{reason}, before training began"
+    if unreadable:
+        text = f"{'stopped' if stopped else reason}; {request.run_dir} is gone or cannot be read"
     Console(stderr=True, emoji=False).print(text, soft_wrap=True, markup=False, highlight=False)
     return INTERRUPTED if stopped else FAILED
 
@@ -214,14 +221,6 @@ def _read_begun(folder: Path) -> EarlierRun | None:
         return read_earlier_run(folder)
     except SpecError:
         return None
-
-
-def _progress(folder: Path) -> int:
-    """How many checkpoints and ends of trials the events of a run hold."""
-    from orchestrator.runlog.outbox import FILE_NAME, Outbox
-
-    events = Outbox(folder / FILE_NAME).read()
-    return sum(event.kind in ("checkpoint_saved", "trial_ended") for event, _ in events)
 
 
 def _without_traceback(work: Callable[..., int], *arguments: object) -> int:

@@ -182,6 +182,15 @@ def _failure(last: Event, ends: Iterable[TrialEnded]) -> str:
     return next((f"{end.trial}: {end.reason}" for end in ends if end.status == "FAILED"), "")
 
 
+def count_progress(folder: Path) -> int | None:
+    """How many checkpoints and ends of trials the events of a run hold; None where they are gone or cannot be read."""
+    try:
+        (folder / FILE_NAME).stat()
+        return sum(event.kind in ("checkpoint_saved", "trial_ended") for event in _events(folder))
+    except OSError:
+        return None
+
+
 def recorded_environment(start: RunStarted) -> dict[str, str]:
     """The environment in which a run was started, as `describe` gave it then."""
     return {key[4:]: text for key, text in start.tags.items() if key[:4] == "run." and key != WORKING_DIRECTORY}

@@ -87,6 +87,21 @@ def lost_once(request, working):
         return drive.DONE
     lost(request, working)
 
+def lost_with_its_folder(request, working):
+    begin(request, working, 2)
+    os.rename(request.run_dir, "elsewhere")
+    lost_at_once()
+
+def lost_with_its_events(request, working):
+    begin(request, working, 2)
+    (request.run_dir / "events.jsonl").unlink()
+    (request.run_dir / "events.jsonl").mkdir()
+    lost_at_once()
+
+def lost_at_once():
+    leave_orphan()
+    os.abort()
+
 drive.run = globals()[sys.argv.pop(1)]
 run.app()
 """
@@ -225,6 +240,12 @@ def test_a_lost_process_names_the_kernels_kill_for_lack_of_memory(tmp_path: Path
         [sys.executable, "-c", KILLED_FOR_MEMORY], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert "was lost (signal SIGKILL; since it started, the kernel has killed a process on its node" in done.stdout
+
+
+@pytest.mark.parametrize("work", ["lost_with_its_folder", "lost_with_its_events"])
+def test_a_run_that_is_lost_with_its_folder_ends_with_one_line(work: str, tmp_path: Path) -> None:
+    lost = "the process that drives the run was lost (signal SIGABRT)"
+    assert Started(tmp_path, work).end() == (1, f"{lost}; {tmp_path / 'run'} is gone or cannot be read\n")
 
 
 RUN_IN_CHILD = """
