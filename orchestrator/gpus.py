@@ -13,12 +13,14 @@ class Gpu(NamedTuple):
     """One GPU, or a slice of one (MIG)."""
 
     name: str
-    index: int
-    """Its number in `nvidia-smi`; that of its GPU for a slice."""
+    number: int
+    """By which `nvidia-smi` names it; that of its GPU for a slice."""
     total_bytes: int | None = None
     """Its memory; None where the driver does not say, as of a GPU that shares the machine's."""
     free_bytes: int | None = None
     """What nobody uses of it; None where the driver does not say."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, such as (9, 0); None where the driver does not say."""
 
 
 def list_gpus() -> list[Gpu]:
@@ -40,17 +42,32 @@ def list_gpus() -> list[Gpu]:
         pynvml.nvmlShutdown()
 
 
+def cuda_of_driver() -> tuple[int, int] | None:
+    """The newest CUDA that NVIDIA's driver, with its compatibility packages, is for; None where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    version = _ask(pynvml.nvmlSystemGetCudaDriverVersion_v2)
+    pynvml.nvmlShutdown()
+    return (version // 1000, version % 1000 // 10) if version else None
+
+
 def _describe(handle: Any) -> Gpu:
     import pynvml
 
-    whole = _ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    parent = _ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, handle)
+    whole = handle if parent is None else parent
     memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
     known = memory is not None and memory.total > 0
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
-        index=int(pynvml.nvmlDeviceGetIndex(handle if whole is None else whole)),
+        number=int(pynvml.nvmlDeviceGetIndex(whole)),
         total_bytes=int(memory.total) if known else None,
         free_bytes=int(memory.free) if known else None,
+        capability=_ask(pynvml.nvmlDeviceGetCudaComputeCapability, whole),
     )
 
 

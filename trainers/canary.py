@@ -1,4 +1,4 @@
-"""A short all-reduce between hosts: shows in seconds whether a trial's workers would reach each other or hang."""
+"""What shows in seconds whether workers would reach each other or hang, and what their torch is built for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import socket
 import time
 from datetime import timedelta
 
+from trainers.contract.torch_build import TorchBuild
+
 CANARY_FLOATS = 4 * 2**20
 """16 MiB: more than the path for small messages takes, little enough for a slow network."""
+
+
+def torch_build() -> TorchBuild:
+    """What this host's torch is built for; no GPU is asked, or touched."""
+    import torch
+
+    return TorchBuild(str(torch.__version__), torch.version.cuda, tuple(torch.cuda.get_arch_list()))
 
 
 def find_port() -> int:

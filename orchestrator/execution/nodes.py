@@ -15,10 +15,12 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.execution.cluster import is_local
 from orchestrator.execution.ray_internals import nodes_of_other_jobs
 from orchestrator.experiment.placement import capacity, equal_shares, free_room
-from trainers.canary import find_port, time_all_reduce
+from trainers.canary import find_port, time_all_reduce, torch_build
 from trainers.contract.plan import TrialPlan
+from trainers.contract.torch_build import TorchBuild
 
 if TYPE_CHECKING:
     from orchestrator.experiment.placement import Held
@@ -127,6 +129,13 @@ def call_on_nodes(
         outcomes[calls[call]] = TimeoutError(f"no answer within {timeout:g} s")
         ray.cancel(call, force=True)
     return outcomes
+
+
+def torch_builds(nodes: Sequence[Node], timeout: float) -> dict[Node, TorchBuild | Exception]:
+    """What the torch of some nodes is built for, or why that is not known; waits at most so many seconds."""
+    if is_local():  # its workers have this process's packages
+        return dict.fromkeys(nodes, torch_build())
+    return call_on_nodes(torch_build, dict.fromkeys(nodes, ()), timeout)
 
 
 def all_reduce_failure(nodes: Sequence[Node], device: str, timeout: float) -> Exception | None:

@@ -16,8 +16,9 @@ from orchestrator.experiment.placement import equal_shares, num_side_by_side, sm
 from orchestrator.files import existing_parent, redact
 from orchestrator.findings import Finding, FindingList, Level, sort_findings
 from orchestrator.preflight.local import joins_cluster, node_request, shared_memory_bytes, storage_bytes
-from orchestrator.preflight.node import NodeReport, inspect_node, judge_nodes
+from orchestrator.preflight.node import NodeReport, NodeRequest, inspect_node, judge_nodes
 from orchestrator.preflight.speed import check_speed
+from orchestrator.preflight.torch_support import check_torch
 from orchestrator.preflight.weights import prepare_weights
 from trainers.contract.weights import StartWeights
 
@@ -58,9 +59,13 @@ def preflight_cluster(
     findings += check_concurrency(experiment, trials, nodes)
     findings += check_standby(experiment, trials)
     findings += check_exclusion(experiment, trials, nodes)
-    # A cluster that was started for this run is this machine, which has been checked (`preflight`).
-    if not trials or not joins_cluster(experiment) or any(finding.level == "error" for finding in findings):
+    if not trials or any(finding.level == "error" for finding in findings):
         return sort_findings(findings)
+    if not joins_cluster(experiment):
+        # This machine, which has been checked (`preflight`), before torch was imported.
+        on_gpus = any(trial.device == "cuda" for trial in trials)
+        more = check_torch({node: inspect_node(NodeRequest({}, {})) for node in nodes}) if on_gpus else []
+        return sort_findings([*findings, *more])
     findings += check_every_node(experiment, trials, nodes)
     if not any(finding.level == "error" for finding in findings):
         findings += fetch_weights(trials[0], nodes)
@@ -205,7 +210,7 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
         for probe in probes.values():
             Path(probe).unlink(missing_ok=True)
     findings = FindingList()
-    reports: list[NodeReport] = []
+    reports: dict[Node, NodeReport] = {}
     for node, outcome in outcomes.items():
         place = f"host {node.host}"
         if isinstance(outcome, TimeoutError):
@@ -215,21 +220,22 @@ def check_every_node(experiment: Experiment, trials: Sequence[TrialPlan], nodes:
             what = f"a check failed there: {type(outcome).__name__}: {_last_line(outcome)}"
             findings.error("node_broken", "", place, what, "Use one image, or one `make install`, on all nodes")
         else:
-            reports.append(replace(outcome, host=node.host))
+            reports[node] = replace(outcome, host=node.host)
             if outcome.credentials:
                 what = f"workers there would have {', '.join(outcome.credentials)}"
                 hint = "Take it out of the job's env_vars and of `ray start`; the driver reads ~/.mlflow/credentials"
                 findings.error("credentials_on_workers", "environment", place, what, hint)
+    needs_gpus = any(trial.device == "cuda" for trial in trials)
     judged = judge_nodes(
-        reports,
+        list(reports.values()),
         request,
         versions=inspect_node(replace(request, paths={}, folders={})).versions,
         storage_bytes=storage_bytes(experiment, trials),
         shared_memory_bytes=shared_memory_bytes(experiment, trials, num_nodes=len(nodes)),
-        needs_gpus=any(trial.device == "cuda" for trial in trials),
+        needs_gpus=needs_gpus,
         survives_storage=trials[0].survive_storage,
     )
-    return [*findings.to_list(), *judged]
+    return [*findings.to_list(), *judged, *(check_torch(reports) if needs_gpus else ())]
 
 
 def fetch_weights(trial: TrialPlan, nodes: Sequence[Node]) -> list[Finding]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from orchestrator.experiment.environment import CREDENTIALS, package_versions
 from orchestrator.files import existing_parent
 from orchestrator.findings import Finding, FindingList
-from orchestrator.gpus import Gpu, list_gpus
+from orchestrator.gpus import Gpu, cuda_of_driver, list_gpus
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where torch's loaders put their batches
 
@@ -60,6 +60,8 @@ class NodeReport:
     shared_memory_free: int | None = None
     """Free bytes of /dev/shm; None where there is none."""
     gpus: list[Gpu] = field(default_factory=list)
+    cuda_driver: tuple[int, int] | None = None
+    """The newest CUDA that its driver is for; None where there is none, or it does not say."""
     credentials: tuple[str, ...] = ()
     """Names of the environment variables there that give access to the tracking server."""
 
@@ -73,6 +75,7 @@ def inspect_node(request: NodeRequest) -> NodeReport:
         folders={folder: _try_folder(folder, probe, request.probe_text) for folder, probe in request.folders.items()},
         shared_memory_free=shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None,
         gpus=list_gpus(),
+        cuda_driver=cuda_of_driver(),
         credentials=tuple(name for name in CREDENTIALS if name in os.environ),
     )
 
@@ -154,10 +157,10 @@ def judge_nodes(
             total, unused = gpu.total_bytes, gpu.free_bytes
             if total is not None and unused is not None and unused < BUSY_SHARE * total:
                 what = (
-                    f"GPU {gpu.index} ({gpu.name}) has {_size(unused)} of {_size(total)} free: something else uses it"
+                    f"GPU {gpu.number} ({gpu.name}) has {_size(unused)} of {_size(total)} free: something else uses it"
                 )
                 hint = "End that process (`nvidia-smi` shows it), or expect less"
-                findings.warning("gpu_busy", f"GPU {gpu.index}", node, what, hint)
+                findings.warning("gpu_busy", f"GPU {gpu.number}", node, what, hint)
     kinds = {gpu.name for report in reports for gpu in report.gpus}
     if needs_gpus and len(kinds) > 1:
         what = f"GPUs of several kinds: {', '.join(sorted(kinds))}; every step waits for the slowest"

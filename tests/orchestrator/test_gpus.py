@@ -51,7 +51,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "nvmlDeviceGetHandleByIndex": handle, "nvmlDeviceGetHandleByUUID": by_uuid, "nvmlDeviceGetUUID": str,
         "nvmlDeviceGetIndex": UUIDS.index, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": parent,
         "nvmlDeviceGetName": lambda name: "H100 MIG 1g.10gb" if name == SLICE else "H100",
-        "nvmlDeviceGetMemoryInfo": memory,
+        "nvmlDeviceGetMemoryInfo": memory, "nvmlDeviceGetCudaComputeCapability": lambda _: (9, 0),
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, answer)
@@ -68,7 +68,7 @@ def judge(found: list[gpus.Gpu]) -> list[tuple[str, str]]:
 
 
 def test_gpus_are_listed_with_their_memory(driver: SimpleNamespace) -> None:
-    assert gpus.list_gpus()[1:] == [gpus.Gpu("H100", 1, 80 * GIB, 79 * GIB), gpus.Gpu("H100", 2, 80 * GIB, 79 * GIB)]
+    assert gpus.list_gpus()[1:] == [gpus.Gpu("H100", index, 80 * GIB, 79 * GIB, (9, 0)) for index in (1, 2)]
     assert judge(gpus.list_gpus()) == [("gpu_busy", "GPU 0")]
 
 
@@ -80,7 +80,7 @@ def test_memory_that_is_not_known_hides_no_gpu_and_is_no_finding(
     if answer:
         driver.memory[UUIDS[0]] = answer
     found = gpus.list_gpus()
-    assert [(gpu.index, gpu.total_bytes) for gpu in found] == [(0, None), (1, 80 * GIB), (2, 80 * GIB)]
+    assert [(gpu.number, gpu.total_bytes) for gpu in found] == [(0, None), (1, 80 * GIB), (2, 80 * GIB)]
     assert judge(found) == []
     assert Machine.local()[:2] == (3, 80.0)
     driver.memory.clear()
@@ -109,13 +109,13 @@ def test_only_gpus_that_cuda_sees_count(
     driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, visible: str, indices: list[int]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert [gpu.index for gpu in gpus.list_gpus()] == indices
+    assert [gpu.number for gpu in gpus.list_gpus()] == indices
     assert Hardware.local().num_gpus == len(indices)
 
 
 def test_a_slice_of_a_gpu_is_listed_by_its_own_name(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", SLICE)
-    assert gpus.list_gpus() == [gpus.Gpu("H100 MIG 1g.10gb", 1, 80 * GIB, 79 * GIB)]
+    assert gpus.list_gpus() == [gpus.Gpu("H100 MIG 1g.10gb", 1, 80 * GIB, 79 * GIB, (9, 0))]
 
 
 def test_a_busy_gpu_that_the_run_does_not_see_is_no_finding(
@@ -130,7 +130,7 @@ def test_numbers_skip_gpus_that_this_user_may_not_open(
 ) -> None:
     driver.hidden.add(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert [gpu.index for gpu in gpus.list_gpus()] == [1]
+    assert [gpu.number for gpu in gpus.list_gpus()] == [1]
 
 
 def test_without_a_driver_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
