@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import getpass
 import io
+import logging
 import os
+import select
 import stat
 import sys
 import tempfile
@@ -14,23 +16,48 @@ from typing import Any, TextIO, cast
 
 from orchestrator.files import APPLICATION
 
+MAX_WAIT_SECONDS = 5.0
+"""Longest wait for somebody to read a run's output."""
+
+TERMINAL_PIECE = 128
+"""Bytes that a terminal takes at once where it takes any, line ends and what it puts there included."""
+
 
 class LastingFile(io.FileIO):
-    """Goes on without output where it cannot be written: hours of training do not end with it.
+    """Goes on without output where it cannot be written: hours of training do not end with it, or wait for it.
 
-    Its reader may be gone (`… | head`), its terminal closed, or the disk full that it is redirected to.
+    Its reader may be gone (`… | head`), its terminal closed, or the disk full that it is redirected to. With
+    `max_wait_seconds`, output that nobody reads for so long (Ctrl-S, `… | less` left alone) is dropped until somebody
+    reads again; a run's files have everything.
     """
+
+    max_wait_seconds: float | None = None
+    """None for no limit."""
+    _stalled = False
 
     def write(self, data: Any, /) -> int:
         """Writes bytes; once nobody can read them any more, all further ones go nowhere."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
         try:
-            return super().write(data) or 0
+            if self.max_wait_seconds is None:
+                return super().write(rest) or 0
+            piece = TERMINAL_PIECE if self.isatty() else select.PIPE_BUF
+            while rest and self._wait_for_reader(self.max_wait_seconds):
+                rest = rest[super().write(rest[:piece]) or 0 :]
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
                 os.close(nowhere)
-            return memoryview(data).nbytes
+        return size
+
+    def _wait_for_reader(self, seconds: float) -> bool:
+        """Waits until a piece can be written without waiting, not at all after one such wait in vain."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLOUT)
+        self._stalled = not poll.poll(0 if self._stalled else seconds * 1000)
+        return not self._stalled
 
 
 def prepare_process() -> None:
@@ -45,7 +72,11 @@ def prepare_process() -> None:
             os.fstat(number)
         except OSError:  # closed (`>&-`): the next file that is opened would have this number, and get what is printed
             os.open(os.devnull, os.O_RDWR)
+    before = sys.stderr
     sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(sys.stderr)
     os.environ.setdefault("USER", user_name())
     if not os.path.isabs(os.path.expanduser("~")):  # noqa: PTH111, PTH117 - Path.home() raises where there is none
         os.environ["HOME"] = "/"  # as container runtimes do
@@ -53,6 +84,15 @@ def prepare_process() -> None:
         room = _private_folder()
         for name, folder in (("XDG_CACHE_HOME", "cache"), ("MPLCONFIGDIR", "matplotlib")):
             os.environ.setdefault(name, str(room / folder))
+
+
+def drop_unread_output(*streams: TextIO) -> None:
+    """Has output dropped that nobody reads for `MAX_WAIT_SECONDS`, of streams that `prepare_process` has prepared."""
+    for stream in streams:
+        file = getattr(stream, "buffer", None)
+        file = getattr(file, "raw", file)
+        if isinstance(file, LastingFile):
+            file.max_wait_seconds = MAX_WAIT_SECONDS
 
 
 def _lasting(stream: TextIO | None, number: int) -> TextIO:

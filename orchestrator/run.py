@@ -37,7 +37,7 @@ from orchestrator.experiment.references import with_references
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import has_errors, print_findings, to_json
 from orchestrator.preflight.settings import check_settings
-from orchestrator.process import prepare_process
+from orchestrator.process import drop_unread_output, prepare_process
 from orchestrator.report.plan_table import plan_table, side_by_side_note
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
     """Drives the run in a child process; where that is lost, goes on with the run or publishes what there is."""
     from orchestrator.runlog.folder import count_progress
 
+    drop_unread_output(sys.stdout, sys.stderr)  # not a document for `--json`: for that, stdout is stderr here
+
     def working(lost_daemon: Callable[[], str | None] = lambda: None) -> None:
         if asked and not request.earlier:
             from orchestrator.prediction.predict import keep
@@ -193,8 +195,7 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
             request.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
             time.sleep(RETRY_INTERVAL_SECONDS if tries > 1 else 0)
         if supervisor.stopped or tries > auto_resume:
-            unreadable = began and found is None
-            code = _give_up(request, earlier, reason, stopped=supervisor.stopped, unreadable=unreadable)
+            code = _give_up(request, earlier, reason, stopped=supervisor.stopped, unreadable=began and found is None)
             return INTERRUPTED if supervisor.stopped else code
         request = dataclasses.replace(request, earlier=earlier or request.earlier, rehearsed=began)
 

@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from orchestrator.process import user_name
 from tests.builders.commands import ROOT, run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
+from tests.builders.waiting import wait_for
 
 NAMELESS = 54321
 """A user id that no system gives a name."""
@@ -120,3 +124,51 @@ def test_readers_that_go_away_and_terminals_that_are_closed_end_no_run() -> None
 def test_closed_streams_and_a_full_disk_behind_them_end_no_run(redirections: str) -> None:
     shell = ["sh", "-c", f'exec "$0" -c "$1" {redirections}', sys.executable, SPEAKING]
     assert subprocess.run(shell, input=b"\n", check=False).returncode == 7
+
+
+PAUSED = f"""
+import logging, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from orchestrator import process
+logging.basicConfig()
+process.prepare_process()
+process.MAX_WAIT_SECONDS = 0.2
+process.drop_unread_output(sys.stdout, sys.stderr)
+for _ in range(2):
+    print("x" * 2_000_000, flush=True)
+    logging.error("x" * 2_000_000)
+open("written", "w").close()
+for _ in sys.stdin:
+    print("again", flush=True)
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize("ends", [os.pipe, os.openpty])
+def test_a_run_does_not_wait_for_a_reader_that_pauses_and_shows_what_comes_later(
+    ends: Callable[[], tuple[int, int]], tmp_path: Path
+) -> None:
+    read, write = ends()
+    os.set_blocking(read, False)
+    paused = subprocess.Popen([sys.executable, "-c", PAUSED], cwd=tmp_path, stdin=PIPE, stdout=write, stderr=write)
+    os.close(write)
+    shown = bytearray()
+
+    def is_shown_again() -> bool:
+        assert paused.stdin is not None
+        paused.stdin.write(b"\n")
+        paused.stdin.flush()
+        with suppress(BlockingIOError):
+            while True:
+                shown.extend(os.read(read, 1 << 20))
+        return b"again" in shown
+
+    try:
+        wait_for(lambda: (tmp_path / "written").exists() or paused.poll() is not None)
+        wait_for(is_shown_again)
+        assert len(shown) < 4_000_000, "the pipe held everything"
+        paused.communicate()
+        assert paused.returncode == 7
+    finally:
+        paused.kill()
+        os.close(read)
