@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from orchestrator.files import existing_parent, redact, without_credentials
+from orchestrator.files import existing_parent, is_file, is_folder, redact, without_credentials
 from orchestrator.findings import root_cause
 from orchestrator.tracking.schema import revisions
 
@@ -175,14 +175,14 @@ def ask_sqlite(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
     if name.startswith("~"):
         home = os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser() may raise
         raise StoreError("tracking_store", "~ is not expanded there", f"Write sqlite:///{home}")
-    if path.is_dir():
+    if is_folder(path):
         raise StoreError("tracking_store", f"{path} is a folder", f"Write {uri.rstrip('/')}/mlflow.db")
     for each in (existing_parent(path.parent), path):  # SQLite keeps its journal next to the file
         if os.path.exists(each) and not os.access(each, os.W_OK):  # noqa: PTH110 - Path.exists() may raise
             raise StoreError(
                 "tracking_unwritable", f"{each} cannot be written", "Name a file in a folder you may write"
             )
-    if not path.exists() or not path.stat().st_size:
+    if not is_file(path) or not path.stat().st_size:
         return StoreState()  # MLflow will make it
     with _writable(path) as connection:
         if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'").fetchone():
