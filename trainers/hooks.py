@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.utils.events import CommonMetricPrinter
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.batching import ShapesMet
@@ -33,10 +34,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def share_buffers(model: nn.Module, world_size: int) -> None:
-    """Copies rank 0's buffers to every rank: running statistics of batch norm drift apart while ranks train."""
-    if world_size > 1:
-        for buffer in unwrapped(model).buffers():
-            dist.broadcast(buffer, src=0)
+    """Copies rank 0's buffers to every rank: running statistics of batch norm drift apart while ranks train.
+
+    In one message for each type, as a backbone has hundreds of buffers of a few numbers.
+    """
+    if world_size == 1:
+        return
+    by_type: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for buffer in unwrapped(model).buffers():
+        by_type[buffer.dtype].append(buffer)
+    for buffers in by_type.values():
+        packed = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(packed, src=0)
+        for buffer, values in zip(buffers, packed.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
 
 
 class ProgressHook:
