@@ -47,7 +47,7 @@ test-faults: install  ## All tests of faults, in an hour; `make test` has the fa
 test-image: install  ## Tests of the container image
 	$(BIN)/python -m pytest -m image tests/cluster
 
-chaos: install  ## SEEDS=20 runs of 80 seconds with random faults; CHAOS='--mtbf 30 --min-goodput 0.8' are more options
+chaos: install  ## SEEDS=20 runs of 70 seconds with random faults; CHAOS='--mtbf 30 --min-goodput 0.8' are more options
 	$(BIN)/python -m tests.faults.chaos --seeds $(SEEDS) $(CHAOS)
 
 check: install  ## Lint, format, types, layers, dependencies
