@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 training failed, 2 the input or the environment is not fit
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from orchestrator.execution.stop import INTERRUPTED, handle_stop_signals
 
@@ -29,22 +28,19 @@ from rich.markup import escape
 
 from orchestrator import drive
 from orchestrator.drive import DONE, FAILED, UNFIT, Request
+from orchestrator.dry_run import show_plan
 from orchestrator.execution.supervisor import Supervisor
 from orchestrator.experiment.environment import cluster_address
 from orchestrator.experiment.plan import Hardware, new_run_dir
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.references import with_references
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
-from orchestrator.findings import has_errors, print_findings, to_json
-from orchestrator.preflight.settings import check_settings
 from orchestrator.process import drop_unread_output, prepare_process
-from orchestrator.report.plan_table import plan_table, side_by_side_note
 
 if TYPE_CHECKING:
     from orchestrator.experiment.prediction_file import Prediction
     from orchestrator.experiment.spec import Experiment
     from orchestrator.runlog.folder import EarlierRun
-    from trainers.contract.plan import TrialPlan
 
 AUTO = Path("auto")
 """Value of `--resume` for the run in `--output`; a folder of this name is `./auto`."""
@@ -136,7 +132,7 @@ def main(
 
                 check_unused(run_dir, earlier)
             if dry_run:
-                raise typer.Exit(_show_plan(request, asked))
+                raise typer.Exit(show_plan(request, asked))
             if preflight:
                 raise typer.Exit(_check(request, supervisor))
             raise typer.Exit(_run(request, supervisor, auto_resume, asked))
@@ -234,47 +230,6 @@ def _without_traceback(work: Callable[..., int], *arguments: object) -> int:
 def _report(error: SpecError) -> int:
     Console(stderr=True, emoji=False).print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     return UNFIT
-
-
-def _show_plan(request: Request, asked: Prediction | None) -> int:
-    """The plan of every trial and what they are to predict, for people or as JSON."""
-    findings = check_settings(request.experiment)
-    print_findings(findings)
-    if has_errors(findings):
-        request.print_json(to_json(findings))
-        return UNFIT
-    plans = _likely_plans(request)
-    if request.json_output:
-        shown: Any = [dataclasses.asdict(plan) for plan in plans]
-        shown = {"calibration": shown, "prediction": asked.model_dump(mode="json")} if asked else shown
-        request.print_json(json.dumps(shown, indent=2))
-        return DONE
-    joined, local = cluster_address(request.experiment.resources.address), Hardware.local()
-    hosts = None if joined else {"": (local.num_gpus, local.num_cpus)}
-    request.console.print(plan_table(plans, side_by_side_note(plans, request.experiment.trials.concurrent, hosts)))
-    if asked:
-        from orchestrator.prediction.asking import asked_lines
-
-        for line in asked_lines(asked):
-            request.console.print(line, soft_wrap=True, markup=False, highlight=False)
-    store = request.experiment.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    place = f"Results in {request.run_dir}, tracked in {store} as {request.experiment.name!r}."
-    request.console.print(place, soft_wrap=True, markup=False, highlight=False)
-    return DONE
-
-
-def _likely_plans(request: Request) -> list[TrialPlan]:
-    """The plans of all trials; where a cluster is to decide the device, for this machine's, or for GPUs."""
-    resources, local = request.experiment.resources, Hardware.local()
-    if resources.device != "auto" or not cluster_address(resources.address):
-        return drive.plan_trials(request, local)
-    try:
-        plans = drive.plan_trials(request, local)
-    except SpecError:
-        plans = drive.plan_trials(request, dataclasses.replace(local, num_gpus=1))
-    text = f"resources.device: auto is taken as {plans[0].device}; the cluster decides it once it is joined."
-    request.console.print(text, soft_wrap=True, markup=False, highlight=False)
-    return plans
 
 
 def _read_earlier(folder: Path, assignments: list[str], *, alone: bool) -> EarlierRun:

@@ -237,6 +237,8 @@ def test_dry_run_prints_the_plan_of_every_trial_and_makes_nothing(tmp_path: Path
     shown = run_command("--dry-run", cwd=tmp_path).stdout
     for words in ("fast-1xcpu", "fast-2xcpu", "sqlite:///mlflow.db", str(tmp_path / "runs" / "demo")):
         assert words in shown
+    shown = run_command("--dry-run", cwd=tmp_path, MLFLOW_TRACKING_URI="http://ada:secret@host").stdout
+    assert "tracked in http://host as" in shown
 
 
 @pytest.mark.parametrize(
