@@ -147,12 +147,11 @@ def _damage(error: Exception, path: str, head: bytes, num_bytes: int) -> Problem
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and _riff_bytes(head) > num_bytes:
         text = f"truncated after {num_bytes:,} of {_riff_bytes(head):,} bytes"
     truncated = "truncated" in text.lower() or isinstance(error, EOFError)
+    if head[4:12] in HEIF_HEADS:
+        what = "the image is HEIC or HEIF, which Pillow does not read"
+        return Problem("image_corrupt", what, "Convert it to JPEG")
     if text.startswith("cannot identify"):
         is_tiff = head[:4] in (b"II*\0", b"MM\0*")
-        if head[4:12] in HEIF_HEADS:
-            return Problem(
-                "image_corrupt", "the image is HEIC or HEIF, which Pillow does not read", "Convert it to JPEG"
-            )
         text = "a TIFF of a kind that Pillow does not read" if is_tiff else "no image format is recognised"
     what = f"the image is {'truncated' if truncated else 'corrupt'}: {text[:120]}"
     return Problem("image_truncated" if truncated else "image_corrupt", what, FETCH_AGAIN)

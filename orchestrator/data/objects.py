@@ -21,6 +21,7 @@ from orchestrator.data.entries import (
     REGENERATE,
     Annotation,
     ImageEntry,
+    Problem,
     SplitSummary,
     decoded,
     is_id,
@@ -185,20 +186,23 @@ def _check_masks(
             ids[checked.kind].append(entry.id)
         if (problem := checked.problem) is None:
             continue
-        report, effect = findings.error, ""
-        if checked.is_dropped:
-            report = findings.warning
-            what = "object" if checked.drops_object else "polygon"
-            effect = f"; detectron2 leaves out the {what}"
-            if for_scoring:
-                effect = "; the object counts as missed" if checked.drops_object else "; it is scored without it"
-                if problem.code == "polygon_odd":
-                    effect = "; it is scored without its last number"
-        report(problem.code, summary.annotations, f"annotation {entry.id}", problem.what + effect, problem.hint)
+        report = findings.warning if checked.is_dropped else findings.error
+        effect = _effect(problem, drops_object=checked.drops_object, for_scoring=for_scoring)
+        what = f"{problem.what}; {effect}" if checked.is_dropped else problem.what
+        report(problem.code, summary.annotations, f"annotation {entry.id}", what, problem.hint)
     summary.num_polygons = len(ids["polygons"])
     summary.num_rle, summary.first_rle = len(ids["rle"]), next(iter(ids["rle"]), None)
     summary.num_without_mask, summary.first_without_mask = len(ids["none"]), next(iter(ids["none"]), None)
     return is_dropped
+
+
+def _effect(problem: Problem, *, drops_object: bool, for_scoring: bool) -> str:
+    """What becomes of a polygon, or of an object all of whose polygons are such, that detectron2 leaves out."""
+    if not for_scoring:
+        return f"detectron2 leaves out the {'object' if drops_object else 'polygon'}"
+    if problem.code == "polygon_odd":
+        return "it is scored without its last number"
+    return "the object counts as missed" if drops_object else "it is scored without it"
 
 
 def _check_keypoints(

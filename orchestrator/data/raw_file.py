@@ -49,11 +49,9 @@ class RawFile:
         """Id and name of each category."""
         if any(not isinstance(image.get("file_name"), str) for image in self.images):
             raise ValueError(f"{path}: not every image has a file_name (`data check` shows which)")
-        ids = (
-            entry[name] for key, names in SEEN_FIELDS.items() for entry in seen[key] for name in names if "id" in name
-        )
-        if any(isinstance(value, list | dict) for value in ids):
-            raise ValueError(f"{path}: an id is a list or an object (`data check` shows which)")
+        values = (entry[field] for key, fields in SEEN_FIELDS.items() for entry in seen[key] for field in fields)
+        if any(isinstance(value, list | dict) for value in values):
+            raise ValueError(f"{path}: an id or a name is a list or an object (`data check` shows which)")
 
     def _see(self, text: bytes) -> dict[str, list[dict[str, Any]]]:
         self._parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])

@@ -173,7 +173,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         (b'{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": [], "categories": []}',
          "two images have the id 1"),
         (b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "category_id": [1]}],'
-         b' "categories": []}', "an id is a list"),
+         b' "categories": []}', "an id or a name is a list"),
         (b'{"images": [{"id": 1, "x": NaN}], "annotations": [], "categories": [5]}', "is not a COCO file"),
     ],
 )  # fmt: skip

@@ -37,6 +37,7 @@ Pixels = NDArray[Any]
 
 ELEMENTWISE = (augment.ResizeTransform, HFlipTransform, VFlipTransform, NoOpTransform)
 """Transforms that move each point by itself, whatever else is in the array."""
+
 ORIENTATION_MARKS = (b"Exif", b"eXIf", b"tiff:Orientation", b"Raw profile type exif")
 """What a JPEG or PNG holds in which Pillow finds an orientation."""
 
