@@ -1,4 +1,4 @@
-"""How torch multiplies matrices on GPUs, and back to what it was."""
+"""Puts the precision in which torch multiplies matrices on GPUs back to what it was."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import shutil
 import signal
@@ -77,8 +76,7 @@ class Soak:
         values = self.values(name)
         run, faults = ChaosRun(self.folder / name, self.disk, self.server, values, busy=self.busy), list[Fired]()
         began = last = time.monotonic()
-        none = math.inf, "", KINDS["kill"]
-        after, fault, kind = next(schedule, none)
+        due = next(schedule, None)
         try:
             run.start()
             while True:
@@ -91,11 +89,10 @@ class Soak:
                 elif now - began > MAX_SECONDS:
                     run.problems.append(f"did not end within {MAX_SECONDS:.0f} s")
                     break
-                elif now - last >= after and ((fitting := fits(run, kind)) or not wait):
+                elif due and now - last >= due[0] and ((fitting := fits(run, due[2])) or not wait):
                     if fitting:
-                        faults.append(self._fire(run, fault, kind, chance, now - began))
-                    after, fault, kind = next(schedule, none)
-                    last = now
+                        faults.append(self._fire(run, *due[1:], chance, now - began))
+                    due, last = next(schedule, None), now
         finally:
             run.end()
         return Disturbed(run, faults, time.monotonic() - began)
