@@ -22,6 +22,7 @@ from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.prediction_file import check_used, predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.findings import root_cause
 from orchestrator.gpus import list_gpus
 from trainers.contract.plan import DatasetPlan, Scaling, TrialPlan
 from trainers.recipes import RECIPES, Recipe
@@ -70,7 +71,7 @@ def draw_data(experiment: Experiment) -> None:
     try:
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
     except OSError as error:
-        raise SpecError(f"data.generated: its images cannot be written below storage.path: {error}") from error
+        raise SpecError(f"data.generated: its images cannot be written below storage.path: {root_cause(error)}") from error
 
 
 def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:
