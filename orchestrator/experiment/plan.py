@@ -71,7 +71,7 @@ def draw_data(experiment: Experiment) -> None:
     try:
         generate(generated_root(experiment), **experiment.data.generated.model_dump())
     except OSError as error:
-        raise SpecError(f"data.generated: its images cannot be written below storage.path: {root_cause(error)}") from error
+        raise SpecError(f"data.generated cannot be drawn below storage.path: {root_cause(error)}") from error
 
 
 def dataset_plans(experiment: Experiment, generated_root: Path) -> tuple[DatasetPlan, DatasetPlan]:

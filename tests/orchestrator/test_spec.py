@@ -83,7 +83,7 @@ def test_data_that_cannot_be_drawn_where_runs_go_end_the_command_with_2(tmp_path
     (tmp_path / "taken").touch()
     done = run_command("--preflight", "--set", "storage.path=taken/runs", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "data.generated: its images cannot be written below storage.path: Not a directory" in done.stderr
+    assert "data.generated cannot be drawn below storage.path: Not a directory" in done.stderr
 
 
 def test_an_assignment_sets_a_field_and_one_detectron2_key() -> None:
