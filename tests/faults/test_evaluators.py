@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import psutil
 import pytest
 
 from tests.builders.fault_bench import Bench, experiment
 from tests.builders.waiting import wait_for
 from trainers.contract.events import Evaluated, Event, LoopStarted
+from trainers.faults import Fault
 
 pytestmark = pytest.mark.train
 
 
 def servers() -> list[psutil.Process]:
     """The processes that evaluate."""
-    living = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
-    return [each for each in living if any("ray::Server" in part for part in each.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if process.status() != psutil.STATUS_ZOMBIE and any("ray::Server" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_a_process_that_evaluates_on_reserved_cpus_is_replaced_when_it_is_killed(bench: Bench) -> None:
@@ -24,13 +31,14 @@ def test_a_process_that_evaluates_on_reserved_cpus_is_replaced_when_it_is_killed
     def kill(event: Event) -> None:
         if isinstance(event, LoopStarted):
             wait_for(servers)
-            killed.extend(process.pid for process in servers())
             for process in servers():
                 process.kill()
+                killed.append(process.pid)
+            bench.faults_file.unlink()  # training goes on, to the evaluation for which the process is missing
 
     values = experiment(trials={"world_sizes": [1], "scaling": "strong"})
     values["resources"] = {**values.get("resources", {}), "evaluation": {"cpus": 1}}
-    outcome = bench.run(values=values, listeners=[kill])
+    outcome = bench.run(Fault("hold", rank=0, iteration=4), values=values, listeners=[kill])
     assert outcome.ended.status == "FINISHED" and len(killed) == 1
     evaluations = outcome.of(Evaluated)
     assert [event.iteration for event in evaluations] == [6, 12]
