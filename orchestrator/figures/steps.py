@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from orchestrator.figures.records import CurvePoint, Quantiles, RankFigures
 from trainers.contract.events import StepsDone, WorkerStarted
@@ -48,21 +49,22 @@ def throughput(steps: Iterable[StepsDone], warmup_iters: int) -> float | None:
 def rate_curve(steps: Iterable[StepsDone], warmup_iters: int, max_points: int = MAX_POINTS) -> list[CurvePoint]:
     """The drift curve: consecutive windows of all ranks, joined evenly.
 
-    Ranks close their windows together, so the n-th window of every rank covers the same iterations; where a rank's
-    last windows are missing (it died), the others' are left out too. A point never spans a restart.
+    Ranks close their windows together. Where a rank's last windows of an attempt are missing (it died), the others' are
+    left out too. A point never spans a step back or a gap.
 
     Args:
         steps: The windows of all ranks.
         warmup_iters: Iterations from 0 that are left out.
         max_points: Most points wanted; one more is made per restart.
     """
-    by_rank: dict[int, list[CurvePoint | None]] = defaultdict(list)
-    for step in sorted(steps, key=lambda e: (e.attempt, e.first_iteration)):
-        by_rank[step.rank].append(after_warmup(step, warmup_iters))
+    joint: dict[tuple[int, int], dict[int, CurvePoint | None]] = defaultdict(dict)
+    for step in steps:
+        joint[step.attempt, step.first_iteration][step.rank] = after_warmup(step, warmup_iters)
+    num_ranks = len({rank for windows in joint.values() for rank in windows})
     points: list[CurvePoint] = []
-    for column in zip(*by_rank.values(), strict=False):
-        windows = [window for window in column if window]
-        if len(windows) == len(column):
+    for _, by_rank in sorted(joint.items(), key=itemgetter(0)):
+        windows = [window for window in by_rank.values() if window]
+        if len(windows) == num_ranks:
             slowest = max(windows, key=lambda window: window.seconds)
             points.append(slowest.model_copy(update={"num_images": sum(window.num_images for window in windows)}))
     return [point for point in join_points(points, math.ceil(len(points) / max_points)) if point.seconds > 0]

@@ -72,6 +72,16 @@ def test_a_dead_ranks_missing_windows_are_left_out_for_all():
     assert len(rate_curve([_window(0, 2, 1.0), _window(1, 2, 1.0), _window(0, 2, 1.0, rank=1)], 0)) == 1
 
 
+def test_a_killed_ranks_missing_window_does_not_shift_those_of_the_next_start():
+    """Rank 1 dies before it reports 2 to 4; the trial goes on from the beginning, slowly at first."""
+    windows = [_window(0, 4, 1.0, 1.0, rank=rank) for rank in (0, 1)] + [_window(2, 4, 1.0, 1.0)]
+    for first, seconds in ((0, 9.0), (2, 1.0), (4, 2.0)):
+        windows += [_window(first, 4, seconds, seconds, rank=rank, attempt=1) for rank in (0, 1)]
+    again = [_point(0, 2, 8, 18.0), _point(2, 4, 8, 2.0), _point(4, 6, 8, 4.0)]
+    assert rate_curve(windows, 0) == [_point(0, 2, 8, 2.0), *again]
+    assert rate_curve(windows, 1) == [_point(1, 2, 4, 1.0), _point(1, 2, 4, 9.0), *again[1:]], "a warm-up cuts all"
+
+
 def test_matched_points_lie_wholly_between_two_iterations():
     points = [_point(i, i + 2, 1, 1.0) for i in (0, 2, 4)]
     assert matched(points, 1, 6) == points[1:]
