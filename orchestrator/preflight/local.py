@@ -188,8 +188,9 @@ def check_remote_storage(trial: TrialPlan) -> list[Finding]:
     def write_and_remove() -> None:
         import pyarrow.fs
 
-        files, root = pyarrow.fs.FileSystem.from_uri(trial.checkpoint_dir.rsplit("/", 2)[0])
-        name = f"{root}/.preflight-{uuid.uuid4().hex}"
+        # The address is read whole: its options are at its end, and name the server.
+        files, folder = pyarrow.fs.FileSystem.from_uri(trial.checkpoint_dir)
+        name = f"{folder.rsplit('/', 2)[0]}/.preflight-{uuid.uuid4().hex}"
         with files.open_output_stream(name) as stream:
             stream.write(b"x")
         files.delete_file(name)

@@ -9,8 +9,10 @@ import pyarrow.fs
 import pytest
 
 from orchestrator.experiment.plan import under
+from orchestrator.preflight.local import check_remote_storage
 from tests.builders.checkpoints import newest, save, state, store
 from tests.builders.s3 import KEYS, s3_server
+from tests.builders.trials import plan
 from trainers.checkpoints import StorageError
 
 
@@ -48,6 +50,14 @@ def test_a_checkpoint_on_s3_without_its_manifest_or_with_a_flipped_bit_is_skippe
     with files.open_output_stream(f"{root}/iter_0000002/state-0.pt") as stream:
         stream.write(bytes(content))
     assert newest(uri) == 1
+
+
+def test_preflight_asks_the_server_that_the_addresss_options_name_and_leaves_nothing_there(bucket: str) -> None:
+    run = under(bucket, "asked")
+    save(store(under(run, "other/checkpoints")), 1)
+    before = objects(run)
+    assert check_remote_storage(plan(checkpoint_dir=under(run, "trial/checkpoints"))) == []
+    assert objects(run) == before
 
 
 def test_an_attempt_that_was_replaced_makes_no_checkpoint_valid_on_s3(bucket: str) -> None:
