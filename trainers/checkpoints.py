@@ -26,7 +26,7 @@ import pyarrow.fs
 import torch
 
 from trainers.contract.memory import is_out_of_memory
-from trainers.contract.storage import ASIDE, folder_identity, write_durably
+from trainers.contract.storage import ASIDE, folder_identity, is_unread, write_durably
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class CheckpointStore:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
         self._awaited: set[int] = set()
+        self._skipped: dict[int, Exception] = {}
         self._folder_identity: tuple[int, int] | None = None
 
     def save(
@@ -147,8 +148,9 @@ class CheckpointStore:
             except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 if is_out_of_memory(error):  # no fault of the checkpoint
                     raise
-                skipped[self._folder(iteration)] = error.with_traceback(None)  # which holds the content
-        unread = next(filter(_is_unread, skipped.values()), None)
+                # Its traceback holds the content.
+                self._skipped[iteration] = skipped[self._folder(iteration)] = error.with_traceback(None)
+        unread = next(filter(is_unread, skipped.values()), None)
         if unread and not found:
             raise StorageError(f"no checkpoint under {self._root} can be read: {unread}") from unread
         for path, reason in skipped.items():
@@ -206,6 +208,7 @@ class CheckpointStore:
                 time.sleep(CONFIRM_RETRY_SECONDS)
             self._check_owner()
             _write_file(self._files, f"{folder}/{MANIFEST}", json.dumps(manifest, indent=2).encode())
+            self._skipped.pop(iteration, None)
         except OSError as error:
             self._fail(iteration, error)
             return
@@ -264,28 +267,27 @@ class CheckpointStore:
         return found, damaged
 
     def _prune(self) -> None:
-        """Deletes all but the newest, the best and the awaited, and the remains of interrupted writes."""
+        """Deletes all but the newest, the best and the awaited, and the remains of interrupted writes.
+
+        One that was skipped counts as neither until it is written again, and stays where it may be whole.
+        """
         valid, damaged = self._valid()
-        kept = self._awaited | set(sorted(valid)[-self._keep :])
-        scored = {iteration: score for iteration, score in valid.items() if score is not None}
+        whole = valid.keys() - self._skipped.keys()
+        kept = self._awaited | set(sorted(whole)[-self._keep :])
+        scored = {iteration: score for iteration in whole if (score := valid[iteration]) is not None}
         if scored:
             kept.add(max(scored, key=lambda iteration: (scored[iteration], iteration)))
         for info in self._files.get_file_info(pyarrow.fs.FileSelector(self._root)):
             match = re.fullmatch(r"iter_(\d+)", info.base_name)
-            if not match or int(match[1]) in kept or int(match[1]) > max(valid, default=0):
+            if not match or int(match[1]) in kept or int(match[1]) > max(whole, default=0):
                 continue
-            if _is_unread(damaged.get(f"{info.path}/{MANIFEST}")):
-                logger.warning("checkpoint %s is kept, because its manifest cannot be read", info.path)
+            if is_unread(damaged.get(f"{info.path}/{MANIFEST}", self._skipped.get(int(match[1])))):
+                logger.warning("checkpoint %s is kept, because it could not be read", info.path)
                 continue
             # The manifest goes first: a half-deleted checkpoint must not look valid.
             if int(match[1]) in valid:
                 self._files.delete_file(f"{info.path}/{MANIFEST}")
             self._files.delete_dir(info.path)
-
-
-def _is_unread(error: Exception | None) -> bool:
-    """Whether a file may be whole and cannot be read now; S3's errors have no number, but for an absent object."""
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _write_file(files: pyarrow.fs.FileSystem, path: str, content: bytes) -> None:

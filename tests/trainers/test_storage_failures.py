@@ -118,3 +118,41 @@ def test_training_does_not_begin_from_nothing_where_no_checkpoint_can_be_read(tm
     with unreadable(files[1]):
         assert newest(tmp_path) == 4
     assert newest(tmp_path) == 8
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_takes_no_place_from_those_that_are_saved_after_it_was_skipped(
+    tmp_path: Path,
+) -> None:
+    save(store(tmp_path, keep=2), 3, 6, scores={3: 10.0, 6: 30.0})
+    flip(tmp_path / "iter_0000006" / "state-0.pt")
+    again = store(tmp_path, keep=1, attempt=1)
+    found = again.load_newest()
+    assert found and found[0]["iteration"] == 3
+    save(again, 4, scores={4: 20.0})
+    assert newest(tmp_path) == 4
+    save(again, 5)
+    names = [f"iter_000000{iteration}" for iteration in (4, 5, 6)]
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == names, "best, newest, and a later one as it was"
+    save(again, 6)
+    assert newest(tmp_path) == 6, "it was written again"
+    save(again, 7)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000004", "iter_0000007"]
+
+
+def test_what_is_saved_after_a_checkpoint_could_not_be_read_is_kept_next_to_it(tmp_path: Path) -> None:
+    save(store(tmp_path, keep=1), 3, 6, scores={3: 10.0})
+    again = store(tmp_path, keep=1, attempt=1)
+    with unreadable(tmp_path / "iter_0000006" / "state-0.pt"):
+        found = again.load_newest()
+        assert found and found[0]["iteration"] == 3
+        save(again, 4)
+        assert newest(tmp_path) == 4
+        save(again, 8)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000003", "iter_0000006", "iter_0000008"]

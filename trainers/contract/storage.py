@@ -1,4 +1,4 @@
-"""Writes files that last, and recognises storage that is full, read-only or gone. Standard library only."""
+"""Writes files that last, and recognises storage that is full, read-only, gone or unread. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def is_storage_failure(error: BaseException) -> bool:
     if any(word in str(error) for word in _WORDS):
         return True
     return error.__cause__ is not None and is_storage_failure(error.__cause__)
+
+
+def is_unread(error: Exception | None) -> bool:
+    """Whether a file may be whole and cannot be read now; S3's errors have no number, but for an absent object."""
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def write_durably(target: Path, content: bytes) -> None:
