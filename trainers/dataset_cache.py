@@ -220,7 +220,9 @@ def _parse(dataset: DatasetPlan, filter_empty: bool) -> list[Record]:
 
 
 def _write(path: Path, header: dict[str, Any], *parts: bytes) -> None:
-    """Writes a cache file so that it appears complete or not at all."""
+    """Writes a cache file so that it appears complete or not at all; its lock must be held."""
+    for part in path.parent.glob(f"{path.stem}*.part"):
+        part.unlink(missing_ok=True)  # of a process that was killed while it wrote
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)  # the numbers that follow are read in place
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
@@ -248,7 +250,11 @@ def _open_current(path: Path, source: Path) -> CachedRecords | None:
         return None
     # Copied or touched, but unchanged: the new time saves the next start from hashing.
     body = memoryview(cached._map)[cached._start - 8 * (2 * len(cached) + 1) :]
-    _write(path, {**cached.header, **stamp}, bytes(body))
+    try:
+        _write(path, {**cached.header, **stamp}, bytes(body))
+    except OSError as error:
+        logger.warning("%s: the cache cannot be written, annotations are hashed at every start: %s", path, error)
+        return cached
     return CachedRecords(path)
 
 

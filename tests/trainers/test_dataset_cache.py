@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -109,6 +110,32 @@ def test_a_touched_file_is_known_by_its_content(
     assert list(cached_records(dataset, False, tmp_path / "cache")) == expected
     monkeypatch.setattr(dataset_cache, "file_sha256", None)  # and the third start need not even hash it
     assert list(cached_records(dataset, False, tmp_path / "cache")) == expected
+
+
+def test_a_full_disk_takes_nothing_from_a_cache_that_is_valid(
+    tmp_path: Path, dataset: DatasetPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(cached_records(dataset, False, tmp_path / "cache"))
+    os.utime(dataset.annotations, ns=(1, 1))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(dataset_cache, "load_coco_json", None)
+    records = cached_records(dataset, False, tmp_path / "cache")
+    assert isinstance(records, CachedRecords) and list(records) == expected
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path: Path, dataset: DatasetPlan) -> None:
+    records = cached_records(dataset, False, tmp_path / "cache")
+    assert isinstance(records, CachedRecords)
+    left, others = (tmp_path / "cache" / f"{stem}abc.part" for stem in (records.path.stem, "0" * 32))
+    for part in (left, others):
+        part.write_bytes(b"half")
+    os.utime(dataset.annotations, ns=(1, 1))
+    cached_records(dataset, False, tmp_path / "cache")
+    assert not left.exists() and others.exists(), "the others' may still be written, under its own lock"
 
 
 @pytest.mark.parametrize("damage", [b"", b"records1", b"something else altogether", None], ids=str)
