@@ -75,7 +75,7 @@ def log_model(
         Path(folder, "config.yaml").write_text(configs[-1], encoding="utf-8")
         Path(folder, "README.md").write_text(HOW_TO_LOAD, encoding="utf-8")
         # A checkpoint in an object store stays there; the tag names it.
-        for state in sorted(Path(chosen.path).glob("state*.pt"))[-1:]:
+        if state := _state_file(Path(chosen.path)):
             Path(folder, "state.pt").symlink_to(state)
         client.log_model_artifacts(model.model_id, folder)
     data = _dataset(plan.val) if Path(plan.val.annotations).is_file() else None
@@ -97,6 +97,16 @@ def _best(plan: TrialPlan, saved: Sequence[CheckpointSaved], events: Sequence[Ev
     ratings = {event.iteration: metric_rating(event, plan.metric) for event in first_evaluations(events)}
     rated = [(rating, each.iteration, each) for each in saved if (rating := ratings.get(each.iteration)) is not None]
     return max(rated, key=lambda found: found[:2])[2] if rated else None
+
+
+def _state_file(checkpoint: Path) -> Path | None:
+    """The file that a checkpoint's manifest names: an interrupted write may have left another next to it."""
+    try:
+        (name,) = json.loads((checkpoint / "manifest.json").read_bytes())["files"].keys()
+        path = checkpoint / name
+        return path if path.parent == checkpoint and path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # it is elsewhere, gone or damaged
+        return None
 
 
 def _dataset(dataset: DatasetPlan) -> Dataset:
