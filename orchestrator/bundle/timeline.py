@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from orchestrator.bundle.contents import BundledRun
 from orchestrator.figures.causes import lost_events
+from orchestrator.figures.sections import loop_end
 from orchestrator.findings import FindingList
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import (
@@ -67,7 +68,7 @@ def _missing(plan: TrialPlan, events: Sequence[Event]) -> Iterator[str]:
     if not isinstance(events[0], TrialStarted) or not ended:
         yield "they do not hold the start and the end of the trial"
         return
-    finished = next((event for event in reversed(events) if isinstance(event, LoopFinished)), None)
+    finished = loop_end(events)
     if ended[-1].status != "FINISHED":
         return
     if finished is None:

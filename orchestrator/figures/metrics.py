@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 from orchestrator.figures.catalog import FIGURES
+from trainers.contract.events import Event, LoopFinished, StepsDone, TrialEnded
 
 IN_LISTS = ("evaluations.", "scaling.", "windows.", "benchmark.")
 """Beginnings of the keys of figures in MLflow that are not in the record of a trial by itself."""
@@ -36,3 +38,15 @@ def metrics(record: Any, prefix: str = "") -> dict[str, float | None]:
         elif hasattr(record, name.partition(".")[0]):  # an event has its APs among its figures only
             values[row.mlflow] = attrgetter(name)(record)
     return values
+
+
+def summary_step(events: Sequence[Event]) -> int:
+    """The step of a trial's figures in MLflow, which shows those of the highest step: of its latest end.
+
+    A trial that was resumed may end at the iteration at which it ended before, or at an earlier one.
+
+    Args:
+        events: Its events up to this end.
+    """
+    done = (e.iteration for e in events if isinstance(e, StepsDone | LoopFinished) and e.rank == 0)
+    return max(done, default=0) + sum(isinstance(event, TrialEnded) for event in events) - 1

@@ -56,6 +56,20 @@ def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
     return found
 
 
+def loop_end(events: Sequence[Event]) -> LoopFinished | None:
+    """The end of training; None where the last attempt had none, whatever one before it had."""
+    last = max((event.attempt for event in events), default=0)
+    ends = (event for event in reversed(events) if isinstance(event, LoopFinished) and event.attempt == last)
+    return next(ends, None)
+
+
+def iterations_done(events: Sequence[Event]) -> int | None:
+    """Iterations of the final state: of the last attempt that reached the training loop; None where none did."""
+    own = [e for e in events if isinstance(e, LoopStarted | StepsDone | LoopFinished) and e.rank == 0]
+    last = max((event.attempt for event in own), default=0)
+    return max((event.iteration for event in own if event.attempt == last), default=None)
+
+
 def began(events: Sequence[Event]) -> float | None:
     """When the training function began: the start of the seed clock (Unix seconds); None where a log lacks it."""
     if lacks(events, "start"):

@@ -17,7 +17,7 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.predicted import predicted_figures, prediction_notes
 from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts, standby_notes
-from orchestrator.figures.sections import began, lacks, loop_runs, sections
+from orchestrator.figures.sections import began, iterations_done, lacks, loop_end, loop_runs, sections
 from orchestrator.figures.segments import segments
 from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
@@ -39,7 +39,6 @@ from trainers.contract.events import (
     EvaluationLost,
     Event,
     LogReplayed,
-    LoopFinished,
     LoopStarted,
     StepsDone,
     TrialEnded,
@@ -88,15 +87,14 @@ class _Trial:
         if ended is None:
             raise ValueError(f"trial {plan.name} has not ended")
         self.plan, self.events, self.ended = plan, events, ended
-        self.finished, self.log = _last(events, LoopFinished), _last(events, LogReplayed)
+        self.finished, self.log = loop_end(events), _last(events, LogReplayed)
         self.attempts = loop_runs(events)
         self.workers = _all(events, WorkerStarted)
         self.sizes = {e.attempt: e.world_size or plan.world_size for e in self.workers}
         """Number of workers by attempt."""
         self.steps = [e for e in steps if self.sizes.get(e.attempt, plan.world_size) == plan.world_size]
         """Windows of the attempts with all workers: a rate belongs to one world size."""
-        done = [e.iteration for e in steps if e.rank == 0] + ([self.finished.iteration] if self.finished else [])
-        self.iterations = max(done, default=0 if self.attempts else None)
+        self.iterations = iterations_done(events)
         self.evaluations = first_evaluations(events)
         met = first_to_meet(plan, self.evaluations)
         self.scored, self.met_at = met[0] if met else None, met[1] if met else None

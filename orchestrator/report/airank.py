@@ -14,10 +14,10 @@ from typing import Any
 from orchestrator.figures.figure import number_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
-from orchestrator.figures.sections import began
+from orchestrator.figures.sections import began, loop_end
 from orchestrator.files import file_sha256, write_atomically
 from orchestrator.report.table import escape_markdown, table_rows
-from trainers.contract.events import Evaluated, Event, LoopFinished, WorkerStarted
+from trainers.contract.events import Evaluated, Event, WorkerStarted
 from trainers.contract.plan import TrialPlan
 
 LOG_NAME = "ai_rank.log"
@@ -56,8 +56,7 @@ def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
         if target is not None and event.iteration == result.scored_iteration:
             lines.append(_line(max(event.scored, start + target), f"target_quality_time:{target:.3f}sec"))
             target = None
-    finished = next((e for e in reversed(events) if isinstance(e, LoopFinished)), None)
-    if finished is not None:
+    if (finished := loop_end(events)) is not None:
         lines.append(_line(finished.time, "test_finish"))
         if result.schedule_seconds is not None:
             lines.append(_line(finished.time, f"total_use_time:{result.schedule_seconds:.3f}sec"))

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from orchestrator.experiment.reading import flatten, parse_yaml, to_yaml
 from orchestrator.experiment.spec import ReferenceRow
 from orchestrator.figures.logged_plan import LoggedPlan, Plan, plan_from_dict
-from orchestrator.figures.metrics import metrics
+from orchestrator.figures.metrics import metrics, summary_step
 from orchestrator.figures.neighbours import with_neighbours
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.steps import WindowJoin
@@ -223,10 +223,7 @@ class MlflowRuns:
         run_id, plan, events = self._runs[event.trial], self._plans[event.trial], self._events[event.trial]
         self.flush()
         result = with_neighbours(trial_result(plan, events, run_id), chain(*self._events.values()))
-        # A resumed trial may end at the iteration at which it ended before: its summary is one step later, as a metric
-        # has one point per step.
-        ends = sum(isinstance(earlier, TrialEnded) for earlier in events) - 1
-        self._figures(run_id, metrics(result), event.time, (result.iterations or 0) + ends)
+        self._figures(run_id, metrics(result), event.time, summary_step(events))
         self._client.log_text(run_id, result.model_dump_json(indent=2), "result.json")
         self._evaluations.log_artifacts(run_id, plan, [e for e in events if isinstance(e, Evaluated)])
         if isinstance(plan, LoggedPlan):

@@ -130,6 +130,30 @@ def test_a_log_of_any_file_name_and_a_host_of_any_name_are_tracked(empty: Path, 
     assert [file.path for file in client.list_artifacts(run.info.run_id) if file.path.startswith("log")]
 
 
+def test_the_summary_of_an_end_with_fewer_iterations_is_the_latest(empty: Path, tmp_path: Path) -> None:
+    """It failed after 4 iterations, was resumed from the beginning, and stopped after 2."""
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    made = TrialBuilder(plan(world_size=1, trial_dir=str(tmp_path)))
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    made.steps(6.0, 0, 1.0, 1.0, 1.0, 1.0)
+    made.ended(7.0, "FAILED", "the disk was full")
+    made.restarted(100.0, 4)
+    made.workers(101.0)
+    made.loop(102.0)
+    made.steps(104.0, 0, 1.0, 1.0)
+    made.ended(105.0, "KILLED", "stopped by the user")
+    driver = {"trial": "", "attempt": 0, "rank": -1, "time": 1.0}
+    outbox = Outbox(tmp_path / FILE_NAME)
+    outbox.append(RunStarted(**driver, experiment=made_experiment().model_dump(mode="json"), run_id="r", tags={}))
+    outbox.append(*made.events, RunEnded(**driver, status="KILLED"))
+    tracker = Tracker(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert tracker.sync()
+    run = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(tracker.run_ids()[made.trial.name])
+    assert run.data.metrics["throughput/wall_images_per_second"] == pytest.approx(2 * 4 / (104 - 2))
+
+
 def test_a_resumed_run_has_every_metric_once_per_step(
     empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,79 @@
+"""The record of a trial that was started more than once describes its last start, by figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.figures.records import TrialResult
+from orchestrator.figures.trial import trial_result
+from orchestrator.report.airank import airank_log
+from tests.builders.trials import TrialBuilder, plan
+from trainers.contract.events import TrialRestarted, WorkerFailed
+
+
+def _result(made: TrialBuilder) -> TrialResult:
+    return trial_result(made.trial, made.events)
+
+
+def _begun() -> TrialBuilder:
+    """Trains 4 iterations of 1 s, to 6."""
+    made = TrialBuilder(plan(max_iter=100, target_box_ap=None, target_mask_ap=None))
+    made.started()
+    made.workers(1.0)
+    made.loop(2.0)
+    _steps(made, 6.0, 0, 4)
+    return made
+
+
+def _steps(made: TrialBuilder, at: float, first: int, number: int) -> None:
+    for rank in (0, 1):
+        made.steps(at, first, *[1.0] * number, rank=rank)
+
+
+def _stopped_and_resumed() -> TrialBuilder:
+    """Stopped after 4 iterations, with a checkpoint; resumed 1,000 s later."""
+    made = _begun()
+    made.checkpoint(6.0, 4, 0.0)
+    made.finished(6.0, 4, "interrupted")
+    made.ended(7.0, "KILLED", "stopped by the user")
+    made.attempt = 1
+    made.emit(TrialRestarted, 1007.0, rank=-1, failure="resumed", message="", iteration=4)
+    made.workers(1008.0)
+    return made
+
+
+def test_a_failure_after_a_stop_has_neither_its_state_nor_its_end():
+    made = _stopped_and_resumed()
+    made.loop(1010.0, iteration=4)
+    _steps(made, 1014.0, 4, 4)
+    made.emit(WorkerFailed, 1015.0, 1, failure="not_finite", iteration=8, section="step", message="NaN")
+    made.ended(1016.0, "FAILED", "not_finite")
+    result = _result(made)
+    assert (result.iterations, result.state_sha256, result.schedule_seconds) == (8, None, None)
+    assert result.wall_images_per_second == pytest.approx(8 * 4 / (1014 - 2))
+    log = airank_log(made.trial, made.events, result)
+    assert not any(key in log for key in ("test_finish", "total_use_time", "avg_ips"))
+
+
+def test_a_start_that_never_trained_leaves_what_was_trained_before_it():
+    made = _stopped_and_resumed()
+    made.ended(1009.0, "FAILED", "no such data")
+    result = _result(made)
+    assert (result.iterations, result.state_sha256, result.schedule_seconds) == (4, None, None)
+    assert result.wall_images_per_second == pytest.approx(4 * 4 / (6 - 2))
+
+
+def test_the_iterations_are_those_of_the_final_state():
+    """8 iterations, a restart from the checkpoint after 4, a stop after 6."""
+    made = _begun()
+    made.checkpoint(6.0, 4, 0.0)
+    _steps(made, 10.0, 4, 4)
+    made.restarted(11.0, 8)
+    made.workers(12.0)
+    made.loop(13.0, iteration=4)
+    _steps(made, 15.0, 4, 2)
+    made.finished(15.0, 6, "interrupted")
+    made.ended(16.0, "KILLED", "stopped by the user")
+    result = _result(made)
+    assert result.iterations == 6 and result.state_sha256 == "0" * 64
+    assert result.wall_images_per_second == pytest.approx(6 * 4 / (15 - 2))
