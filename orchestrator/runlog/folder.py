@@ -237,13 +237,17 @@ def check_unused(run_dir: Path, earlier: EarlierRun | None) -> None:
         earlier: The run there, to go on with; None to begin one.
 
     Raises:
-        SpecError: It has events that `earlier` was read without, holds another run, or cannot be read.
+        SpecError: It has events that `earlier` was read without, holds another run or the checkpoints of one, from
+            which a new run would train on, or cannot be read.
     """
     try:
         if earlier and any(Outbox(run_dir / FILE_NAME).read(earlier.size)):
             raise SpecError(f"{run_dir}: another process has gone on with the run meanwhile; give the command again")
         if not earlier and any(has_line(run_dir / name) for name in ("results.json", FILE_NAME)):
             raise SpecError(f"--output {run_dir}: holds another run; name a new folder, or --resume it")
+        if left := None if earlier else next(run_dir.glob("*/checkpoints/iter_*"), None):
+            what = f"holds the checkpoints of another run ({left.parent}), and its {FILE_NAME} is gone"
+            raise SpecError(f"--output {run_dir}: {what}; name a new folder, or remove what is left of it")
     except OSError as error:
         raise SpecError(f"{run_dir}: it cannot be read: {root_cause(error)}") from error
 

@@ -18,9 +18,10 @@ from orchestrator import drive
 from orchestrator.drive import Request
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.figures.trial import trial_result
-from orchestrator.runlog.folder import EarlierRun, read_earlier_run, read_run_folder
+from orchestrator.runlog.folder import EarlierRun, check_unused, read_earlier_run, read_run_folder
 from orchestrator.runlog.lock import LockError, only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.checkpoints import save, store
 from tests.builders.commands import ROOT
 from tests.builders.experiments import tiny_experiment
 from trainers.contract.events import LoopFinished, RunEnded, StepsDone, WorkerStarted
@@ -190,6 +191,19 @@ def test_a_run_that_others_began_during_the_checks_is_not_written_into(old_folde
     begin = partial(shutil.copy, old_folder / FILE_NAME, new)
     with pytest.raises(SpecError, match=r"--output .* holds another run"):
         folder_in_use(new, None, monkeypatch, begin)
+
+
+def test_a_run_whose_events_are_gone_leaves_no_checkpoints_to_a_new_one(old_folder, tmp_path):
+    save(store(tmp_path / "t" / "checkpoints"), 4)
+    check_unused(tmp_path, read_earlier_run(old_folder))
+    (tmp_path / "results.json").unlink()
+    for leave in ((tmp_path / FILE_NAME).touch, lambda: (tmp_path / FILE_NAME).write_bytes(b"{"), lambda: None):
+        (tmp_path / FILE_NAME).unlink(missing_ok=True)
+        leave()
+        with pytest.raises(SpecError, match=rf"--output {tmp_path}: holds the checkpoints of another run .*t/checkpo"):
+            check_unused(tmp_path, None)
+    shutil.rmtree(tmp_path / "t" / "checkpoints" / "iter_0000004")
+    check_unused(tmp_path, None)
 
 
 def test_a_run_that_others_went_on_with_during_the_checks_is_not_gone_on_with(old_folder, monkeypatch):
