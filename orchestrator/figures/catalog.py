@@ -194,7 +194,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             text=setting_text, mlflow="learning_rate"),
         Figure("base_lr", "Base LR", "Learning rate after its warm-up, scaled to the world size.", text=setting_text),
         Figure("max_iter", "Schedule", "Iterations of the schedule."),
-        Figure("iterations", "Iterations", "Iterations of the final state."),
+        Figure("iterations", "Iterations", "Iterations trained."),
     ),
     "Efficiency": (
         Figure("scaling.speed_up", "Speed-up", "Throughput over that of the smallest world size of the same recipe and "
