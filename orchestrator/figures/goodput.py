@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.figures.records import Sections
-from orchestrator.figures.sections import loop_runs
+from orchestrator.figures.sections import loop_runs, trial_start
 from orchestrator.figures.steps import PARTS
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds, default_mtbf_seconds
 from trainers.contract.events import (
@@ -19,7 +19,6 @@ from trainers.contract.events import (
     LogReplayed,
     TrialEnded,
     TrialRestarted,
-    TrialStarted,
     WorkerStarted,
 )
 
@@ -73,12 +72,14 @@ def paused_seconds(events: Sequence[Event]) -> float:
 
 
 def measured_mtbf_hours(events: Sequence[Event]) -> float | None:
-    """Hours of a trial, ended or not, for each failure it has had; None before the first.
+    """Hours of a trial, ended or not, for each failure it has had.
+
+    None before the first, and where the beginning is not known.
 
     A preemption with notice and a restart with more workers are none, since a checkpoint is taken then; a lost driver
     is one, a stop by the user not.
     """
-    start = next((event.time for event in events if isinstance(event, TrialStarted)), None)
+    start = trial_start(events)
     failures, killed = 0, False
     for event in events:
         if isinstance(event, TrialEnded):

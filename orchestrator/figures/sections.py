@@ -56,6 +56,14 @@ def loop_runs(events: Sequence[Event]) -> list[LoopRun]:
     return found
 
 
+def trial_start(events: Sequence[Event]) -> float | None:
+    """When the driver first began with the trial (Unix seconds); None where it is not known.
+
+    Where that event was lost, the next resumption reports the start again, with an attempt above 0.
+    """
+    return next((e.time for e in events if isinstance(e, TrialStarted) and e.attempt == 0), None)
+
+
 def loop_end(events: Sequence[Event]) -> LoopFinished | None:
     """The end of training; None where the last attempt had none, whatever one before it had."""
     last = max((event.attempt for event in events), default=0)
@@ -96,7 +104,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
         None where the trial never reached the training loop, or its beginning or end is not known.
     """
     attempts = loop_runs(events)
-    started = next((e.time for e in events if isinstance(e, TrialStarted)), None)
+    started = trial_start(events)
     ended = next((e.time for e in reversed(events) if isinstance(e, TrialEnded)), None)
     if not attempts or started is None or ended is None:
         return None

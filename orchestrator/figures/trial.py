@@ -17,7 +17,7 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.predicted import predicted_figures, prediction_notes
 from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts, standby_notes
-from orchestrator.figures.sections import began, iterations_done, lacks, loop_end, loop_runs, sections
+from orchestrator.figures.sections import began, iterations_done, lacks, loop_end, loop_runs, sections, trial_start
 from orchestrator.figures.segments import segments
 from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
@@ -43,7 +43,6 @@ from trainers.contract.events import (
     StepsDone,
     TrialEnded,
     TrialRestarted,
-    TrialStarted,
     WorkerStarted,
 )
 from trainers.contract.plan import TrialPlan
@@ -99,7 +98,7 @@ class _Trial:
         met = first_to_meet(plan, self.evaluations)
         self.scored, self.met_at = met[0] if met else None, met[1] if met else None
         """The first evaluation that met all targets, and when its figures were known (Unix seconds)."""
-        self.driver_start = next((e.time for e in _all(events, TrialStarted)), None)
+        self.driver_start = trial_start(events)
         self.worker_start = began(events)
         """Start of the seed clock (Unix seconds); None where a log does not have it."""
         self.loop_start = self.attempts[0].started if self.attempts and not lacks(events, "start") else None

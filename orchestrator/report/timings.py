@@ -12,12 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from orchestrator.figures.records import Sections
-from orchestrator.figures.sections import lacks, loop_runs
+from orchestrator.figures.sections import lacks, loop_runs, trial_start
 from orchestrator.report import drawing
 from orchestrator.report.drawing import SECTION_COLORS as COLORS
 from orchestrator.report.drawing import Drawing, ReportInput
 from orchestrator.runlog.folder import TrialEvents
-from trainers.contract.events import CheckpointSaved, Evaluated, StepsDone, TrialEnded, TrialRestarted, TrialStarted
+from trainers.contract.events import CheckpointSaved, Evaluated, StepsDone, TrialEnded, TrialRestarted
 
 SECTION_NAMES = tuple(name for name in Sections.model_fields if name != "wall")
 
@@ -73,8 +73,9 @@ def timeline(data: ReportInput) -> Drawing:
 
 
 def _span(trial: TrialEvents) -> tuple[float, float]:
-    times = [event.time for event in trial.events if isinstance(event, TrialStarted | TrialEnded)]
-    return min(times, default=trial.events[0].time), max([*times, trial.events[-1].time])
+    start = trial_start(trial.events)
+    ends = [event.time for event in trial.events if isinstance(event, TrialEnded)]
+    return trial.events[0].time if start is None else start, max([*ends, trial.events[-1].time])
 
 
 def _bars(trial: TrialEvents, start: float, end: float) -> Iterator[tuple[str, list[tuple[float, float]]]]:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 
 from orchestrator.figures.causes import lost_events
+from orchestrator.figures.goodput import measured_mtbf_hours
 from orchestrator.figures.trial import trial_result
+from orchestrator.report.drawing import ReportInput
+from orchestrator.report.timings import timeline
+from orchestrator.runlog.folder import TrialEvents
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
 from tests.builders.metric_rows import repeated_points
 from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.trials import TrialBuilder, plan, trained
-from trainers.contract.events import Event, EventsLost, LogReplayed, StepsDone, TrialEnded, event_from_json
+from trainers.contract.events import (
+    Event,
+    EventsLost,
+    LogReplayed,
+    StepsDone,
+    TrialEnded,
+    TrialRestarted,
+    TrialStarted,
+    event_from_json,
+)
 
 
 def resumed(first: int) -> TrialBuilder:
@@ -72,6 +87,24 @@ def test_lines_that_cannot_be_read_are_a_note_once() -> None:
         made.events.append(EventsLost(trial=made.trial.name, attempt=0, rank=-1, time=0.0, lines=(7, 9)))
     notes = trial_result(made.trial, made.events).notes
     assert notes == ["2 lines (7, 9) of events.jsonl cannot be read: what it held is missing"]
+
+
+def test_a_trial_whose_start_is_lost_has_no_figure_from_its_start() -> None:
+    """Its resumption reports the start again."""
+    made = resumed(4)
+    (start,) = [event for event in made.events if isinstance(event, TrialStarted)]
+    restart = next(number for number, event in enumerate(made.events) if isinstance(event, TrialRestarted))
+    again = replace(start, attempt=1, time=made.events[restart].time)
+    events = [*made.events[1:restart], again, *made.events[restart:]]
+    result = trial_result(made.trial, events)
+    assert (result.sections, result.startup_seconds, result.goodput, result.ettr) == (None, None, None, None)
+    assert result.downtime_seconds == trial_result(made.trial, made.events).downtime_seconds
+    assert measured_mtbf_hours(made.events) == pytest.approx(50 / 3600)
+    assert measured_mtbf_hours(events) is None
+    figure = timeline(ReportInput({}, [TrialEvents("made", result, events, made.trial, Path())]))
+    assert isinstance(figure, Figure)
+    bars = [path.get_extents().x0 for bars in figure.axes[0].collections for path in bars.get_paths()]
+    assert min(bars) == 0, "the timeline begins with what is known"
 
 
 def test_a_replayed_log_does_not_hold_every_window_and_lacks_nothing() -> None:

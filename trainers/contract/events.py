@@ -388,7 +388,7 @@ class RunEnded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class TrialStarted(Event):
-    """The driver began with a trial (rank -1, attempt 0)."""
+    """The driver began with a trial (rank -1, attempt 0; a later one where a resumption found this event lost)."""
 
     kind: ClassVar[str] = "trial_started"
     plan: dict[str, Any]
