@@ -52,7 +52,7 @@ class Telemetry:
         self._persisted = 0
         self._heartbeats: dict[int, HeartbeatSample] = {}
         self._command: Command = "run"
-        self._attempt = 0
+        self._trial, self._attempt = "", 0
 
     def now(self) -> float:
         """The run's time (Unix seconds), for workers on other machines."""
@@ -64,8 +64,8 @@ class Telemetry:
 
     def beat(self, heartbeat: Heartbeat) -> Command:
         """Takes a heartbeat and returns the driver's command."""
-        if heartbeat.attempt < self._attempt:
-            return "stop"  # it was cut off, and its trial was started again without it
+        if heartbeat.trial != self._trial or heartbeat.attempt < self._attempt:
+            return "stop"  # it was cut off, and its trial was started again, or has ended, without it
         self._heartbeats[heartbeat.rank] = HeartbeatSample(heartbeat, clock.now())
         return self._command
 
@@ -83,9 +83,9 @@ class Telemetry:
         self._persisted = persisted
         return self._events, persisted + len(self._events), self._heartbeats, clock.now()
 
-    def order(self, command: Command, attempt: int) -> None:
-        """Sets what workers of an attempt are ordered with their next heartbeat; "run" drops earlier heartbeats."""
-        self._command, self._attempt = command, attempt
+    def order(self, command: Command, trial: str, attempt: int) -> None:
+        """Sets what a trial's workers of an attempt are ordered with their next heartbeat; "run" drops earlier ones."""
+        self._command, self._trial, self._attempt = command, trial, attempt
         if command == "run":
             self._heartbeats = {}
 
@@ -125,16 +125,16 @@ class EventPump:
         """Raises the RunFolderError for which workers' events can no longer be written, if there is one."""
         self._log.check()
 
-    def begin(self, attempt: int) -> None:
-        """Prepares for the workers of a new attempt."""
+    def begin(self, trial: str, attempt: int) -> None:
+        """Prepares for the workers of a trial's new attempt."""
         if self.lost:
             self.actor, self._persisted, self.lost = self._start_actor(), 0, False
         self.heartbeats = {}
-        self.order("run", attempt)
+        self.order("run", trial, attempt)
 
-    def order(self, command: Command, attempt: int) -> None:
-        """Orders all workers of an attempt to go on or to end; the actor takes calls in their order."""
-        self.actor.order.remote(command, attempt)
+    def order(self, command: Command, trial: str, attempt: int) -> None:
+        """Orders all workers of a trial's attempt to go on or to end; the actor takes calls in their order."""
+        self.actor.order.remote(command, trial, attempt)
 
     def drain(self) -> None:
         """Moves the events that there are."""

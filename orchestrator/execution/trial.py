@@ -126,7 +126,7 @@ class _Trial:
         Returns:
             What ended it, None when training is done; and why there must be no other start, "" when there may be.
         """
-        self.pump.begin(self.number)
+        self.pump.begin(self.plan.name, self.number)
         mtbf_hours = self.plan.mtbf_hours or measured_mtbf_hours(self._events())
         plan = dataclasses.replace(self.plan, mtbf_hours=mtbf_hours)
         group = self.standby.take_over(plan, self.number, self.pump.actor, lambda: not self.stop.requested)
@@ -177,7 +177,7 @@ class _Trial:
             self._note_clock()
             if self.stop.requested and not stopping:
                 stopping = True
-                self.pump.order("stop", self.number)
+                self.pump.order("stop", self.plan.name, self.number)
                 if not self._own(LoopStarted):  # nothing has been trained that a checkpoint could hold
                     return group.end()
             if self.stop.overdue or self.pump.lost:
@@ -192,7 +192,7 @@ class _Trial:
             if growth and not (self.grow_to or stopping):
                 self.grow_to = growth.look(clock.now())
                 if self.grow_to:
-                    self.pump.order("preempt", self.number)
+                    self.pump.order("preempt", self.plan.name, self.number)
             if watchdog and (stuck := watchdog.look(self.pump.heartbeats, self.pump.drained)):
                 return self._end_stuck(group, stuck)
             if watchdog and watchdog.all_ended(self.pump.heartbeats, self.pump.drained):
