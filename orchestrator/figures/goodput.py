@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.figures.records import Sections
-from orchestrator.figures.sections import loop_runs, trial_start
+from orchestrator.figures.sections import loop_runs, num_nodes, trial_start
 from orchestrator.figures.steps import PARTS
 from trainers.contract.checkpoint_interval import advised_checkpoint_seconds, default_mtbf_seconds
 from trainers.contract.events import (
@@ -19,7 +19,6 @@ from trainers.contract.events import (
     LogReplayed,
     TrialEnded,
     TrialRestarted,
-    WorkerStarted,
 )
 
 RESUMED, PREEMPTED, RESIZED = "resumed", "preempted", "resized"
@@ -101,8 +100,7 @@ def _mtbf(events: Sequence[Event], stated_hours: float | None) -> tuple[float, s
     measured = measured_mtbf_hours(events)
     if measured is not None:
         return measured * 3600, "measured"
-    nodes = {event.host + event.node_id for event in events if isinstance(event, WorkerStarted)}
-    return default_mtbf_seconds(max(len(nodes), 1)), "default"
+    return default_mtbf_seconds(num_nodes(events) or 1), "default"
 
 
 def _intervals(events: Sequence[Event], saved: Sequence[CheckpointSaved]) -> list[float]:

@@ -88,6 +88,17 @@ def began(events: Sequence[Event]) -> float | None:
     return min(starts, default=None)
 
 
+def last_workers(events: Sequence[Event]) -> list[WorkerStarted]:
+    """The workers of the last attempt that had any."""
+    workers = [event for event in events if isinstance(event, WorkerStarted)]
+    return [event for event in workers if event.attempt == workers[-1].attempt]
+
+
+def num_nodes(events: Sequence[Event]) -> int | None:
+    """Nodes that the last workers were on; None where there were none."""
+    return len({(event.host, event.node_id) for event in last_workers(events)}) or None
+
+
 def lacks(events: Sequence[Event], what: Literal["start", "times"]) -> bool:
     """Whether events are of a log without the start of training, or without any time (see `LogReplayed.unknown`)."""
     names = {what, {"start": "startup_seconds", "times": "evaluations_clock"}[what]}  # older versions name the figure

@@ -17,7 +17,16 @@ from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.predicted import predicted_figures, prediction_notes
 from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts, standby_notes
-from orchestrator.figures.sections import began, iterations_done, lacks, loop_end, loop_runs, sections, trial_start
+from orchestrator.figures.sections import (
+    began,
+    iterations_done,
+    lacks,
+    loop_end,
+    loop_runs,
+    num_nodes,
+    sections,
+    trial_start,
+)
 from orchestrator.figures.segments import segments
 from orchestrator.figures.shapes import shape_figures
 from orchestrator.figures.steps import (
@@ -119,7 +128,7 @@ def _setup(trial: _Trial) -> dict[str, Any]:
         **{name: getattr(plan, name) for name in same},
         **{name: getattr(plan.solver, name) for name in ("global_batch_size", "base_lr", "max_iter")},
         "accumulate": plan.accumulate if isinstance(plan, TrialPlan) else None,
-        "num_nodes": len({e.host + e.node_id for e in workers if e.attempt == workers[-1].attempt}) or None,
+        "num_nodes": num_nodes(trial.events),
         "hosts": sorted({e.host for e in workers}),
         "device_name": _device(workers),
         "recipe": plan.recipe_name,

@@ -14,10 +14,10 @@ from typing import Any
 from orchestrator.figures.figure import number_text
 from orchestrator.figures.logged_plan import Plan
 from orchestrator.figures.records import ExperimentResult, TrialResult
-from orchestrator.figures.sections import began, loop_end
+from orchestrator.figures.sections import began, last_workers, loop_end
 from orchestrator.files import file_sha256, write_atomically
 from orchestrator.report.table import escape_markdown, table_rows
-from trainers.contract.events import Evaluated, Event, WorkerStarted
+from trainers.contract.events import Evaluated, Event
 from trainers.contract.plan import TrialPlan
 
 LOG_NAME = "ai_rank.log"
@@ -67,8 +67,7 @@ def airank_log(plan: Plan, events: Sequence[Event], result: TrialResult) -> str:
 
 def system_information(plan: Plan, events: Sequence[Event], result: TrialResult) -> dict[str, Any]:
     """What AI-Rank requires about the machines; null where it is not known."""
-    workers = [e for e in events if isinstance(e, WorkerStarted)]
-    workers = [e for e in workers if e.attempt == workers[-1].attempt]
+    workers = last_workers(events)
     first = workers[0] if workers else None
     nodes = result.num_nodes
     return {

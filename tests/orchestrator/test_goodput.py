@@ -1,6 +1,7 @@
 """Goodput, ETTR, the mean time between failures and the advised interval, by figures worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from orchestrator.figures.trial import trial_result
 from orchestrator.report.details import checkpoint_advice
 from orchestrator.report.table import table_rows
 from tests.builders.trials import TrialBuilder, plan, trained
-from trainers.contract.events import LogReplayed, TrialRestarted
+from trainers.contract.events import LogReplayed, TrialRestarted, WorkerStarted
 
 NODE_MTBF = 1000 / 6.5 * 86_400
 
@@ -149,6 +150,15 @@ def test_the_default_is_for_every_host_of_the_trial():
     made.checkpoint(10.0, 4, 0.5)
     made.ended(11.0)
     assert _result(made).mtbf_seconds == pytest.approx(NODE_MTBF / 2)
+
+
+def test_the_default_is_for_the_hosts_of_the_last_start():
+    """A new local cluster gives its host another node id."""
+    made = _in_two_parts(ended_at=7.0)
+    events = [replace(e, node_id=f"n{e.attempt}") if isinstance(e, WorkerStarted) else e for e in made.events]
+    result = trial_result(made.trial, events)
+    assert (result.num_nodes, result.mtbf_source) == (1, "default")
+    assert result.mtbf_seconds == pytest.approx(NODE_MTBF)
 
 
 def test_the_report_says_what_is_advised_next_to_what_was_done():
