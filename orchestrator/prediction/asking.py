@@ -183,8 +183,7 @@ def ask_of_run(folder: Path, values: dict[str, Any], sizes: Sequence[int]) -> Pr
     first = {name: trials[name][:1] for name in ("seeds", "recipes")}
     if trials["scaling"] == "both":
         first["scaling"] = "weak"
-    protocol = {**values["protocol"], "kind": "throughput"}
-    values = {**values, "faults": {**values["faults"], "standby": "auto"}}  # next to a measurement there is none
+    protocol = {**values["protocol"], "kind": "time_to_train"}  # it takes one seed, and each setting of all kinds
     experiment = parse_experiment({**values, "trials": {**trials, **first}, "protocol": protocol}, where=str(folder))
     if not (folder / FILE_NAME).exists():
         return ask(experiment, sizes, "--sizes")
