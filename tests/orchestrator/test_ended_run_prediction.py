@@ -27,7 +27,9 @@ BENCHMARK = CONFIGS / "demo_benchmark.yaml"
     ],
     ids=str,
 )
-def test_a_run_without_a_period_of_evaluations_may_have_had_any_setting(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_without_a_period_of_evaluations_may_have_had_any_setting(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     values = tiny_experiment(**{"protocol": {"kind": "time_to_train"}, **changes})
     run = parse_experiment(values, where="tiny")
     (asked,) = ask_of_run(tmp_path, run.model_dump(mode="json"), [4]).asked
