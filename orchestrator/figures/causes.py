@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainers.contract.events import (
@@ -54,13 +55,14 @@ def oddities(events: Sequence[Event]) -> list[str]:
         if isinstance(event, CheckpointFailed | CheckpointSkipped)
     ]
     evaluated = {event.iteration for event in events if isinstance(event, Evaluated)}  # perhaps after a restart
-    evaluations = [
-        note
-        for event in events
-        if isinstance(event, Evaluated) or (isinstance(event, EvaluationLost) and event.iteration not in evaluated)
-        for note in evaluation_notes(event)
-    ]
-    return clocks + checkpoints + evaluations
+    noted = set(evaluated)
+    evaluations: list[str] = []
+    for event in events:
+        if isinstance(event, Evaluated) or (isinstance(event, EvaluationLost) and event.iteration not in evaluated):
+            left_out = tuple(iteration for iteration in event.left_out if iteration not in noted)
+            evaluations += evaluation_notes(replace(event, left_out=left_out))
+            noted.update(left_out)
+    return clocks + checkpoints + list(dict.fromkeys(evaluations))
 
 
 def evaluation_notes(event: Evaluated | EvaluationLost) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from orchestrator.figures.causes import oddities
 from orchestrator.figures.records import ExperimentResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.progress import ProgressDisplay
@@ -55,6 +56,23 @@ def test_the_record_and_both_reports_name_it(odd: TrialBuilder, tmp_path: Path) 
     write_report(result, run)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "86,400 s ahead" in page and "was skipped: its SHA-256" in page
+
+
+def test_an_evaluation_that_a_restart_made_was_not_left_out() -> None:
+    """Those of 9, 10 and 11 are left out; the trial goes on from before them, makes that of 9 and again that of 12."""
+    made = trained()
+    made.evaluated(29.1, 12, 1.0, 1.0, left_out=(9, 10, 11), num_lost=1)
+    made.restarted(29.2, 12)
+    made.evaluated(29.3, 9, 1.0, 1.0)
+    made.evaluated(29.4, 12, 1.0, 1.0, left_out=(11,), num_lost=1)
+    for _ in range(2):
+        made.emit(EvaluationLost, 29.5, iteration=14, message="the evaluation after 14 is left out", left_out=(13,))
+    assert oddities(made.events) == [
+        "the evaluation after 10, 11 iterations was left out, since an older one was in progress",
+        "the process that made the evaluation after 12 iterations was lost once and was replaced",
+        "the evaluation after 13 iterations was left out, since an older one was in progress",
+        "the evaluation after 14 is left out",
+    ]
 
 
 def test_the_terminal_shows_it_also_where_it_is_quiet(odd: TrialBuilder) -> None:
