@@ -105,6 +105,25 @@ def lacks(events: Sequence[Event], what: Literal["start", "times"]) -> bool:
     return any(isinstance(event, LogReplayed) and names & set(event.unknown) for event in events)
 
 
+def evaluation_stall(events: Sequence[Event]) -> float:
+    """Seconds for which training was paused for evaluations.
+
+    A concurrent evaluation of an older iteration than its attempt started from was in a checkpoint, together with its
+    stall until then. Where an earlier attempt reported that stall, with the evaluation itself or with the one for which
+    it was left out, only what came on top is added.
+    """
+    firsts = {run.attempt: run.first_iteration for run in loop_runs(events)}
+    seconds, reported = 0.0, dict[int, float]()
+    for event in events:
+        if isinstance(event, Evaluated | EvaluationLost):
+            stall = event.stall_seconds or 0.0
+            carried = event.iteration < firsts.get(event.attempt, 0)
+            seconds += max(stall - reported.get(event.iteration, 0.0), 0.0) if carried else stall
+            for iteration in (event.iteration, *event.left_out):
+                reported[iteration] = max(stall, reported.get(iteration, 0.0))
+    return seconds
+
+
 def sections(events: Sequence[Event]) -> Sections | None:
     """Cuts a trial's wall time into sections.
 
@@ -135,7 +154,7 @@ def sections(events: Sequence[Event]) -> Sections | None:
         "startup": attempts[0].started - started,
         **parts,
         "step_other": steps - sum(seconds or 0.0 for seconds in parts.values()),
-        "evaluation": sum(e.stall_seconds or 0.0 for e in events if isinstance(e, Evaluated | EvaluationLost)),
+        "evaluation": evaluation_stall(events),
         # A log says when a checkpoint was begun, not how long training was stalled for it.
         "checkpoint": None if replayed else sum(e.stall_seconds for e in events if isinstance(e, CheckpointSaved)),
         "lost_work": lost,

@@ -19,6 +19,7 @@ from orchestrator.figures.records import Restart, TrialResult
 from orchestrator.figures.recovery import recovery_parts, standby_notes
 from orchestrator.figures.sections import (
     began,
+    evaluation_stall,
     iterations_done,
     lacks,
     loop_end,
@@ -44,8 +45,6 @@ from orchestrator.figures.steps import (
 )
 from trainers.contract.events import (
     CheckpointSaved,
-    Evaluated,
-    EvaluationLost,
     Event,
     LogReplayed,
     LoopStarted,
@@ -153,7 +152,6 @@ def _clocks(trial: _Trial) -> dict[str, Any]:
     time_to_train = _between(trial.worker_start, trial.met_at)
     target = trial.plan.target_box_ap
     box_met = (e.box_scored for e in trial.evaluations if is_met(e.figures.get("box_ap"), target))
-    stalls = sum(e.stall_seconds or 0.0 for e in trial.events if isinstance(e, Evaluated | EvaluationLost))
     where = sections(trial.events) if trial.loop_start is not None else None
     return {
         "time_to_train_seconds": time_to_train,
@@ -161,7 +159,7 @@ def _clocks(trial: _Trial) -> dict[str, Any]:
         "mlperf_seconds": _between(trial.loop_start, trial.met_at),
         "schedule_seconds": _between(trial.worker_start, trial.finished.time if trial.finished else None),
         "startup_seconds": _between(trial.driver_start, trial.loop_start),
-        "evaluation_seconds": None if lacks(trial.events, "times") else stalls,
+        "evaluation_seconds": None if lacks(trial.events, "times") else evaluation_stall(trial.events),
         "checkpoint_seconds": sum(e.stall_seconds for e in _all(trial.events, CheckpointSaved)),
         "sections": where,
         "lost_work_seconds": where.lost_work if where else None,

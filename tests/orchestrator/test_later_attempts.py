@@ -8,7 +8,7 @@ from orchestrator.figures.records import TrialResult
 from orchestrator.figures.trial import trial_result
 from orchestrator.report.airank import airank_log
 from tests.builders.trials import TrialBuilder, plan
-from trainers.contract.events import TrialRestarted, WorkerFailed
+from trainers.contract.events import Evaluated, TrialRestarted, WorkerFailed
 
 
 def _result(made: TrialBuilder) -> TrialResult:
@@ -77,3 +77,37 @@ def test_the_iterations_are_those_of_the_final_state():
     result = _result(made)
     assert result.iterations == 6 and result.state_sha256 == "0" * 64
     assert result.wall_images_per_second == pytest.approx(6 * 4 / (15 - 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "first", "after", "seconds"),
+    [
+        pytest.param([(4, 1.0, ())], 6, [(4, 1.5, ())], 1.5, id="carried over, and waited for"),
+        pytest.param([], 6, [(4, 1.0, ())], 1.0, id="carried over, its scores never came"),
+        pytest.param([(4, 1.0, ())], 4, [(4, 1.0, ())], 2.0, id="begun again by the loop"),
+        pytest.param([(8, 3.0, (6,))], 7, [(6, 1.0, ()), (8, 2.0, ())], 5.0, id="left out before, carried over"),
+    ],
+)
+def test_a_stall_that_a_checkpoint_carries_over_counts_once(before, first, after, seconds):
+    """Concurrent evaluations, each with its stall and what was left out for it, around a start from `first`."""
+    made = _begun()
+    _steps(made, 10.0, 4, 4)
+    _evaluated(made, 11.0, before)
+    made.restarted(12.0, 8)
+    made.workers(13.0)
+    made.loop(14.0, iteration=first)
+    _evaluated(made, 20.0, after)
+    _steps(made, 30.0, first, 10 - first)
+    made.finished(30.0, 10, "max_iter")
+    made.ended(31.0)
+    result = _result(made)
+    assert result.evaluation_seconds == pytest.approx(seconds)
+    assert result.sections is not None and result.sections.evaluation == pytest.approx(seconds)
+
+
+def _evaluated(made: TrialBuilder, at: float, evaluations: list[tuple[int, float, tuple[int, ...]]]) -> None:
+    for iteration, stall, left_out in evaluations:
+        made.emit(
+            Evaluated, at, iteration=iteration, epoch=1.0, figures={"box_ap": 1.0}, box_scored=made.epoch + at,
+            mask_scored=None, seconds=2.0, part_seconds={"inference": 2.0, "stall": stall}, left_out=left_out,
+        )  # fmt: skip
