@@ -113,8 +113,7 @@ class Supervisor:
         self._forked = True
         _prctl(SET_CHILD_SUBREAPER, 1)  # processes whose parent has ended become this one's children
         parent, killed = os.getpid(), oom_kills()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush_output()
         # No signal may come between the fork and when the child is known.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         if self.stopped:  # while this looked around, or before
@@ -179,9 +178,16 @@ class Supervisor:
         except BaseException:  # noqa: BLE001 - nothing may go up a stack that is the parent's
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _flush_output()
             os._exit(code)
+
+
+def _flush_output() -> None:
+    """Writes what the standard streams hold, and those that were put in their place."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+            if stream is not None:
+                stream.flush()
 
 
 def end_descendants(others: set[psutil.Process]) -> None:
