@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from orchestrator.drive import NOT_TRACKED, UNFIT
-from orchestrator.execution.stop import INTERRUPTED
+from orchestrator.execution.stop import INTERRUPTED, handle_stop_signals
 from orchestrator.execution.supervisor import Supervisor
 from orchestrator.experiment.plan import expand, generated_root, new_run_dir
 from orchestrator.experiment.reading import load_experiment
@@ -44,8 +45,11 @@ class Request:
     """Another cluster's."""
     short: bool
     """Measure what preflight measures."""
-    as_json: bool
+    json_output: TextIO | None
+    """Where acceptance.json is printed; None where it is not asked for."""
     console: Console
+    working: Callable[[], None]
+    """Called once a signal no longer cuts this off, but asks for an end."""
 
 
 def main(
@@ -72,7 +76,9 @@ def main(
     try:
         other = _read(against) if against else None
         experiment = load_experiment(config, assignments)
-        request = Request(experiment, new_run_dir(experiment, output), other, short, as_json, console)
+        document = sys.stdout if as_json else None
+        folder = new_run_dir(experiment, output)
+        request = Request(experiment, folder, other, short, document, console, supervisor.working)
         ending = supervisor.run(partial(_without_traceback, request))
     except SpecError as error:
         raise typer.Exit(_report(str(error))) from None
@@ -98,10 +104,18 @@ def _report(text: str) -> int:
 def _without_traceback(request: Request) -> int:
     try:
         # Ray prints what its daemons report to stdout, which is to hold one JSON document.
-        with redirect_stdout(sys.stderr) if request.as_json else nullcontext():
+        with redirect_stdout(sys.stderr) if request.json_output else nullcontext():
             return _accept(request)
     except (SpecError, OSError) as error:
         return _report(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _interrupt(*_: object) -> None:
+    """Ends what is under way, once: ending a run in MLflow is not cut off."""
+    handle_stop_signals(lambda *_: None)
+    raise KeyboardInterrupt
 
 
 def _accept(request: Request) -> int:
@@ -138,8 +152,8 @@ def _accept(request: Request) -> int:
     _show(request, acceptance)
     tracked = _track(request, acceptance, files)
     request.console.print(f"Results in {request.folder}", soft_wrap=True, markup=False, highlight=False)
-    if request.as_json:
-        print(files[0].read_text(encoding="utf-8"), file=sys.__stdout__)
+    if request.json_output:
+        print(files[0].read_text(encoding="utf-8"), file=request.json_output, flush=True)
     return acceptance.exit_code or (0 if tracked else NOT_TRACKED)
 
 
@@ -191,6 +205,8 @@ def _track(request: Request, acceptance: Acceptance, files: list[Path]) -> bool:
         "mlflow.note.content": "\n\n".join(f"{each.place}: {each.what}" for each in acceptance.verdicts) or "all fit",
     }
     tracking = request.experiment.tracking
+    handle_stop_signals(_interrupt)
+    request.working()
     try:
         name = f"acceptance {acceptance.started}"
         log_acceptance(tracking_uri(tracking.uri), request.experiment.name, name, metrics, tags, files)
