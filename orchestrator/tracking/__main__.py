@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import signal
 import sys
@@ -42,18 +41,10 @@ def _follow(tracker: Tracker) -> bool:
             driver_gone, reason = time.monotonic(), sys.stdin.read()
 
 
-def _take_lowest_priority() -> None:
-    os.nice(19)
-    # Linux may share the CPUs by sessions, of which this process has its own: niceness does not count between them.
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text("19")
-
-
 if __name__ == "__main__":
     # Ctrl-C, a closed terminal and `ray job stop` are for the driver to handle.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     prepare_process()  # a driver that is gone reads nothing
-    _take_lowest_priority()
     where, store = json.loads(sys.stdin.readline())
     sys.exit(0 if _follow(Tracker(Path(where), store)) else 1)

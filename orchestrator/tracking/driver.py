@@ -104,7 +104,7 @@ class Tracker:
             self.start()
 
     def start(self) -> subprocess.Popen[str]:
-        """Starts the process that follows the outbox."""
+        """Starts the process that follows the outbox, behind all that trains."""
         # Not multiprocessing: it brings a helper process that outlives the driver, and a job server that stops a job
         # waits for all of them.
         command = [sys.executable, "-m", "orchestrator.tracking"]
@@ -120,6 +120,7 @@ class Tracker:
             start_new_session=True,
             env={**os.environ, "TMPDIR": str(self._temporary)},
         )
+        _lower_priority(process.pid)
         assert process.stdin is not None
         # Not as an argument, which every user of this machine can read: the address may hold a password.
         process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
@@ -219,6 +220,7 @@ class Tracker:
             process = self._process
             if process is None or process.poll():  # not started, or killed
                 process = self.start()
+            _restore_priority(process.pid)  # now the run waits for it
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has just been killed
                 process.stdin.write(reason)
@@ -266,3 +268,22 @@ class Tracker:
             for line in lines:
                 self.failure = line.rstrip()
                 logger.warning("%s", self.failure)
+
+
+def _lower_priority(pid: int) -> None:
+    _set_niceness(pid, 19, "19")
+
+
+def _restore_priority(pid: int) -> None:
+    own = ""
+    with suppress(OSError):
+        own = Path("/proc/self/autogroup").read_text().split()[-1]
+    _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0), own)
+
+
+def _set_niceness(pid: int, of_process: int, of_session: str) -> None:
+    with suppress(OSError):  # not everybody may give a process a higher priority again
+        os.setpriority(os.PRIO_PROCESS, pid, of_process)
+    # Linux may share the CPUs by sessions, of which the process has its own: niceness does not count between them.
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(of_session)
