@@ -16,6 +16,7 @@ import yaml
 from tests.builders.commands import ROOT
 from tests.builders.hosts import SHARED, Host, Network
 from tests.builders.waiting import wait_for
+from trainers.faults import VARIABLE
 
 TRACKING = "http://10.77.0.5:5000"
 JOB_SERVER = "http://10.77.0.10:8265"
@@ -90,9 +91,10 @@ class ClusterOfHosts:
         self.head.check(f"umask 077; mkdir ~/.mlflow && echo '{self.credentials}' > ~/.mlflow/credentials")
 
     def add_worker(self, name: str, number: int, *, mounted: bool = True) -> Host:
-        """A further host of two CPUs."""
+        """A further host of two CPUs, whose workers look for faults in the shared folder."""
         host = self.network.add(name, number, self.shared if mounted else None, self.token)
-        host.check(f"ray start --address 10.77.0.10:6379 --node-ip-address {host.address} --num-cpus 2")
+        join = f"ray start --address 10.77.0.10:6379 --node-ip-address {host.address} --num-cpus 2"
+        host.check(join, **{VARIABLE: f"{SHARED}/faults.json"})
         self.workers.append(host)
         return host
 

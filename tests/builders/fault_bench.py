@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from orchestrator.execution.stop import StopRequest
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import Experiment, Faults
 from tests.builders.experiments import tiny_experiment
+from tests.builders.waiting import wait_for
 from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
 from trainers.contract.plan import TrialPlan
 from trainers.faults import Fault, fired
@@ -73,6 +77,14 @@ def metric_rows(uri: str, run_id: str) -> Counter[tuple[str, int]]:
     return Counter((name, point.step) for name in names for point in client.get_metric_history(run_id, name))
 
 
+def workers() -> Iterator[psutil.Process]:
+    """The living worker processes of Ray Train."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                yield process
+
+
 class Bench:
     """Runs trials with faults."""
 
@@ -99,6 +111,7 @@ class Bench:
         from orchestrator.runlog.outbox import FILE_NAME, Outbox
         from orchestrator.tracking.driver import Tracker
 
+        wait_for(lambda: not list(workers()))  # those of the trial before have room, and may be taken for others
         self._number += 1
         run_dir = self.run_dir = self.folder / f"run{self._number}"
         run_dir.mkdir()
@@ -117,6 +130,7 @@ class Bench:
         pump.emit(RunStarted(**driver, experiment=settings.model_dump(mode="json"), run_id=run_id, tags={}))
         ended = run_trial(plan, policy or settings.faults, pump, str(run_dir / "ray"), stop or StopRequest(60))
         pump.close()
+        self.faults_file.unlink(missing_ok=True)  # nothing else in this process is to meet them
         pump.emit(RunEnded(**driver, status=ended.status))
         tracker = Tracker(run_dir, self.uri)
         assert tracker.sync()

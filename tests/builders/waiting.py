@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
+import psutil
+
 DEADLINE_SECONDS = 600.0
 """Only a failing test waits this long."""
 
@@ -20,6 +22,14 @@ def wait_for(
     while not met():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {message()}"
         time.sleep(0.2)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended stays in the table where nobody asks for its exit code (in a container)."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until_served(url: str, server: subprocess.Popen[bytes]) -> None:

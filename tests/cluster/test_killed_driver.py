@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.builders.cluster import ClusterOfHosts, Job
 from tests.builders.experiments import tiny_experiment
 from tests.builders.waiting import wait_for
+from trainers.faults import Fault, fired
 
 pytestmark = pytest.mark.cluster
 
@@ -29,14 +32,18 @@ def driver(cluster: ClusterOfHosts, job: Job) -> tuple[int, int]:
 
 
 def train_on(job: Job, start: int) -> None:
-    """Waits until the newest start of the run has trained."""
+    """Waits until the newest start of the run is held in its training."""
 
-    def trained() -> bool:
+    def held() -> bool:
         assert job.sender.poll() is None, job.output[-3000:]
-        attempts = {event["attempt"] for event in job.events("steps_done")}
+        attempts = {fault["attempt"] for fault in fired(faults_file(job.cluster))}
         return starts(job) == start and start - 1 in attempts
 
-    wait_for(trained, lambda: job.output[-3000:])
+    wait_for(held, lambda: job.output[-3000:])
+
+
+def faults_file(cluster: ClusterOfHosts) -> Path:
+    return cluster.shared / "faults.json"
 
 
 def exported(cluster: ClusterOfHosts) -> str:
@@ -45,7 +52,9 @@ def exported(cluster: ClusterOfHosts) -> str:
     return cluster.head.check(f"curl --silent --max-time 60 http://{address}/metrics")
 
 
-def test_a_killed_driver_goes_on_by_itself_and_a_killed_job_when_it_is_sent_again(cluster: ClusterOfHosts) -> None:
+def test_a_killed_driver_goes_on_by_itself_and_a_killed_job_when_it_is_sent_again(
+    cluster: ClusterOfHosts, request: pytest.FixtureRequest
+) -> None:
     values = tiny_experiment(
         trials={"world_sizes": [2], "scaling": "strong"},
         protocol={
@@ -55,8 +64,12 @@ def test_a_killed_driver_goes_on_by_itself_and_a_killed_job_when_it_is_sent_agai
         storage={"checkpoint_period_iterations": 10},
     )  # fmt: skip
     options = "--resume auto --auto-resume 2"
+    # Each start is held before the evaluation that ends training, however late somebody looks.
+    holds = [dataclasses.asdict(Fault("hold", rank=0, iteration=45, attempt=attempt)) for attempt in range(3)]
+    faults_file(cluster).write_text(json.dumps(holds))
+    request.addfinalizer(lambda: faults_file(cluster).unlink(missing_ok=True))
     job = cluster.submit("killed", values, options)
-    job.wait_for_iteration(10)
+    train_on(job, start=1)
     _, child = driver(cluster, job)
     cluster.head.check(f"kill -KILL {child}")
     train_on(job, start=2)
@@ -69,6 +82,7 @@ def test_a_killed_driver_goes_on_by_itself_and_a_killed_job_when_it_is_sent_agai
     again = cluster.submit("killed", values, options, start=2)
     train_on(again, start=3)
     wait_for(lambda: "ray_detectron2_iterations{" in exported(cluster))
+    faults_file(cluster).unlink()
     assert again.wait() == 0, again.output[-3000:]
     (trial,) = again.trials()
     assert (trial["status"], trial["num_restarts"], trial["iterations"]) == ("FINISHED", 2, EVALUATION_PERIOD)

@@ -18,11 +18,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
     folder = tmp_path_factory.mktemp("faults")
     faults_file = folder / "faults.json"
+    before = dict(os.environ)
     os.environ[VARIABLE] = str(faults_file)
     start_ray(None)
     yield Bench(folder, faults_file)
     shutdown()
-    del os.environ[VARIABLE]
+    os.environ.clear()  # of Ray's settings as well, for other tests of this process
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="package")

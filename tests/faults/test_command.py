@@ -26,7 +26,7 @@ from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import write_experiment
 from tests.builders.fault_bench import Outcome, experiment, metric_rows
-from tests.builders.waiting import wait_for
+from tests.builders.waiting import is_alive, wait_for
 from trainers.contract.events import CheckpointSaved, Event, LoopFinished, TrialEnded, TrialRestarted
 from trainers.faults import VARIABLE, Fault, fired
 
@@ -86,7 +86,7 @@ class Command:
     def end(self, family: list[psutil.Process]) -> int:
         """Its exit code, once it has ended; of its processes, none is left."""
         code = self.process.wait(600)
-        wait_for(lambda: not any(map(_is_alive, family)), lambda: f"left: {[*filter(_is_alive, family)]}", seconds=5)
+        wait_for(lambda: not any(map(is_alive, family)), lambda: f"left: {[*filter(is_alive, family)]}", seconds=5)
         self._terminal.join()
         return code
 
@@ -157,14 +157,6 @@ def _command_line(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; one that has ended stays in the table where nobody asks for its exit code (in a container)."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def resume(command: Command, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import psutil
 import pytest
 
 from orchestrator.experiment.spec import Faults
 from orchestrator.figures.trial import trial_result
-from tests.builders.fault_bench import Bench, Outcome
+from tests.builders.fault_bench import Bench, Outcome, workers
 from tests.builders.waiting import wait_for
 from trainers.contract.events import (
     Event,
@@ -33,14 +30,6 @@ def assert_as_undisturbed(outcome: Outcome, undisturbed: Outcome) -> None:
     assert outcome.ended.status == "FINISHED", outcome.ended.reason
     assert (outcome.state, outcome.scores) == (undisturbed.state, undisturbed.scores)
     assert outcome.rows == undisturbed.rows and set(outcome.rows.values()) == {1}
-
-
-def workers() -> Iterator[psutil.Process]:
-    """The living worker processes of Ray Train."""
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                yield process
 
 
 def test_workers_that_waited_take_over_from_a_killed_one(bench: Bench, undisturbed: Outcome) -> None:
