@@ -92,21 +92,29 @@ def test_commands_in_slots_are_suspended_with_all_their_processes_while_another_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "SLOT_SECONDS", 0.5)
+    # Half-way, each waits for what the other one does in a slot: so it needs two, however long they are.
     child = (
-        "import sys, time\n"
-        "for _ in range(100):\n"
+        "import pathlib, sys, time\n"
+        "own, other = map(pathlib.Path, sys.argv[1:3])\n"
+        "own.touch()\n"
+        "for number in range(100):\n"
+        "    while number == 50 and not (other.exists() and other.read_text().count('\\n') >= int(sys.argv[3])):\n"
+        "        time.sleep(0.01)\n"
         "    time.sleep(0.01)\n"
-        "    with open(sys.argv[1], 'a') as log: log.write(f'{time.time()}\\n')\n"
+        "    with own.open('a') as log: log.write(f'{time.time()}\\n')\n"
     )
     parent = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
-    commands = [[sys.executable, "-c", parent, child, str(tmp_path / name)] for name in "ab"]
+    commands = [
+        [sys.executable, "-c", parent, child, *(str(tmp_path / name) for name in names), str(lines)]
+        for names, lines in (("ab", 1), ("ba", 51))
+    ]
     taken = slots.in_slots(commands)
     for own, others, name in zip(taken, reversed(taken), "ab", strict=True):
         ticked = [float(line) for line in (tmp_path / name).read_text().split()]
         assert len(ticked) == 100 and len(own) > 1
         outside = sum(any(since < moment < to for since, to in others) for moment in ticked)
         assert outside < 10, "it ran during the other one's slot"
-        assert slots.ran(own) < ticked[-1] - own[0][0], "time in which it was suspended was counted"
+        assert slots.ran(own, end=ticked[-1]) < ticked[-1] - own[0][0], "time in which it was suspended was counted"
     with pytest.raises(RuntimeError, match="no model"):
         slots.in_slots([[sys.executable, "-c", "raise SystemExit('no model')"]])
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from orchestrator.runlog.folder import RunFolder, read_run_folder
 from orchestrator.tracking.driver import Tracker
 from tests.builders.browser import as_device, browser, keep_screenshot, needs_chromium
 from tests.builders.run_folder import made_experiment, make_run
+from tests.builders.s3 import free_port
 from tests.builders.waiting import DEADLINE_SECONDS, wait_for, wait_until_served
 
 pytestmark = needs_chromium
@@ -183,9 +183,7 @@ def test_the_same_images_are_seen_side_by_side(driver, run):
 @pytest.fixture(scope="module")
 def mlflow_ui(run) -> Iterator[str]:
     """MLflow's pages on the store of the run, served as `make ui` does it."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     place = Path(run.result.mlflow_tracking_uri.removeprefix("sqlite:///")).parent
     makefile = Path(__file__).resolve().parent.parent / "Makefile"
     arguments = re.search(r"mlflow (ui .*)", makefile.read_text()).group(1).split()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.builders.waiting import wait_until_served
@@ -16,12 +17,15 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, with its number plus 10,000 (SeaweedFS's gRPC) in range."""
+    """A TCP port that nobody has, and that the system gives nobody who asks for any: it may be taken much later.
+
+    Its number plus 10,000 (SeaweedFS's gRPC) is such a one, too.
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 50000:
+        port = 12_000 + secrets.randbelow(10_000)
+        with suppress(OSError), socket.socket() as probe, socket.socket() as its_grpc:
+            probe.bind(("127.0.0.1", port))
+            its_grpc.bind(("127.0.0.1", port + 10_000))
             return port
 
 
@@ -30,7 +34,10 @@ def s3_server(folder: Path) -> Iterator[str]:
     """Starts the server; gives a bucket's URI in pyarrow's form. The keys of `KEYS` must be in the environment."""
     import pyarrow.fs
 
-    ports = [free_port() for _ in range(4)]
+    drawn: set[int] = set()
+    while len(drawn) < 4:
+        drawn.add(free_port())
+    ports = list(drawn)
     identity = {
         "name": "test",
         "credentials": [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}],

@@ -10,8 +10,9 @@ from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.spec import Experiment
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
+from tests.builders.waiting import wait_for
 from trainers.contract.channel import Channel, Command, Placement
-from trainers.contract.events import Event, StepsDone
+from trainers.contract.events import CheckpointSaved, Event, StepsDone
 from trainers.contract.plan import TrialPlan
 from trainers.rank import Rank
 
@@ -57,20 +58,27 @@ def train(
 ) -> list[Event]:
     """Trains in this process; asked to stop a window before `stop_at`, dead at the end of the window of `die_at`.
 
-    `act` is called with every event, and training waits for it.
+    `act` is called with every event, and training waits for it. One that dies has written the checkpoints that it
+    began: the thread that writes them would otherwise live on here, next to the next attempt.
     """
     events: list[Event] = []
     command: list[Command] = ["run"]
+    begun: list[int] = []  # checkpoints: each begins with a flush
+
+    def all_saved() -> bool:
+        return sum(isinstance(event, CheckpointSaved) for event in events) == len(begun)
 
     def push(event: Event) -> None:
         events.append(event)
         act(event)
         if isinstance(event, StepsDone) and stop_at is not None and event.iteration == stop_at - 2:
-            command[0] = rank.pulse.command = "stop"
+            command[0] = "stop"
+            wait_for(lambda: rank.pulse.command == "stop")
         if isinstance(event, StepsDone) and event.iteration == die_at:
+            wait_for(all_saved)
             raise Died
 
-    channel = Channel(push=push, beat=lambda heartbeat: command[0])
+    channel = Channel(push=push, beat=lambda heartbeat: command[0], flush=lambda: begun.append(len(events)))
     rank = Rank(plan, attempt, Placement(0, 1, 0, 1, "here"), channel)
     try:
         rank.train(0.0)

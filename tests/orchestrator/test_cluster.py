@@ -181,6 +181,7 @@ def test_a_machine_that_is_too_busy_for_ray_gets_another_start_and_then_a_senten
 def test_ray_is_not_left_before_every_thread_that_calls_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended, done = threading.Event(), list[str]()
     monkeypatch.setattr(ray, "shutdown", lambda: done.append("left"))
+    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 600.0)
     cluster.start_thread(lambda name: (ended.wait(), done.append(name)), "calls Ray", "last call")
     leaving = threading.Thread(target=cluster.shutdown)
     leaving.start()
@@ -216,7 +217,7 @@ def test_ray_is_not_left_while_the_events_of_workers_are_fetched(
     pump.close()
     cluster.shutdown()
     assert not done
-    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 60.0)
+    monkeypatch.setattr(cluster, "LEAVE_TIMEOUT_SECONDS", 600.0)
     answered.set()
     cluster.shutdown()
     assert done == ["left"]

@@ -78,7 +78,7 @@ def _evaluation(take_found: Callable[..., None] = lambda *_, **__: None) -> Any:
 
 def _two_ranks(rank: int, folder: str, found: Any) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=600)
     )
     solver = {"checkpoint_period": 2, "auto_checkpoints": True, "max_iter": 10_000}
     # A rank that measures steps 100 times as long as rank 0's, and knows of no stall, still does as rank 0.

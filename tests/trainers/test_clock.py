@@ -15,7 +15,7 @@ from trainers.contract import clock
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(clock, "_offset", clock._offset)
+    monkeypatch.setattr(clock, "_offset", time.time() - clock._steady())  # as of now, and restored afterwards
     yield
     os.environ.pop(clock.VARIABLE, None)
 

@@ -118,7 +118,7 @@ def test_readings_are_sent_while_a_run_goes_on(monkeypatch: pytest.MonkeyPatch):
 
     steady = Sensor("made", "power", lambda: 100.0)
     with EnergyMeter(send, "a", lambda: [steady], lambda: [steady, steady]):
-        assert enough.wait(60)
+        assert enough.wait(600)
     times = [moment for event in sent for moment in event.times]
     joules = [value for event in sent for value in event.joules]
     assert times == sorted(times) and joules == sorted(joules)
@@ -129,9 +129,9 @@ def test_readings_are_sent_while_a_run_goes_on(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_node_without_sensors_sends_the_reasons_and_starts_no_thread():
     sent: list[dict[str, Any]] = []
-    before = threading.active_count()
+    before = set(threading.enumerate())  # others may end meanwhile
     with EnergyMeter(lambda kind, **fields: sent.append(fields), "a", _no_sensors, _no_sensors):
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
     (only,) = sent
     assert (only["joules"], only["host_joules"], only["source"]) == (None, None, None)
     assert only["reason"] == only["host_reason"] == "none here"

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.execution import workers
 from tests.builders.commands import ROOT
+from tests.builders.waiting import DEADLINE_SECONDS
 from trainers import flight_recorder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what processes have open is read as Linux shows it")
@@ -38,8 +39,8 @@ time.sleep(3600)
 def test_the_record_of_a_process_is_fetched_and_nothing_is_left(
     how: str, record: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if record is None:
-        monkeypatch.setattr(flight_recorder, "ANSWER_TIMEOUT_SECONDS", 0.5)
+    timeout = DEADLINE_SECONDS if record else 0.5
+    monkeypatch.setattr(flight_recorder, "ANSWER_TIMEOUT_SECONDS", timeout)
     environment = {**os.environ, **flight_recorder.settings(f"{tmp_path}/attempt0-")}
     command = [sys.executable, "-c", LIKE_TORCH, how]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)

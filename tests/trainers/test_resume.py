@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.training import MODELS, last, plan_of, train
+from tests.builders.waiting import wait_for
 from trainers.contract.channel import Channel, Placement
 from trainers.contract.events import (
     CheckpointSaved,
@@ -83,6 +84,7 @@ def test_what_detectron2_refuses_as_nan_is_reported_as_nan_with_the_images(
     assert fired(faults_file)
     failure = last(events, WorkerFailed)
     assert (failure.failure, failure.iteration, len(failure.image_files)) == ("not_finite", 5, 4)
+    wait_for(lambda: any(isinstance(event, CheckpointSaved) for event in events))  # it was being written meanwhile
     assert last(events, CheckpointSaved).iteration == 4
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.builders.commands import ROOT
-from tests.builders.waiting import wait_for
+from tests.builders.waiting import DEADLINE_SECONDS, wait_for
 from trainers import stacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files in memory are Linux's")
@@ -48,8 +48,11 @@ def processes() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
 
 
 def test_a_process_answers_whatever_it_is_doing_and_none_is_harmed(
-    processes: dict[str, subprocess.Popen[bytes]],
+    processes: dict[str, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A busy machine may take its time over an answer, and stop for a moment in the middle of it.
+    monkeypatch.setattr(stacks, "ANSWER_TIMEOUT_SECONDS", DEADLINE_SECONDS)
+    monkeypatch.setattr(stacks, "POLL_INTERVAL_SECONDS", 1.0)
     processes["frozen"].send_signal(signal.SIGSTOP)
     wait_for(lambda: psutil.Process(processes["frozen"].pid).status() == psutil.STATUS_STOPPED)
     processes["ended"].kill()
