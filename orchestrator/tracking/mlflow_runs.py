@@ -294,8 +294,10 @@ class MlflowRuns:
         self._client.log_batch(run_id, metrics=[Metric(name, known[name], at, step) for name in new])
 
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
+        """Logs the params that the run lacks: those of its first start stay, since MLflow refuses another value."""
         fitting = {fit(key, "key"): fit(value, "param") for key, value in values.items()}
-        params = [Param(key, value) for key, value in fitting.items()]
+        stored = self._client.get_run(run_id).data.params
+        params = [Param(key, value) for key, value in fitting.items() if key not in stored]
         for start in range(0, len(params), MAX_PARAMS):
             self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 

@@ -24,7 +24,7 @@ from tests.builders.commands import run_command
 from tests.builders.logs import whole_run
 from tests.builders.run_folder import made_experiment, make_run
 from tests.builders.waiting import wait_for
-from trainers.contract.events import RunStarted, event_from_json
+from trainers.contract.events import LoopStarted, RunStarted, TrialRestarted, event_from_json
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,24 @@ def test_a_reference_that_was_deleted_keeps_no_run_from_going_on_and_is_logged_a
     assert Tracker(run, store(run)).sync()
     again = reference(run).info
     assert again.run_id != deleted and again.status == "FINISHED"
+
+
+def test_params_stay_those_of_the_first_start_where_a_later_one_has_other_settings(run: Path) -> None:
+    config, events = "SOLVER:\n  CHECKPOINT_PERIOD: {}\n", [event for event, _ in Outbox(run / FILE_NAME).read()]
+    first = next(number for number, event in enumerate(events) if isinstance(event, LoopStarted))
+    loop = dataclasses.replace(events[first], config_yaml=config.format(20))
+    (run / FILE_NAME).unlink()
+    Outbox(run / FILE_NAME).append(*events[:first], loop)
+    Tracker(run, store(run)).sync()
+    later = dataclasses.replace(loop, attempt=1, config_yaml=config.format(5) + "  GAMMA: 0.5\n")
+    again = TrialRestarted(trial=loop.trial, attempt=1, rank=-1, time=loop.time, failure="x", message="", iteration=0)
+    go_on(run, "\n".join(event.to_json() for event in (again, later, *events[first + 1 :])))
+    tracker = Tracker(run, store(run))
+    assert tracker.sync()
+    tracked = MlflowClient(store(run)).get_run(tracker.run_ids()[loop.trial])
+    params = {name: value for name, value in tracked.data.params.items() if name.startswith("d2.")}
+    assert params == {"d2.SOLVER.CHECKPOINT_PERIOD": "20", "d2.SOLVER.GAMMA": "0.5"}
+    assert tracked.info.status == "FINISHED" and tracked.data.metrics["throughput/images_per_second"] > 0
 
 
 def test_a_run_that_cannot_go_on_fails_at_the_time_of_its_last_event(run: Path) -> None:
