@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 
 from orchestrator.execution.stop import INTERRUPTED
-from orchestrator.experiment.plan import Hardware, draw_data, expand, generated_root, under
+from orchestrator.experiment.plan import Hardware, draw_data, expand, generated_root
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table, side_by_side_note
-from orchestrator.runlog.changes import with_changes
+from orchestrator.runlog.plans import final_plans, on_begun_device
 
 if TYPE_CHECKING:
     from orchestrator.execution.cluster import Cluster
@@ -124,7 +124,7 @@ def close(request: Request, status: Status, reason: str) -> int:
         status: How the run ended.
         reason: Why.
     """
-    from orchestrator.publish import close_run
+    from orchestrator.closing import close_run
 
     request.console.show_cursor()  # a progress bar hides it
     publication, tracked = close_run(request.experiment, request.run_dir, status, reason, request.console)
@@ -245,12 +245,10 @@ def _run_trials(
 
     earlier, concurrent = request.earlier, request.experiment.trials.concurrent
     started = next(event for event in log.events if isinstance(event, RunStarted))
-    plans = plans if earlier else _final_plans(request, plans, started.run_id)
+    plans = plans if earlier else final_plans(request.experiment, plans, started.run_id, earlier)
     runner = TrialRunner(log, request.experiment.faults, str(request.run_dir / "ray"), stop)
-    statuses: set[Status] = set()
 
-    def ended(plan: TrialPlan, event: TrialEnded) -> None:
-        statuses.add(event.status)
+    def ended(plan: TrialPlan, _event: TrialEnded) -> None:
         publication.add_trial(plan, log.events)
 
     finished = [plan for plan in plans if earlier and plan.name in earlier.finished]
@@ -260,7 +258,7 @@ def _run_trials(
     most = len(left) if concurrent == "auto" else concurrent
     run_side_by_side(left, most, Calls(runner.run, fits_next_to, ended, log.give_up), stop)
     runner.close()
-    return "KILLED" if stop.requested else "FAILED" if "FAILED" in statuses else "FINISHED"
+    return "KILLED" if stop.requested else "FAILED" if publication.has_failed_trials else "FINISHED"
 
 
 def _conclude(request: Request, publication: Publication, status: Status, *, tracked: bool) -> int:
@@ -274,16 +272,6 @@ def _conclude(request: Request, publication: Publication, status: Status, *, tra
 def exit_code(status: Status, *, tracked: bool) -> int:
     """The exit code of a run that ended so; `tracked` is whether MLflow has all that it is to have now."""
     return NOT_TRACKED if status == "FINISHED" and not tracked else EXIT_CODES[status]
-
-
-def _final_plans(request: Request, plans: list[TrialPlan], run_id: str) -> list[TrialPlan]:
-    """The plans as the trials were begun with, or begin with now."""
-    begun = request.earlier.plans if request.earlier else {}
-    if request.experiment.storage.checkpoints:
-        # Storage that outlives run folders: a later run of the same name must not find these checkpoints.
-        plans = [dataclasses.replace(each, checkpoint_dir=under(each.checkpoint_dir, run_id[-12:])) for each in plans]
-    changes = request.earlier.changes if request.earlier else {}
-    return [with_changes(begun[plan.name], plan, changes) if plan.name in begun else plan for plan in plans]
 
 
 def _load_report(event: Event) -> None:
@@ -304,5 +292,7 @@ def _leave_ray() -> None:
 
 def plan_trials(request: Request, hardware: Hardware) -> list[TrialPlan]:
     """The plans of all trials, on so much hardware; of a run that is gone on with, as they were begun."""
-    plans = expand(request.experiment, hardware, str(request.run_dir), generated_root(request.experiment))
-    return _final_plans(request, plans, request.earlier.started.run_id) if request.earlier else plans
+    experiment, earlier = request.experiment, request.earlier
+    planned = on_begun_device(experiment, earlier) if earlier else experiment
+    plans = expand(planned, hardware, str(request.run_dir), generated_root(experiment))
+    return final_plans(experiment, plans, earlier.started.run_id, earlier) if earlier else plans

@@ -55,7 +55,8 @@ def show_plan(request: Request, asked: Prediction | None) -> int:
 def _likely_plans(request: Request) -> list[TrialPlan]:
     """The plans of all trials; where a cluster is to decide the device, for this machine's, or for GPUs."""
     resources, local = request.experiment.resources, Hardware.local()
-    if resources.device != "auto" or not cluster_address(resources.address):
+    is_begun = request.earlier is not None and request.earlier.plans
+    if resources.device != "auto" or is_begun or not cluster_address(resources.address):
         return plan_trials(request, local)
     try:
         plans = plan_trials(request, local)

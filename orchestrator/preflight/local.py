@@ -153,6 +153,7 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
         survives_storage=trials[0].survive_storage,
     )
     hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
+    hint += "; a run that was begun on GPUs goes on with GPUs"
     for trial in trials:
         if trial.device == "cuda" and trial.world_size > len(report.gpus):
             what = f"asks for {trial.world_size} GPUs, this machine has {len(report.gpus)}"

@@ -1,0 +1,88 @@
+"""A run that is gone on with stays on the device, with the trials and with the data that it was begun with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from orchestrator.drive import Request, plan_trials
+from orchestrator.experiment.plan import Hardware, expand, generated_root
+from orchestrator.experiment.reading import parse_experiment
+from orchestrator.experiment.spec import Experiment
+from orchestrator.runlog.folder import read_earlier_run
+from orchestrator.runlog.outbox import FILE_NAME, Outbox
+from tests.builders.commands import run_command
+from tests.builders.experiments import tiny_experiment
+from trainers.contract.events import RunStarted, TrialEnded, TrialStarted
+from trainers.contract.plan import TrialPlan
+
+CPU, GPU = Hardware(num_cpus=8), Hardware(num_gpus=1, num_cpus=8)
+
+
+def made(folder: Path, **trials: Any) -> Experiment:
+    """Two trials on whatever there is."""
+    values = tiny_experiment(
+        resources={"device": "auto", "cpus_per_worker": 1},
+        storage={"path": str(folder), "checkpoint_period_iterations": 4},
+        tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    )
+    return parse_experiment({**values, "trials": {**values["trials"], "seeds": [0, 1], **trials}}, where="made")
+
+
+def begin(folder: Path, hardware: Hardware, datasets: dict[str, Any] | None = None, num_finished: int = 1) -> Path:
+    """A run of which so many trials are finished, and no other was begun."""
+    experiment, run = made(folder), folder / "run"
+    run.mkdir()
+    driver = {"attempt": 0, "rank": -1, "time": 1_790_000_000.0}
+    values = {"experiment": experiment.model_dump(mode="json"), "run_id": "tiny/1", "tags": {}}
+    outbox = Outbox(run / FILE_NAME)
+    outbox.append(RunStarted(trial="", **driver, **values, datasets=datasets or {}))
+    for plan in planned(experiment, hardware, run)[:num_finished]:
+        outbox.append(TrialStarted(trial=plan.name, **driver, plan=dataclasses.asdict(plan)))
+        outbox.append(TrialEnded(trial=plan.name, **driver, status="FINISHED", reason=""))
+    return run
+
+
+def planned(experiment: Experiment, hardware: Hardware, run: Path) -> list[TrialPlan]:
+    return expand(experiment, hardware, str(run), generated_root(experiment))
+
+
+def resumed(run: Path, hardware: Hardware) -> list[str]:
+    """Names of the trials with which the run would go on."""
+    earlier = read_earlier_run(run)
+    request = Request(earlier.experiment, run, earlier, Console(), False, None, False, False)
+    return [plan.name for plan in plan_trials(request, hardware)]
+
+
+@pytest.mark.parametrize(("before", "now", "device"), [(GPU, CPU, "cuda"), (CPU, GPU, "cpu")])
+def test_a_run_stays_on_the_device_that_it_was_begun_on(
+    tmp_path: Path, before: Hardware, now: Hardware, device: str
+) -> None:
+    run = begin(tmp_path, before)
+    assert resumed(run, now) == [f"reference-1x{device}-seed{seed}" for seed in (0, 1)]
+
+
+def test_a_run_without_a_trial_yet_takes_the_device_that_is_there(tmp_path: Path) -> None:
+    run = begin(tmp_path, GPU, num_finished=0)
+    assert resumed(run, CPU) == ["reference-1xcpu-seed0", "reference-1xcpu-seed1"]
+
+
+def test_a_trial_that_was_begun_and_is_not_planned_any_more_remains_in_the_run(tmp_path: Path) -> None:
+    run = begin(tmp_path, GPU)
+    (other,) = planned(made(tmp_path, seeds=[7]), CPU, run)
+    other = dataclasses.replace(other, name="named-otherwise", trial_dir=str(run / "named-otherwise"))
+    Outbox(run / FILE_NAME).append(
+        TrialStarted(trial=other.name, attempt=0, rank=-1, time=1_790_000_001.0, plan=dataclasses.asdict(other))
+    )
+    assert resumed(run, CPU) == ["reference-1xcuda-seed0", "reference-1xcuda-seed1", "named-otherwise"]
+
+
+def test_a_run_that_was_begun_on_gpus_is_refused_where_there_are_none(tmp_path: Path) -> None:
+    run = begin(tmp_path, GPU)
+    done = run_command("--resume", run, "--preflight", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "trial reference-1xcuda-seed1: asks for 1 GPUs, this machine has 0" in done.stderr
