@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
+from detectron2.utils import comm
 
 from trainers.checkpoints import StorageError
 from trainers.contract.events import FailureKind
@@ -43,3 +46,10 @@ def in_short(error: BaseException) -> str:
     """An exception in one line, without the traceback that a loader process puts into its text."""
     text = str(error)
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
+
+
+def wait_for_other_ranks(error: BaseException) -> None:
+    """Waits where all ranks fail together, until each has said why: Ray Train ends them all with the first."""
+    if isinstance(error, NotFiniteError):
+        with suppress(Exception):  # one of them has been lost meanwhile
+            comm.synchronize()

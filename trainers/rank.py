@@ -37,7 +37,7 @@ from trainers.contract.plan import TrialPlan
 from trainers.ema import WeightAverage, evaluated_models
 from trainers.evaluation import Evaluator
 from trainers.evaluation_hook import EVALUATION_PENDING_KEY, EVALUATIONS_KEY, EvaluationHook
-from trainers.failures import classify, in_short
+from trainers.failures import classify, in_short, wait_for_other_ranks
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import Request, TrainingLoop
 from trainers.overlap import Start, overlap, process_here
@@ -110,6 +110,8 @@ class Rank:
                         self._train(cfg, entered, laps)
             except Exception as error:
                 self._send_failure(error)
+                self.channel.flush()
+                wait_for_other_ranks(error)
                 raise
             finally:
                 self.channel.flush()

@@ -1,0 +1,34 @@
+"""Ranks that fail together end together."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from trainers.failures import wait_for_other_ranks
+from trainers.loop import NotFiniteError
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=600)
+    )
+    said = Path(folder, "said")
+    wait_for_other_ranks(RuntimeError("of one rank alone"))  # which waits for nobody
+    if rank == 1:
+        time.sleep(1)
+        said.touch()
+    wait_for_other_ranks(NotFiniteError("of all"))
+    assert said.exists()
+    if rank == 0:
+        dist.destroy_process_group()
+    else:
+        wait_for_other_ranks(NotFiniteError("the other one is gone"))
+
+
+def test_a_rank_whose_loss_is_not_finite_waits_until_all_have_said_why(tmp_path: Path) -> None:
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
