@@ -11,6 +11,23 @@ from pathlib import Path
 APPLICATION = "ray-detectron2-benchmark"
 """Name of this program's folder in the user's cache folder."""
 
+_LOGIN = r"[^/?#\s@:\[\"']*:(?!/|\d+(?:[/?#\s]|$))[^\s@\"']{0,4096}@"
+"""`user:password@`, also where the password holds signs that had to be escaped; a host with its port is none."""
+
+_USER = rf"(?:[^/?#\s]*@|{_LOGIN})"
+
+_ACCESS_OPTION = (
+    r"([?&](?:[\w.-]{0,40}(?:token|secret|passw|credential|signature|(?:api|access|account|private)[_-]?key)[\w.-]{0,40}"
+    r"|sig)=)[^&#\s\"']+"
+)
+"""An option of an address that lets its reader in, such as a signature for a limited time."""
+
+_CREDENTIALS = re.compile(
+    # A user alone is a token to some servers, and in other addresses a container or an account.
+    rf"(?:https?|s3)://{_USER}|://[^/?#\s:@]*:[^/?#\s]*@|://{_LOGIN}|://\S{{0,4096}}?{_ACCESS_OPTION}",
+    re.IGNORECASE,
+)
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file (text as UTF-8) so that a reader sees the old content or the new, never a part; makes its folder.
@@ -56,13 +73,18 @@ def cache_folder() -> Path:
 
 
 def without_credentials(text: str) -> str:
-    """Text with `user:password@` taken out of every address in it, which stays an address."""
-    return re.sub(r"://[^/?#\s]*@", "://", text)
+    """Text with `user:password@` and the values of secret options taken out of every address, which stays one."""
+    return re.sub(_ACCESS_OPTION, r"\1", re.sub(rf"://{_USER}", "://", text), flags=re.IGNORECASE)
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether an address in a text holds a password, a key, a token or a signature."""
+    return _CREDENTIALS.search(text) is not None
 
 
 def redact(text: str) -> str:
     """Text for messages: of addresses, the user and password and everything after a `?` are replaced by `…`."""
-    return re.sub(r"\?.*", "?…", re.sub(r"//[^/\s]*@", "//…@", text))
+    return re.sub(r"\?.*", "?…", re.sub(rf"//{_USER}", "//…@", text))
 
 
 def has_line(path: Path) -> bool:

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.experiment.credentials import refuse_credentials
 from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import Section, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
@@ -207,6 +208,7 @@ def _read(path: Path) -> tuple[list[Path], dict[str, Setting]]:
     """The bases and the settings of one YAML file."""
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
     section = read_yaml(path, ignore_code=(in_zoo := _in_zoo(path)))
+    refuse_credentials(section, str(path))
     place = f"{path}:{section.lines.get('_BASE_')}: _BASE_"
     bases = [_base_path(path, base, place) for base in _bases(section.pop("_BASE_", []), place)]
     settings = {

@@ -11,9 +11,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.experiment.credentials import refuse_credentials
 from orchestrator.experiment.limits import MAX_VALUES, unusable
 from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.spec import Experiment, SpecError
+from orchestrator.files import without_credentials
 
 EXCLUSIVE_FIELDS = (
     ("data.coco2017", "data.coco", "data.generated"),
@@ -136,11 +138,12 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 def parse_experiment(values: dict[str, Any], where: str) -> Experiment:
     """Validates an experiment given as plain values; `where` opens every message. Raises SpecError."""
+    refuse_credentials(values, where)
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise SpecError("\n".join(f"{where}: {line}" for line in lines)) from error
+        raise SpecError(without_credentials("\n".join(f"{where}: {line}" for line in lines))) from error
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -155,12 +158,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def assign(values: dict[str, Any], assignment: str) -> None:
     """Applies one `--set KEY=VALUE` to the values of an experiment; raises SpecError."""
     key, equals, text = assignment.partition("=")
+    shown = without_credentials(assignment)
     if not equals or not key:
-        raise SpecError(f"--set {assignment}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")
+        raise SpecError(f"--set {shown}: write it as KEY=VALUE, for example --set trials.world_sizes=[1,2]")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - made of the safe loader
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise SpecError(f"--set {assignment[:MAX_SHOWN]}: the value is not valid YAML: {error}") from error
+        problem = without_credentials(f"the value is not valid YAML: {error}")
+        raise SpecError(f"--set {shown[:MAX_SHOWN]}: {problem}") from error
     except RecursionError as error:
         raise SpecError(f"--set {key}: it is nested too deeply to be read") from error
     if problem := unusable(value):
@@ -173,7 +178,7 @@ def assign(values: dict[str, Any], assignment: str) -> None:
             values[part] = {}
         values = values[part]
         if not isinstance(values, dict):
-            raise SpecError(f"--set {assignment}: {part} has no fields to set")
+            raise SpecError(f"--set {shown}: {part} has no fields to set")
     values[path[-1]] = value
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from orchestrator.experiment.credentials import refuse_credentials
 from orchestrator.experiment.part import Part
 from orchestrator.experiment.paths import expanded
 from orchestrator.experiment.reading import MAX_SHOWN, read_yaml
@@ -23,6 +24,7 @@ def read_references(path: Path) -> list[ReferenceRow]:
         SpecError: The file cannot be read, or is no such file; a line for each problem, with the file and the place.
     """
     values = read_yaml(path)
+    refuse_credentials(values, str(path))
     try:
         return _File.model_validate(values).reference_rows
     except ValidationError as error:

@@ -276,7 +276,7 @@ CASES = {
         override(storage__keep_checkpoints=10**7), "storage_small", "host ", "the checkpoints of all trials"
     ),
     "checkpoints to no address": Case(
-        override(storage__checkpoints="nowhere://user:secret@bucket/x"),
+        override(storage__checkpoints="nowhere://bucket/x?option=secret"),
         "storage_unwritable", "storage.checkpoints", "cannot be written there",
     ),
     "too little shared memory": Case(

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.files import cache_folder, existing_parent, file_sha256, redact, without_credentials, write_atomically
+from orchestrator.files import (
+    cache_folder,
+    existing_parent,
+    file_sha256,
+    holds_credentials,
+    redact,
+    without_credentials,
+    write_atomically,
+)
 
 
 def test_a_file_is_written_with_its_folder_and_nothing_next_to_it(tmp_path: Path) -> None:
@@ -50,7 +58,14 @@ def test_the_nearest_existing_folder_is_found(tmp_path: Path) -> None:
     [
         ("http://ada:pw@host:5000/x", "http://host:5000/x", "http://…@host:5000/x"),
         ("http://ada:p@w@host", "http://host", "http://…@host"),
-        ("s3://key:secret@bucket/x?token=1", "s3://bucket/x?token=1", "s3://…@bucket/x?…"),
+        ("s3://key:secret@bucket/x?token=1", "s3://bucket/x?token=", "s3://…@bucket/x?…"),
+        ("s3://key:a/b@bucket/x", "s3://bucket/x", "s3://…@bucket/x"),
+        ("mysql://ada:p/w?#@host:3306/x", "mysql://host:3306/x", "mysql://…@host:3306/x"),
+        (
+            "postgresql://host/x?user=ada&password=pw&a=1",
+            "postgresql://host/x?user=ada&password=&a=1",
+            "postgresql://host/x?…",
+        ),
         (
             "--set tracking.uri=http://ada:pw@host/",
             "--set tracking.uri=http://host/",
@@ -58,7 +73,32 @@ def test_the_nearest_existing_folder_is_found(tmp_path: Path) -> None:
         ),
         ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
         ("http://host/a@b", "http://host/a@b", "http://host/a@b"),
+        ("http://host:5000/a@b", "http://host:5000/a@b", "http://host:5000/a@b"),
+        ("http://[::1]:5000/a@b", "http://[::1]:5000/a@b", "http://[::1]:5000/a@b"),
     ],
 )
 def test_user_and_password_of_an_address_are_not_shown(text: str, without: str, redacted: str) -> None:
     assert (without_credentials(text), redact(text)) == (without, redacted)
+
+
+@pytest.mark.parametrize(
+    ("text", "has_one"),
+    [
+        ("s3://KEY:SECRET@bucket/x", True),
+        ("s3://KEY:SEC/RET@bucket/x", True),
+        ("https://ada:pw@host/w.pkl", True),
+        ("https://a-token@host/w.pkl", True),
+        ("see https://host/w.pkl?X-Amz-Expires=60&X-Amz-Signature=ab12", True),
+        ("abfss://container@account.dfs.core.windows.net/x?sv=1&sig=ab%3D", True),
+        ("abfss://container:key@account.dfs.core.windows.net/x", True),
+        ("abfss://container@account.dfs.core.windows.net/x", False),
+        ("hdfs://ada@host:8020/x", False),
+        ("s3://bucket/x?scheme=http&endpoint_override=127.0.0.1:9000", False),
+        ("https://host:8080/models/a@2.pkl?download=1&keyword=signal", False),
+        ("detectron2://a/b.pkl?matching_heuristics=True", False),
+        ("mail ada@host: a question? password=x", False),
+        ("/data/ada@host:1/x", False),
+    ],
+)
+def test_an_address_with_a_password_key_or_signature_is_recognised(text: str, has_one: bool) -> None:
+    assert holds_credentials(text) == has_one
