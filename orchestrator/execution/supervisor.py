@@ -191,13 +191,15 @@ def _flush_output() -> None:
 
 
 def end_descendants(others: set[psutil.Process]) -> None:
-    """Kills all descendants of this process but some, until there is none or the time is up."""
+    """Kills all descendants of this process but some, until there is none or the time is up; at least once."""
     deadline = time.monotonic() + END_TIMEOUT_SECONDS
-    while (left := set(psutil.Process().children(recursive=True)) - others) and time.monotonic() < deadline:
+    while left := set(psutil.Process().children(recursive=True)) - others:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(list(left), timeout=0.1)
+        if time.monotonic() > deadline:
+            return
 
 
 def _end_family(*_: object) -> None:
