@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,11 +29,11 @@ from orchestrator.report.mlperf import write_mllog
 from orchestrator.report.table import closing_table
 from orchestrator.report.writer import try_report
 from orchestrator.runlog.folder import WORKING_DIRECTORY, EarlierRun, enter_working_directory, read_earlier_run
-from orchestrator.runlog.lock import LockError, only_driver
-from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
+from orchestrator.runlog.lock import only_driver
+from orchestrator.runlog.outbox import Outbox, RunFolderError
 from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 from trainers.contract import clock
-from trainers.contract.events import Event, EventsLost, RunEnded, RunStarted, TrialEnded, TrialStarted
+from trainers.contract.events import Event, EventsLost, RunEnded, RunStarted, TrialStarted
 from trainers.contract.plan import TrialPlan
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -56,11 +55,13 @@ class Publication:
         tracker: Follows the run in MLflow.
         earlier: The run that is gone on with; None for a new one.
         outbox: Its events; they tell its folder from another one in the same place.
+        environment: Where it was run, as `describe` gave it there; None for here.
     """
 
     def __init__(
-        self, experiment: Experiment, run_dir: Path, tracker: Tracker, earlier: EarlierRun | None, outbox: Outbox
-    ) -> None:
+        self, experiment: Experiment, run_dir: Path, tracker: Tracker, earlier: EarlierRun | None, outbox: Outbox,
+        environment: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self._experiment, self._run_dir, self._tracker, self._earlier = experiment, run_dir, tracker, earlier
         self._outbox = outbox
         self._lost: list[str] = []
@@ -71,7 +72,7 @@ class Publication:
             status="RUNNING",
             started=clock.utc(earlier.started.time if earlier else clock.now()),
             command=command,
-            environment=describe(command),
+            environment=describe(command) if environment is None else environment,
             mlflow_tracking_uri=without_credentials(tracking_uri(experiment.tracking.uri)),
             reference_rows=experiment.reference_rows,
         )
@@ -80,6 +81,11 @@ class Publication:
     def status(self) -> Status:
         """How the run ended."""
         return cast("Status", self._result.status)
+
+    @property
+    def has_failed_trials(self) -> bool:
+        """Whether a trial that was added has failed."""
+        return any(trial.status == "FAILED" for trial in self._result.trials)
 
     def run_started(self, datasets: dict[str, dict[str, Any]]) -> RunStarted:
         """The event that begins the run, or goes on with it, on these data sets; no password is in it."""
@@ -219,49 +225,6 @@ class Publication:
 def resume_command(run_dir: Path) -> str:
     """The command that goes on with a run."""
     return f"python -m orchestrator.run --resume {shlex.quote(str(run_dir))}"
-
-
-def close_run(
-    experiment: Experiment, run_dir: Path, status: Status, reason: str, console: Console
-) -> tuple[Publication, bool | None]:
-    """Publishes what a run measured whose process was lost, and marks it as ended.
-
-    Args:
-        experiment: What was run.
-        run_dir: Its folder, with the events of at least its start.
-        status: How it ended, where it had not come to its end itself.
-        reason: Why.
-        console: Output for people.
-
-    Returns:
-        The publication, and whether MLflow has all of the run; None where its folder cannot be written.
-
-    Raises:
-        SpecError: No run was started in the folder, or somebody else drives it by now.
-    """
-    run = read_earlier_run(run_dir)
-    outbox, tracker = Outbox(run_dir / FILE_NAME), Tracker(run_dir, tracking_uri(experiment.tracking.uri))
-    publication = Publication(experiment, run_dir, tracker, run, outbox)
-    publication._result.environment = run.environment
-    try:
-        with only_driver(run_dir):
-            events = [event for event, _ in outbox.read()]
-            clock.not_before(max(event.time for event in events))
-            for name, plan in run.plans.items():
-                attempt = max(event.attempt for event in events if event.trial == name)
-                if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (name, attempt) for e in events):
-                    events.append(
-                        TrialEnded(trial=name, attempt=attempt, rank=-1, time=clock.now(), status=status, reason=reason)
-                    )
-                    outbox.append(events[-1])
-                publication.add_trial(plan, events)
-            if run.ended:  # and only its end was not tracked yet
-                status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
-            return publication, publication.finish(status, outbox.append, console, math.inf, reason)
-    except (LockError, RunFolderError) as error:
-        gone = isinstance(error, RunFolderError) and error.gone
-        publication.give_up(RunFolderError(f"{reason}; {error}", gone=gone), console)
-        return publication, None
 
 
 def track_folder(folder: Path) -> str:

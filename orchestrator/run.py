@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,9 +31,10 @@ from orchestrator.drive import DONE, FAILED, UNFIT, Request
 from orchestrator.dry_run import show_plan
 from orchestrator.execution.supervisor import Supervisor
 from orchestrator.experiment.environment import cluster_address
-from orchestrator.experiment.plan import Hardware, new_run_dir
+from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.references import with_references
+from orchestrator.experiment.run_dir import begin_run_dir, new_run_dir
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.process import drop_unread_output, prepare_process
 
@@ -121,12 +122,11 @@ def main(
                 given, asked = _calibration(given, predict, calibrate)
             earlier = _read_begun_job(output, given, console) if resume == AUTO else None
         experiment = earlier.experiment if earlier else given
-        run_dir = earlier.run_dir if earlier else new_run_dir(experiment, output)
-        request = Request(
-            experiment, run_dir, earlier, console, quiet, sys.stdout if as_json else None, verify_images, strict
-        )
+        folder = _folder(experiment, output, earlier, begins=not (dry_run or preflight))
+        document = sys.stdout if as_json else None
         # Ray prints what its daemons report to stdout, which is to hold one JSON document.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with redirect_stdout(sys.stderr) if as_json else nullcontext(), folder as run_dir:
+            request = Request(experiment, run_dir, earlier, console, quiet, document, verify_images, strict)
             if dry_run or preflight:
                 from orchestrator.runlog.folder import check_unused
 
@@ -138,6 +138,15 @@ def main(
             raise typer.Exit(_run(request, supervisor, auto_resume, asked))
     except SpecError as error:
         raise typer.Exit(_report(error)) from None
+
+
+def _folder(
+    experiment: Experiment, output: Path | None, earlier: EarlierRun | None, *, begins: bool
+) -> AbstractContextManager[Path]:
+    """The folder of the run; a new one is made where the run `begins` now."""
+    if earlier:
+        return nullcontext(earlier.run_dir)
+    return begin_run_dir(experiment, output) if begins else nullcontext(new_run_dir(experiment, output))
 
 
 def _check(request: Request, supervisor: Supervisor) -> int:
@@ -176,24 +185,27 @@ def _run(request: Request, supervisor: Supervisor, auto_resume: int, asked: Pred
         supervisor.working(lost_daemon)
 
     began, tries, progress = False, 0, (count_progress(request.run_dir) if request.earlier else 0) or 0
+    first_start = request.earlier.num_starts if request.earlier else 0
     while True:
         ending = supervisor.run(partial(_without_traceback, drive.run, request, working))
         if ending.code is not None and not (tries and ending.code == UNFIT):
             return INTERRUPTED if supervisor.stopped else ending.code
         began |= ending.worked
-        earlier = _read_begun(request.run_dir) if began else None
+        earlier = _read_begun(request) if began else None
         before, found = progress, count_progress(request.run_dir)
         progress = found or 0
         tries = 1 if progress > before else tries + 1
         reason = ending.reason or "the run could not be started again"
-        if not supervisor.stopped and tries <= auto_resume:
+        gives_up = supervisor.stopped or tries > auto_resume or (earlier is not None and earlier.ended)
+        if not gives_up:
             text = f"{reason}; going on by itself (start {tries} of {auto_resume} without a new checkpoint)"
             request.console.print(text, style="yellow", soft_wrap=True, markup=False, highlight=False)
             time.sleep(RETRY_INTERVAL_SECONDS if tries > 1 else 0)
-        if supervisor.stopped or tries > auto_resume:
+        if gives_up:
             code = _give_up(request, earlier, reason, stopped=supervisor.stopped, unreadable=began and found is None)
             return INTERRUPTED if supervisor.stopped else code
-        request = dataclasses.replace(request, earlier=earlier or request.earlier, rehearsed=began)
+        earlier = earlier.keep_failures(first_start) if earlier else request.earlier
+        request = dataclasses.replace(request, earlier=earlier, rehearsed=began)
 
 
 def _give_up(
@@ -210,14 +222,16 @@ def _give_up(
     return INTERRUPTED if stopped else FAILED
 
 
-def _read_begun(folder: Path) -> EarlierRun | None:
-    """The run in a folder; None where its start was not recorded."""
+def _read_begun(request: Request) -> EarlierRun | None:
+    """The run in the folder; None where its start was not recorded, so that it is as it was before."""
     from orchestrator.runlog.folder import read_earlier_run
 
     try:
-        return read_earlier_run(folder)
+        found = read_earlier_run(request.run_dir)
     except SpecError:
         return None
+    is_new = request.earlier is None or found.num_starts > request.earlier.num_starts
+    return found if is_new or not found.ended else None
 
 
 def _without_traceback(work: Callable[..., int], *arguments: object) -> int:

@@ -49,6 +49,12 @@ class Trials(Part):
     """Let trials that run at a time share hosts, as far as their GPUs and CPUs go: for accuracy alone, as their speeds
     are not those of trials that have their hosts to themselves."""
 
+    @property
+    def num_trials(self) -> int:
+        """How many trials there are."""
+        num_scalings = 2 if self.scaling == "both" else 1
+        return len(self.world_sizes) * num_scalings * len(self.recipes) * len(self.seeds)
+
     @field_validator("concurrent", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:

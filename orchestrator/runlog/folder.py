@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from orchestrator.findings import root_cause
 from orchestrator.runlog.changes import assignments_between, change
 from orchestrator.runlog.lock import LOCK, only_driver, take_over_timeout
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
-from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded, TrialStarted
+from trainers.contract.events import CheckpointSaved, Event, RunEnded, RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
 
 WORKING_DIRECTORY = "run.working_directory"
@@ -81,6 +81,8 @@ class EarlierRun:
     """Names of the trials with nothing left to do."""
     ended: bool
     """Whether its last driver came to the end, and did not die."""
+    failures: dict[str, int]
+    """The trials that failed last, with the number of the start in which they did."""
     failed: str
     """Why it failed by itself, so that it would again; "" where it did not, was stopped, or lost its cluster."""
     changes: dict[str, Any]
@@ -89,6 +91,16 @@ class EarlierRun:
     """What it changes this time."""
     size: int
     """Bytes of its events that were read."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of its trials have finished, also those that are planned."""
+        return len(self.finished) >= self.experiment.trials.num_trials
+
+    def keep_failures(self, since: int) -> EarlierRun:
+        """The run with trials that have failed in a start from number `since` on as finished: they would again."""
+        failed = {name for name, start in self.failures.items() if start >= since}
+        return replace(self, finished=self.finished | failed)
 
 
 def read_run_folder(path: Path, result: ExperimentResult | None = None) -> RunFolder:
@@ -168,11 +180,24 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         plans=plans,
         finished=frozenset(name for name, event in last_ends.items() if event.status == "FINISHED"),
         ended=isinstance(closing[-1], RunEnded),
+        failures=_failures(events),
         failed=_failure(closing[-1], last_ends.values()),
         changes={key: value for start in starts for key, value in start.changes.items()} | changes,
         new_changes=changes,
         size=read[-1][1],
     )
+
+
+def _failures(events: Iterable[Event]) -> dict[str, int]:
+    found, start = dict[str, int](), 0
+    for event in events:
+        if isinstance(event, RunStarted):
+            start = event.attempt
+        elif isinstance(event, TrialEnded) and event.status == "FAILED":
+            found[event.trial] = start
+        elif isinstance(event, TrialEnded):
+            found.pop(event.trial, None)
+    return found
 
 
 def _failure(last: Event, ends: Iterable[TrialEnded]) -> str:
@@ -183,10 +208,13 @@ def _failure(last: Event, ends: Iterable[TrialEnded]) -> str:
 
 
 def count_progress(folder: Path) -> int | None:
-    """How many checkpoints and ends of trials the events of a run hold; None where they are gone or cannot be read."""
+    """How many checkpoints and finished trials the events of a run hold; None where they are gone or cannot be read."""
     try:
         (folder / FILE_NAME).stat()
-        return sum(event.kind in ("checkpoint_saved", "trial_ended") for event in _events(folder))
+        return sum(
+            isinstance(event, CheckpointSaved) or (isinstance(event, TrialEnded) and event.status == "FINISHED")
+            for event in _events(folder)
+        )
     except OSError:
         return None
 

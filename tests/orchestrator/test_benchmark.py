@@ -18,11 +18,11 @@ from mlperf_logging.result_summarizer import result_summarizer
 from mlperf_logging.system_desc_checker import system_desc_checker
 from rich.console import Console
 
+from orchestrator.closing import close_run
 from orchestrator.figures.benchmark import olympic_score, verdict_lines
 from orchestrator.figures.benchmark_records import BenchmarkResult
 from orchestrator.figures.records import ExperimentResult, TrialResult
 from orchestrator.figures.trial import trial_result
-from orchestrator.publish import close_run
 from orchestrator.report.benchmark import benchmark_result
 from orchestrator.report.mlperf import mllog_text
 from orchestrator.report.table import markdown_table
