@@ -23,8 +23,9 @@ from rich.markup import escape
 from orchestrator.drive import NOT_TRACKED, UNFIT
 from orchestrator.execution.stop import INTERRUPTED, handle_stop_signals
 from orchestrator.execution.supervisor import Supervisor
-from orchestrator.experiment.plan import expand, generated_root, new_run_dir
+from orchestrator.experiment.plan import expand, generated_root
 from orchestrator.experiment.reading import load_experiment
+from orchestrator.experiment.run_dir import begin_run_dir
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings
 from orchestrator.process import prepare_process
@@ -77,9 +78,9 @@ def main(
         other = _read(against) if against else None
         experiment = load_experiment(config, assignments)
         document = sys.stdout if as_json else None
-        folder = new_run_dir(experiment, output)
-        request = Request(experiment, folder, other, short, document, console, supervisor.working)
-        ending = supervisor.run(partial(_without_traceback, request))
+        with begin_run_dir(experiment, output) as folder:
+            request = Request(experiment, folder, other, short, document, console, supervisor.working)
+            ending = supervisor.run(partial(_without_traceback, request))
     except SpecError as error:
         raise typer.Exit(_report(str(error))) from None
     if supervisor.stopped:

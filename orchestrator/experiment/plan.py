@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,6 @@ class Hardware:
     def local(cls) -> Hardware:
         """What this machine offers."""
         return cls(len(list_gpus()), os.cpu_count() or 1)
-
-
-def new_run_dir(experiment: Experiment, output: Path | None) -> Path:
-    """The folder of a run that begins: the given one, else `storage.path`/EXPERIMENT/UTC-TIME."""
-    if output is not None:
-        return absolute(output, "--output")
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
-    return absolute(experiment.storage.path, "storage.path") / experiment.name / stamp
 
 
 def generated_root(experiment: Experiment) -> Path:
