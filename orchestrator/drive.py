@@ -140,6 +140,7 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
     Where something is wrong already, Ray is not started and the rehearsal not waited for. A cluster that decides what
     the trials run on is joined before: they are planned, and checked, for its devices.
     """
+    from orchestrator.preflight.earlier import check_earlier_data
     from orchestrator.preflight.local import joins_cluster, preflight
     from orchestrator.preflight.ray_setup import check_ray
     from orchestrator.preflight.rehearsal import Rehearsal
@@ -166,7 +167,8 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
         checks = {"verify_images": request.verify_images, "strict": request.strict}
         findings = preflight(experiment, plans, **checks, rehearsal=rehearsal, datasets=datasets)
         if request.earlier:
-            findings = sort_findings([*findings, *check_earlier_tracking(experiment, request.run_dir)])
+            findings += check_earlier_tracking(experiment, request.run_dir)
+            findings = sort_findings([*findings, *check_earlier_data(request.earlier, plans, datasets)])
         if not has_errors(findings):
             plans, more = _check_cluster(request, cluster or _start_ray(request, to_train=to_train))
             findings = sort_findings([*findings, *more, *(rehearsal.findings() if rehearsal else ())])

@@ -91,6 +91,8 @@ class EarlierRun:
     """What it changes this time."""
     size: int
     """Bytes of its events that were read."""
+    datasets: dict[str, dict[str, Any]]
+    """Fingerprints of `train` and `val` at the first start that noted them; without those that none did."""
 
     @property
     def is_complete(self) -> bool:
@@ -185,6 +187,7 @@ def read_earlier_run(folder: Path, assignments: Sequence[str] = ()) -> EarlierRu
         changes={key: value for start in starts for key, value in start.changes.items()} | changes,
         new_changes=changes,
         size=read[-1][1],
+        datasets={part: known for start in reversed(starts) for part, known in start.datasets.items()},
     )
 
 

@@ -13,6 +13,7 @@ from orchestrator.drive import Request, plan_trials
 from orchestrator.experiment.plan import Hardware, expand, generated_root
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment
+from orchestrator.preflight.earlier import check_earlier_data
 from orchestrator.runlog.folder import read_earlier_run
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
@@ -86,3 +87,46 @@ def test_a_run_that_was_begun_on_gpus_is_refused_where_there_are_none(tmp_path: 
     done = run_command("--resume", run, "--preflight", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "trial reference-1xcuda-seed1: asks for 1 GPUs, this machine has 0" in done.stderr
+
+
+def fingerprint(sha256: str, num_images: int) -> dict[str, Any]:
+    return {"annotations_sha256": sha256, "num_images": num_images}
+
+
+def test_a_run_is_not_resumed_on_other_data_than_it_was_begun_on(tmp_path: Path) -> None:
+    other = {"train": fingerprint("0" * 64, 999), "val": fingerprint("1" * 64, 77)}
+    done = run_command("--resume", begin(tmp_path, CPU, other), "--preflight", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    for part, images in (("train", "16 images instead of 999"), ("val", "4 images instead of 77")):
+        (line,) = [line for line in done.stderr.splitlines() if f"begun with another {part} set" in line]
+        assert line.startswith("error [other_data]") and images in line
+
+
+@pytest.mark.parametrize(
+    ("known", "found", "num_finished", "refused"),
+    [
+        ({"train": fingerprint("a", 3)}, {"train": fingerprint("b", 3)}, 1, ["train"]),
+        ({"train": fingerprint("a", 3)}, {"train": fingerprint("a", 3), "val": fingerprint("c", 3)}, 1, []),
+        ({"train": fingerprint("a", 3)}, {}, 1, []),
+        ({}, {"train": fingerprint("b", 3)}, 1, []),
+        ({"train": fingerprint("a", 3)}, {"train": fingerprint("b", 3)}, 2, []),
+    ],
+    ids=["same number of other images", "no record of val", "cannot be read", "no record", "nothing left to train"],
+)
+def test_only_data_that_are_known_to_be_others_are_refused_where_something_is_left_to_train(
+    tmp_path: Path, known: dict[str, Any], found: dict[str, Any], num_finished: int, refused: list[str]
+) -> None:
+    run = begin(tmp_path, CPU, known, num_finished)
+    plans = planned(made(tmp_path), CPU, run)
+    findings = check_earlier_data(read_earlier_run(run), plans, found)
+    assert [(each.level, each.code) for each in findings] == [("error", "other_data")] * len(refused)
+    assert [each.id for each in findings] == refused
+
+
+def test_the_first_record_of_the_data_counts(tmp_path: Path) -> None:
+    run = begin(tmp_path, CPU)
+    started = read_earlier_run(run).started
+    later = [{"train": fingerprint("a", 3)}, {"train": fingerprint("b", 3), "val": fingerprint("c", 3)}]
+    for attempt, datasets in enumerate(later, start=1):
+        Outbox(run / FILE_NAME).append(dataclasses.replace(started, attempt=attempt, datasets=datasets))
+    assert read_earlier_run(run).datasets == {"train": fingerprint("a", 3), "val": fingerprint("c", 3)}
