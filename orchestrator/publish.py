@@ -227,13 +227,20 @@ def resume_command(run_dir: Path) -> str:
     return f"python -m orchestrator.run --resume {shlex.quote(str(run_dir))}"
 
 
-def track_folder(folder: Path) -> str:
+def track_folder(folder: Path, assignments: Sequence[str] = ()) -> str:
     """Tracks in MLflow whatever of a run is not there yet; returns what was done, for a person.
 
+    Args:
+        folder: The run's folder.
+        assignments: `tracking.uri=ADDRESS`, for another store than the run's.
+
     Raises:
-        SpecError: There is no run in the folder, it is still being run, or MLflow does not take it.
+        SpecError: There is no run in the folder, it is still being run, MLflow does not take it, or something else is
+            assigned.
     """
-    run = read_earlier_run(folder)
+    run = read_earlier_run(folder, assignments)
+    if others := [key for key in run.new_changes if key != "tracking.uri"]:
+        raise SpecError(f"--set {others[0]}: --replay-outbox takes tracking.uri alone")
     enter_working_directory(run)
     with only_driver(run.run_dir):
         uri = tracking_uri(run.experiment.tracking.uri)
@@ -254,6 +261,7 @@ def _note_tracked(run_dir: Path, tracker: Tracker) -> None:
     path = run_dir / "results.json"
     with suppress(OSError, ValidationError):  # there are none, or none that can be read or written
         result = ExperimentResult.model_validate_json(path.read_bytes())
+        result.mlflow_tracking_uri = tracker.place
         _add_tracking(result, tracker, tracked=True)
         result.write(path)
 

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="The experiment file.")] = DEFAULT_CONFIG,
     assignments: Annotated[
         list[str] | None,
@@ -108,13 +109,14 @@ def main(
     # A thread that outlives its cluster must not join another one, as Ray does by default.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
+        _refuse_without_effect(context)
         if replay_outbox is not None:
             from orchestrator.publish import track_folder
 
-            console.print(track_folder(replay_outbox), soft_wrap=True)
+            console.print(track_folder(replay_outbox, assignments or []), soft_wrap=True)
             raise typer.Exit(DONE)
         if resume is not None and resume != AUTO:
-            others = bool(output or config != DEFAULT_CONFIG) or predict is not None or calibrate is not None
+            others = _given(context, only=("config", "output", "predict", "calibrate"))
             earlier: EarlierRun | None = _read_earlier(resume, assignments or [], alone=not others)
         else:
             given = with_references(load_experiment(config, assignments))
@@ -138,6 +140,26 @@ def main(
             raise typer.Exit(_run(request, supervisor, auto_resume, asked))
     except SpecError as error:
         raise typer.Exit(_report(error)) from None
+
+
+def _refuse_without_effect(context: typer.Context) -> None:
+    """Refuses options that would have no effect next to others."""
+    others = _given(context, but=("replay_outbox", "assignments"))
+    if context.params["replay_outbox"] is not None and others:
+        raise SpecError(f"--replay-outbox goes with --set tracking.uri=ADDRESS alone, not with {others}")
+    if context.params["dry_run"] and context.params["preflight"]:
+        raise SpecError("--dry-run checks nothing: give it or --preflight")
+
+
+def _given(context: typer.Context, *, but: Sequence[str] = (), only: Sequence[str] | None = None) -> str:
+    """Names of the options and arguments that the command line has, all `but` some or `only` some of them."""
+    names = [
+        parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+        for parameter in context.command.params
+        if (source := context.get_parameter_source(str(parameter.name))) and source.name == "COMMANDLINE"
+        if parameter.name not in but and (only is None or parameter.name in only)
+    ]
+    return ", ".join(names)
 
 
 def _folder(
