@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,11 @@ def submission_files(logs: Sequence[Path]) -> dict[Path, Path]:
 def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path, uri: str | None) -> str:
     """Logs the runs to MLflow as reference runs, the same logs once only; returns the store's address.
 
-    `run_dir` has their record, and gets the events that tracking reads; a `uri` of None is the default store.
+    `run_dir` has their record, and gets the events that tracking reads; a `uri` of None is the default store. Where it
+    is cut off (KeyboardInterrupt), or the store refuses something (TrackingError), no run is left as running there.
     """
     from orchestrator.runlog.outbox import FILE_NAME, Outbox
-    from orchestrator.tracking.driver import Tracker, tracking_uri
+    from orchestrator.tracking.driver import Tracker, TrackingError, tracking_uri
 
     # The same logs read in the same way are the same run.
     read_as = [(one.plan.name, one.plan.target_box_ap, one.plan.target_mask_ap) for one in replayed]
@@ -179,7 +181,13 @@ def track(result: ExperimentResult, replayed: Sequence[Replayed], run_dir: Path,
     )
     store = tracking_uri(uri)
     (run_dir / "tracking.json").unlink(missing_ok=True)
-    Tracker(run_dir, store).sync()
+    tracker = Tracker(run_dir, store)
+    try:
+        tracker.sync()
+    except (TrackingError, KeyboardInterrupt):
+        with suppress(TrackingError):  # what went wrong first is what is reported
+            tracker.fail("its log was not tracked to the end")
+        raise
     return store
 
 

@@ -147,6 +147,9 @@ class Tracker:
             return self._sync()
         except RunFolderError as error:
             raise TrackingError(str(error)) from error
+        except KeyboardInterrupt:
+            self._runs = None  # it has taken in events that are not known to be tracked
+            raise
         except Exception as error:  # whatever the store, its client and its driver raise
             runs, self._runs = self._runs, None  # rebuilt from what is known to be tracked
             reason = " ".join(without_credentials(root_cause(error)).split())[:300]

@@ -12,6 +12,7 @@ from orchestrator.experiment.spec import SpecError
 from orchestrator.replay.__main__ import main
 from orchestrator.replay.record import experiment_result, replay, track, write
 from orchestrator.runlog.folder import read_earlier_run
+from orchestrator.tracking.driver import TrackingError
 from tests.builders.commands import run_command
 from tests.builders.logs import MadeLog, whole_run
 
@@ -62,6 +63,32 @@ def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):
     assert [point.step for point in curve] == [20, 40, 60, 80]
     aps = client.get_metric_history(trials[0].info.run_id, "coco/box_ap")
     assert [(point.step, point.value) for point in aps][:2] == [(40, 30.0), (80, 38.1234)]
+
+
+@pytest.mark.parametrize(
+    ("errors", "raised", "status"),
+    [
+        ([OSError] * 9, TrackingError, "FAILED"),
+        ([KeyboardInterrupt], KeyboardInterrupt, "FINISHED"),
+        ([KeyboardInterrupt, *[OSError] * 9], KeyboardInterrupt, "FAILED"),
+    ],
+)
+def test_a_replay_that_cannot_be_tracked_or_is_cut_off_leaves_no_run_that_is_running(
+    errors, raised, status, tmp_path, monkeypatch
+):
+    log_artifact, left = MlflowClient.log_artifact, list(errors)
+
+    def fail_first(*args):
+        if left:
+            raise left.pop(0)("no room")
+        log_artifact(*args)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", fail_first)
+    with pytest.raises(raised):
+        _tracked(whole_run(), tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    assert {run.info.status for run in runs} == {status}
 
 
 def _tracked(made: MadeLog, folder: Path) -> tuple[MlflowClient, Run]:
