@@ -61,6 +61,8 @@ def check(
     if is_file(path) or path.suffix == ".json":
         # Checked as for scoring, which needs more than training does.
         splits, findings = {"": Split(path, images or path.parent, for_scoring=True)}, []
+    elif images is not None:
+        _fail(f"--images: it has no effect unless PATH is an annotation JSON: {path}")
     else:
         splits, findings = find_splits(path)
     reports = {part: check_split(split, verify_images=verify_images, use_cache=cache) for part, split in splits.items()}

@@ -40,7 +40,9 @@ def main(
     gradients: Annotated[
         float | None, typer.Option(help="MB of one exchange: R50-FPN in fp32 has 177.", min=1e-6)
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="How gradients are exchanged: ring or tree.")] = "ring",
+    algorithm: Annotated[
+        str | None, typer.Option(help="How gradients are exchanged: ring or tree; default: ring.")
+    ] = None,
     mtbf_hours: Annotated[
         float | None, typer.Option(help="Mean time between failures of the largest of --sizes.", min=1e-6)
     ] = None,
@@ -86,9 +88,10 @@ def slowest_links(file: Path) -> tuple[float, float]:
 
 
 def _links(
-    file: Path | None, bandwidth: float | None, latency: float | None, gradients: float | None, algorithm: str
+    file: Path | None, bandwidth: float | None, latency: float | None, gradients: float | None, given: str | None
 ) -> Links | None:
-    """The links that are simulated; None to extrapolate the communication that was measured."""
+    """The links that are simulated, with the `given` algorithm; None to extrapolate what was measured of them."""
+    algorithm = given or "ring"
     if file is not None:
         if bandwidth is not None or latency is not None:
             raise SpecError("--links has bandwidth and latency: give no others")
@@ -100,6 +103,9 @@ def _links(
             "--gradients and --bandwidth or --links need each other: an exchange takes the one over the other"
         )
     if bandwidth is None or gradients is None:
+        for option, value in (("--latency", latency), ("--algorithm", given)):
+            if value is not None:
+                raise SpecError(f"{option}: it has no effect without --bandwidth or --links")
         return None
     microseconds = DEFAULT_LATENCY if latency is None else latency
     return Links(bandwidth * 1e9, microseconds * 1e-6, cast("Algorithm", algorithm), gradients * 1e6)

@@ -48,11 +48,9 @@ def main(
     year: Annotated[int | None, typer.Option(help="Year of the first line; the logs have none.")] = None,
 ) -> None:
     """Reads logs of runs made without this program, detectron2's or MLPerf's, into its record, table and report."""
-    for option, ap in (("--target-box-ap", target_box_ap), ("--target-mask-ap", target_mask_ap)):
-        if ap is not None and not 0 <= ap <= 100:
-            raise _refusal(f"{option} is {ap:g}: AP is 0 to 100")
-    given = target_box_ap is not None or target_mask_ap is not None
-    targets = Targets(target_box_ap, target_mask_ap) if given else None
+    targets = _targets(target_box_ap, target_mask_ap)
+    if tracking_uri is not None and not as_reference:
+        raise _refusal("--tracking-uri: it has no effect without --track")
     if as_reference and (findings := check_store(store_address(tracking_uri), experiment)):
         print_findings(findings)
         raise typer.Exit(2)
@@ -87,6 +85,14 @@ def main(
         console.print(f"Written to {escape(str(output))}")
     if store:
         console.print(f"Tracked in {escape(store.rpartition('@')[2])}, experiment {escape(experiment)}")
+
+
+def _targets(box_ap: float | None, mask_ap: float | None) -> Targets | None:
+    """The targets that were given, if any; one that is no AP ends the command."""
+    for option, ap in (("--target-box-ap", box_ap), ("--target-mask-ap", mask_ap)):
+        if ap is not None and not 0 <= ap <= 100:
+            raise _refusal(f"{option} is {ap:g}: AP is 0 to 100")
+    return Targets(box_ap, mask_ap) if box_ap is not None or mask_ap is not None else None
 
 
 def details(trial: TrialResult) -> list[str]:
