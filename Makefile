@@ -38,8 +38,8 @@ demo-benchmark: install  ## Five seeds on CPU in minutes: a score, a verified bu
 test: install  ## The tests; TESTS='tests/orchestrator -k table' picks some; COVERAGE=1 measures and gates coverage
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov --cov-report=term:skip-covered) $(TESTS)
 
-test-cluster: install  ## Tests on several hosts, made of network namespaces; skipped where these cannot be made
-	$(BIN)/python -m pytest -m cluster tests/cluster
+test-cluster: install  ## Tests on several hosts, made of network namespaces (skipped without these); QUICK=1: most of them
+	$(BIN)/python -m pytest -m "cluster$(if $(QUICK), and not soak)" tests/cluster
 
 test-faults: install  ## All tests of faults, in an hour; `make test` has the faster ones
 	$(BIN)/python -m pytest -m "not cluster" tests/faults

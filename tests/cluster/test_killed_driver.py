@@ -15,7 +15,7 @@ from tests.builders.experiments import tiny_experiment
 from tests.builders.waiting import wait_for
 from trainers.faults import Fault, fired
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 EVALUATION_PERIOD = 100
 

@@ -11,7 +11,7 @@ from orchestrator.prediction.predict import predict
 from tests.builders.hosts import Network, why_not
 from tests.builders.stand_in import BATCH, run_workers
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 
 def test_four_hosts_are_predicted_from_one_and_two_within_ten_percent(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from tests.builders.hosts import SHARED, Host, Network, why_not
 from tests.builders.waiting import wait_for
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 HEAD = "--head --port 6379 --node-ip-address 10.77.0.10 --num-cpus 0"
 NUM_IMAGES, BATCH = 32, 8

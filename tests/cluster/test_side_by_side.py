@@ -10,7 +10,7 @@ import pytest
 from tests.builders.cluster import ClusterOfHosts, Job
 from tests.builders.experiments import tiny_experiment
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 Span = tuple[float, float]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.builders.hosts import SHARED, Network, why_not
 from tests.builders.slow_hosts import MeasuredHosts
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.soak]
 
 
 @pytest.fixture(scope="module")
