@@ -160,7 +160,9 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
 
 def root_cause(error: BaseException) -> str:
     """What went wrong at first, in words: libraries wrap the reason in exceptions whose text is their own affair."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+    seen: list[BaseException] = []  # a library that raises one exception twice can close a circle
+    while (cause := error.__cause__ or error.__context__) is not None and error not in seen:
+        seen.append(error)
         error = cause
     text = str(getattr(error, "strerror", None) or error).strip() or type(error).__name__
     file = getattr(error, "filename", None)
