@@ -7,7 +7,6 @@ import select
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.process import prepare_process
