@@ -14,11 +14,12 @@ APPLICATION = "ray-detectron2-benchmark"
 _LOGIN = r"[^/?#\s@:\[\"']*:(?!/|\d+(?:[/?#\s]|$))[^\s@\"']{0,4096}@"
 """`user:password@`, also where the password holds signs that had to be escaped; a host with its port is none."""
 
-_USER = rf"(?:[^/?#\s]*@|{_LOGIN})"
+_USER = rf"(?:[^/?#\s,;]*@|{_LOGIN})"
 
 _ACCESS_OPTION = (
-    r"([?&](?:[\w.-]{0,40}(?:token|secret|passw|credential|signature|(?:api|access|account|private)[_-]?key)[\w.-]{0,40}"
-    r"|sig)=)[^&#\s\"']+"
+    r"([?&](?:(?:[\w.-]{0,40}[._-])?"
+    r"(?:token|secret|password|passwd|credential|signature|(?:api|access|account|private|secret)[_-]?key)|sig)=)"
+    r"[^&#\s\"']+"
 )
 """An option of an address that lets its reader in, such as a signature for a limited time."""
 
