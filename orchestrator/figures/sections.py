@@ -109,17 +109,18 @@ def evaluation_stall(events: Sequence[Event]) -> float:
     """Seconds for which training was paused for evaluations.
 
     A concurrent evaluation of an older iteration than its attempt started from was in a checkpoint, together with its
-    stall until then. Where an earlier attempt reported that stall, with the evaluation itself or with the one for which
-    it was left out, only what came on top is added.
+    stall until then, which the evaluation for which it is left out takes over. Where an earlier attempt reported that
+    stall, only what came on top is added.
     """
     firsts = {run.attempt: run.first_iteration for run in loop_runs(events)}
     seconds, reported = 0.0, dict[int, float]()
     for event in events:
         if isinstance(event, Evaluated | EvaluationLost):
             stall = event.stall_seconds or 0.0
-            carried = event.iteration < firsts.get(event.attempt, 0)
-            seconds += max(stall - reported.get(event.iteration, 0.0), 0.0) if carried else stall
-            for iteration in (event.iteration, *event.left_out):
+            told = (event.iteration, *event.left_out)
+            carried = [each for each in told if each < firsts.get(event.attempt, 0)]
+            seconds += max(stall - max((reported.get(each, 0.0) for each in carried), default=0.0), 0.0)
+            for iteration in told:
                 reported[iteration] = max(stall, reported.get(iteration, 0.0))
     return seconds
 

@@ -18,7 +18,7 @@ from orchestrator.figures.records import CurvePoint, Quantiles, RankFigures
 from trainers.contract.events import StepsDone, WorkerStarted
 
 MAX_POINTS = 50
-"""Points of a drift curve; one more is made per restart."""
+"""Points of a drift curve; one more is made per step back or gap."""
 
 PARTS = ("data", "forward", "backward", "graph", "communication", "optimizer")
 """Parts of a step; `graph` is both passes of a step that a CUDA graph replayed."""
@@ -55,7 +55,7 @@ def rate_curve(steps: Iterable[StepsDone], warmup_iters: int, max_points: int = 
     Args:
         steps: The windows of all ranks.
         warmup_iters: Iterations from 0 that are left out.
-        max_points: Most points wanted; one more is made per restart.
+        max_points: Most points wanted; one more is made per step back or gap.
     """
     joint: dict[tuple[int, int], dict[int, CurvePoint | None]] = defaultdict(dict)
     for step in steps:

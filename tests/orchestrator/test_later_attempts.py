@@ -85,6 +85,7 @@ def test_the_iterations_are_those_of_the_final_state():
         pytest.param([(4, 1.0, ())], 6, [(4, 1.5, ())], 1.5, id="carried over, and waited for"),
         pytest.param([], 6, [(4, 1.0, ())], 1.0, id="carried over, its scores never came"),
         pytest.param([(4, 1.0, ())], 4, [(4, 1.0, ())], 2.0, id="begun again by the loop"),
+        pytest.param([(4, 3.0, ())], 6, [(8, 4.0, (4,))], 4.0, id="carried over, then left out"),
         pytest.param([(8, 3.0, (6,))], 7, [(6, 1.0, ()), (8, 2.0, ())], 5.0, id="left out before, carried over"),
     ],
 )
