@@ -8,7 +8,6 @@ import os
 from itertools import product
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pydantic import TypeAdapter, ValidationError
@@ -216,5 +215,5 @@ def start_weights(experiment: Experiment) -> str:
 
 def _address_or_path(name: str, place: str) -> str:
     if name.startswith("file:///"):  # as people write it next to `s3://…`; pyarrow would not make its folders
-        name = url2pathname(urlsplit(name).path)
+        name = url2pathname(name.removeprefix("file://"))
     return str(absolute(name, place)) if name and "://" not in name else name

@@ -261,7 +261,7 @@ def test_a_path_below_the_home_of_nobody_is_refused_with_its_field(place: str, v
 
 
 def test_checkpoints_go_below_the_folder_that_is_meant() -> None:
-    here = (("~/c", Path.home() / "c"), ("c", Path.cwd() / "c"), ("file:///mnt/a%20b", "/mnt/a b"))
+    here = (("~/c", Path.home() / "c"), ("c", Path.cwd() / "c"), ("file:///mnt/a%20b#1", "/mnt/a b#1"))
     for given, meant in (*here, ("s3://c", "s3://c")):
         (plan,) = plans(load(storage={"checkpoints": given}))
         assert plan.checkpoint_dir == f"{meant}/tiny/x/{plan.name}/checkpoints"
