@@ -18,8 +18,10 @@ def _rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=600)
     )
     said = Path(folder, "said")
-    wait_for_other_ranks(RuntimeError("of one rank alone"))  # which waits for nobody
-    if rank == 1:
+    if rank == 0:
+        wait_for_other_ranks(RuntimeError("of one rank alone"))
+        assert not said.exists(), "it waited"
+    else:
         time.sleep(1)
         said.touch()
     wait_for_other_ranks(NotFiniteError("of all"))
