@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from orchestrator.runlog.lock import LockError, only_driver
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from orchestrator.tracking.driver import Tracker, tracking_uri
 from trainers.contract import clock
-from trainers.contract.events import RunEnded, TrialEnded
+from trainers.contract.events import Event, RunEnded, RunStarted, TrialEnded
 
 
 def close_run(
@@ -22,7 +23,8 @@ def close_run(
 ) -> tuple[Publication, bool | None]:
     """Publishes what a run measured whose process was lost, and marks it as ended.
 
-    A run that had come to its end, or of which only the report was missing, has not failed for it.
+    A run that had come to its end, or of which only the report was missing, has not failed for it: it has finished, or
+    failed by itself.
 
     Args:
         experiment: What was run.
@@ -44,6 +46,7 @@ def close_run(
         with only_driver(run_dir):
             events = [event for event, _ in outbox.read()]
             clock.not_before(max(event.time for event in events))
+            is_over = run.keep_failures(_first_open_start(events)).is_complete
             for name, plan in run.plans.items():
                 attempt = max(event.attempt for event in events if event.trial == name)
                 if not any(isinstance(e, TrialEnded) and (e.trial, e.attempt) == (name, attempt) for e in events):
@@ -51,15 +54,25 @@ def close_run(
                         TrialEnded(trial=name, attempt=attempt, rank=-1, time=clock.now(), status=status, reason=reason)
                     )
                     outbox.append(events[-1])
+                    is_over = False
                 publication.add_trial(plan, events)
             emit = outbox.append
             if run.ended:
                 status = next(event.status for event in reversed(events) if isinstance(event, RunEnded))
                 emit, reason = lambda *_: None, ""
-            elif run.is_complete and status == "FAILED":
-                status, reason = "FINISHED", ""
+            elif is_over and status == "FAILED":
+                status, reason = "FAILED" if publication.has_failed_trials else "FINISHED", ""
             return publication, publication.finish(status, emit, console, math.inf, reason)
     except (LockError, RunFolderError) as error:
         gone = isinstance(error, RunFolderError) and error.gone
         publication.give_up(RunFolderError(f"{reason}; {error}", gone=gone), console)
         return publication, None
+
+
+def _first_open_start(events: Iterable[Event]) -> int:
+    """Number of the first start after the last end of the run: of earlier ones, trials may have failed with their driver."""
+    number = first = 0
+    for event in events:
+        number += isinstance(event, RunStarted)
+        first = number if isinstance(event, RunEnded) else first
+    return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from orchestrator.tracking.driver import Tracker
 from tests.builders.experiments import tiny_experiment
 from tests.builders.run_folder import made_experiment, make_run
-from trainers.contract.events import RunEnded, TrialEnded
+from trainers.contract.events import Event, RunEnded, TrialEnded, TrialStarted
 
 LOST = "the process that drives the run was lost (signal SIGKILL)"
 
@@ -103,6 +104,44 @@ def test_a_run_that_lacks_the_end_of_a_trial_or_a_whole_one_has_failed(run: Path
     assert isinstance([event for event, _ in Outbox(run / FILE_NAME).read()][-1], TrialEnded)
     closed = close(run)
     assert closed.ends == [("FAILED", LOST)] and closed.trials == ["FINISHED", "FINISHED"]
+
+
+def fail_last(run: Path) -> list[Event]:
+    """Makes the last trial one that failed by itself, before the driver was lost; returns the run's events."""
+    events = [event for event, _ in Outbox(run / FILE_NAME).read()][:-1]
+    assert isinstance(events[-1], TrialEnded)
+    events[-1] = dataclasses.replace(events[-1], status="FAILED", reason="bad_input: x.jpg")
+    (run / FILE_NAME).unlink()
+    Outbox(run / FILE_NAME).append(*events)
+    return events
+
+
+def start_again(run: Path) -> None:
+    started = read_earlier_run(run)
+    Outbox(run / FILE_NAME).append(dataclasses.replace(started.started, attempt=started.num_starts))
+
+
+@pytest.mark.parametrize("num_starts", [1, 2], ids=["lost once", "lost again with nothing left to train"])
+def test_a_run_that_is_lost_after_a_trial_failed_by_itself_would_fail_again(run: Path, num_starts: int) -> None:
+    fail_last(run)
+    for _ in range(num_starts - 1):
+        start_again(run)
+    closed = close(run)
+    assert closed.ends == [("FAILED", "")] and closed.code == 1
+    assert closed.trials == ["FINISHED", "FINISHED", "FAILED"] and "was lost" not in closed.printed
+    assert "bad_input" in read_earlier_run(run).failed
+
+
+def test_a_trial_that_is_tried_again_has_not_failed_by_itself_when_its_driver_is_lost(run: Path) -> None:
+    begun = [event for event in fail_last(run) if isinstance(event, TrialStarted)][-1]
+    start_again(run)
+    Outbox(run / FILE_NAME).append(dataclasses.replace(begun, attempt=begun.attempt + 2))
+    assert close(run).ends == [("FAILED", LOST)]
+    assert not read_earlier_run(run).failed
+
+    # Ends that were published for a lost driver say nothing about the trial, in a later start either.
+    start_again(run)
+    assert close(run).ends == [("FAILED", LOST)] * 2
 
 
 def test_every_combination_is_a_trial() -> None:
