@@ -20,7 +20,7 @@ from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import Finding, has_errors, print_findings, sort_findings, to_json
 from orchestrator.preflight.settings import check_settings
 from orchestrator.report.plan_table import plan_table, side_by_side_note
-from orchestrator.runlog.plans import final_plans, on_begun_device
+from orchestrator.runlog.plans import final_plans
 
 if TYPE_CHECKING:
     from orchestrator.execution.cluster import Cluster
@@ -247,7 +247,7 @@ def _run_trials(
 
     earlier, concurrent = request.earlier, request.experiment.trials.concurrent
     started = next(event for event in log.events if isinstance(event, RunStarted))
-    plans = plans if earlier else final_plans(request.experiment, plans, started.run_id, earlier)
+    plans = plans if earlier else final_plans(request.experiment, plans, started.run_id)
     runner = TrialRunner(log, request.experiment.faults, str(request.run_dir / "ray"), stop)
 
     def ended(plan: TrialPlan, _event: TrialEnded) -> None:
@@ -295,6 +295,11 @@ def _leave_ray() -> None:
 def plan_trials(request: Request, hardware: Hardware) -> list[TrialPlan]:
     """The plans of all trials, on so much hardware; of a run that is gone on with, as they were begun."""
     experiment, earlier = request.experiment, request.earlier
-    planned = on_begun_device(experiment, earlier) if earlier else experiment
-    plans = expand(planned, hardware, str(request.run_dir), generated_root(experiment))
-    return final_plans(experiment, plans, earlier.started.run_id, earlier) if earlier else plans
+    where = hardware, str(request.run_dir), generated_root(experiment)
+    if earlier is None:
+        return expand(experiment, *where)
+    # Trials are named after their device: on another one they would begin again, under other names.
+    plans = expand(experiment, *where, next(iter(earlier.devices), None))
+    for other in earlier.devices[1:]:
+        plans += [plan for plan in expand(experiment, *where, other) if plan.name in earlier.plans]
+    return final_plans(experiment, plans, earlier.started.run_id, earlier)

@@ -100,10 +100,12 @@ def _recipe(experiment: Experiment, name: str) -> Recipe:
         raise SpecError(f"trials.switches.{found['loc'][0]}: {found['msg']} (given: {found['input']!r})") from error
 
 
-def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path) -> list[TrialPlan]:
+def expand(
+    experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path, device: str | None = None
+) -> list[TrialPlan]:
     """The trials of an experiment, in the order they are run: by recipe, world size and seed.
 
-    `hardware` decides `device: auto` and the CPUs per worker. `run_dir` is absolute.
+    `hardware` decides `device: auto`, unless `device` does, and the CPUs per worker. `run_dir` is absolute.
 
     Raises:
         SpecError: A trial cannot be planned (a batch that does not divide, an unknown switch or model config), or the
@@ -113,7 +115,8 @@ def expand(experiment: Experiment, hardware: Hardware, run_dir: str, generated_r
     train, val = dataset_plans(experiment, generated_root)
     num_train_images = epoch_images(experiment, train.annotations)
     resources, trials, protocol = experiment.resources, experiment.trials, experiment.protocol
-    device = resources.device if resources.device != "auto" else ("cuda" if hardware.num_gpus else "cpu")
+    if device is None:
+        device = resources.device if resources.device != "auto" else ("cuda" if hardware.num_gpus else "cpu")
     cpus = resources.cpus_per_worker
     if cpus is None:
         # 10 CPUs feed one GPU's loaders; more than a node's fair share cannot be reserved.

@@ -97,7 +97,13 @@ class EarlierRun:
     @property
     def is_complete(self) -> bool:
         """Whether all of its trials have finished, also those that are planned."""
-        return len(self.finished) >= self.experiment.trials.num_trials
+        others = sum(plan.device != self.devices[0] for plan in self.plans.values())
+        return len(self.finished) >= self.experiment.trials.num_trials + others
+
+    @property
+    def devices(self) -> list[str]:
+        """What its trials were begun on, its own device first: earlier versions changed it with the machine."""
+        return list(dict.fromkeys(plan.device for plan in self.plans.values()))
 
     def keep_failures(self, since: int) -> EarlierRun:
         """The run with trials that have failed in a start from number `since` on as finished: they would again."""

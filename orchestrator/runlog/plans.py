@@ -1,4 +1,4 @@
-"""The trials of a run that is gone on with: as they were begun, on the device that they were begun on."""
+"""The trials of a run as they are run: those that were begun earlier as they were begun, with what changed since."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ if TYPE_CHECKING:
     from trainers.contract.plan import TrialPlan
 
 
-def on_begun_device(experiment: Experiment, earlier: EarlierRun) -> Experiment:
-    """The experiment with the device of the trials that were begun, whatever there is now.
-
-    Trials are named after their device: on another one they would begin again, under other names.
-    """
-    device = next((plan.device for plan in earlier.plans.values()), experiment.resources.device)
-    return experiment.model_copy(update={"resources": experiment.resources.model_copy(update={"device": device})})
-
-
 def final_plans(
-    experiment: Experiment, plans: Sequence[TrialPlan], run_id: str, earlier: EarlierRun | None
+    experiment: Experiment, plans: Sequence[TrialPlan], run_id: str, earlier: EarlierRun | None = None
 ) -> list[TrialPlan]:
     """The plans as the trials were begun with, or begin with now; a begun one that is not planned any more is kept."""
     begun = earlier.plans if earlier else {}

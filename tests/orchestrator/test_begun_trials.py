@@ -13,50 +13,63 @@ from orchestrator.drive import Request, plan_trials
 from orchestrator.experiment.plan import Hardware, expand, generated_root
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment
+from orchestrator.prediction.predict import keep
 from orchestrator.preflight.earlier import check_earlier_data
 from orchestrator.runlog.folder import read_earlier_run
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
 from tests.builders.experiments import tiny_experiment
+from tests.builders.predictions import made_prediction
 from trainers.contract.events import RunStarted, TrialEnded, TrialStarted
 from trainers.contract.plan import TrialPlan
 
 CPU, GPU = Hardware(num_cpus=8), Hardware(num_gpus=1, num_cpus=8)
 
 
-def made(folder: Path, **trials: Any) -> Experiment:
+def made(folder: Path, prediction: Path | None = None, **trials: Any) -> Experiment:
     """Two trials on whatever there is."""
     values = tiny_experiment(
         resources={"device": "auto", "cpus_per_worker": 1},
         storage={"path": str(folder), "checkpoint_period_iterations": 4},
         tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}"},
     )
+    values |= {"prediction": str(prediction)} if prediction else {}
     return parse_experiment({**values, "trials": {**values["trials"], "seeds": [0, 1], **trials}}, where="made")
 
 
-def begin(folder: Path, hardware: Hardware, datasets: dict[str, Any] | None = None, num_finished: int = 1) -> Path:
+def begin(
+    folder: Path, hardware: Hardware, datasets: dict[str, Any] | None = None, num_finished: int = 1, **changes: Any
+) -> Path:
     """A run of which so many trials are finished, and no other was begun."""
-    experiment, run = made(folder), folder / "run"
+    experiment, run = made(folder, **changes), folder / "run"
     run.mkdir()
     driver = {"attempt": 0, "rank": -1, "time": 1_790_000_000.0}
     values = {"experiment": experiment.model_dump(mode="json"), "run_id": "tiny/1", "tags": {}}
-    outbox = Outbox(run / FILE_NAME)
-    outbox.append(RunStarted(trial="", **driver, **values, datasets=datasets or {}))
-    for plan in planned(experiment, hardware, run)[:num_finished]:
-        outbox.append(TrialStarted(trial=plan.name, **driver, plan=dataclasses.asdict(plan)))
-        outbox.append(TrialEnded(trial=plan.name, **driver, status="FINISHED", reason=""))
+    Outbox(run / FILE_NAME).append(RunStarted(trial="", **driver, **values, datasets=datasets or {}))
+    finish(run, *planned(experiment, hardware, run)[:num_finished])
     return run
+
+
+def finish(run: Path, *plans: TrialPlan) -> None:
+    for plan in plans:
+        driver = {"trial": plan.name, "attempt": 0, "rank": -1, "time": 1_790_000_000.0}
+        started = TrialStarted(**driver, plan=dataclasses.asdict(plan))
+        Outbox(run / FILE_NAME).append(started, TrialEnded(**driver, status="FINISHED", reason=""))
 
 
 def planned(experiment: Experiment, hardware: Hardware, run: Path) -> list[TrialPlan]:
     return expand(experiment, hardware, str(run), generated_root(experiment))
 
 
-def resumed(run: Path, hardware: Hardware) -> list[str]:
-    """Names of the trials with which the run would go on."""
-    earlier = read_earlier_run(run)
+def resumed_plans(run: Path, hardware: Hardware, *assignments: str) -> list[TrialPlan]:
+    """The trials with which the run would go on."""
+    earlier = read_earlier_run(run, assignments)
     request = Request(earlier.experiment, run, earlier, Console(), False, None, False, False)
-    return [plan.name for plan in plan_trials(request, hardware)]
+    return plan_trials(request, hardware)
+
+
+def resumed(run: Path, hardware: Hardware) -> list[str]:
+    return [plan.name for plan in resumed_plans(run, hardware)]
 
 
 @pytest.mark.parametrize(("before", "now", "device"), [(GPU, CPU, "cuda"), (CPU, GPU, "cpu")])
@@ -80,6 +93,27 @@ def test_a_trial_that_was_begun_and_is_not_planned_any_more_remains_in_the_run(t
         TrialStarted(trial=other.name, attempt=0, rank=-1, time=1_790_000_001.0, plan=dataclasses.asdict(other))
     )
     assert resumed(run, CPU) == ["reference-1xcuda-seed0", "reference-1xcuda-seed1", "named-otherwise"]
+
+
+def test_a_run_that_is_compared_with_a_prediction_stays_so(tmp_path: Path) -> None:
+    sizes = {"world_sizes": [2], "scaling": "strong"}
+    keep(made_prediction(made(tmp_path, **sizes)), tmp_path)
+    run = begin(tmp_path, GPU, prediction=tmp_path, **sizes)
+    plans = resumed_plans(run, CPU)
+    assert [plan.name for plan in plans] == ["reference-2xcuda-seed0", "reference-2xcuda-seed1"]
+    assert all(plan.predicted for plan in plans)
+
+
+def test_trials_of_a_second_device_count_and_change_with_the_others(tmp_path: Path) -> None:
+    run = begin(tmp_path, GPU)
+    on_gpus, on_cpus = (planned(made(tmp_path), hardware, run) for hardware in (GPU, CPU))
+    finish(run, on_cpus[0])  # as version 0.2 went on where there were no GPUs
+    assert not read_earlier_run(run).is_complete
+    plans = resumed_plans(run, CPU, "storage.keep_checkpoints=9")
+    assert [plan.name for plan in plans] == [*(plan.name for plan in on_gpus), on_cpus[0].name]
+    assert [plan.keep_checkpoints for plan in plans] == [9, 9, 9]
+    finish(run, on_gpus[1])
+    assert read_earlier_run(run).is_complete
 
 
 def test_a_run_that_was_begun_on_gpus_is_refused_where_there_are_none(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.experiment.plan import Hardware, expand
-from orchestrator.experiment.prediction_file import PredictedSize, Prediction, read_prediction, setup_of
+from orchestrator.experiment.prediction_file import read_prediction
 from orchestrator.experiment.reading import load_experiment, parse_experiment
 from orchestrator.experiment.references import read_references
 from orchestrator.experiment.spec import CONFIGS, Experiment, SpecError
@@ -27,6 +27,7 @@ from orchestrator.report.table import markdown_table, table_rows
 from orchestrator.tracking.notes import prediction_tags
 from tests.builders.commands import ROOT, run_command
 from tests.builders.experiments import tiny_experiment
+from tests.builders.predictions import made_prediction
 from tests.builders.trials import trained
 from trainers.contract.plan import Predicted, TrialPlan
 
@@ -36,21 +37,6 @@ GPUS = Hardware(num_gpus=8, num_cpus=96)
 
 def tiny(**changes: Any) -> Experiment:
     return parse_experiment(tiny_experiment(**changes), where="tiny")
-
-
-def made_prediction(experiment: Experiment, **fields: Any) -> Prediction:
-    """A prediction of 100 images/s for 2 workers with batch 4."""
-    size = PredictedSize(
-        world_size=2, global_batch_size=4, base_lr=0.005, iterations=8, convergence="not known", step_seconds=0.04,
-        part_seconds={"compute": 0.02, "data": 0.01, "stragglers": 0.006, "communication": 0.004},
-        images_per_second=100.0, images_per_second_low=90.0, images_per_second_high=110.0, efficiency=0.8,
-        efficiency_low=0.7, efficiency_high=0.9, schedule_seconds=0.32,
-    )  # fmt: skip
-    values: dict[str, Any] = {
-        "setup": setup_of(experiment), "recipe": "reference", "scaling": "strong", "asked": [size], "sizes": [size],
-        "calibrated_sizes": [1], "device_name": "Test CPU", "assumptions": ["nothing was measured"],
-    }  # fmt: skip
-    return Prediction(**{**values, **fields})
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "", "64,", "many", "6.5", "4;8", "٣", "99999999", "4,4"])
