@@ -164,7 +164,7 @@ def _preflight(request: Request, *, to_train: bool = False) -> tuple[list[Findin
     datasets: Datasets = {}
     rehearses = nullcontext() if request.rehearsed else Rehearsal(plans, elsewhere=joins_cluster(experiment))
     with rehearses as rehearsal:
-        checks = {"verify_images": request.verify_images, "strict": request.strict}
+        checks = {"verify_images": request.verify_images, "strict": request.strict, "resumes": bool(request.earlier)}
         findings = preflight(experiment, plans, **checks, rehearsal=rehearsal, datasets=datasets)
         if request.earlier:
             findings += check_earlier_tracking(experiment, request.run_dir)

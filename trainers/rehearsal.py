@@ -171,7 +171,7 @@ def _score_dry(plans: Sequence[TrialPlan], cfg: CfgNode | None) -> list[Problem]
     problems = []
     types: list[IouType] = scored_types(cfg) if cfg else ["bbox"]
     sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS if cfg else None
-    evaluating = [plan for plan in plans if plan.solver.eval_period or plan.solver.evaluate_at_end]
+    evaluating = [plan for plan in plans if plan.solver.evaluates]
     for scorer, plan in {plan.recipe.scorer: plan for plan in evaluating}.items():
         place = plan.val.annotations
         try:

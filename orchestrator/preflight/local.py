@@ -43,14 +43,16 @@ def preflight(
     *,
     verify_images: bool = False,
     strict: bool = False,
+    resumes: bool = False,
     rehearsal: Rehearsal | None = None,
     datasets: dict[str, dict[str, Any]] | None = None,
 ) -> list[Finding]:
     """Checks what can be checked on the driver without a cluster; returns all findings, errors first.
 
     Without `trials`, only what does not depend on them is checked. With `verify_images`, every image is decoded; with
-    `strict`, warnings about the data are errors. The rehearsal is started as soon as settings and start weights are
-    fit, and not waited for. `datasets` gets the fingerprints of `train` and `val`.
+    `strict`, warnings about the data are errors; hints are for a run that is gone on with where it `resumes`. The
+    rehearsal is started as soon as settings and start weights are fit, and not waited for. `datasets` gets the
+    fingerprints of `train` and `val`.
     """
     findings = check_settings(experiment)
     if trials and not has_errors(findings):
@@ -68,7 +70,7 @@ def preflight(
         findings += check_data(experiment, trials[0], **checks, datasets=datasets)
         findings += check_remote_storage(trials[0])
         if not joins_cluster(experiment):
-            findings += check_this_machine(experiment, trials)
+            findings += check_this_machine(experiment, trials, resumes=resumes)
     return sort_findings(findings)
 
 
@@ -100,8 +102,7 @@ def check_data(
     if datasets is not None:
         prints = {"train": fingerprint(train), "val": fingerprint(val)}
         datasets.update({part: found for part, found in prints.items() if found})
-    evaluates = trial.solver.eval_period > 0 or trial.solver.evaluate_at_end
-    findings = train.findings + [each if evaluates else _without_scoring(each) for each in val.findings]
+    findings = train.findings + [each if trial.solver.evaluates else _without_scoring(each) for each in val.findings]
     findings += compare_splits(train, val)
     if train.summary and val.summary:
         findings += model_checks.check_data_against_model(experiment, train.summary, val.summary)
@@ -139,7 +140,7 @@ def check_patience(trials: Sequence[TrialPlan]) -> list[Finding]:
     return findings.to_list()
 
 
-def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> list[Finding]:
+def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan], *, resumes: bool = False) -> list[Finding]:
     """Checks storage, shared memory and GPUs of this machine, for a run that stays on it."""
     request = node_request(trials)
     report = inspect_node(request)
@@ -153,7 +154,8 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan]) -> l
         survives_storage=trials[0].survive_storage,
     )
     hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
-    hint += "; a run that was begun on GPUs goes on with GPUs"
+    if resumes:
+        hint = "Resume it where there are enough GPUs (resources.address joins a cluster), or begin a new run"
     for trial in trials:
         if trial.device == "cuda" and trial.world_size > len(report.gpus):
             what = f"asks for {trial.world_size} GPUs, this machine has {len(report.gpus)}"

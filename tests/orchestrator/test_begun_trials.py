@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from orchestrator.drive import Request, plan_trials
-from orchestrator.experiment.plan import Hardware, expand, generated_root
+from orchestrator.experiment.plan import Hardware, draw_data, expand, generated_root
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import Experiment
 from orchestrator.prediction.predict import keep
 from orchestrator.preflight.earlier import check_earlier_data
+from orchestrator.preflight.local import check_this_machine
 from orchestrator.runlog.folder import read_earlier_run
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.commands import run_command
@@ -121,6 +122,16 @@ def test_a_run_that_was_begun_on_gpus_is_refused_where_there_are_none(tmp_path: 
     done = run_command("--resume", run, "--preflight", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "trial reference-1xcuda-seed1: asks for 1 GPUs, this machine has 0" in done.stderr
+    assert "begin a new run" in done.stderr and "resources.device=cpu" not in done.stderr
+
+
+def test_a_new_run_without_gpus_can_be_set_to_cpus(tmp_path: Path) -> None:
+    experiment = made(tmp_path)
+    draw_data(experiment)
+    asked = planned(experiment, Hardware(num_gpus=1000, num_cpus=8), tmp_path / "run")
+    many = [dataclasses.replace(plan, world_size=1000) for plan in asked]
+    hints = [each.hint for each in check_this_machine(experiment, many) if each.code == "too_few_gpus"]
+    assert len(hints) == 2 and all(hint.endswith("or set resources.device=cpu") for hint in hints)
 
 
 def fingerprint(sha256: str, num_images: int) -> dict[str, Any]:
@@ -155,6 +166,16 @@ def test_only_data_that_are_known_to_be_others_are_refused_where_something_is_le
     findings = check_earlier_data(read_earlier_run(run), plans, found)
     assert [(each.level, each.code) for each in findings] == [("error", "other_data")] * len(refused)
     assert [each.id for each in findings] == refused
+
+
+def test_another_validation_set_is_refused_only_where_a_trial_that_is_left_evaluates(tmp_path: Path) -> None:
+    run = begin(tmp_path, CPU, {"val": fingerprint("a", 3)})
+    earlier, now = read_earlier_run(run), {"val": fingerprint("b", 3)}
+    done, left = planned(made(tmp_path), CPU, run)
+    for period, at_end, refused in ((0, False, 0), (4, False, 1), (0, True, 1)):
+        solver = dataclasses.replace(left.solver, eval_period=period, evaluate_at_end=at_end)
+        plans = [done, dataclasses.replace(left, solver=solver)]
+        assert len(check_earlier_data(earlier, plans, now)) == refused
 
 
 def test_the_first_record_of_the_data_counts(tmp_path: Path) -> None:

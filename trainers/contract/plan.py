@@ -52,6 +52,11 @@ class SolverPlan:
     auto_checkpoints: bool = False
     """Whether the workers set another period after each checkpoint, so that `checkpoint_period` is the first one."""
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is an evaluation, however late."""
+        return self.eval_period > 0 or self.evaluate_at_end
+
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
