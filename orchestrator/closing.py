@@ -70,7 +70,7 @@ def close_run(
 
 
 def _first_open_start(events: Iterable[Event]) -> int:
-    """Number of the first start after the last end of the run: of earlier ones, trials may have failed with their driver."""
+    """Number of the first start after the last end of the run: earlier failures may be those of a lost driver."""
     number = first = 0
     for event in events:
         number += isinstance(event, RunStarted)

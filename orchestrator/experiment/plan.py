@@ -24,7 +24,7 @@ from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import root_cause
 from orchestrator.gpus import list_gpus
-from trainers.contract.plan import DatasetPlan, Scaling, TrialPlan
+from trainers.contract.plan import DatasetPlan, Device, Scaling, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
 
@@ -101,7 +101,7 @@ def _recipe(experiment: Experiment, name: str) -> Recipe:
 
 
 def expand(
-    experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path, device: str | None = None
+    experiment: Experiment, hardware: Hardware, run_dir: str, generated_root: Path, device: Device | None = None
 ) -> list[TrialPlan]:
     """The trials of an experiment, in the order they are run: by recipe, world size and seed.
 

@@ -27,7 +27,7 @@ from orchestrator.runlog.changes import assignments_between, change
 from orchestrator.runlog.lock import LOCK, only_driver, take_over_timeout
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from trainers.contract.events import CheckpointSaved, Event, RunEnded, RunStarted, TrialEnded, TrialStarted
-from trainers.contract.plan import TrialPlan
+from trainers.contract.plan import Device, TrialPlan
 
 WORKING_DIRECTORY = "run.working_directory"
 """Tag with the folder the command was given in: an experiment file may hold relative paths."""
@@ -101,7 +101,7 @@ class EarlierRun:
         return len(self.finished) >= self.experiment.trials.num_trials + others
 
     @property
-    def devices(self) -> list[str]:
+    def devices(self) -> list[Device]:
         """What its trials were begun on, its own device first: earlier versions changed it with the machine."""
         return list(dict.fromkeys(plan.device for plan in self.plans.values()))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from trainers.recipes import Recipe
 
+Device = Literal["cuda", "cpu"]
 Scaling = Literal["weak", "strong"]
 ProtocolKind = Literal["throughput", "time_to_train", "benchmark"]
 
@@ -108,7 +109,7 @@ class TrialPlan:
     target_mask_ap: float | None
     stop_at_target: bool
     """Whether training ends when all targets are met."""
-    device: Literal["cuda", "cpu"]
+    device: Device
     cpus_per_worker: int
     """CPUs a worker reserves; its threads are pinned to that number."""
     loader_workers: int
