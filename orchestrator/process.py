@@ -1,4 +1,4 @@
-"""Makes a command independent of where it is started: of user, home, locale, and who reads its output."""
+"""Makes a command independent of user, home, locale and who reads its output; sets the priority of others."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import select
 import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -129,3 +130,24 @@ def _private_folder() -> Path:
     state = folder.lstat()
     is_ours = stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o077
     return folder if is_ours else Path(tempfile.mkdtemp(prefix=f"{APPLICATION}-"))
+
+
+def lower_priority(pid: int) -> None:
+    """Lets a process that leads a session of its own have what CPU time all others leave."""
+    _set_niceness(pid, 19, "19")
+
+
+def restore_priority(pid: int) -> None:
+    """Gives such a process this one's priority, where the user may do so."""
+    own = ""
+    with suppress(OSError):
+        own = Path("/proc/self/autogroup").read_text().split()[-1]
+    _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0), own)
+
+
+def _set_niceness(pid: int, of_process: int, of_session: str) -> None:
+    with suppress(OSError):  # not everybody may give a process a higher priority again
+        os.setpriority(os.PRIO_PROCESS, pid, of_process)
+    # Linux may share the CPUs by sessions: niceness does not count between them.
+    with suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(of_session)

@@ -39,8 +39,8 @@ from trainers.contract.plan import TrialPlan
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 TRACKING_TIMEOUT_SECONDS = 90.0
-"""Longest wait for MLflow at the end of a run; what it has not taken by then stays in the outbox. After half a minute
-of failures, the process that tracks gives up by itself; on a busy machine, it may need longer."""
+"""Longest wait at the end of a run in which MLflow takes nothing; what it has not taken by then stays in the outbox.
+After half a minute of failures, the process that tracks gives up by itself; on a busy machine, it may need longer."""
 
 CLOSING_SECONDS = 5.0
 """What is left of a stopped job's time for the closing table."""
@@ -166,7 +166,7 @@ class Publication:
             report, report_failure = try_report(self._result, self._run_dir)
             write_airank_summary(self._result, self._run_dir)
         emit(RunEnded(trial="", attempt=0, rank=-1, time=clock.now(), status=status, reason=reason))
-        tracked = self._tracker.finish(max(1.0, min(TRACKING_TIMEOUT_SECONDS, seconds_left - CLOSING_SECONDS)))
+        tracked = self._tracker.finish(TRACKING_TIMEOUT_SECONDS, limit=max(1.0, seconds_left - CLOSING_SECONDS))
         # Some runs exist in MLflow only since then: their ids belong into the results as well.
         _add_tracking(self._result, self._tracker, tracked=tracked)
         self._write()

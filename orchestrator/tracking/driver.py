@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from orchestrator.files import without_credentials, write_atomically
 from orchestrator.findings import root_cause
+from orchestrator.process import lower_priority, restore_priority
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
 from orchestrator.tracking.text import own_runs
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
@@ -41,6 +43,9 @@ POLL_INTERVAL_SECONDS = 1.0
 
 RETRY_SECONDS = 30.0
 """Longest wait before the next attempt at a store that refused or did not answer."""
+
+NOTE_INTERVAL_SECONDS = 5.0
+"""How often is noted on disk what has been tracked, where there is much."""
 
 
 def tracking_uri(configured: str | None) -> str:
@@ -84,6 +89,8 @@ class Tracker:
         # MLflow's retries would block a call for minutes; the process that follows the outbox retries instead.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        # What the process prints is taken for a failure.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self._run_dir, self._uri = run_dir, uri
         self.place = without_credentials(uri)
         """The store without credentials, for messages."""
@@ -120,7 +127,7 @@ class Tracker:
             start_new_session=True,
             env={**os.environ, "TMPDIR": str(self._temporary)},
         )
-        _lower_priority(process.pid)
+        lower_priority(process.pid)
         assert process.stdin is not None
         # Not as an argument, which every user of this machine can read: the address may hold a password.
         process.stdin.write(json.dumps([str(self._run_dir), self._uri]) + "\n")
@@ -195,43 +202,56 @@ class Tracker:
                     break
                 self._runs.recall(event)
                 self._finished = isinstance(event, RunEnded)
-        offset = state["offset"]
+        offset, noted = state["offset"], time.monotonic()
         for event, after in self._outbox.read(offset):
             offset = after
             self._runs.track(event)
             self._finished = isinstance(event, RunEnded)
-        self._runs.flush()
+            if time.monotonic() - noted > NOTE_INTERVAL_SECONDS:
+                self._note(self._runs, offset)
+                noted = time.monotonic()
+        self._note(self._runs, offset)
+        return self._finished
+
+    def _note(self, runs: MlflowRuns, offset: int) -> None:
+        """Sends what is collected, and notes on disk up to where the events are tracked."""
+        runs.flush()
+        state = self._known_state()
         if offset != state["offset"]:
             tail = _digest(self._outbox.before(offset))
-            self._state = {**state, **self._runs.known, "offset": offset, "tail": tail}
+            self._state = {**state, **runs.known, "offset": offset, "tail": tail}
             # Where there is no room for it, what was tracked is tracked again, which changes nothing.
             with suppress(RunFolderError), self._outbox.guarded():
                 write_atomically(self._state_file, json.dumps(self._state))
-        return self._finished
 
-    def finish(self, timeout: float) -> bool:
-        """Waits until the end of the run is tracked, at most `timeout` seconds; returns whether it is."""
-        return self._end("", timeout)
+    def finish(self, timeout: float, limit: float = math.inf) -> bool:
+        """Waits until the end of the run is tracked; returns whether it is.
+
+        Args:
+            timeout: Seconds in which something must have been tracked.
+            limit: Seconds in all.
+        """
+        return self._end("", timeout, limit)
 
     def abandon(self, reason: str, timeout: float) -> bool:
         """Has the runs marked as failed, since their events cannot be written any more; returns whether they are."""
-        return self._end(" ".join(reason.split()), timeout)
+        return self._end(" ".join(reason.split()), timeout, math.inf)
 
-    def _end(self, reason: str, timeout: float) -> bool:
-        deadline, code = time.monotonic() + timeout, 0
+    def _end(self, reason: str, timeout: float, limit: float) -> bool:
+        deadline, code = time.monotonic() + limit, 0
         for _ in range(2):
             process = self._process
             if process is None or process.poll():  # not started, or killed
                 process = self.start()
-            _restore_priority(process.pid)  # now the run waits for it
+            restore_priority(process.pid)  # now the run waits for it
             assert process.stdin is not None
             with suppress(BrokenPipeError):  # it has just been killed
                 process.stdin.write(reason)
                 process.stdin.close()
             try:
-                code = process.wait(deadline - time.monotonic())
+                code = self._wait(process, timeout, deadline)
             except subprocess.TimeoutExpired:
-                self.failure = self.failure or f"MLflow at {self.place} takes longer than {timeout:.0f} s"
+                self.failure = self.failure or f"MLflow at {self.place} takes longer than {min(timeout, limit):.0f} s"
                 process.kill()
                 process.wait()
                 return False
@@ -242,6 +262,23 @@ class Tracker:
                 return code == 0
         self.failure = self.failure or f"the process that tracks was killed twice ({signal.Signals(-code).name})"
         return False
+
+    def _wait(self, process: subprocess.Popen[str], timeout: float, deadline: float) -> int:
+        noted, since = self._noted(), time.monotonic()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(0.5)
+            now = time.monotonic()
+            if (last := self._noted()) != noted:
+                noted, since = last, now
+            if now > min(since + timeout, deadline):
+                raise subprocess.TimeoutExpired(process.args, timeout)
+
+    def _noted(self) -> int:
+        """When what is tracked was last noted on disk, in nanoseconds; 0 for never."""
+        with suppress(OSError):
+            return self._state_file.stat().st_mtime_ns
+        return 0
 
     def _remove_temporary_files(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -271,22 +308,3 @@ class Tracker:
             for line in lines:
                 self.failure = line.rstrip()
                 logger.warning("%s", self.failure)
-
-
-def _lower_priority(pid: int) -> None:
-    _set_niceness(pid, 19, "19")
-
-
-def _restore_priority(pid: int) -> None:
-    own = ""
-    with suppress(OSError):
-        own = Path("/proc/self/autogroup").read_text().split()[-1]
-    _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0), own)
-
-
-def _set_niceness(pid: int, of_process: int, of_session: str) -> None:
-    with suppress(OSError):  # not everybody may give a process a higher priority again
-        os.setpriority(os.PRIO_PROCESS, pid, of_process)
-    # Linux may share the CPUs by sessions, of which the process has its own: niceness does not count between them.
-    with suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(of_session)
