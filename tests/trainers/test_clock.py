@@ -29,6 +29,20 @@ def test_a_clock_that_is_set_changes_no_duration_and_is_seen(monkeypatch: pytest
     assert clock.deviation() == pytest.approx(seconds, abs=1)
 
 
+def test_a_process_that_is_stopped_between_two_clocks_takes_none_for_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady, stops = [1000.0], iter([30.0, 0.0, 5.0, 0.0, 9.0])
+    monkeypatch.setattr(clock, "_steady", lambda: steady[0])
+    monkeypatch.setattr(clock, "_offset", 500.0)
+
+    def wall() -> float:
+        seen = 500.0 + steady[0]
+        steady[0] += next(stops)
+        return seen
+
+    monkeypatch.setattr(time, "time", wall)
+    assert clock.deviation() == 0
+
+
 def test_another_process_of_the_machine_and_its_children_take_the_clock_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_offset", clock._offset - 7200)
     child = "from trainers.contract import clock; print(clock.now())"

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 READINGS = 5
-"""How often the clock of another machine is read; the reading with the fastest answer counts."""
+"""How often a clock is read; the reading with the fastest answer counts."""
 
 TOLERANCE_SECONDS = 2.0
 """How far a wall clock may be off the run's before that is noted."""
@@ -36,7 +36,22 @@ def _boot() -> str:
         return str(uuid.getnode())
 
 
-_offset = time.time() - _steady()
+def _ahead(read: Callable[[], float]) -> float:
+    """How far a clock is ahead of the steady one; a busy machine may stop this process in the middle of a reading.
+
+    A reading is set against the middle between question and answer (F. Cristian, Probabilistic clock synchronization,
+    1989), which is wrong by half of the time between them at most.
+    """
+    readings = []
+    for _ in range(READINGS):
+        asked = _steady()
+        theirs = read()
+        answered = _steady()
+        readings.append((answered - asked, theirs - (asked + answered) / 2))
+    return min(readings)[1]
+
+
+_offset = _ahead(time.time)
 
 
 def now() -> float:
@@ -67,20 +82,11 @@ def adopt(given: str) -> bool:
 def follow(read: Callable[[], float]) -> None:
     """Takes over the clock of a process on another machine; so do processes that are started from here.
 
-    Its reading is set against the middle between question and answer (F. Cristian, Probabilistic clock synchronization,
-    1989), which is wrong by half of the time between them at most.
-
     Args:
         read: Returns the other process's `now()`.
     """
     global _offset
-    readings = []
-    for _ in range(READINGS):
-        asked = _steady()
-        theirs = read()
-        answered = _steady()
-        readings.append((answered - asked, theirs - (asked + answered) / 2))
-    _offset = min(readings)[1]
+    _offset = _ahead(read)
     os.environ[VARIABLE] = anchor()
 
 
@@ -92,7 +98,7 @@ def not_before(moment: float) -> None:
 
 def deviation() -> float:
     """How far the wall clock is ahead of the run's: 0 until somebody sets it."""
-    return time.time() - now()
+    return _ahead(time.time) - _offset
 
 
 class Laps:
