@@ -167,7 +167,7 @@ except Exception:
 def test_a_worker_whose_memory_is_limited_fails_for_that_reason(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TRAIN_WITH_A_LIMIT, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert "FAILED out_of_memory step" in done.stdout, done.stdout + done.stderr
+    assert "FAILED out_of_memory step" in done.stdout, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
     assert "; try 2 images per worker instead of 4 (" in done.stdout
 
 
