@@ -16,13 +16,11 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -30,6 +28,7 @@ from orchestrator.files import without_credentials, write_atomically
 from orchestrator.findings import root_cause
 from orchestrator.process import lower_priority, restore_priority
 from orchestrator.runlog.outbox import FILE_NAME, Outbox, RunFolderError
+from orchestrator.tracking.new_store import make_store
 from orchestrator.tracking.text import own_runs
 from trainers.contract.events import Event, RunEnded, StepsDone, TrialEnded, TrialRestarted
 
@@ -61,21 +60,6 @@ def restore_command(what: Literal["experiment", "run"], id: str, uri: str) -> st
     """The command that restores something deleted in a store."""
     call = f"experiments restore -x {id}" if what == "experiment" else f"runs restore --run-id {id}"
     return f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} mlflow {call}"
-
-
-def _copy_to_new(made: Path, path: Path) -> None:
-    """Copies a SQLite database into a file that has no tables yet, all at once.
-
-    MLflow makes its tables in dozens of steps; where it is cut off in one of them, it often cannot go on later.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(path, isolation_level=None)) as target:
-        target.execute("BEGIN IMMEDIATE")
-        if not target.execute("SELECT 1 FROM sqlite_master").fetchone():  # else another run has been faster
-            for statement in source.iterdump():
-                if statement not in ("BEGIN TRANSACTION;", "COMMIT;"):
-                    target.execute(statement)
-        target.execute("COMMIT")
 
 
 class TrackingError(Exception):
@@ -185,12 +169,8 @@ class Tracker:
     def _open_runs(self, state: dict[str, Any]) -> MlflowRuns:
         from orchestrator.tracking.mlflow_runs import MlflowRuns
 
-        path = Path(self._uri.partition(":///")[2])
-        if self._uri.startswith("sqlite") and "?" not in self._uri and not (path.is_file() and path.stat().st_size):
-            with suppress(Exception), tempfile.TemporaryDirectory() as folder:  # MLflow then says why it cannot be
-                made = Path(folder, "mlflow.db")
-                MlflowRuns(f"sqlite:///{made}", self._run_dir, state)
-                _copy_to_new(made, path)
+        with suppress(Exception):  # MLflow then says why it cannot be
+            make_store(self._uri, lambda address: MlflowRuns(address, self._run_dir, state))
         return MlflowRuns(self._uri, self._run_dir, state)
 
     def _sync(self) -> bool:
