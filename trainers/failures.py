@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from detectron2.utils import comm
@@ -48,8 +49,12 @@ def in_short(error: BaseException) -> str:
     return text.strip().splitlines()[-1] if "Original Traceback" in text else f"{type(error).__name__}: {text}"
 
 
-def wait_for_other_ranks(error: BaseException) -> None:
-    """Waits where all ranks fail together, until each has said why: Ray Train ends them all with the first."""
-    if isinstance(error, NotFiniteError):
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """A block that ranks which fail together leave together: Ray Train ends them all with the first that ends."""
+    try:
+        yield
+    except NotFiniteError:
         with suppress(Exception):  # one of them has been lost meanwhile
             comm.synchronize()
+        raise

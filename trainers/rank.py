@@ -37,7 +37,7 @@ from trainers.contract.plan import TrialPlan
 from trainers.ema import WeightAverage, evaluated_models
 from trainers.evaluation import Evaluator
 from trainers.evaluation_hook import EVALUATION_PENDING_KEY, EVALUATIONS_KEY, EvaluationHook
-from trainers.failures import classify, in_short, wait_for_other_ranks
+from trainers.failures import classify, ending_together, in_short
 from trainers.loader_sizing import LoaderSizing
 from trainers.loop import Request, TrainingLoop
 from trainers.overlap import Start, overlap, process_here
@@ -99,7 +99,7 @@ class Rank:
         # TorchScript (RetinaNet's focal loss) changes its kernels after a process's first calls. On CPU it may not,
         # because a resumed run promises the same bits there.
         repeatable = torch.jit.optimized_execution(self.plan.device != "cpu")  # type: ignore[attr-defined]
-        with self.pulse, repeatable:
+        with self.pulse, repeatable, ending_together():
             try:
                 self._send_started(entered)
                 laps = clock.Laps(entered)
@@ -110,8 +110,6 @@ class Rank:
                         self._train(cfg, entered, laps)
             except Exception as error:
                 self._send_failure(error)
-                self.channel.flush()
-                wait_for_other_ranks(error)
                 raise
             finally:
                 self.channel.flush()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainers.failures import wait_for_other_ranks
+from trainers.failures import ending_together
 from trainers.loop import NotFiniteError
+
+
+def _fail(error: Exception) -> None:
+    with suppress(type(error)), ending_together():
+        raise error
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -19,17 +25,17 @@ def _rank(rank: int, folder: str) -> None:
     )
     said = Path(folder, "said")
     if rank == 0:
-        wait_for_other_ranks(RuntimeError("of one rank alone"))
+        _fail(RuntimeError("of one rank alone"))
         assert not said.exists(), "it waited"
     else:
         time.sleep(1)
         said.touch()
-    wait_for_other_ranks(NotFiniteError("of all"))
+    _fail(NotFiniteError("of all"))
     assert said.exists()
     if rank == 0:
         dist.destroy_process_group()
     else:
-        wait_for_other_ranks(NotFiniteError("the other one is gone"))
+        _fail(NotFiniteError("the other one is gone"))
 
 
 def test_a_rank_whose_loss_is_not_finite_waits_until_all_have_said_why(tmp_path: Path) -> None:
