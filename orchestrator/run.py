@@ -148,7 +148,7 @@ def _refuse_without_effect(context: typer.Context) -> None:
     if context.params["replay_outbox"] is not None and others:
         raise SpecError(f"--replay-outbox goes with --set tracking.uri=ADDRESS alone, not with {others}")
     if context.params["dry_run"] and context.params["preflight"]:
-        raise SpecError("--dry-run checks nothing: give it or --preflight")
+        raise SpecError("--dry-run checks nothing, --preflight everything: give one of them")
 
 
 def _given(context: typer.Context, *, but: Sequence[str] = (), only: Sequence[str] | None = None) -> str:
