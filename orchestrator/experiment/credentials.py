@@ -25,9 +25,9 @@ def refuse_credentials(values: Any, where: str) -> None:
     for place, text in _texts(values):
         if place != TRACKING_URI and holds_credentials(text):
             raise SpecError(
-                f"{where}: {without_credentials(place)}: the address holds a password or key, which would end up in the "
-                "run's files; pass it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://…), or "
-                "download the file by hand and name its path"
+                f"{where}: {without_credentials(place)}: the address holds a password or key, which would end up in "
+                "the run's files; pass it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for "
+                "s3://…), or download the file by hand and name its path"
             )
 
 
