@@ -90,18 +90,24 @@ def test_other_failures_stay_what_they_are(error: Exception, failure: str) -> No
 
 
 EXHAUST = """
-import resource, sys, psutil, torch
+import resource, sys, threading, psutil, torch
 from torch import nn
 from trainers.failures import classify
 torch.set_num_threads(1)
 net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1))
 net(torch.zeros(1, 3, 32, 32)).sum().backward()
-limit = psutil.Process().memory_info().vms + int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-try:
-    net(torch.zeros(7, 3, int(sys.argv[1]), int(sys.argv[1]) + 3)).sum().backward()
-except BaseException as error:
-    print(classify(error), error)
+def exhaust():
+    limit = psutil.Process().memory_info().vms + int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        net(torch.zeros(7, 3, int(sys.argv[1]), int(sys.argv[1]) + 3)).sum().backward()
+    except BaseException as error:
+        print(classify(error), error)
+
+# Where no room is left, the main thread's stack cannot grow, which crashes a process; another one has all of its own.
+thread = threading.Thread(target=exhaust)
+thread.start()
+thread.join()
 """
 
 
@@ -142,7 +148,7 @@ def test_the_setting_that_makes_a_trial_fit_is_named() -> None:
 
 
 TRAIN_WITH_A_LIMIT = """
-import resource, sys, psutil
+import resource, sys, threading, psutil
 from pathlib import Path
 from tests.builders.training import plan_of
 from trainers.contract.channel import Channel, Placement
@@ -153,13 +159,18 @@ def limit():
     there = psutil.Process().memory_info().vms + 2**20
     resource.setrlimit(resource.RLIMIT_AS, (there, there))
 
-events = []
-plan = plan_of(Path(sys.argv[1]), "mask_rcnn")
-try:
-    Rank(plan, 0, Placement(0, 1, 0, 1, "here"), Channel(events.append, lambda _: "run"), limit).train(0.0)
-except Exception:
-    (failed,) = [event for event in events if isinstance(event, WorkerFailed)]
-    print("FAILED", failed.failure, failed.section, failed.message)
+def train():
+    events = []
+    plan = plan_of(Path(sys.argv[1]), "mask_rcnn")
+    try:
+        Rank(plan, 0, Placement(0, 1, 0, 1, "here"), Channel(events.append, lambda _: "run"), limit).train(0.0)
+    except Exception:
+        (failed,) = [event for event in events if isinstance(event, WorkerFailed)]
+        print("FAILED", failed.failure, failed.section, failed.message)
+
+thread = threading.Thread(target=train)  # as above
+thread.start()
+thread.join()
 """
 
 
