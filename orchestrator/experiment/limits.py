@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 MAX_NUMBER = 2**31 - 1
 """Largest number of an experiment file; as seconds, it is 68 years."""
@@ -22,6 +23,30 @@ def usable_numbers(value: Any) -> Any:
         if isinstance(number, int | float) and abs(number) > MAX_NUMBER:
             raise ValueError(f"must be at most {MAX_NUMBER:,}")
     return value
+
+
+def refuse_bools(value: Any, wanted: Any) -> None:
+    """Raises ValueError where true or false stands for a number, also in a list: Python takes them for 1 and 0.
+
+    Args:
+        value: As it was given.
+        wanted: The type of the field.
+    """
+    options = _options(wanted)
+    if isinstance(value, bool) and {int, float} & set(options) and bool not in options:
+        raise ValueError("a number is wanted, not true or false")
+    for option in options if isinstance(value, list) else ():
+        if get_origin(option) is list:
+            for item in value:
+                refuse_bools(item, *get_args(option))
+
+
+def _options(wanted: Any) -> list[Any]:
+    """The types of which a value must have one."""
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if kind is Annotated:
+        return _options(parts[0])
+    return [option for part in parts for option in _options(part)] if kind in (Union, UnionType) else [wanted]
 
 
 def unusable(values: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
 
-from orchestrator.experiment.limits import usable_numbers
+from orchestrator.experiment.limits import refuse_bools, usable_numbers
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 """A name that becomes a folder, a Ray run and an MLflow experiment."""
@@ -21,8 +21,5 @@ class Part(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses true and false where a number is wanted: Python takes them for 1 and 0."""
-        wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, float | None):
-            raise ValueError("a number is wanted, not true or false")
+        refuse_bools(value, cls.model_fields[str(info.field_name)].annotation)
         return value

@@ -7,7 +7,7 @@ import hashlib
 import os
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.request import url2pathname
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +18,7 @@ from orchestrator.experiment.detectron_config import config_for_workers
 from orchestrator.experiment.elastic import check_resizing, resize_fields
 from orchestrator.experiment.epochs import epoch_images
 from orchestrator.experiment.evaluation_resources import evaluation_fields
+from orchestrator.experiment.limits import refuse_bools
 from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.prediction_file import check_used, predicted, prediction_of
 from orchestrator.experiment.schedule import is_own, scaled_solver
@@ -93,6 +94,12 @@ def _recipe(experiment: Experiment, name: str) -> Recipe:
     known = {field.name for field in dataclasses.fields(Recipe)}
     if unknown := sorted(set(switches) - known):
         raise SpecError(f"trials.switches: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    kinds = get_type_hints(Recipe)
+    for switch, value in switches.items():
+        try:
+            refuse_bools(value, kinds[switch])
+        except ValueError as error:
+            raise SpecError(f"trials.switches.{switch}: {error} (given: {value!r})") from error
     try:
         return TypeAdapter(Recipe).validate_python({**dataclasses.asdict(RECIPES[name]), **switches})
     except ValidationError as error:

@@ -187,6 +187,7 @@ def test_a_model_config_that_is_not_one_is_refused(config: str, message: str) ->
     [
         ({"winogrd": True}, "unknown winogrd; known: .*winograd"),
         ({"overlapped_evaluation": "maybe"}, "switches.overlapped_evaluation: .*given: 'maybe'"),
+        ({"evaluation_batch": True}, "switches.evaluation_batch: a number is wanted, not true or false"),
         ({"mapper": "faster"}, "switches.mapper: .* 'detectron2', 'exact' or 'fast' .*given: 'faster'"),
     ],
 )

@@ -215,6 +215,10 @@ def test_a_quick_answer_imports_nothing_heavy(argument: str) -> None:
     ("assignment", "words"),
     [
         ("protocol.patience=true", "protocol.patience: a number is wanted, not true or false"),
+        ("trials.world_sizes=[true]", "trials.world_sizes: a number is wanted, not true or false"),
+        ("trials.seeds=[7, no]", "trials.seeds: a number is wanted, not true or false"),
+        ("trials.concurrent=true", "trials.concurrent: a whole number from 1 on, or auto, is wanted"),
+        ("reference_rows=[{name: A, world_size: true}]", "reference_rows.0.world_size: a number is wanted"),
         ("protocol.ema={decay:0.99}", "protocol.ema.decay:0.99: unknown key; YAML wants a space after a colon"),
     ],
 )
