@@ -27,7 +27,7 @@ from orchestrator.files import cache_folder, file_sha256, write_atomically
 from orchestrator.findings import Finding, FindingList, has_errors
 from trainers.contract.annotations import AnnotationFileError
 
-CHECKS_VERSION = 4
+CHECKS_VERSION = 5
 """Raised with every change of the checks or their messages, so that no older result is taken from the cache."""
 
 CACHED_FROM = 2000

@@ -35,6 +35,12 @@ from orchestrator.findings import FindingList
 EDGE_TOLERANCE = 2.0
 """Pixels a box may reach over the image's edge: COCO's own are rounded to hundredths, other tools' to whole pixels."""
 
+SHARE_TOLERANCE = 0.01
+"""By which shares of an image's width or height may leave 0 to 1: tools round position and size each for itself."""
+
+MIN_NORMALISED = 0.9
+"""Share of the boxes from which they are taken for shares of the image."""
+
 
 def check_objects(
     entries: list[Annotation],
@@ -156,15 +162,22 @@ def _check_boxes(
     report("box_outside", beyond & outside, f"its bbox {{box}} lies outside its {{size}} image; {effect}", hint)
     effect = "it is scored with the part outside" if for_scoring else "detectron2 cuts it at the edge"
     report("box_over_edge", beyond & ~outside, f"its bbox {{box}} reaches out of its {{size}} image; {effect}", hint)
-    if len(values) and finite.all() and (np.maximum(x + width, y + height) <= 1).all():
-        what = (
-            f"all {len(values):,} boxes lie in the first pixel of their image, {shorten(entries[good[0]].bbox)} for one"
-        )
-        hint = "Write pixels: these look like shares of the image's width and height"
-        findings.warning("box_normalised", file, "bbox", what, hint)
+    _check_units(values[finite & ~empty], file, findings)
     has_box = np.zeros(len(entries), dtype=bool)
     has_box[good] = finite & ~empty & ~outside
     return has_box
+
+
+def _check_units(boxes: NDArray[np.float64], file: str, findings: FindingList) -> None:
+    """Recognises boxes in shares of the image; a few of others among them, or rounding errors, change nothing."""
+    corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+    in_pixel = ((corners >= -SHARE_TOLERANCE) & (corners <= 1 + SHARE_TOLERANCE)).all(axis=1)
+    if len(boxes) and in_pixel.mean() >= MIN_NORMALISED:
+        number = f"all {len(boxes):,}" if in_pixel.all() else f"{in_pixel.sum():,} of {len(boxes):,}"
+        example = shorten(boxes[in_pixel][0].tolist())
+        what = f"{number} boxes lie in the first pixel of their image, {example} for one"
+        hint = "Write pixels: these look like shares of the image's width and height"
+        findings.warning("box_normalised", file, "bbox", what, hint)
 
 
 def _check_masks(

@@ -94,6 +94,15 @@ def test_boxes_in_shares_of_the_image_are_recognised(root: Path) -> None:
     assert finding.code == "box_normalised" and "[0.25, 0.5, 0.25, 0.5] for one" in finding.what
 
 
+@pytest.mark.parametrize("odd", [[0.25, 0.5, 0.750001, 0.5], [-0.000001, 0.5, 0.5, 0.5], [0, 0, 0, 0], [9, 9, 9, 9]])
+def test_boxes_in_shares_are_recognised_whatever_one_of_them_is(root: Path, odd: Any) -> None:
+    def change(document: dict[str, Any]) -> None:
+        every(bbox=[0.25, 0.5, 0.25, 0.5])(document)
+        document["annotations"][0]["bbox"] = odd
+
+    assert "box_normalised" in [finding.code for finding in check(root, change)]
+
+
 def test_a_file_without_the_list_of_annotations_is_unlabelled(root: Path) -> None:
     (finding,) = check(root, lambda document: document.pop("annotations"))
     assert (finding.code, finding.id) == ("split_empty", "annotations")
