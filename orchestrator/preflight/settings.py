@@ -1,4 +1,7 @@
-"""Checks an experiment's detectron2 keys, in `model.overrides` and in YAML files: each is honoured or reported."""
+"""Checks an experiment's detectron2 keys, in `model.overrides` and in YAML files: each is honoured or reported.
+
+Its targets are checked with them.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from orchestrator.experiment.config_keys import (
 )
 from orchestrator.experiment.detectron_config import default_values, file_settings, given_setting, model_value
 from orchestrator.findings import FindingList
+from orchestrator.preflight.scales import check_scales
 from trainers.recipes import RECIPES
 
 if TYPE_CHECKING:
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check_settings(experiment: Experiment) -> list[Finding]:
-    """Checks keys, values and effect of every setting that the experiment or a YAML file of its own gives.
+    """Checks keys, values and effect of every setting that the experiment or a YAML file of its own gives, and targets.
 
     A key without effect here is an error in `model.overrides`, and a warning in a file, which may come from elsewhere,
     unless its value is detectron2's default or what is done anyway. Files of the model zoo are trusted but for what
@@ -48,6 +52,7 @@ def check_settings(experiment: Experiment) -> list[Finding]:
         if (chosen := given_setting(experiment, key)) and chosen.in_zoo:
             _check_value(chosen, findings)
     _check_learning_rate(experiment, findings)
+    check_scales(experiment, findings)
     return findings.to_list()
 
 

@@ -17,6 +17,7 @@ from orchestrator.experiment.spec import ReferenceRow, SpecError
 from orchestrator.figures.figure import number_text, percent_text, rate_text, seconds_text
 from orchestrator.figures.records import TrialResult
 from orchestrator.findings import print_findings
+from orchestrator.preflight.scales import PROBLEM, meant_ap
 from orchestrator.preflight.tracking import check_store
 from orchestrator.process import prepare_process
 from orchestrator.replay.record import Replayed, experiment_result, replay, track, write
@@ -92,6 +93,8 @@ def _targets(box_ap: float | None, mask_ap: float | None) -> Targets | None:
     for option, ap in (("--target-box-ap", box_ap), ("--target-mask-ap", mask_ap)):
         if ap is not None and not 0 <= ap <= 100:
             raise _refusal(f"{option} is {ap:g}: AP is 0 to 100")
+        if meant := meant_ap(ap):
+            raise _refusal(f"{option} is {ap:g}: {PROBLEM}. {meant}")
     return Targets(box_ap, mask_ap) if box_ap is not None or mask_ap is not None else None
 
 

@@ -12,6 +12,7 @@ from orchestrator.experiment.reading import load_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG, SpecError
 from orchestrator.figures.trial import trial_result
 from orchestrator.preflight.model import MAX_CLASSES, check_data_against_model
+from orchestrator.preflight.settings import check_settings
 from tests.builders.trials import TrialBuilder, plan
 from trainers.contract.events import Evaluated, event_from_json
 
@@ -86,6 +87,37 @@ def test_a_metric_that_model_or_data_cannot_give_is_refused_before_anything_star
         (finding,) = found
         assert finding.level == "error" and finding.file == "protocol.metric"
         assert what in finding.what and hint in finding.hint
+
+
+@pytest.mark.parametrize(
+    ("assignments", "place", "meant"),
+    [
+        (["protocol.target_box_ap=0.37"], "protocol.target_box_ap", "37"),
+        (["protocol.target_mask_ap=0.345"], "protocol.target_mask_ap", "34.5"),
+        (["protocol.metric=box_ar100", "protocol.target=0.29"], "protocol.target", "29"),
+        (["protocol.metric=box_ap/circle", "protocol.target=0.5"], "protocol.target", "50"),
+    ],
+)
+def test_a_target_on_0_to_1_is_refused_before_it_ends_the_first_trial(
+    assignments: list[str], place: str, meant: str
+) -> None:
+    (finding,) = check_settings(load_experiment(DEFAULT_CONFIG, assignments))
+    assert (finding.level, finding.code, finding.file) == ("error", "ap_scale", place)
+    assert finding.hint == f"Is {meant} meant?"
+
+
+def test_a_published_ap_on_0_to_1_is_a_warning() -> None:
+    rows = "reference_rows=[{name: A, world_size: 8, box_ap: 37.7}, {name: B, world_size: 8, mask_ap: 0.339}]"
+    (finding,) = check_settings(load_experiment(DEFAULT_CONFIG, [rows]))
+    assert (finding.level, finding.file, finding.id) == ("warning", "reference_rows", "mask_ap of 'B'")
+    assert finding.hint == "Is 33.9 meant?"
+
+
+@pytest.mark.parametrize(
+    "assignments", [["protocol.target_box_ap=0"], ["protocol.target_box_ap=1"], [*LOSS, "protocol.target=0.5"]]
+)
+def test_other_small_targets_are_taken_as_they_are(assignments: list[str]) -> None:
+    assert check_settings(load_experiment(DEFAULT_CONFIG, assignments)) == []
 
 
 def test_a_hint_does_not_list_a_thousand_classes() -> None:

@@ -44,6 +44,13 @@ def test_a_target_that_is_no_ap_is_refused_with_exit_code_2(tmp_path, capsys, op
     assert f"--{option.replace('_', '-')} is {ap:g}: AP is 0 to 100" in capsys.readouterr().err
 
 
+def test_a_target_on_0_to_1_is_refused_with_the_one_that_is_meant(tmp_path, capsys):
+    with pytest.raises(Exit) as raised:
+        main([whole_run().write(tmp_path / "log.txt")], target_box_ap=0.377)
+    assert raised.value.exit_code == 2
+    assert "--target-box-ap is 0.377: AP is on 0 to 100 here. Is 37.7 meant?" in capsys.readouterr().err
+
+
 def test_a_reference_run_is_tracked_once_with_its_curves(tmp_path):
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     log = whole_run().write(tmp_path / "log.txt")
