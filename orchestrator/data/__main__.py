@@ -87,7 +87,7 @@ def check(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.")],
 ) -> None:
     """Looks at a data set and prints an experiment that trains on it: `init FOLDER > my.yaml`, `run my.yaml`."""
     from orchestrator.data.init import write_experiment

@@ -6,36 +6,21 @@ that its name or folder is named for; its images are in the folder in which its 
 
 from __future__ import annotations
 
-import codecs
-import json
-import mmap
 import os
-import re
-from collections import Counter, defaultdict, deque
-from contextlib import suppress
-from itertools import islice
+from collections import Counter, defaultdict
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
+from orchestrator.data.folder_contents import is_annotation_file, sample_names, scan
 from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
-from orchestrator.data.layout import Dataset, Split, coco_layout
-from orchestrator.data.name_matching import SUFFIXES, match_names, part_of
+from orchestrator.data.layout import Dataset, Split
+from orchestrator.data.layout_hints import FETCH, nothing_found, refusal, suggest_datasets
+from orchestrator.data.name_matching import match_names, part_of
 from orchestrator.files import is_file, is_folder
 from orchestrator.findings import Finding, FindingList
-from trainers.contract.annotations import AnnotationFileError, to_utf8
-
-MAX_DEPTH = 4
-"""Folders below the data set's that are looked at."""
 
 FIXED = ".fixed.json"
 """How files end that `data fix-names` wrote: they replace those without it."""
-
-MAX_FOLDERS = 5000
-"""Folders looked at; a data set with one per video may have thousands."""
-
-NUM_SAMPLED = 8
-"""File names of an annotation file that have to lead to files."""
 
 SPLIT_FOLDER = "split"
 """Folder that `data split` is asked to write train.json and val.json to; they come before what they were made of."""
@@ -43,57 +28,40 @@ SPLIT_FOLDER = "split"
 PARTS = ("train", "val", "test", "all")
 """Parts of a data set in their order; `all` stands for an annotation file that is named for no part."""
 
-LAYOUTS = (
-    "annotations/instances_train2017.json + train2017/ (COCO), train/_annotations.coco.json (Roboflow), "
-    "annotations/instances_default.json + images/ (CVAT), result.json + images/ (Label Studio), "
-    "via_project_…_coco.json (VIA), annotations.json + JPEGImages/ (labelme2coco), train.json and val.json"
-)
-FETCH = "Correct its name, move or link the files there, or run `python -m orchestrator.data fetch coco2017`"
-
-
-class _Contents(NamedTuple):
-    """What a data set's folder holds."""
-
-    folders: list[Path]
-    jsons: list[Path]
-    suffixes: Counter[str]
-    """Number of files by extension, in lower case."""
-
 
 def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     """Finds the parts of a data set in a folder, in any tool's layout.
 
-    It may also be the folder above `coco` (that of `DETECTRON2_DATASETS`), the `annotations` in it, or a file in it.
+    It may also be the folder above `coco` (that of `DETECTRON2_DATASETS`), the `annotations` in it, or an annotation
+    file, which is then taken for its part whatever lies next to it.
 
     Returns:
         The complete parts by name (`train`, `val`, `test`, or `all` for an annotation file of no part), and what is
         wrong with the layout. Code `part_missing` is a warning that there is no training or no validation set.
     """
     root = Path(os.path.abspath(path))  # noqa: PTH100 - no link is resolved
-    if root.name == "annotations" or is_file(root):
+    named = root if is_file(root) else None
+    if named is not None and (problem := refusal(named)) is not None:
+        return {}, [problem]
+    root = root.parent if named else root
+    if root.name == "annotations":
         root = root.parent
-    elif is_folder(root / "coco") and not is_folder(root / "annotations"):
+    elif named is None and is_folder(root / "coco") and not is_folder(root / "annotations"):
         root /= "coco"
-    contents = _scan(root)
-    by_part: defaultdict[str, list[Path]] = defaultdict(list)
-    for file in filter(_is_annotation_file, contents.jsons):
-        by_part[part_of(file.relative_to(root).as_posix()) or "all"].append(file)
-    if not by_part:
-        return {}, [_nothing_found(root, contents)]
-    made = {part: [file for file in by_part[part] if file.parent == root / SPLIT_FOLDER] for part in ("train", "val")}
-    if all(made.values()):
-        by_part |= made
+    contents, findings, splits = scan(root), FindingList(), {}
+    by_part = _files_by_part(contents.jsons, root, named, findings)
+    if not any(by_part.values()):
+        return {}, [nothing_found(root, contents)]
     others = [file.name for file in by_part["all"]]
     if by_part["train"] or by_part["val"]:
         by_part.pop("all", None)  # what they were split from
-    findings, splits = FindingList(), {}
     for part in filter(by_part.get, PARTS):
         file = _choose(by_part[part], root, part, findings)
         images = _image_folder(file, root, contents.folders, part)
         if images is not None:
             splits[part] = Split(file, images, for_scoring=part != "train")
             continue
-        what = f"no folder in {root} holds its images, such as {', '.join(map(repr, _sample_names(file)[:3]))}"
+        what = f"no folder in {root} holds its images, such as {', '.join(map(repr, sample_names(file)[:3]))}"
         hint = "Move or link the images there, or name their folder: `data check FILE --images DIR`, data.coco"
         findings.error("layout", str(file), "", what, hint)
     whole = splits.get("train") or splits.get("all")
@@ -115,61 +83,35 @@ def layout_finding(root: Path, dataset: Dataset) -> Finding:
     paths = (*(split.annotations for split in dataset), *(split.images for split in dataset))
     tree = [f"├── {path.relative_to(root)}  {'found' if path.exists() else 'missing'}" for path in paths]
     what = "\n".join(["not in COCO's layout; looked for:", str(root), *tree])
-    hint = _suggest_datasets(root)
-    if not hint and (files := list(filter(_is_annotation_file, _scan(root).jsons))):
+    hint = suggest_datasets(root)
+    if not hint and (files := list(filter(is_annotation_file, scan(root).jsons))):
         found = ", ".join(str(file.relative_to(root)) for file in files[:3])
         command = f"python -m orchestrator.data init {quote(str(root))}"
         hint = f"Found {found}: use data.coco (`{command}` writes an experiment)"
     return Finding("error", "layout", str(root), "", what, hint or FETCH)
 
 
-def _scan(root: Path) -> _Contents:
-    """Lists a folder, the near folders first, without hidden and unreadable ones."""
-    contents = _Contents([], [], Counter())
-    queue = deque([(root, 0)])
-    while queue and len(contents.folders) < MAX_FOLDERS:
-        folder, depth = queue.popleft()
-        contents.folders.append(folder)
-        _, folders, files = next(os.walk(folder), ("", [], []))
-        if depth < MAX_DEPTH:
-            queue.extend((folder / name, depth + 1) for name in sorted(folders) if not name.startswith("."))
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - a text, 118,000 times
-            contents.suffixes[suffix] += 1
-            if suffix == ".json" and not name.startswith("."):
-                contents.jsons.append(folder / name)
-    return contents
-
-
-def _is_annotation_file(file: Path) -> bool:
-    """Whether a JSON file has the lists of COCO's format; decided by its keys, without reading it all as JSON."""
-    text = _text(file)
-    if text is None:
-        return False
-    head = text[:4096].removeprefix(codecs.BOM_UTF8).lstrip()
-    if not head.startswith(b"{") or not re.search(rb'"(info|images|annotations|categories|licenses)"\s*:', head):
-        return False
-    return all(re.search(rb'"' + key + rb'"\s*:\s*(\[|null\b)', text) for key in (b"images", b"annotations"))
-
-
-def _text(file: Path) -> bytes | mmap.mmap | None:
-    """A file's text in UTF-8, mapped into memory where it is in that encoding already; None where it has none."""
-    try:
-        with file.open("rb") as stream:
-            if b"\0" in stream.read(8):
-                return to_utf8(file.read_bytes())
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError, AnnotationFileError):
-        return None
-
-
-def _sample_names(file: Path) -> list[str]:
-    """Some file names of an annotation file, without those that are no JSON text."""
-    names = []
-    for match in islice(re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', _text(file) or b""), NUM_SAMPLED):
-        with suppress(ValueError):
-            names.append(json.loads(match[1]))
-    return names
+def _files_by_part(
+    jsons: list[Path], root: Path, named: Path | None, findings: FindingList
+) -> defaultdict[str, list[Path]]:
+    """The annotation files of each part, or the one that was named; what `data split` made comes before its origin."""
+    by_part: defaultdict[str, list[Path]] = defaultdict(list)
+    for file in filter(is_annotation_file, jsons):
+        by_part[part_of(file.relative_to(root).as_posix()) or "all"].append(file)
+    made = {part: [file for file in by_part[part] if file.parent == root / SPLIT_FOLDER] for part in ("train", "val")}
+    part = part_of(named.relative_to(root).as_posix()) or "all" if named else ""
+    if all(made.values()) and part != "val":
+        origins = [file for file in by_part[part] if file not in made.get(part, [])]
+        if named and len(origins) > 1:
+            what = f"the split of one of {len(origins)} annotation files is taken"
+            hint = f"If it was not {named.name}, remove {root / SPLIT_FOLDER}, then this again"
+            findings.warning("layout", str(root), part.replace("all", ""), what, hint)
+        by_part |= made
+    elif named:
+        by_part[part] = [named]
+        if part == "all":
+            by_part["train"], by_part["val"] = [], []
+    return by_part
 
 
 def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> Path:
@@ -194,7 +136,7 @@ def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Pat
     Of several, the one nearest to the annotation file. One that is named for another part is taken for what was split
     from that part only: its files may have the same names.
     """
-    names = _sample_names(file)
+    names = sample_names(file)
     if not names:
         return file.parent
     takes_any = part == "all" or file.parent == root / SPLIT_FOLDER
@@ -215,45 +157,3 @@ def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Pat
     matches = match_names(names, str(root), walk_files(root, MAX_SEARCHED), whole_paths=False, part=part)
     found = Counter(match.folder for match in matches.values() if part_of(match.folder) not in others)
     return root / found.most_common(1)[0][0] if found else None
-
-
-def _nothing_found(root: Path, contents: _Contents) -> Finding:
-    """The finding for a folder without an annotation file: what it holds instead, and what to do."""
-    suggestion = _suggest_datasets(root)
-    if not is_folder(root):
-        return Finding("error", "layout", str(root), "", "there is no such folder", suggestion or FETCH)
-    counts = contents.suffixes
-    images = sum(number for suffix, number in counts.items() if suffix in SUFFIXES)
-    others = ", ".join(f"{number:,} {suffix or 'without extension'}" for suffix, number in counts.most_common(4))
-    what = (
-        f"no annotation file in COCO's format; the folder holds {len(contents.folders) - 1:,} folders and {images:,} "
-        f"images (files: {others or 'none'}). Expected is one of: {LAYOUTS}"
-    )
-    return Finding("error", "layout", str(root), "", what, suggestion or _suggest_export(contents))
-
-
-def _suggest_export(contents: _Contents) -> str:
-    """What to do with labels in another format."""
-    counts, again = contents.suffixes, 'export the data set again as "COCO" (JSON)'
-    if any(b'"shapes"' in (_text(file) or b"")[:4096] for file in contents.jsons[:3]):
-        return "These are labelme's files, one for each image: convert them with labelme2coco"
-    if any(counts[suffix] for suffix in (".zip", ".gz", ".tar", ".tgz", ".7z", ".rar")):
-        return "Unpack the archive"
-    if contents.jsons:
-        return f"{contents.jsons[0].name} is in a tool's own format: {again}"
-    if counts[".xml"]:
-        return f"The .xml files look like Pascal VOC's: {again}, or convert them"
-    if counts[".txt"] or counts[".yaml"] or counts[".yml"]:
-        return f"The .txt files look like YOLO's labels: {again}, or convert them"
-    return f"Name the folder that holds the annotation file, or {again}"
-
-
-def _suggest_datasets(root: Path) -> str:
-    """Recognises the most common mistake: DETECTRON2_DATASETS names the folder `coco` instead of the one above it."""
-    inside = (*root.glob("*/coco"), *root.glob("*")) if is_folder(root) else ()
-    for candidate in (root.parent, *inside):
-        if candidate != root and is_file(coco_layout(candidate).train.annotations):
-            if candidate.name == "coco":
-                return f"Set DETECTRON2_DATASETS={candidate.parent}, the folder that holds `coco`"
-            return f"A set in this layout is in {candidate}: name that folder, or link it to {root}"
-    return ""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from orchestrator.data.checks import check_split, compare_splits
 from orchestrator.data.entries import SplitSummary
 from orchestrator.data.exports import find_splits
+from orchestrator.files import is_file
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 from orchestrator.gpus import list_gpus
 
@@ -136,7 +137,7 @@ def write_experiment(folder: Path, machine: Machine | None = None) -> tuple[str 
     or no validation set, or a check found an error.
 
     Args:
-        folder: A data set in any layout that `find_splits` knows.
+        folder: A data set in any layout that `find_splits` knows, or an annotation file of it.
         machine: What it is made for; None for this one.
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - no link is resolved, and no ".." is kept
@@ -196,6 +197,7 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
     config = BOX_CONFIG if num_bare else MASK_CONFIG
     more = BITMASKS.format(num_rle=train.num_rle) if train.num_rle and not num_bare else ""
     resources = "  device: cuda\n"
+    name = folder.stem if is_file(folder) else folder.name
     if not machine.num_gpus:
         more += SMALL_IMAGES
         resources = f"  device: cpu\n  # All that this machine has.\n  cpus_per_worker: {machine.num_cpus}\n"
@@ -205,7 +207,7 @@ def _experiment(folder: Path, train: SplitSummary, val: SplitSummary, machine: M
         num_train=train.num_images,
         num_val=val.num_images,
         machine=_gpus(machine),
-        name=_scalar(re.sub(r"[^A-Za-z0-9]+", "_", folder.name).strip("_")[:80] or "own_data"),
+        name=_scalar(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")[:80] or "own_data"),
         train_annotations=_scalar(train.annotations),
         train_images=_scalar(train.images),
         val_annotations=_scalar(val.annotations),
