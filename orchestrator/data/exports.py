@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from shlex import quote
 
-from orchestrator.data.folder_contents import is_annotation_file, sample_names, scan
+from orchestrator.data.folder_contents import has_annotations, is_annotation_file, sample_names, scan
 from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
 from orchestrator.data.layout import Dataset, Split
 from orchestrator.data.layout_hints import FETCH, nothing_found, refusal, suggest_datasets
@@ -56,7 +56,8 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
     if by_part["train"] or by_part["val"]:
         by_part.pop("all", None)  # what they were split from
     for part in filter(by_part.get, PARTS):
-        file = _choose(by_part[part], root, part, findings)
+        by_part[part] = _in_order(by_part[part], root, part, findings)
+        file = by_part[part][0]
         images = _image_folder(file, root, contents.folders, part)
         if images is not None:
             splits[part] = Split(file, images, for_scoring=part != "train")
@@ -66,11 +67,12 @@ def find_splits(path: Path) -> tuple[dict[str, Split], list[Finding]]:
         findings.error("layout", str(file), "", what, hint)
     whole = splits.get("train") or splits.get("all")
     if whole and not by_part["val"]:
-        what = f"there is no validation set: found {whole.annotations}"
-        command = f"python -m orchestrator.data split {quote(str(whole.annotations))} --val 0.2"
-        hint = f"Run `{command} --to {quote(str(root / SPLIT_FOLDER))}`, then this again"
+        what, hint = _without_validation(whole, by_part["train"] or by_part["all"], root)
         if others and by_part["train"]:
             hint += f"; if {others[0]} is one, name it val.json"
+        if (test := splits.get("test")) and has_annotations(test.annotations):
+            hint += f"; or give the test set as data.coco.val_annotations ({test.annotations}) and val_images"
+            hint += f" ({test.images})"
         findings.warning("part_missing", str(root), "", what, hint)
     elif not (by_part["train"] or by_part["all"]):
         hint = "Name its file train.json, or its folder train"
@@ -114,8 +116,19 @@ def _files_by_part(
     return by_part
 
 
-def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> Path:
-    """The annotation file of a part: the one nearest to the data set's folder; a warning names the others."""
+def _without_validation(whole: Split, files: list[Path], root: Path) -> tuple[str, str]:
+    """What is said of a data set without a validation set, and what to do; of several files, none is split unasked."""
+    if len(files) > 1:
+        what = f"there is no validation set: none of the {len(files)} annotation files is named for one"
+        one = "If one of them is it, name it val.json; else export them as one file, or give the one that is meant"
+        return what, f"{one} in the place of the folder"
+    command = f"python -m orchestrator.data split {quote(str(whole.annotations))} --val 0.2"
+    hint = f"Run `{command} --to {quote(str(root / SPLIT_FOLDER))}`, then this again"
+    return f"there is no validation set: found {whole.annotations}", hint
+
+
+def _in_order(files: list[Path], root: Path, part: str, findings: FindingList) -> list[Path]:
+    """The annotation files of a part, the one nearest to the data set's folder first; a warning names the others."""
     instances = {file.parent for file in files if file.name.startswith("instances")}
     # Next to COCO's `instances_…` are files for other tasks: captions, keypoints, panoptic.
     files = [file for file in files if file.parent not in instances or file.name.startswith("instances")]
@@ -127,7 +140,7 @@ def _choose(files: list[Path], root: Path, part: str, findings: FindingList) -> 
         what = f"{len(files)} annotation files: {names[0]} is taken, not {others}"
         hint = "Export them as one file, or name those that are meant in data.coco"
         findings.warning("layout", str(root), part.replace("all", ""), what, hint)
-    return files[0]
+    return files
 
 
 def _image_folder(file: Path, root: Path, folders: list[Path], part: str) -> Path | None:

@@ -63,6 +63,11 @@ def is_annotation_file(file: Path) -> bool:
     return all(re.search(rb'"' + key + rb'"\s*:\s*(\[|null\b)', text) for key in (b"images", b"annotations"))
 
 
+def has_annotations(file: Path) -> bool:
+    """Whether an annotation file lists an annotation; a competition's test set has none."""
+    return re.search(rb'"annotations"\s*:\s*\[\s*\{', read_text(file) or b"") is not None
+
+
 def read_text(file: Path) -> bytes | mmap.mmap | None:
     """A file's text in UTF-8, mapped into memory where it is in that encoding already; None where it has none."""
     try:

@@ -34,7 +34,7 @@ PART_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Words for the parts of a data set."""
+"""Words for the parts of a data set; each may end in `set` or `sets`."""
 
 
 class NameMatch(NamedTuple):
@@ -99,7 +99,7 @@ def match_names(
 def part_of(path: str) -> str:
     """The part of a data set that a file or folder is named for: `train`, `val`, `test`, or "" for none of them."""
     for name in reversed(path.split("/")):
-        words = (word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
+        words = (re.sub(r"sets?$", "", word.lower()) for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name))
         parts = {PART_WORDS[word] for word in words if word in PART_WORDS}
         if parts:
             return parts.pop() if len(parts) == 1 else ""

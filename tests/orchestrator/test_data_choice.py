@@ -103,3 +103,47 @@ def test_a_named_file_in_the_folder_of_annotations_has_its_images_next_to_that(s
     layouts.cvat(source, tmp_path / "my data")
     splits, findings = find_splits(tmp_path / "my data/annotations/instances_train.json")
     assert list(splits) == ["train", "val"] and findings == []
+
+
+def test_parts_in_one_word_are_recognised(source: Path, tmp_path: Path) -> None:
+    document, files = layouts.merged(source)
+    for name, part in (("trainset", "train"), ("valset", "val")):
+        images = [image for image in document["images"] if image["file_name"].startswith(part)]
+        ids = {image["id"] for image in images}
+        entries = [entry for entry in document["annotations"] if entry["image_id"] in ids]
+        layouts.write(tmp_path / f"{name}.json", {**document, "images": images, "annotations": entries})
+    for file, name in files:
+        layouts.copy(file, tmp_path / "images" / name)
+    done = init(tmp_path)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout)["data"]["coco"]["train_annotations"] == f"{tmp_path}/trainset.json"
+
+
+@pytest.mark.parametrize("names", [("vid1", "vid2"), ("old/train", "new/train")])
+def test_no_split_of_one_of_several_files_is_proposed(names: tuple[str, str], source: Path, tmp_path: Path) -> None:
+    for name in names:
+        layouts.cvat_task(source, tmp_path / name)
+    done = init(tmp_path)
+    assert done.exit_code == 2 and "data split" not in done.stderr
+    assert "there is no validation set: none of the 2 annotation files is named for one" in done.stderr
+    assert "If one of them is it, name it val.json; else export them as one file, or give the one" in done.stderr
+    file = tmp_path / names[0] / "annotations/instances_default.json"
+    assert split_command(init(file))[1] == str(file)
+
+
+@pytest.mark.parametrize("name", ["train", "trainval"])
+def test_a_labelled_test_set_is_named_where_there_is_no_validation_set(name: str, source: Path, tmp_path: Path) -> None:
+    for part, file in (("train", f"{name}.json"), ("val", "test.json")):
+        document, images = layouts.read(source, part)
+        document = layouts.rename(document, lambda each, part=part: f"{part}_{each}")  # type: ignore[misc]
+        layouts.write(tmp_path / file, document)
+        for image in images.iterdir():
+            layouts.copy(image, tmp_path / "images" / f"{part}_{image.name}")
+    words = (
+        f"or give the test set as data.coco.val_annotations ({tmp_path}/test.json) and val_images ({tmp_path}/images)"
+    )
+    done = init(tmp_path)
+    assert done.exit_code == 2 and "there is no validation set" in done.stderr and words in done.stderr
+    layouts.write(tmp_path / "test.json", {**document, "annotations": []})
+    done = init(tmp_path)
+    assert done.exit_code == 2 and "there is no validation set" in done.stderr and words not in done.stderr

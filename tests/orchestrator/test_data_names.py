@@ -88,6 +88,13 @@ def test_of_equal_files_the_one_in_the_folder_of_the_same_part_is_meant() -> Non
         ("trains.json", ""),
         ("labelsTrain.json", "train"),
         ("VAL/eval.json", "val"),
+        ("trainset.json", "train"),
+        ("TrainingSet/labels.json", "train"),
+        ("VALSET/a.json", "val"),
+        ("testsets.json", "test"),
+        ("trainvalset.json", ""),
+        ("train_set/x.json", "train"),
+        ("set.json", ""),
     ],
 )
 def test_a_part_is_told_by_whole_words(path: str, part: str) -> None:
