@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.credentials import refuse_credentials
@@ -112,10 +112,29 @@ def zoo_path(config: str) -> Path:
     zoo = zoo_folder()
     if ".." not in config and is_file(zoo / config):
         return zoo / config
-    known = [path.relative_to(zoo).as_posix() for path in sorted(zoo.rglob("*.yaml"))]
-    near = difflib.get_close_matches(config, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    near = _similar(config, [path.relative_to(zoo).as_posix() for path in sorted(zoo.rglob("*.yaml"))])
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise SpecError(f"model.config: no such file or model zoo config: {config}{hint}")
+
+
+def _similar(config: str, known: list[str]) -> list[str]:
+    """Which of the model zoo's configs may be meant: those of that path, else of that name, else the most similar one.
+
+    Upper and lower case and the suffix do not count.
+    """
+
+    def name_of(path: str) -> str:
+        return PurePosixPath(path).stem.lower()
+
+    def path_of(path: str) -> str:
+        return f"{PurePosixPath(path).parent}/{name_of(path)}".lower()
+
+    key = path_of if "/" in config else name_of
+    for same in (path_of, name_of):
+        if found := [path for path in known if same(path) == same(config)]:
+            return found
+    near = difflib.get_close_matches(key(config), map(key, known), n=1, cutoff=0.6)
+    return [path for path in known if key(path) in near]
 
 
 def config_for_workers(config: str) -> str:

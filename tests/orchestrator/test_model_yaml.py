@@ -163,7 +163,15 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", "did you mean .*mask_rcnn_R_50_FPN_1x.yaml"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", "did you mean COCO-I.*/mask_rcnn_R_50_FPN_1x.yaml\\?"),
+        ("mask_rcnn_R_50_FPN_3x", "did you mean COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml\\?"),
+        ("mask_rcnn_R50_FPN_3x", "did you mean COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml\\?"),
+        ("coco-instancesegmentation/mask_rcnn_r_50_fpn_3x.yaml", "did you mean COCO-I.*/mask_rcnn_R_50_FPN_3x.yaml\\?"),
+        (
+            "mask_rcnn_r_101_fpn_1x.yml",
+            "mean LVISv0.5-.*/mask_rcnn_R_101_FPN_1x.yaml or LVISv1-.*_R_101_FPN_1x.yaml\\?",
+        ),
+        ("", "no such file or model zoo config: $"),
         ("n" * 300 + ".yaml", "no such file or model zoo config"),
         ("config.py", "a .py config would run code"),
     ],
