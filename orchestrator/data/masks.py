@@ -59,14 +59,45 @@ def mask_area(segmentation: Any) -> float | None:
         return None
     if type(segmentation) is list:
         return sum(map(_polygon_area, segmentation))
-    counts = segmentation["counts"]
+    return float(_runs(segmentation)[1::2].sum())
+
+
+def mask_extent(segmentation: Any) -> tuple[float, float, float, float] | None:
+    """The least and largest x and y (x0, y0, x1, y1) of a mask without problems; None where it covers nothing."""
+    segmentation = decoded(segmentation)
+    if not segmentation:
+        return None
+    if type(segmentation) is list:
+        x, y = np.concatenate([_polygon_corners(polygon) for polygon in segmentation]).T
+        return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+    ends = np.cumsum(_runs(segmentation))
+    starts, ends = ends[:-1:2], ends[1::2]
+    starts, last = starts[ends > starts], ends[ends > starts] - 1
+    if not len(starts):
+        return None
+    height = int(segmentation["size"][0])
+    if (starts // height < last // height).any():  # A run from one column into the next covers both edges.
+        top, bottom = 0, height
+    else:
+        top, bottom = int((starts % height).min()), int((last % height).max()) + 1
+    return float(starts.min() // height), float(top), float(last.max() // height + 1), float(bottom)
+
+
+def _runs(mask: dict[str, Any]) -> NDArray[np.int64]:
+    """The run lengths of an RLE without problems."""
+    counts = mask["counts"]
     runs = decode_counts(counts) if type(counts) is str else np.array(counts, dtype=np.int64)
-    return None if runs is None else float(runs[1::2].sum())
+    return np.zeros(0, dtype=np.int64) if runs is None else runs
+
+
+def _polygon_corners(corners: list[float]) -> NDArray[np.float64]:
+    """Their x and y in rows; of an odd number of coordinates, the last does not count."""
+    return np.array(corners[: len(corners) // 2 * 2], dtype=np.float64).reshape(-1, 2)
 
 
 def _polygon_area(corners: list[float]) -> float:
-    """The shoelace formula; of an odd number of coordinates, the last does not count."""
-    x, y = np.array(corners[: len(corners) // 2 * 2], dtype=np.float64).reshape(-1, 2).T
+    """The shoelace formula."""
+    x, y = _polygon_corners(corners).T
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 

@@ -28,6 +28,7 @@ from orchestrator.data.entries import (
     is_number,
     shorten,
 )
+from orchestrator.data.mask_boxes import check_mask_boxes
 from orchestrator.data.masks import MaskKind, check_mask
 from orchestrator.data.scoring_fields import check_areas, check_scoring_fields
 from orchestrator.findings import FindingList
@@ -71,11 +72,12 @@ def check_objects(
     summary.num_crowd = int(crowd.sum())
     check_scoring_fields(usable, file, findings, for_scoring=for_scoring)
     sizes = [size_of[image_id] for image_id in image_ids.tolist()]
-    has_box = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
+    has_box, is_sound = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
     is_dropped = _check_masks(usable, crowd, sizes, summary, findings, for_scoring=for_scoring)
     _check_keypoints(usable, crowd, summary, findings)
+    off_box = check_mask_boxes(usable, is_sound & ~crowd, sizes, file, findings, for_scoring=for_scoring)
     if for_scoring:
-        check_areas(usable, file, findings)
+        check_areas(usable, off_box, file, findings)
         is_used = ~crowd
     else:
         is_used = ~crowd & ~is_dropped
@@ -124,8 +126,11 @@ def _check_categories(
 
 def _check_boxes(
     entries: list[Annotation], sizes: list[tuple[int, int]], file: str, findings: FindingList, *, for_scoring: bool
-) -> NDArray[np.bool_]:
-    """Checks the boxes; returns which of them are left of an object when detectron2 has cut them at the edge."""
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Checks the boxes.
+
+    Returns of which of them something is left when detectron2 has cut them at the edge, and which have no finding.
+    """
     good: list[int] = []
     for index, entry in enumerate(entries):
         box = entry.bbox
@@ -162,22 +167,25 @@ def _check_boxes(
     report("box_outside", beyond & outside, f"its bbox {{box}} lies outside its {{size}} image; {effect}", hint)
     effect = "it is scored with the part outside" if for_scoring else "detectron2 cuts it at the edge"
     report("box_over_edge", beyond & ~outside, f"its bbox {{box}} reaches out of its {{size}} image; {effect}", hint)
-    _check_units(values[finite & ~empty], file, findings)
-    has_box = np.zeros(len(entries), dtype=bool)
+    is_normalised = _check_units(values[finite & ~empty], file, findings)
+    has_box, is_sound = np.zeros((2, len(entries)), dtype=bool)
     has_box[good] = finite & ~empty & ~outside
-    return has_box
+    is_sound[good] = finite & ~empty & ~beyond & (not is_normalised)
+    return has_box, is_sound
 
 
-def _check_units(boxes: NDArray[np.float64], file: str, findings: FindingList) -> None:
-    """Recognises boxes in shares of the image; a few of others among them, or rounding errors, change nothing."""
+def _check_units(boxes: NDArray[np.float64], file: str, findings: FindingList) -> bool:
+    """Whether boxes are in shares of the image; a few of others among them, or rounding errors, change nothing."""
     corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
     in_pixel = ((corners >= -SHARE_TOLERANCE) & (corners <= 1 + SHARE_TOLERANCE)).all(axis=1)
-    if len(boxes) and in_pixel.mean() >= MIN_NORMALISED:
+    is_normalised = len(boxes) > 0 and bool(in_pixel.mean() >= MIN_NORMALISED)
+    if is_normalised:
         number = f"all {len(boxes):,}" if in_pixel.all() else f"{in_pixel.sum():,} of {len(boxes):,}"
         example = shorten(boxes[in_pixel][0].tolist())
         what = f"{number} boxes lie in the first pixel of their image, {example} for one"
         hint = "Write pixels: these look like shares of the image's width and height"
         findings.warning("box_normalised", file, "bbox", what, hint)
+    return is_normalised
 
 
 def _check_masks(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import msgspec
 
-from orchestrator.data.entries import REGENERATE, Annotation, is_number, shorten
+from orchestrator.data.entries import REGENERATE, Annotation, is_number, sample, shorten
 from orchestrator.data.masks import check_mask, mask_area
 from orchestrator.findings import FindingList
-
-MAX_AREAS = 10_000
-"""Areas that are compared with their masks, evenly spaced in the file: half a second."""
 
 MAX_AREA_RATIO = 1.5
 AREA_TOLERANCE = 50.0
@@ -53,10 +51,16 @@ def _check_area_and_id(entries: list[Annotation], file: str, findings: FindingLi
             findings.warning("annotation_id_zero", file, place, what, hint_0)
 
 
-def check_areas(entries: list[Annotation], file: str, findings: FindingList) -> None:
-    """Compares areas with those of the masks, or of the boxes where there are none."""
-    step = -(-len(entries) // MAX_AREAS)
-    for entry in entries[:: max(step, 1)]:
+def check_areas(entries: list[Annotation], excluded: Collection[int], file: str, findings: FindingList) -> None:
+    """Compares areas with those of the masks, or of the boxes where there are none.
+
+    `excluded` are indices of entries whose masks are wrong themselves.
+    """
+    looked_at = sample(len(entries))
+    for index in looked_at:
+        entry = entries[index]
+        if index in excluded:
+            continue
         if entry.iscrowd in (1, True) or not is_number(entry.area) or not 0 <= entry.area < math.inf:
             continue  # a crowd is never missed, whatever its size
         actual, thing = _actual_area(entry)
@@ -66,7 +70,7 @@ def check_areas(entries: list[Annotation], file: str, findings: FindingList) -> 
         # A box's area is the most that an object in it has, not the least.
         is_fine = large <= MAX_AREA_RATIO * small + AREA_TOLERANCE or (thing == "box" and entry.area < actual)
         if not is_fine:
-            looked = f" (of every {step}th annotation looked at)" if step > 1 else ""
+            looked = f" (one annotation in {looked_at.step} is looked at)" if looked_at.step > 1 else ""
             what = f"its area is {shorten(entry.area)}, its {thing} covers {actual:,.0f} pixels{looked}"
             hint = "Write the mask's area in pixels: COCO's scorer sorts objects into small, medium and large by it"
             findings.warning("area_differs", file, f"annotation {entry.id}", what, hint)

@@ -127,12 +127,12 @@ def test_ids_as_text_or_decimals_are_counted_and_matched(root: Path) -> None:
 
 
 def test_areas_far_from_their_masks_are_a_warning_for_scoring_only(root: Path) -> None:
-    spoil = every(area=1, segmentation=[[4, 4, 40, 4, 40, 40, 4, 40]])
+    spoil = every(area=1, bbox=[4, 4, 36, 36], segmentation=[[4, 4, 40, 4, 40, 40, 4, 40]])
     assert check(root, spoil) == []
     (finding,) = check(root, lambda document: None, for_scoring=True)
     assert finding.code == "area_differs" and "its area is 1, its mask covers 1,296 pixels" in finding.what
     runs = {"size": [48, 48], "counts": [0, 1000, 48 * 48 - 1000]}
-    found = check(root, every(area=1000, segmentation=runs), for_scoring=True)
+    found = check(root, every(area=1000, bbox=[0, 0, 21, 48], segmentation=runs), for_scoring=True)
     assert found == []
     (finding,) = check(root, every(area=2000, segmentation=runs), for_scoring=True)
     assert "covers 1,000 pixels" in finding.what
@@ -241,7 +241,8 @@ def test_a_category_is_named_by_a_text_or_number(root: Path, name: Any, code: st
 
 def test_the_size_of_a_compressed_mask_may_be_decimals(root: Path) -> None:
     counts = mask.encode(np.asfortranarray(np.eye(48, dtype=np.uint8)))["counts"].decode()
-    assert check(root, third(segmentation={"size": [48.0, 48.0], "counts": counts})) == []
+    segmentation = {"size": [48.0, 48.0], "counts": counts}
+    assert check(root, third(bbox=[0, 0, 48, 48], segmentation=segmentation)) == []
 
 
 def test_a_link_to_itself_keeps_no_other_file_from_being_read(root: Path) -> None:
