@@ -36,6 +36,13 @@ LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 """First bytes of compressed files."""
 
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+PICKLE_STARTS = (b"\x80", b"(", b"}", b"]", b"c")
+"""What a pickle of weights begins with: its protocol from 2 on, else a tuple, a dictionary, a list or a name."""
+
+OURS = "Give weights that torch.save or detectron2 wrote"
+
 MAX_NAMED = 4
 """Names of weights that a message lists."""
 
@@ -103,6 +110,15 @@ def _refuse_other_formats(weights: StartWeights, head: bytes, size: int) -> None
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         hint = "Convert it: torch.save(safetensors.torch.load_file(FILE), 'weights.pth')"
         raise weights_error("format", f"{path} is a safetensors file, which detectron2 does not read", hint)
+    if head.startswith(HDF5_MAGIC):
+        what = f"{path} is an HDF5 file, as Keras and TensorFlow write them, which detectron2 does not read"
+        raise weights_error("format", what, OURS)
+    if not head.startswith((b"PK\x03\x04", *PICKLE_STARTS)):
+        if path.suffix.lower() == ".onnx":
+            what = f"{path} is an ONNX model, which detectron2 does not read"
+            raise weights_error("format", what, "Give the weights of the model that it was exported from")
+        again = ", or remove it so that it is fetched again" if weights.address else ""
+        raise weights_error("format", f"{path} is neither torch's nor a pickle", OURS + again)
     if not head.startswith(b"PK\x03\x04"):
         return
     try:
@@ -201,8 +217,7 @@ def _read_pickle(weights: StartWeights) -> Any:
             raise _corrupt(weights, error) from error
     if isinstance(content, _StandIn):
         what = f"reading {weights.path} would run code in it ({', '.join(sorted(unpickler.stand_ins)[:MAX_NAMED])})"
-        hint = "Give weights that torch.save or detectron2 wrote; nothing in this file was run"
-        raise weights_error("unsafe", what, hint)
+        raise weights_error("unsafe", what, f"{OURS}; nothing in this file was run")
     return content
 
 

@@ -149,7 +149,11 @@ def spoilt(folder: Path) -> dict[str, tuple[bytes, str, str]]:
         "gz": (gzip.compress(good.read_bytes()), "weights_format", "compressed (gzip)"),
         "safetensors": (b"\x10\0\0\0\0\0\0\0" + b'{"a":{}}        ' + b"\0" * 9, "weights_format", "safetensors"),
         "scripted": (scripted.read_bytes(), "weights_format", "TorchScript"),
-        "text": (b"these are no weights", "weights_corrupt", "corrupt"),
+        "keras.h5": (b"\x89HDF\r\n\x1a\n\0" + b"\0" * 90, "weights_format", "is an HDF5 file"),
+        "model.onnx": (b"\x08\x07\x12\x07pytorch" + b"\0" * 90, "weights_format", "is an ONNX model"),
+        "graph.pb": (b"\x08\x01\x12\x07pytorch" + b"\0" * 90, "weights_format", "is neither torch's nor a pickle"),
+        "text": (b"these are no weights", "weights_format", "is neither torch's nor a pickle"),
+        "python2.onnx": (pickle.dumps({"a": np.zeros(9)}, 0)[:-90], "weights_corrupt", "corrupt"),
         "list": (pickle.dumps([1, 2]), "weights_format", "holds a list"),
         "nothing": (pickle.dumps({"model": {}, "__author__": "x"}), "weights_format", "holds no weights"),
     }
