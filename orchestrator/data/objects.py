@@ -42,6 +42,11 @@ SHARE_TOLERANCE = 0.01
 MIN_NORMALISED = 0.9
 """Share of the boxes from which they are taken for shares of the image."""
 
+MIN_CROWDS, MAX_CROWD_SHARE = 10, 0.1
+"""Crowds from which they are many, and the share of the annotations that they may have: of COCO's, 1 % are crowds."""
+
+CROWD_HINT = "Set iscrowd to 0 (CVAT and Datumaro write 1 for painted masks)"
+
 
 def check_objects(
     entries: list[Annotation],
@@ -260,12 +265,18 @@ def _check_use(
     if not summary.num_images_with_objects:
         if len(only_crowd):
             what = "no image has an object that is not a crowd: detectron2 would have nothing to train on"
-            hint = "Set iscrowd to 0 (CVAT and Datumaro write 1 for painted masks), or add objects that are none"
-            findings.error("crowd_only", file, f"image {only_crowd[0]}", what, hint)
+            findings.error(
+                "crowd_only", file, f"image {only_crowd[0]}", what, f"{CROWD_HINT}, or add objects that are none"
+            )
         else:
             what = "no image has a usable object: every annotation has one of the other faults"
             findings.error("no_objects", file, "annotations", what, "Correct the annotations")
         return
+    if summary.num_crowd >= MIN_CROWDS and summary.num_crowd > MAX_CROWD_SHARE * summary.num_annotations:
+        effect = "they are not counted when missed" if for_scoring else "they are not trained on"
+        what = f"{summary.num_crowd:,} of {summary.num_annotations:,} annotations are crowds: {effect}"
+        hint = f"{CROWD_HINT}; nothing, if each is a group of objects that cannot be told apart"
+        findings.warning("crowd_many", file, "annotations", what, hint)
     if len(without) and not for_scoring:
         crowds = f", {len(only_crowd):,} of them crowds only" if len(only_crowd) else ""
         what = (

@@ -161,6 +161,30 @@ def test_images_that_detectron2_does_not_train_on_are_counted(root: Path) -> Non
     assert "3 of 6 images have no object, 1 of them crowds only" in finding.what
 
 
+@pytest.mark.parametrize("for_scoring", [False, True])
+def test_many_crowds_are_a_warning_wherever_they_are(root: Path, for_scoring: bool) -> None:
+    def crowds(number: int, total: int) -> list[str]:
+        def change(document: dict[str, Any]) -> None:
+            entry = document["annotations"][0]
+            box = [1, 1, 20, 20]
+            masks = [[[1, 1, 21, 1, 21, 21, 1 + n / total, 21]] for n in range(total)]
+            document["annotations"] = [
+                {**entry, "id": n + 1, "image_id": n % 6 + 1, "bbox": box, "segmentation": masks[n], "area": 400}
+                | {"iscrowd": int(n >= total - number)}
+                for n in range(total)
+            ]
+
+        found = [each for each in check(root, change, for_scoring=for_scoring) if each.code.startswith("crowd")]
+        assert all(each.level == ("error" if number == total else "warning") for each in found)
+        return [f"{each.code}: {each.what}" for each in found]
+
+    (found,) = crowds(16, 24)
+    effect = "not counted when missed" if for_scoring else "not trained on"
+    assert found.startswith("crowd_many: 16 of 24 annotations are crowds") and effect in found
+    assert crowds(10, 100) == crowds(5, 24) == []  # a tenth; a handful
+    assert [each.split(":")[0] for each in crowds(24, 24)] == ["crowd_only"]
+
+
 def test_objects_that_are_all_dropped_leave_nothing_to_train_on(root: Path) -> None:
     found = check(root, every(segmentation=[[1, 2]]))
     assert [finding.code for finding in found if finding.level == "error"] == ["no_objects"]
