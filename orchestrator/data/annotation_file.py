@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from typing import Any
 
 import msgspec
@@ -124,7 +125,7 @@ def _check_images(entries: list[dict[str, Any]], file: str, findings: FindingLis
             findings.error("image_entry", file, place, what, REGENERATE)
         else:
             image = ImageEntry(image_id, name, width, height)
-            if (first := first_of_name.setdefault(name, image)) is not image:
+            if (first := first_of_name.setdefault(posixpath.normpath(name), image)) is not image:
                 what = f"its file {shorten(name)} is image {first.id}'s too"
                 hint = "Merge the two entries: each would be trained on or scored without the other's objects"
                 findings.warning("duplicate_file_name", file, place, what, hint)

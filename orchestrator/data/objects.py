@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.duplicates import check_duplicates
 from orchestrator.data.entries import (
     NULL,
     REGENERATE,
@@ -80,6 +81,7 @@ def check_objects(
     has_box, is_sound = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
     is_dropped = _check_masks(usable, crowd, sizes, summary, findings, for_scoring=for_scoring)
     _check_keypoints(usable, crowd, summary, findings)
+    check_duplicates(usable, has_box & ~crowd, file, findings, for_scoring=for_scoring)
     off_box = check_mask_boxes(usable, is_sound & ~crowd, sizes, file, findings, for_scoring=for_scoring)
     if for_scoring:
         check_areas(usable, off_box, file, findings)
