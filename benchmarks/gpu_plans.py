@@ -118,7 +118,7 @@ TINY_MODEL: dict[str, Any] = {
 
 def dataset(settings: Settings) -> tuple[str, dict[str, Any]]:
     """What is trained on, in words and as the `data` of an experiment."""
-    real = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "coco")
+    real = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"), "coco").expanduser()  # as detectron2 does
     split = Split(real / "annotations" / "instances_val2017.json", real / "val2017")
     if split.is_present() and not settings.tiny:
         train = val = split

@@ -66,6 +66,36 @@ def existing_parent(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if os.path.exists(each))  # noqa: PTH110 - Path.exists() may raise
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder in place of its `~` or `~user`. Raises ValueError: there is no such home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        start = Path(path).parts[0]
+        raise ValueError(f"{path}: {start} is no user's home folder here; give the whole path") from error
+
+
+def absolute_path(path: Path) -> Path:
+    """The absolute path. Raises ValueError: it is relative to a working directory that was removed."""
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        what = "the working directory was removed; change to another, or give the whole path"
+        raise ValueError(f"{path}: {what}") from error
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether every name in a path is UTF-8, as pyarrow and JSON need it."""
+    return str(path).encode(errors="ignore") == os.fsencode(path)
+
+
+def require_utf8(path: Path) -> None:
+    """Raises ValueError where a name in a path is not UTF-8."""
+    if not is_utf8(path):
+        shown = str(path).encode(errors="backslashreplace").decode()
+        raise ValueError(f"{shown}: a name in it is not UTF-8; rename it, or give another path")
+
+
 def cache_folder() -> Path:
     """This program's folder in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`; it may not exist yet."""
     import platformdirs

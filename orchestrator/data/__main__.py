@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from orchestrator.data.progress_bar import show_bar
-from orchestrator.files import is_file
+from orchestrator.files import absolute_path, expand_home, is_file, require_utf8
 from orchestrator.process import prepare_process
 
 if TYPE_CHECKING:
@@ -32,6 +32,29 @@ PARTS_OF_CLASSES = {
 }
 """What is said of classes by whether they are in the training and in the validation set."""
 
+
+def _given(path: Path | None) -> Path | None:
+    """A path as it was given, with the home folder in place of its `~`; ends the command where it can be none."""
+    if path is None:
+        return None
+    try:
+        path = expand_home(path)
+        absolute_path(path)
+    except ValueError as error:
+        _fail(error)
+    return path
+
+
+def _new(path: Path) -> Path:
+    """A path to be written, as `_given`; its names have to be UTF-8, for nothing else can be trained on."""
+    path = _given(path) or path
+    try:
+        require_utf8(absolute_path(path))
+    except ValueError as error:
+        _fail(error)
+    return path
+
+
 app = typer.Typer(
     help="Data sets in COCO's format: check, split, begin an experiment, fetch, generate, excerpt.",
     no_args_is_help=True,
@@ -42,9 +65,14 @@ app = typer.Typer(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.", callback=_given)
+    ],
     images: Annotated[
-        Path | None, typer.Option(help="Image folder, where PATH is an annotation JSON. Default: the folder it is in.")
+        Path | None,
+        typer.Option(
+            help="Image folder, where PATH is an annotation JSON. Default: the folder it is in.", callback=_given
+        ),
     ] = None,
     verify_images: Annotated[bool, typer.Option("--verify-images", help="Decode every image, in parallel.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat every warning as an error.")] = False,
@@ -87,7 +115,9 @@ def check(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a data set, as a tool exports it, or an annotation JSON.", callback=_given)
+    ],
 ) -> None:
     """Looks at a data set and prints an experiment that trains on it: `init FOLDER > my.yaml`, `run my.yaml`."""
     from orchestrator.data.init import write_experiment
@@ -102,8 +132,8 @@ def init(
 
 @app.command()
 def split(
-    file: Annotated[Path, typer.Argument(help="COCO JSON.")],
-    to: Annotated[Path, typer.Option(help="Folder for train.json and val.json.")],
+    file: Annotated[Path, typer.Argument(help="COCO JSON.", callback=_given)],
+    to: Annotated[Path, typer.Option(help="Folder for train.json and val.json.", callback=_new)],
     val: Annotated[float, typer.Option(help="Share of the images for validation, between 0 and 1.")] = 0.2,
     seed: Annotated[int, typer.Option(help="The same seed draws the same images.")] = 0,
     group_by: Annotated[
@@ -134,9 +164,9 @@ def split(
 
 @app.command()
 def fix_names(
-    file: Annotated[Path, typer.Argument(help="COCO JSON.")],
-    images: Annotated[Path, typer.Option(help="Folder that holds the images, at any depth.")],
-    to: Annotated[Path, typer.Option(help="New annotation file.")],
+    file: Annotated[Path, typer.Argument(help="COCO JSON.", callback=_given)],
+    images: Annotated[Path, typer.Option(help="Folder that holds the images, at any depth.", callback=_given)],
+    to: Annotated[Path, typer.Option(help="New annotation file.", callback=_new)],
 ) -> None:
     """Writes an annotation file again with the names that its image files have: slashes, case, Unicode, folders."""
     from orchestrator.data.fix_names import fix_names as fix
@@ -155,7 +185,7 @@ def fix_names(
 
 @app.command()
 def generate(
-    to: Annotated[Path, typer.Argument(help="New folder.")],
+    to: Annotated[Path, typer.Argument(help="New folder.", callback=_new)],
     num_train: Annotated[int, typer.Option(help="Training images.")] = 256,
     num_val: Annotated[int, typer.Option(help="Validation images.")] = 64,
     size: Annotated[str, typer.Option(help="Pixels: a side, or WIDTHxHEIGHT.")] = "128",
@@ -193,7 +223,9 @@ def generate(
 @app.command()
 def fetch(
     name: Annotated[Literal["coco2017"], typer.Argument(help="Which data set.")],
-    to: Annotated[Path, typer.Option(help="Folder for DETECTRON2_DATASETS; the set goes into `coco` below it.")],
+    to: Annotated[
+        Path, typer.Option(help="Folder for DETECTRON2_DATASETS; the set goes into `coco` below it.", callback=_new)
+    ],
     mirror: Annotated[str | None, typer.Option(help="Server with the same paths as the official one.")] = None,
 ) -> None:
     """Downloads COCO 2017 (20 GB; needs 42 GB of space), checks SHA-256, unpacks. Run it again to resume."""
@@ -210,8 +242,10 @@ def fetch(
 @app.command()
 def excerpt(
     num_images: Annotated[int, typer.Argument(help="Images of each split at most.")],
-    source: Annotated[Path | None, typer.Option("--from", help="Data set. Default: $DETECTRON2_DATASETS/coco.")] = None,
-    to: Annotated[Path, typer.Option(help="New folder.")] = Path("datasets/excerpt"),
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Data set. Default: $DETECTRON2_DATASETS/coco.", callback=_given)
+    ] = None,
+    to: Annotated[Path, typer.Option(help="New folder.", callback=_new)] = Path("datasets/excerpt"),
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
 ) -> None:
     """Copies a small consistent part of a COCO data set, for trying things."""
@@ -219,8 +253,8 @@ def excerpt(
 
     from orchestrator.data.excerpt import excerpt as take_excerpt
 
-    source = source or Path(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
     try:
+        source = source or expand_home(os.environ.get("DETECTRON2_DATASETS", "datasets")) / "coco"
         taken = take_excerpt(source, to, num_images=num_images, seed=seed)
     except (ValueError, OSError) as error:
         _fail(error)

@@ -23,7 +23,7 @@ from orchestrator.data.image_names import FoundFile, list_files
 from orchestrator.data.layout import Split
 from orchestrator.data.overlap import find_overlap
 from orchestrator.data.progress_bar import show_bar
-from orchestrator.files import cache_folder, file_sha256, write_atomically
+from orchestrator.files import cache_folder, file_sha256, is_utf8, write_atomically
 from orchestrator.findings import Finding, FindingList, has_errors
 from trainers.contract.annotations import AnnotationFileError
 
@@ -65,6 +65,10 @@ def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = 
     of an earlier check is taken where nothing changed.
     """
     file, findings, listing = str(split.annotations), FindingList(), None
+    for path in dict.fromkeys((split.annotations, split.images)):
+        if not is_utf8(path):
+            findings.error("path_invalid", "", "", f"{path}: a name in it is not UTF-8", "Rename it")
+            return SplitReport(findings.to_list(), None)
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(file_sha256, split.annotations)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.experiment.spec import SpecError
-from orchestrator.findings import printable
+from orchestrator.files import absolute_path, expand_home, require_utf8
 
 
 def expanded(path: str | Path, place: str) -> Path:
@@ -19,22 +19,22 @@ def expanded(path: str | Path, place: str) -> Path:
         SpecError: There is no such home folder.
     """
     try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        start = Path(path).parts[0]
-        raise SpecError(f"{place}: {path}: {start} is no user's home folder here; give the whole path") from error
+        return expand_home(path)
+    except ValueError as error:
+        raise SpecError(f"{place}: {error}") from error
 
 
 def absolute(path: str | Path, place: str) -> Path:
     """The absolute path, `expanded`; of what workers open, or a record names.
 
     Raises:
-        SpecError: There is no such home folder, or the path is not UTF-8, as pyarrow and JSON need it.
+        SpecError: There is no such home folder, the working directory was removed, or the path is not UTF-8, as pyarrow
+            and JSON need it.
     """
-    found = expanded(path, place).absolute()
+    found = expanded(path, place)
     try:
-        str(found).encode()
-    except UnicodeEncodeError as error:
-        shown = printable(str(found))
-        raise SpecError(f"{place}: {shown}: a name in it is not UTF-8; rename it, or give another path") from error
+        found = absolute_path(found)
+        require_utf8(found)
+    except ValueError as error:
+        raise SpecError(f"{place}: {error}") from error
     return found
