@@ -226,7 +226,7 @@ def _downwards(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def _read(path: Path) -> tuple[list[Path], dict[str, Setting]]:
     """The bases and the settings of one YAML file."""
     # Some of the zoo's files compute values by a `!!python/object/apply:eval` tag, which nothing else may hold.
-    section = read_yaml(path, ignore_code=(in_zoo := _in_zoo(path)))
+    section = read_yaml(path, for_detectron2=True, ignore_code=(in_zoo := _in_zoo(path)))
     refuse_credentials(section, str(path))
     place = f"{path}:{section.lines.get('_BASE_')}: _BASE_"
     bases = [_base_path(path, base, place) for base in _bases(section.pop("_BASE_", []), place)]

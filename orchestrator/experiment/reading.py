@@ -16,6 +16,7 @@ from orchestrator.experiment.limits import MAX_VALUES, unusable
 from orchestrator.experiment.paths import absolute
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.files import without_credentials
+from trainers.contract.annotations import AnnotationFileError, to_utf8
 
 EXCLUSIVE_FIELDS = (
     ("data.coco2017", "data.coco", "data.generated"),
@@ -95,19 +96,21 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_section)
 _CodeIgnored.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
 
-def read_yaml(path: Path, *, ignore_code: bool = False) -> Section:
+def read_yaml(path: Path, *, for_detectron2: bool = False, ignore_code: bool = False) -> Section:
     """Reads a YAML file that holds a mapping, with the line of every key, without running anything in it.
 
-    With `ignore_code`, a value that code would compute is read as null instead of refusing the file.
+    Args:
+        path: The file, in UTF-8, UTF-16 or UTF-32.
+        for_detectron2: Whether detectron2 reads it as well, which takes UTF-8 only.
+        ignore_code: Whether a value that code would compute is read as null instead of refusing the file.
 
     Raises:
         SpecError: The file cannot be read, is not YAML, gives a key twice, or holds no mapping.
     """
     loader = _CodeIgnored if ignore_code else _Loader
+    text = _text(path, utf8_only=for_detectron2)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)  # noqa: S506 - made of the safe loader
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
+        values = yaml.load(text, Loader=loader)  # noqa: S506 - made of the safe loader
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = error.problem or str(error)
@@ -123,6 +126,20 @@ def read_yaml(path: Path, *, ignore_code: bool = False) -> Section:
     if not isinstance(values, Section):
         raise SpecError(f"{path}: must hold a mapping of keys to values, such as NAME: VALUE")
     return values
+
+
+def _text(path: Path, *, utf8_only: bool) -> str:
+    try:
+        content = path.read_bytes()
+        found = to_utf8(content) if content.strip() else b""
+        if utf8_only and not content.endswith(found):
+            raise SpecError(f"{path}: not UTF-8, which detectron2 needs; save it as UTF-8")
+        return found.decode()
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 text from byte {error.start:,} on; save it as UTF-8"
+        raise SpecError(f"{path}: cannot be read: {what}") from error
+    except (OSError, AnnotationFileError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
 
 
 def parse_yaml(text: str) -> dict[str, Any]:

@@ -181,6 +181,13 @@ def test_a_config_that_is_nowhere_is_named_with_the_nearest(name: str, words: st
         file_settings(name)
 
 
+def test_a_config_that_detectron2_could_not_decode_is_refused_before_it_tries(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes("SOLVER: {BASE_LR: 0.1}\n".encode("utf-16"))
+    with pytest.raises(SpecError, match=r"^\S+own\.yaml: not UTF-8, which detectron2 needs; save it as UTF-8"):
+        file_settings(str(path))
+
+
 def test_a_folder_of_the_users_called_model_zoo_reaches_workers_as_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -227,6 +227,29 @@ def test_what_yaml_reads_otherwise_than_meant_is_refused_in_its_words(assignment
         load_experiment(DEFAULT_CONFIG, [assignment])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_a_file_as_windows_writes_it_is_read(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_bytes("name: x\r\ndescription: für später\r\ndata: {generated: {}}\r\n".encode(encoding))
+    assert load_experiment(path).description == "für später"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("name: für".encode("latin-1"), "cannot be read: not UTF-8 text from byte 7 on; save it as UTF-8"),
+        (b"\xff\xfen\0a", "cannot be read: not UTF-16 text: byte 4 of 5. Save it as UTF-8"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "cannot be read: a Git LFS pointer"),
+        (b"\n", "must hold a mapping"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SpecError, match=re.escape(f"{path}: {words}")):
+        load_experiment(path)
+
+
 def test_the_plan_shows_what_a_trial_does_besides() -> None:
     assignments = ["trials.accumulate=2", "protocol.patience=5", "protocol.metric=mask_ap"]
     plain, plans = (
