@@ -7,9 +7,12 @@ from collections.abc import Collection
 
 import msgspec
 
-from orchestrator.data.entries import REGENERATE, Annotation, is_number, sample, shorten
+from orchestrator.data.entries import Annotation, is_number, sample, shorten
 from orchestrator.data.masks import check_mask, mask_area
 from orchestrator.findings import FindingList
+
+NOTHING = frozenset({"", "0", "0.0", "false", "no", "none", "null", "nan"})
+"""What tools write, text or not, for a field that says nothing: pandas makes null or NaN of one that some objects lack."""
 
 MAX_AREA_RATIO = 1.5
 AREA_TOLERANCE = 50.0
@@ -26,10 +29,14 @@ def check_scoring_fields(entries: list[Annotation], file: str, findings: Finding
                 findings.warning("iscrowd_missing", file, place, what, 'Write "iscrowd": 0')
         elif type(crowd) not in (int, bool, float) or crowd not in (0, 1):
             what = f"its iscrowd is {shorten(crowd)}, not 0 or 1: detectron2 takes the object for a crowd"
-            findings.error("annotation_entry", file, place, what, REGENERATE)
+            hint = 'Write "iscrowd": 0, or 1 for a group of objects that cannot be told apart'
+            findings.error("annotation_entry", file, place, what, hint, group=f"{file}: iscrowd")
         if entry.ignore != 0:
-            what = f'its field "ignore" is {shorten(entry.ignore)}: detectron2 refuses the file'
-            findings.error("annotation_ignore", file, place, what, 'Write "iscrowd": 1, or remove the annotation')
+            shown = shorten(entry.ignore)
+            what = f'its field "ignore" is {shown}: detectron2 refuses the file'
+            is_empty = shown.strip("'\" ").lower() in NOTHING
+            hint = "Take the field out, or write 0" if is_empty else 'Write "iscrowd": 1, or remove the annotation'
+            findings.error("annotation_ignore", file, place, what, hint, group=f"{file}: {hint}")
     if for_scoring:
         _check_area_and_id(entries, file, findings)
 

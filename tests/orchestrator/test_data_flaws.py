@@ -83,6 +83,33 @@ def test_the_level_of_a_flaw_is_what_training_or_scoring_makes_of_it(
             assert finding.level == level and words.removeprefix("ERROR ") in finding.what
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "for_scoring", "hint"),
+    [
+        *(({"ignore": value}, False, "Take the field out, or write 0") for value in (None, "0", "", "false", NAN)),
+        *(({"ignore": value}, True, 'Write "iscrowd": 1, or remove the annotation') for value in (1, True, "1")),
+        *(({"iscrowd": value}, False, 'Write "iscrowd": 0, or 1 for') for value in (None, "0", 2, NAN)),
+        ({"iscrowd": NAN}, True, 'Write "iscrowd": 0, or 1 for'),
+    ],
+)
+def test_a_field_that_says_nothing_makes_no_crowd_of_an_object(
+    root: Path, values: dict[str, Any], for_scoring: bool, hint: str
+) -> None:
+    (finding,) = check(root, every(**values), for_scoring=for_scoring)
+    assert finding.level == "error" and hint in finding.hint
+
+
+def test_an_ignore_that_says_nothing_and_one_that_does_have_a_hint_each(root: Path) -> None:
+    found = check(root, lambda document: (every(ignore=None)(document), third(ignore=1)(document)))
+    assert [(finding.code, finding.hint[:4]) for finding in found] == [
+        ("annotation_ignore", "Take"),
+        ("annotation_ignore", "Writ"),
+    ]
+
+
 def test_a_flaw_of_many_objects_is_one_warning_with_their_number(root: Path) -> None:
     (finding,) = check(root, lambda document: every(bbox=[-4, 3, 20, 9])(document))
     num_annotations = len(json.loads(coco_layout(root).train.annotations.read_text())["annotations"])
