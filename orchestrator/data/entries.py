@@ -93,7 +93,7 @@ class SplitSummary:
     objects_of_points: dict[int, int] = field(default_factory=dict)
     """Objects by the number of their keypoints."""
     num_broken_keypoints: int = 0
-    """Objects whose keypoints are not triples of x, y and visibility."""
+    """Objects whose keypoints are not triples of x, y and visibility, or, in a validation set, labelled and nowhere."""
     num_images_checked: int = 0
     """Image files that were opened."""
 

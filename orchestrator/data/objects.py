@@ -9,26 +9,23 @@ COCO's 860,000 annotations take seconds, and no input ends in a traceback.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.duplicates import check_duplicates
 from orchestrator.data.entries import (
-    NULL,
     REGENERATE,
     Annotation,
     ImageEntry,
     Problem,
     SplitSummary,
-    decoded,
     is_id,
     is_number,
     shorten,
 )
+from orchestrator.data.keypoints import check_keypoints
 from orchestrator.data.mask_boxes import check_mask_boxes
 from orchestrator.data.masks import MaskKind, check_mask
 from orchestrator.data.scoring_fields import check_areas, check_scoring_fields
@@ -80,7 +77,7 @@ def check_objects(
     sizes = [size_of[image_id] for image_id in image_ids.tolist()]
     has_box, is_sound = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
     is_dropped = _check_masks(usable, crowd, sizes, summary, findings, for_scoring=for_scoring)
-    _check_keypoints(usable, crowd, summary, findings)
+    check_keypoints(usable, crowd, summary, findings, for_scoring=for_scoring)
     check_duplicates(usable, has_box & ~crowd, file, findings, for_scoring=for_scoring)
     off_box = check_mask_boxes(usable, is_sound & ~crowd, sizes, file, findings, for_scoring=for_scoring)
     if for_scoring:
@@ -231,24 +228,6 @@ def _effect(problem: Problem, *, drops_object: bool, for_scoring: bool) -> str:
     if problem.code == "polygon_odd":
         return "it is scored without its last number"
     return "the object counts as missed" if drops_object else "it is scored without it"
-
-
-def _check_keypoints(
-    entries: list[Annotation], crowd: NDArray[np.bool_], summary: SplitSummary, findings: FindingList
-) -> None:
-    """Checks that keypoints are numbers, and counts what a model of keypoints needs to know of them."""
-    num_points: Counter[int] = Counter()
-    for entry, is_crowd in zip(entries, crowd.tolist(), strict=True):
-        values: Any = None if entry.keypoints is NULL else decoded(entry.keypoints)
-        if not values:
-            num_points[0] += not is_crowd
-        elif type(values) is not list or not all(map(is_number, values)):
-            what = f"its keypoints are {shorten(values)}, not a list of numbers"
-            findings.error("keypoints_entry", summary.annotations, f"annotation {entry.id}", what, REGENERATE)
-        else:
-            summary.num_broken_keypoints += len(values) % 3 != 0
-            num_points[len(values) // 3] += not is_crowd
-    summary.objects_of_points = {number: count for number, count in sorted(num_points.items()) if count}
 
 
 def _check_use(

@@ -12,7 +12,7 @@ from orchestrator.data.masks import check_mask, mask_area
 from orchestrator.findings import FindingList
 
 NOTHING = frozenset({"", "0", "0.0", "false", "no", "none", "null", "nan"})
-"""What tools write, text or not, for a field that says nothing: pandas makes null or NaN of one that some objects lack."""
+"""What tools write, text or not, for a field that says nothing: pandas makes null or NaN of a missing one."""
 
 MAX_AREA_RATIO = 1.5
 AREA_TOLERANCE = 50.0
