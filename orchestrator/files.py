@@ -84,9 +84,13 @@ def absolute_path(path: Path) -> Path:
         raise ValueError(f"{path}: {what}") from error
 
 
-def is_utf8(path: Path) -> bool:
+def is_utf8(path: str | Path) -> bool:
     """Whether every name in a path is UTF-8, as pyarrow and JSON need it."""
-    return str(path).encode(errors="ignore") == os.fsencode(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_utf8(path: Path) -> None:

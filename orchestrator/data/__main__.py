@@ -178,8 +178,12 @@ def fix_names(
     for name, path in list(fixed.changed.items())[:3]:
         typer.echo(f"{name!r} is now {path!r}")
     typer.echo(f"{to}: {len(fixed.changed):,} names changed")
+    if fixed.not_utf_8:
+        what = f"files have names that are not UTF-8, such as {fixed.not_utf_8[0]!r}: rename them, then this again"
+        typer.echo(f"error: {len(fixed.not_utf_8):,} {what}", err=True)
     if fixed.missing:
         typer.echo(f"error: {len(fixed.missing):,} images have no file in {images}: {fixed.missing[:3]}", err=True)
+    if fixed.not_utf_8 or fixed.missing:
         raise typer.Exit(EXIT_UNFIT)
 
 

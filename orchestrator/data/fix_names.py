@@ -10,7 +10,7 @@ import msgspec
 from orchestrator.data.image_names import MAX_SEARCHED, check_name, walk_files
 from orchestrator.data.name_matching import match_names, part_of
 from orchestrator.data.raw_file import RawFile
-from orchestrator.files import is_file, is_folder, write_atomically
+from orchestrator.files import is_file, is_folder, is_utf8, write_atomically
 
 
 class FixedNames(NamedTuple):
@@ -18,8 +18,10 @@ class FixedNames(NamedTuple):
 
     changed: dict[str, str]
     """The old name and the new one of those whose file was found."""
+    not_utf_8: list[str]
+    """Files whose own name is not UTF-8, which no annotation file can hold."""
     missing: list[str]
-    """Names of the others, which are as before."""
+    """Names of images that have no file; they are as before."""
 
 
 def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
@@ -41,7 +43,7 @@ def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
     spare = (path for path in walk_files(images, 10 * MAX_SEARCHED) if path not in right)
     part = part_of("/".join(file.absolute().parts[-2:]))
     matches = match_names(wrong, str(images), spare, whole_paths=False, part=part)
-    changed = {name: match.path for name, match in matches.items()}
+    changed = {name: match.path for name, match in matches.items() if is_utf8(match.path)}
     first_name: dict[str, str] = {}
     for name, path in changed.items():
         if (other := first_name.setdefault(path, name)) != name:
@@ -52,4 +54,5 @@ def fix_names(file: Path, images: Path, to: Path) -> FixedNames:
             entry = {**msgspec.json.decode(entries[index]), "file_name": changed[name]}
             entries[index] = msgspec.Raw(msgspec.json.encode(entry))
     write_atomically(to, raw.encode(entries, raw.entries["annotations"]))
-    return FixedNames(changed, [name for name in wrong if name not in changed])
+    not_utf_8 = [match.path for match in matches.values() if not is_utf8(match.path)]
+    return FixedNames(changed, not_utf_8, [name for name in wrong if name not in matches])

@@ -11,7 +11,7 @@ from shlex import quote
 
 from orchestrator.data.entries import ImageEntry, Problem
 from orchestrator.data.name_matching import NameMatch, match_names, part_of
-from orchestrator.files import is_file
+from orchestrator.files import is_file, is_utf8
 from orchestrator.findings import Finding, FindingList
 
 MAX_SEARCHED = 200_000
@@ -205,6 +205,8 @@ def _report_group(
     new = Path(file).with_suffix(".fixed.json")
     command = f"python -m orchestrator.data fix-names {quote(file)} --images {quote(first.base)} --to {quote(str(new))}"
     hint = f"`{command}` writes the names as the files have them; use that file and the image folder {first.base}"
+    if not is_utf8(first.path):
+        hint = "Rename the files, or unpack the archive again, with names in UTF-8 (`unzip -O cp1252` or `-O cp437`)"
     by = f"differs from the file's by {' and '.join(first.differences)}" if first.differences else "is another folder's"
     for image, match in group:
         what = f"its file_name {match.name!r} {by}; there is {match.path!r}"

@@ -6,13 +6,18 @@ labelling server, absolute paths of another machine. Time is linear in the numbe
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
+
+from orchestrator.files import is_utf8
 
 SUFFIXES = frozenset(
     (
@@ -28,6 +33,8 @@ MAX_DEPTH = 8
 MAX_CANDIDATES = 8
 """Files with the same end of the path that are compared; more say nothing about which is meant."""
 
+ENCODINGS = ("cp1252", "cp437")
+"""Encodings that are taken for UTF-8, and UTF-8 for them: those of Windows and of zip archives."""
 
 PART_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -114,11 +121,13 @@ def _index(paths: Iterable[str], deepest: int) -> dict[str, list[tuple[str, str]
         dot = parts[-1].rfind(".")
         if dot < 0 or parts[-1][dot:].lower() not in SUFFIXES:
             continue
+        readings = [parts, *(reading.split("/") for reading in _other_readings(path))]
         for depth in range(1, min(len(parts), deepest) + 1):
-            candidates = index[_key(parts[-depth:])]
-            if len(candidates) < MAX_CANDIDATES:
-                folder = "/".join(parts[:-depth])
-                candidates.append((f"{folder}/" if folder else "", path))
+            folder = "/".join(parts[:-depth])
+            for key in {_key(reading[-depth:]) for reading in readings}:
+                candidates = index[key]
+                if len(candidates) < MAX_CANDIDATES:
+                    candidates.append((f"{folder}/" if folder else "", path))
     return index
 
 
@@ -135,6 +144,10 @@ def _key(parts: list[str]) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", unquote(text)).casefold())
 
 
+def _last_key(path: str) -> str:
+    return _key([path.replace("\\", "/").split("/")[-1]])
+
+
 def _spellings(name: str) -> list[list[str]]:
     """A name's path in parts, as it is meant: without server, query, drive, `.` and `..`; then less likely ones."""
     path = name.replace("\\", "/")
@@ -149,7 +162,24 @@ def _spellings(name: str) -> list[list[str]]:
         re.sub(r"(\.[A-Za-z]{3,4})-?\d+$", r"\1", parts[-1]),  # VIA's key: the name and the size in bytes, or -1
         re.sub(r"^[0-9a-f]{8}-", "", parts[-1]),  # Label Studio's prefix of an uploaded file
     ]
-    return [parts, *([*parts[:-1], other] for other in others if other and other != parts[-1])]
+    spellings = [parts, *([*parts[:-1], other] for other in others if other and other != parts[-1])]
+    joined = "/".join(parts)
+    readings = [text for text in (_stripped(joined), *_other_readings(joined)) if text not in ("", joined)]
+    return [*spellings, *(text.split("/") for text in readings)]
+
+
+def _stripped(path: str) -> str:
+    """A path without the white space around its names."""
+    return "/".join(part.strip() for part in path.split("/"))
+
+
+def _other_readings(text: str) -> list[str]:
+    """What a name may be whose bytes were read in a wrong encoding: one that is not UTF-8, or UTF-8 read as another."""
+    readings = []
+    for encoding in () if text.isascii() else ENCODINGS:
+        with suppress(UnicodeError):
+            readings.append(text.encode(encoding).decode() if is_utf8(text) else os.fsencode(text).decode(encoding))
+    return readings
 
 
 def _without_suffix(path: str) -> str:
@@ -166,10 +196,21 @@ CHANGES: tuple[tuple[str, Callable[[str], str]], ...] = (
 )
 """Differences between a name and its file, and what makes them equal."""
 
+NOT_UTF_8 = "the encoding (the file's name is not UTF-8)"
+MISREAD = "the encoding (UTF-8 was read as another, which made Ã© of é)"
+
 
 def _differences(name: str, path: str) -> tuple[str, ...]:
     """In what a name differs from the path, relative to the image folder, of the file it means."""
     found = []
+    if not name.endswith(path) and (stripped := _stripped(name)) != name:
+        found.append("white space around the name")
+        name = stripped
+    pairs = product((name, *_other_readings(name)), (path, *_other_readings(path)))
+    read = next((pair for pair in pairs if _last_key(pair[0]) == _last_key(pair[1])), (name, path))
+    if read != (name, path):
+        found.append(MISREAD if is_utf8(path) else NOT_UTF_8)
+        name, path = read
     for what, change in CHANGES:
         if name.endswith(path):
             break

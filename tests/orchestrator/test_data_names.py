@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,14 @@ FILES = (
     "JPEGImages/0001.JPG",
     unicodedata.normalize("NFD", "images/é x.jpg"),
     "labels/train_1.txt",
+    os.fsdecode("images/größe.png".encode("cp1252")),
+    os.fsdecode("images/über.png".encode("cp437")),
+    "images/caf\u00c3\u00a9.png",
 )
+
+
+NOT_UTF_8 = "the encoding (the file's name is not UTF-8)"
+MISREAD = "the encoding (UTF-8 was read as another, which made Ã© of é)"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,14 @@ FILES = (
         ("train_1.png88123", FILES[0], "what a tool added to the name"),
         ("train_1.png-1", FILES[0], "what a tool added to the name"),
         ("0a1b2c3d-train_1.png", FILES[0], "what a tool added to the name"),
+        ("train_1.png ", FILES[0], "white space around the name"),
+        (" images/train_1.PNG\n", FILES[0], "white space around the name and upper and lower case"),
+        ("größe.png", FILES[7], NOT_UTF_8),
+        ("images/GRÖSSE.png", FILES[7], f"{NOT_UTF_8} and upper and lower case"),
+        ("über.png", FILES[8], NOT_UTF_8),
+        ("café.png", FILES[9], MISREAD),
+        ("a/b/größe.png", FILES[7], f"{NOT_UTF_8} and the path in front"),
+        ("tr\u00c3\u00a4in_2.png", None, None),
         ("train_2.png", None, None),
     ],
 )
@@ -252,6 +268,39 @@ def test_fix_names_that_does_not_find_all_writes_the_rest_and_exits_with_2(tmp_p
     assert done.exit_code == 2 and "1 images have no file" in done.stderr and "1 names changed" in done.stdout
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 2 and "exists: name another file" in done.stderr
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_white_space_at_the_end_of_names_is_reported_and_removed(is_alone: bool, tmp_path: Path) -> None:
+    names = [f"{number}.png" + "\n" * (is_alone or number < 2) for number in range(8)]
+    touch(*(tmp_path / f"img/{number}.png" for number in range(8)))
+    located, (finding,) = locate(tmp_path / "img", names, tmp_path / "x.json")
+    assert located == (0 if is_alone else 6) and finding.count == len(names) - located
+    assert "differs from the file's by white space around the name" in finding.what and "fix-names" in finding.hint
+    write_file(tmp_path / "x.json", names)
+    fixed = fix_names(tmp_path / "x.json", tmp_path / "img", tmp_path / "y.json")
+    assert len(fixed.changed) == finding.count and fixed.missing == []
+
+
+def test_a_file_whose_name_is_not_utf_8_has_to_be_renamed(tmp_path: Path) -> None:
+    touch(*(tmp_path / os.fsdecode(f"img/größe_{number}.png".encode("latin-1")) for number in range(3)))
+    names = [f"größe_{number}.png" for number in range(3)]
+    _, (finding,) = locate(tmp_path / "img", names, tmp_path / "x.json")
+    assert finding.count == 3 and f"differs from the file's by {NOT_UTF_8}" in finding.what
+    assert "Rename the files, or unpack the archive again" in finding.hint and "fix-names" not in finding.hint
+    write_file(tmp_path / "x.json", names)
+    done = CliRunner().invoke(
+        app, ["fix-names", f"{tmp_path}/x.json", f"--images={tmp_path}/img", f"--to={tmp_path}/y.json"]
+    )
+    assert done.exit_code == 2 and "0 names changed" in done.stdout
+    assert r"3 files have names that are not UTF-8, such as 'gr\udcf6\udcdfe_0.png'" in done.stderr
+
+
+def test_names_whose_utf_8_was_misread_are_corrected(tmp_path: Path) -> None:
+    touch(tmp_path / "img/gr\u00c3\u00b6n.png", tmp_path / "img/blå.png", tmp_path / "img/d\u251c\u2310.png")
+    write_file(tmp_path / "x.json", ["grön.png", "bl\u00c3\u00a5.png", "dé.png"])
+    fixed = fix_names(tmp_path / "x.json", tmp_path / "img", tmp_path / "y.json")
+    assert fixed.changed == {"grön.png": "grÃ¶n.png", "blÃ¥.png": "blå.png", "dé.png": "d├⌐.png"}
 
 
 def test_fix_names_refuses_to_give_two_images_one_file(tmp_path: Path) -> None:
