@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.experiment.credentials import refuse_credentials
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import expanded, local_path
 from orchestrator.experiment.reading import Section, read_yaml
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.files import is_file
@@ -104,7 +104,7 @@ def evaluate(value: Any) -> Any:
 
 def zoo_path(config: str) -> Path:
     """Where a model config is: the given path, else in detectron2's model zoo; SpecError where it is neither."""
-    local = expanded(config, "model.config")
+    local = local_path(config, "model.config")
     if local.suffix not in (".yaml", ".yml", ""):
         raise SpecError(f"model.config: {config}: only YAML configs are read; a .py config would run code")
     if is_file(local):

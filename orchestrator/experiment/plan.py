@@ -8,7 +8,6 @@ import os
 from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
-from urllib.request import url2pathname
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -224,6 +223,5 @@ def start_weights(experiment: Experiment) -> str:
 
 
 def _address_or_path(name: str, place: str) -> str:
-    if name.startswith("file:///"):  # as people write it next to `s3://…`; pyarrow would not make its folders
-        name = url2pathname(name.removeprefix("file://"))
-    return str(absolute(name, place)) if name and "://" not in name else name
+    is_address = "://" in name and not name.startswith("file:///")
+    return name if is_address or not name else str(absolute(name, place))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import local_path
 from orchestrator.experiment.reading import flatten
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.files import is_folder
@@ -153,7 +153,7 @@ def read_prediction(path: Path) -> Prediction:
     Raises:
         SpecError: It cannot be read, or is none that this version reads.
     """
-    path = expanded(path, "prediction")
+    path = local_path(path, "prediction")
     path = path / FILE_NAME if is_folder(path) else path
     try:
         return Prediction.model_validate_json(path.read_bytes())

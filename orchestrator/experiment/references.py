@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from orchestrator.experiment.credentials import refuse_credentials
 from orchestrator.experiment.part import Part
-from orchestrator.experiment.paths import expanded
+from orchestrator.experiment.paths import local_path
 from orchestrator.experiment.reading import MAX_SHOWN, read_yaml
 from orchestrator.experiment.spec import Experiment, ReferenceRow, SpecError
 
@@ -41,5 +41,5 @@ def with_references(experiment: Experiment) -> Experiment:
     Raises:
         SpecError: A file cannot be read, or holds no reference rows.
     """
-    rows = [row for name in experiment.reference_files for row in read_references(expanded(name, "reference_files"))]
+    rows = [row for name in experiment.reference_files for row in read_references(local_path(name, "reference_files"))]
     return experiment.model_copy(update={"reference_rows": [*experiment.reference_rows, *rows]})
