@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import posixpath
+import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -69,6 +71,11 @@ def check_annotations(
         hint = 'COCO\'s format is {"images": […], "annotations": […], "categories": […]}'
         findings.error("json_structure", file, "", f"holds a {type(document).__name__}, not an object", hint)
         return []
+    if (kind := _other_kind(document)) is not None:
+        known = re.fullmatch(r"(?:panoptic|captions)_(.+)", Path(file).name)
+        hint = f"Name the file of boxes and masks, in COCO's naming instances_{known[1] if known else '….json'}"
+        findings.error("annotation_kind", file, "annotations", f"holds {kind}, not objects", hint)
+        return []
     parts = {key: _entries(document, key, file, findings) for key in ("images", "annotations", "categories")}
     images = _check_images(parts["images"], file, findings)
     summary.num_images = len(parts["images"])
@@ -87,6 +94,16 @@ def check_annotations(
     if annotations:
         check_objects(annotations, images, summary, findings, for_scoring=for_scoring)
     return [image for image in images if image.width]
+
+
+def _other_kind(document: dict[str, Any]) -> str | None:
+    """What the entries of a file for another of COCO's tasks are; None for objects, whatever is wrong with them."""
+    entries = document.get("annotations")
+    if isinstance(entries, list) and entries and all(isinstance(each, dict) and "bbox" not in each for each in entries):
+        for field, kind in {"segments_info": "panoptic segments", "caption": "captions"}.items():
+            if all(field in each for each in entries):
+                return kind
+    return None
 
 
 def _entries(document: dict[str, Any], key: str, file: str, findings: FindingList) -> list[Any]:
