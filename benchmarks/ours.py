@@ -41,6 +41,8 @@ def train_in_process(plan: TrialPlan, push: Callable[[Event], None], before_step
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         host="localhost",
     )
+    if plan.device == "cuda":
+        torch.cuda.set_device(placement.local_rank)  # as Ray Train does before it calls a worker
     if world_size > 1:
         torch.distributed.init_process_group("nccl" if plan.device == "cuda" else "gloo")
     Path(plan.trial_dir).mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_plans
+from benchmarks import gpu, gpu_plans, ours
 from benchmarks.coco_shaped import JPEG_QUALITY, OBJECTS, SIZES, coco_shaped, photograph
 from benchmarks.gpu_plans import LADDER, NOT_IN_THE_LADDER, TINY, ladder
 from benchmarks.gpu_probe import count_waits
@@ -22,6 +23,7 @@ from benchmarks.gpu_report import Results, file_stem, page
 from benchmarks.gpu_rows import TARGETS, GpuRow
 from benchmarks.gpu_side import Side, SideError, shapes_met, shapes_of_events
 from benchmarks.gpu_trace import read_trace
+from trainers import rank
 from trainers.contract.events import Event, StepsDone
 from trainers.recipes import FAST, REFERENCE, Recipe
 
@@ -169,6 +171,21 @@ def test_waits_are_counted_by_the_line_that_makes_them(monkeypatch: pytest.Monke
     assert found["waits"] == 1.5 and modes == ["warn", "default"]
     ((line, count),) = found["waiting_lines"].items()
     assert "tests/test_gpu_benchmark.py:" in line and count == 1.5
+
+
+def test_each_rank_under_torchrun_takes_the_gpu_of_its_local_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    for name, number in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(rank, "Rank", lambda *_: SimpleNamespace(train=lambda _: calls.append("trains")))
+    plan: Any = SimpleNamespace(device="cuda", trial_dir=str(tmp_path))
+    ours.train_in_process(plan, lambda _: None, lambda: None)
+    assert calls == [1, "nccl", "trains"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
