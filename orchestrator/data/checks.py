@@ -67,7 +67,7 @@ def check_split(split: Split, *, verify_images: bool = False, use_cache: bool = 
     file, findings, listing = str(split.annotations), FindingList(), None
     for path in dict.fromkeys((split.annotations, split.images)):
         if not is_utf8(path):
-            findings.error("path_invalid", "", "", f"{path}: a name in it is not UTF-8", "Rename it")
+            findings.error("path_invalid", str(path), "", "a name in this path is not UTF-8", "Rename it")
             return SplitReport(findings.to_list(), None)
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(file_sha256, split.annotations)

@@ -69,7 +69,7 @@ def test_a_data_set_under_a_name_that_is_not_utf_8_is_refused(is_below: bool, so
     assert done.exit_code == 2, done.exception
     findings = [finding for finding in json.loads(done.stdout)["findings"] if finding["level"] == "error"]
     assert {finding["code"] for finding in findings} == {"path_invalid"}
-    assert r"caf\udce9" in findings[0]["what"] and "is not UTF-8" in findings[0]["what"]
+    assert r"caf\udce9" in findings[0]["file"] and "is not UTF-8" in findings[0]["what"]
     done = CliRunner().invoke(app, ["init", str(folder)])
     assert (done.exit_code, done.stdout) == (2, "") and "is not UTF-8" in done.stderr
     file = tmp_path / "data" / NOT_UTF_8 / "annotations/instances_train.json"
