@@ -256,7 +256,7 @@ def _check_use(
     if summary.num_crowd >= MIN_CROWDS and summary.num_crowd > MAX_CROWD_SHARE * summary.num_annotations:
         effect = "they are not counted when missed" if for_scoring else "they are not trained on"
         what = f"{summary.num_crowd:,} of {summary.num_annotations:,} annotations are crowds: {effect}"
-        hint = f"{CROWD_HINT}; nothing, if each is a group of objects that cannot be told apart"
+        hint = f"{CROWD_HINT}; nothing, if each is a group of objects that cannot be separated"
         findings.warning("crowd_many", file, "annotations", what, hint)
     if len(without) and not for_scoring:
         crowds = f", {len(only_crowd):,} of them crowds only" if len(only_crowd) else ""

@@ -29,7 +29,7 @@ def check_scoring_fields(entries: list[Annotation], file: str, findings: Finding
                 findings.warning("iscrowd_missing", file, place, what, 'Write "iscrowd": 0')
         elif type(crowd) not in (int, bool, float) or crowd not in (0, 1):
             what = f"its iscrowd is {shorten(crowd)}, not 0 or 1: detectron2 takes the object for a crowd"
-            hint = 'Write "iscrowd": 0, or 1 for a group of objects that cannot be told apart'
+            hint = 'Write "iscrowd": 0, or 1 for a group of objects that cannot be separated'
             findings.error("annotation_entry", file, place, what, hint, group=f"{file}: iscrowd")
         if entry.ignore != 0:
             shown = shorten(entry.ignore)
