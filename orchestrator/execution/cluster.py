@@ -23,6 +23,7 @@ from orchestrator.experiment.environment import CREDENTIALS, DASHBOARD, cluster_
 from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import existing_parent
+from orchestrator.gpus import list_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,12 @@ def _start(dashboard: bool) -> str | None:
 
 def _init_local(dashboard: bool) -> Any:
     init = partial(
-        ray.init, address="local", include_dashboard=dashboard, log_to_driver=False, logging_level=logging.ERROR
+        ray.init,
+        address="local",
+        num_gpus=len(list_gpus()),  # Ray would count what CUDA_VISIBLE_DEVICES names that is not there, such as -1
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
     )
     for _ in range(MAX_STARTS - 1):
         others = set(psutil.Process().children(recursive=True))

@@ -27,6 +27,7 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
 from orchestrator.figures.gauges import GAUGES
+from orchestrator.gpus import Gpu
 from orchestrator.preflight.ray_setup import SOCKETS
 from orchestrator.runlog.outbox import FILE_NAME, Outbox
 from tests.builders.experiments import tiny_experiment
@@ -47,13 +48,17 @@ def sleep(seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def local_cluster() -> Iterator[cluster.Cluster]:
-    """A local cluster with a dashboard, started by a driver that holds credentials."""
+    """A local cluster with a dashboard, started by a driver that holds credentials and sees two of its GPUs."""
     before = dict(os.environ)
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1,7"
     os.environ[SECRET] = "secret"
     os.environ["RAY_API_SERVER_ADDRESS"] = "http://another-cluster.invalid:8265"
     os.environ.update({"RAY_metrics_report_interval_ms": "1000"})  # instead of 10 s
     try:
-        yield cluster.start_ray(None, dashboard=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cluster, "list_gpus", lambda: [Gpu("H100", number) for number in range(2)])
+            started = cluster.start_ray(None, dashboard=True)
+        yield started
     finally:
         cluster.shutdown()
         os.environ.clear()
@@ -67,6 +72,24 @@ def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster
     page = describe(["run"])["ray_dashboard"]
     assert page == f"{local_cluster.dashboard}/#/jobs/{ray.get_runtime_context().get_job_id()}"
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+
+
+def test_ray_has_the_gpus_that_the_driver_sees_whatever_it_counts_itself(local_cluster: cluster.Cluster) -> None:
+    assert local_cluster.hardware.num_gpus == ray.cluster_resources()["GPU"] == 2
+
+
+def test_ray_has_no_gpu_where_the_driver_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def init(**options: object) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr(os, "environ", os.environ | {"CUDA_VISIBLE_DEVICES": "-1"})
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "nodes", list)
+    cluster.start_ray(None)
+    assert asked["num_gpus"] == 0
 
 
 def test_a_node_exports_the_figures_of_a_running_trial_for_prometheus(local_cluster: cluster.Cluster) -> None:
