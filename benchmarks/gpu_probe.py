@@ -29,6 +29,9 @@ from benchmarks.gpu_trace import read_trace
 MAX_WAITING_LINES = 10
 """Lines of code that are named for making the host wait most often."""
 
+WAIT = "called a synchronizing CUDA operation"
+"""What torch warns of at a call that makes the host wait; a warning of its own, once in a process, is of the mode."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:
@@ -171,7 +174,7 @@ def count_waits(found: dict[str, Any], on_gpu: bool) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [each for each in caught if "synchroniz" in str(each.message) and each.filename != __file__]
+    waits = [each for each in caught if WAIT in str(each.message)]
     lines = Counter(f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}" for each in waits)
     found["waits"] = len(waits) / found["steps"]
     found["waiting_lines"] = {line: count / found["steps"] for line, count in lines.most_common(MAX_WAITING_LINES)}

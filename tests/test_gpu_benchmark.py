@@ -162,7 +162,16 @@ def test_the_images_have_the_sizes_objects_and_details_that_the_tables_say(tmp_p
 
 def test_waits_are_counted_by_the_line_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str] = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def set_mode(mode: str) -> None:
+        if not modes:  # as torch does, once in a process
+            text = (
+                "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+            )
+            warnings.warn(text, stacklevel=1)
+        modes.append(mode)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     found: dict[str, Any] = {"steps": 2}
     with count_waits(found, on_gpu=True):
         for _ in range(3):
