@@ -95,7 +95,7 @@ class Bench:
         """A row of the seed's model, not begun."""
         folder = self.folder / str(len(self.entries))
         plan = gpu_plans.training_plan(self.settings, self.data, recipe, batch, folder)
-        entry = Entry(GpuRow(name, batch), kind, with_all_loaders(plan) if kind == "peer" else plan)
+        entry = Entry(GpuRow(name, batch), kind, with_all_loaders(plan))
         self.entries.append(entry)
         return entry
 
@@ -165,8 +165,6 @@ class Bench:
         """A row for each switch of the fast recipe, added to those of the row before."""
         settings, batch = self.settings, self.settings.ladder_batch
         entries = [self.entry(name, "ours", recipe, batch) for name, recipe in gpu_plans.ladder().items()]
-        for entry in entries:
-            entry.plan = with_all_loaders(entry.plan)  # their number would change only after many steps
         self.results.ladder += [entry.row for entry in entries]
         each = 2 * settings.block_seconds + settings.warmup_seconds + SETTLING_SECONDS
         if self.has_time_for(START_SECONDS / 4 + each, [entry.row for entry in entries]):

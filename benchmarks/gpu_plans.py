@@ -81,7 +81,7 @@ class Settings:
     """Timed blocks of each training."""
     warmup_seconds: float = 6.0
     warmup_steps: int = 25
-    """Fewest steps before the first timed block: step 20 decides on the number of loader processes."""
+    """Fewest steps before the first timed block: the first ones compile kernels and fill caches."""
     block_seconds: float = 2.5
     block_steps: int = 4
     """Fewest steps of a block."""
@@ -155,7 +155,10 @@ def training_plan(settings: Settings, data: dict[str, Any], recipe: Recipe, batc
 
 
 def with_all_loaders(plan: TrialPlan) -> TrialPlan:
-    """The plan with as many loader processes from its start as it may come to have."""
+    """The plan with as many loader processes from its start as it may come to have.
+
+    Their number would change at step 20, with CUDA graphs at step 100, which may be in a timed block or after the last.
+    """
     return dataclasses.replace(plan, loader_workers=max(plan.loader_workers, plan.most_loader_workers))
 
 

@@ -131,7 +131,7 @@ def page(results: Results) -> str:
         f"# {machine['time'][:10]}, {device.get('device', 'no device')}",
         "",
         f"`{results.command}`, {results.seconds / 60:.1f} minutes. Plain detectron2 is its own",
-        "`DefaultTrainer`, set up as `tools/train_net.py` does, with as many loader processes as ours may reach.",
+        "`DefaultTrainer`, set up as `tools/train_net.py` does, with as many loader processes as ours.",
         "Trainings of a batch size take turns of a few seconds, end to end, the others suspended with their loaders. A",
         "ratio is between neighbours, a spread from the smallest to the greatest.",
         "",

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import gpu, gpu_plans, ours
 from benchmarks.coco_shaped import JPEG_QUALITY, OBJECTS, SIZES, coco_shaped, photograph
-from benchmarks.gpu_plans import LADDER, NOT_IN_THE_LADDER, TINY, ladder
+from benchmarks.gpu_plans import CONTENDERS, LADDER, NOT_IN_THE_LADDER, TINY, ladder
 from benchmarks.gpu_probe import count_waits
 from benchmarks.gpu_report import Results, file_stem, page
 from benchmarks.gpu_rows import TARGETS, GpuRow
@@ -25,6 +25,7 @@ from benchmarks.gpu_side import Side, SideError, shapes_met, shapes_of_events
 from benchmarks.gpu_trace import read_trace
 from trainers import rank
 from trainers.contract.events import Event, StepsDone
+from trainers.contract.plan import TrialPlan
 from trainers.recipes import FAST, REFERENCE, Recipe
 
 
@@ -74,6 +75,17 @@ def test_the_ladder_turns_on_every_switch_of_the_fast_recipe_once() -> None:
     top = list(rungs.values())[-1]
     assert top == dataclasses.replace(FAST, **{name: getattr(REFERENCE, name) for name in NOT_IN_THE_LADDER})
     assert set(LADDER) | set(NOT_IN_THE_LADDER) <= {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_every_row_has_all_its_loader_processes_from_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = dict.fromkeys(TrialPlan.__dataclass_fields__, 1) | {"loader_workers": 4, "most_loader_workers": 13}
+    plan: Any = TrialPlan(**fields)  # type: ignore[arg-type]
+    monkeypatch.setattr(gpu_plans, "training_plan", lambda *_: plan)
+    bench = gpu.Bench(TINY, {}, results(), deadline=0.0, folder=tmp_path)  # no time is left: nothing is started
+    bench.batches()
+    bench.ladder()
+    assert len(bench.entries) == len(CONTENDERS) + len(ladder())
+    assert {entry.plan.loader_workers for entry in bench.entries} == {13}
 
 
 def test_a_row_is_rated_by_its_blocks_and_its_neighbours() -> None:
