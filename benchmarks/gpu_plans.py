@@ -18,6 +18,8 @@ from orchestrator.data.layout import Split
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG
+from orchestrator.gpus import list_gpus
+from trainers.acceptance.cpu_time import usable_cpus
 from trainers.contract.plan import TrialPlan
 from trainers.recipes import FAST, PLAIN, REFERENCE, Recipe
 
@@ -64,6 +66,10 @@ def ladder() -> dict[str, Recipe]:
             recipe = dataclasses.replace(recipe, **{name: value})
             rungs[yaml.safe_dump({name: value}).strip()] = recipe
     return rungs
+
+
+MAX_CPUS = 16
+"""Most CPUs of a GPU, those of the machine of the published figures: more would only start more loader processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +139,13 @@ def dataset(settings: Settings) -> tuple[str, dict[str, Any]]:
 
 
 def training_plan(settings: Settings, data: dict[str, Any], recipe: Recipe, batch: int, folder: Path) -> TrialPlan:
-    """An endless training of the seed's model from random weights, with all but two of the CPUs."""
+    """An endless training of the seed's model from random weights, with all but two of its GPU's share of the CPUs."""
     # Without that division, random layers grow values beyond what float16 holds.
     divided: dict[str, Any] = {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]}
     overrides = dict(TINY_MODEL) if settings.tiny else divided
     overrides |= {"SOLVER.IMS_PER_BATCH": batch, "SOLVER.BASE_LR": 0.0001}
-    cpus = 1 if settings.tiny else max(1, (os.cpu_count() or 1) - 2)
+    share = int(usable_cpus()) // max(1, len(list_gpus()))
+    cpus = 1 if settings.tiny else max(1, min(share, MAX_CPUS) - 2)
     values = {
         "name": "gpu",
         "data": data,
@@ -149,7 +156,7 @@ def training_plan(settings: Settings, data: dict[str, Any], recipe: Recipe, batc
         "storage": {"checkpoint_period_iterations": 0},
         "log_period_iterations": 2 if settings.tiny else 20,
     }
-    hardware = Hardware(num_gpus=1, num_cpus=os.cpu_count() or 1)
+    hardware = Hardware(num_gpus=1, num_cpus=cpus)
     (plan,) = expand(parse_experiment(values, "benchmark"), hardware, str(folder), folder)
     return dataclasses.replace(plan, recipe=recipe)
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import gpu, gpu_plans, ours
 from benchmarks.coco_shaped import JPEG_QUALITY, OBJECTS, SIZES, coco_shaped, photograph
-from benchmarks.gpu_plans import CONTENDERS, LADDER, NOT_IN_THE_LADDER, TINY, ladder
+from benchmarks.gpu_plans import CONTENDERS, LADDER, NOT_IN_THE_LADDER, TINY, Settings, ladder
 from benchmarks.gpu_probe import count_waits
 from benchmarks.gpu_report import Results, file_stem, page
 from benchmarks.gpu_rows import TARGETS, GpuRow
@@ -86,6 +86,22 @@ def test_every_row_has_all_its_loader_processes_from_its_start(tmp_path: Path, m
     bench.ladder()
     assert len(bench.entries) == len(CONTENDERS) + len(ladder())
     assert {entry.plan.loader_workers for entry in bench.entries} == {13}
+
+
+@pytest.mark.parametrize(
+    ("usable", "gpus", "cpus"),
+    [(16.0, 1, 14), (224.0, 8, 14), (32.0, 4, 6), (4.5, 1, 2), (2.0, 2, 1), (0.5, 1, 1), (8.0, 0, 6)],
+)
+def test_a_row_has_its_gpus_share_of_the_usable_cpus_but_two(
+    usable: float, gpus: int, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_plans, "usable_cpus", lambda: usable)
+    monkeypatch.setattr(gpu_plans, "list_gpus", lambda: ["H100"] * gpus)
+    train, _ = coco_shaped(tmp_path / "set", 2, 0.1)
+    files = {"annotations": str(train.annotations), "images": str(train.images)}
+    data = {f"{split}_{name}": path for split in ("train", "val") for name, path in files.items()}
+    plan = gpu_plans.training_plan(Settings(), {"coco": {"name": "gpu", **data}}, FAST, 2, tmp_path)
+    assert (plan.cpus_per_worker, plan.most_loader_workers) == (cpus, cpus - 1)
 
 
 def test_a_row_is_rated_by_its_blocks_and_its_neighbours() -> None:
