@@ -47,11 +47,16 @@ def local_path(path: str | Path, place: str) -> Path:
         what = "a path is wanted; addresses, with two slashes (s3://…), are for storage.checkpoints and model.weights"
         raise SpecError(f"{place}: {text}: {what} only")
     found = expanded(path, place)
-    for part in (found, *found.parents):
-        if (variable := _VARIABLE.search(part.name)) and not os.path.lexists(part):
-            what = f"{variable[0]} is not replaced by the variable's value here; write the path out"
-            raise SpecError(f"{place}: {text}: {what}")
+    if variable := unreplaced_variable(found):
+        what = f"{variable} is not replaced by the variable's value here; write the path out"
+        raise SpecError(f"{place}: {text}: {what}")
     return found
+
+
+def unreplaced_variable(path: Path) -> str | None:
+    """The `$NAME` or `${NAME}` in a path of which there is no such folder or file."""
+    named = ((part, _VARIABLE.search(part.name)) for part in (path, *path.parents))
+    return next((variable[0] for part, variable in named if variable and not os.path.lexists(part)), None)
 
 
 def absolute(path: str | Path, place: str) -> Path:

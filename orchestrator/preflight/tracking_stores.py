@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from orchestrator.experiment.paths import unreplaced_variable
 from orchestrator.files import existing_parent, is_file, is_folder, redact, without_credentials
 from orchestrator.findings import root_cause
 from orchestrator.tracking.schema import revisions
@@ -175,6 +176,9 @@ def ask_sqlite(uri: str, experiment: str, runs: Sequence[str]) -> StoreState:
     if name.startswith("~"):
         home = os.path.expanduser(name)  # noqa: PTH111 - Path.expanduser() may raise
         raise StoreError("tracking_store", "~ is not expanded there", f"Write sqlite:///{home}")
+    if variable := unreplaced_variable(path):
+        what = f"{variable} is not replaced by the variable's value there"
+        raise StoreError("tracking_store", what, "Write the path out")
     if is_folder(path):
         raise StoreError("tracking_store", f"{path} is a folder", f"Write {uri.rstrip('/')}/mlflow.db")
     for each in (existing_parent(path.parent), path):  # SQLite keeps its journal next to the file

@@ -43,6 +43,7 @@ def check(uri: str | None, *runs: str, **tracking: object) -> list[Finding]:
         ("sqlite:///:memory:", "sqlite:///mlflow.db"),
         ("sqlite:mlflow.db", "sqlite:///mlflow.db"),
         ("sqlite:///~/mlflow.db", "~ is not expanded"),
+        ("sqlite:///$HOME/mlflow.db", "$HOME is not replaced"),
         (" sqlite:///mlflow.db", "a space"),
         ("sqlite:////data/caf\udce9.db", "not UTF-8"),
         ("sqlite3:///mlflow.db", "MLflow knows no store sqlite3://"),
