@@ -76,7 +76,8 @@ class Overlap:
 
     def __init__(self, plan: TrialPlan, models: Sequence[nn.Module], start: Start) -> None:
         tensors = _tensors(models)
-        self._on_gpu = tensors[0].device.type == "cuda"
+        self._device = tensors[0].device
+        self._on_gpu = self._device.type == "cuda"
         # Page-locked memory is reached by a GPU's copies without anybody waiting for them. Written once, so that the
         # first snapshot does not wait for the system to provide it.
         size = num_bytes(tensors)
@@ -182,6 +183,8 @@ class Overlap:
             self._changed.notify_all()
 
     def _run(self) -> None:
+        if self._on_gpu:
+            torch.cuda.set_device(self._device)  # each thread has a current one: lost processes are replaced here
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._current is not None)
