@@ -11,10 +11,10 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Others are on the network: the token is in ~/.ray/auth_token, made once by `.venv/bin/ray get-auth-token --generate`.
 export RAY_AUTH_MODE=token PATH="$PWD/.venv/bin:$PATH"
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600 # seconds until all hosts are there; Ray's 30 are few for a shared disk
-# It starts the cluster, runs the command on the first host, and ends the cluster.
+# It starts the cluster, runs the command on the first host, which has to be told to join it, and ends the cluster.
 srun ray symmetric-run --address "$head:6379" --min-nodes "$SLURM_JOB_NUM_NODES" -- \
     python -m orchestrator.run "${CONFIG:-configs/scale_out.yaml}" --output "$runs/$SLURM_JOB_NAME" \
-    --resume auto --auto-resume 3 --set storage.path="$runs"
+    --resume auto --auto-resume 3 --set resources.address=auto --set storage.path="$runs"
 code=$?
 # It returns 0, too, where Ray could not be started.
 written=$(stat --format %Y "$runs/$SLURM_JOB_NAME/results.json" 2>/dev/null || echo 0)

@@ -180,7 +180,7 @@ def test_a_slurm_job_starts_one_cluster_and_goes_on_in_the_folder_of_its_name(sl
     code, (call,) = slurm(0)
     assert code == 0
     assert call.startswith("srun ray symmetric-run --address node7:6379 --min-nodes 2 -- python -m orchestrator.run")
-    assert "--output runs/night --resume auto" in call
+    assert "--output runs/night --resume auto" in call and "--set resources.address=auto" in call
     text = (ROOT / "cluster/slurm.sh").read_text()
     options = [word for line in text.splitlines() if line.startswith("#SBATCH") for word in line.split()[1:]]
     assert {"--requeue", "--dependency=singleton", "--ntasks-per-node=1"} <= set(options)
