@@ -2,13 +2,17 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
+import uuid
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -16,6 +20,7 @@ from ray.autoscaler import _private
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.builders.commands import ROOT
+from tests.builders.waiting import wait_for
 
 CLOUD_ONLY = ("provider", "auth", "available_node_types", "head_node_type")
 
@@ -87,6 +92,43 @@ def test_nobody_gets_in_without_the_token(variant: Any) -> None:
     (start,) = [command for command in values["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
     assert "PASSWORD" not in yaml.safe_dump(values)
+
+
+def test_the_nodes_of_a_cloud_are_started_by_their_type_and_with_an_image_that_is_named() -> None:
+    """The launcher drops a `min_workers` of the whole file (`ray up --min-workers`); its own image is for CUDA 11."""
+    prepared = prepare_config(cloud() | {"min_workers": 4})
+    workers = prepared["available_node_types"]["gpu8"]
+    assert workers["min_workers"] == 0 and not prepared.get("min_workers")
+    assert "--min-workers" not in (ROOT / "docs/cluster.md").read_text() + (ROOT / "ray_cluster.yaml").read_text()
+    assert all("ImageId" in each["node_config"] for each in cloud()["available_node_types"].values())
+
+
+def test_the_tracking_server_is_started_once(tmp_path: Path) -> None:
+    """The launcher's shells have the whole line, with what is searched for, in their own command line."""
+    (line,) = [each for each in cloud()["head_start_ray_commands"] if "mlflow_server" in each]
+    name = f"server_{uuid.uuid4().hex}"  # no other one of this machine is meant
+    (tmp_path / "cluster").mkdir()
+    starts = tmp_path / "starts"
+    code = f"import time\nopen({str(starts)!r}, 'a').write('started\\n')\ntime.sleep(600)\n"
+    (tmp_path / "cluster" / f"{name}.py").write_text(code)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    line = (
+        line.replace("mlflow_server", name).replace("cd /app", f"cd {tmp_path}").replace("/tmp/mlflow", f"{tmp_path}/l")
+    )
+    words = ["bash", "--login", "-c", f"sh -c {shlex.quote(line)}"]
+    try:
+        subprocess.run(words, check=True)
+        wait_for(starts.exists)
+        subprocess.run(words, check=True)
+        running = [
+            each for each in psutil.process_iter(["cmdline"]) if f"cluster.{name}" in (each.info["cmdline"] or [])
+        ]
+        assert len(running) == 1 and starts.read_text() == "started\n"
+    finally:
+        for each in psutil.process_iter(["cmdline"]):
+            if f"cluster.{name}" in (each.info["cmdline"] or []):
+                each.kill()
 
 
 def test_nccl_and_gloo_take_the_same_interface_everywhere() -> None:
