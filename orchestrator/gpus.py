@@ -21,6 +21,8 @@ class Gpu(NamedTuple):
     """What nobody uses of it; None where the driver does not say."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability, such as (9, 0); None where the driver does not say."""
+    is_divided: bool = False
+    """Whether it is divided into slices (MIG), none of which is named: CUDA gives a process the first one."""
 
 
 def list_gpus() -> list[Gpu]:
@@ -62,12 +64,14 @@ def _describe(handle: Any) -> Gpu:
     whole = handle if parent is None else parent
     memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
     known = memory is not None and memory.total > 0
+    mig = _ask(pynvml.nvmlDeviceGetMigMode, handle) if parent is None else None
     return Gpu(
         name=str(pynvml.nvmlDeviceGetName(handle)),
         number=int(pynvml.nvmlDeviceGetIndex(whole)),
         total_bytes=int(memory.total) if known else None,
         free_bytes=int(memory.free) if known else None,
         capability=_ask(pynvml.nvmlDeviceGetCudaComputeCapability, whole),
+        is_divided=mig is not None and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE,
     )
 
 

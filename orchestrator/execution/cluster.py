@@ -121,7 +121,8 @@ def start_ray(address: str | None, network_interface: str | None = None, *, dash
         what = f"the Ray cluster at {address} cannot be joined" if address else "Ray cannot be started here"
         raise SpecError(f"{what}: {error}") from error
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    counted = [each for each in alive if each.get("GPU")] or alive
+    # A node without CPUs takes no worker: it leaves the others their share of CPUs.
+    counted = [each for each in alive if each.get("GPU") and each.get("CPU")] or alive
     gpus, cpus = (int(sum(each.get(name, 0) for each in counted)) for name in ("GPU", "CPU"))
     # Ray names an address also where nothing listens, as in a local cluster without a dashboard.
     shown = f"http://{url}" if url and _listens(url) else None

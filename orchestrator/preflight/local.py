@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import uuid
@@ -24,7 +23,7 @@ from orchestrator.preflight.weights import check_weights
 from trainers.contract.plan import PREFETCHED_BATCHES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from orchestrator.experiment.spec import Experiment
     from orchestrator.preflight.rehearsal import Rehearsal
@@ -144,13 +143,15 @@ def check_this_machine(experiment: Experiment, trials: Sequence[TrialPlan], *, r
     """Checks storage, shared memory and GPUs of this machine, for a run that stays on it."""
     request = node_request(trials)
     report = inspect_node(request)
+    all_here = ((trial, trial.world_size) for trial in trials)
     findings = judge_nodes(
         [report],
         request,
         versions=report.versions,
         storage_bytes=storage_bytes(experiment, trials),
-        shared_memory_bytes=shared_memory_bytes(experiment, trials, num_nodes=1),
+        shared_memory_bytes={report.host: shared_memory_bytes(experiment, all_here)},
         needs_gpus=any(trial.device == "cuda" for trial in trials),
+        compiles=compiles_kernels(trials),
         survives_storage=trials[0].survive_storage,
     )
     hint = "Take smaller world sizes, join a cluster (resources.address), or set resources.device=cpu"
@@ -247,16 +248,27 @@ def _bytes_in(folder: str) -> int:
     return size
 
 
-def shared_memory_bytes(experiment: Experiment, trials: Sequence[TrialPlan], *, num_nodes: int) -> float:
-    """Estimates the most that the loader processes of one node hold in /dev/shm: their prefetched batches, in bytes."""
+def shared_memory_bytes(experiment: Experiment, workers: Iterable[tuple[TrialPlan, int]]) -> float:
+    """Estimates the most that the loader processes of one node hold in /dev/shm: their prefetched batches, in bytes.
+
+    Args:
+        experiment: The experiment.
+        workers: Each of its trials, and the number of its workers on that node.
+    """
     batches = (
-        math.ceil(trial.world_size / (trial.num_nodes or num_nodes))
-        * max(trial.loader_workers, trial.most_loader_workers)
-        * PREFETCHED_BATCHES
-        * trial.batch_per_worker
-        for trial in trials
+        number * max(trial.loader_workers, trial.most_loader_workers) * PREFETCHED_BATCHES * trial.batch_per_worker
+        for trial, number in workers
     )
     return max(batches, default=0) * model_checks.estimate_image_bytes(experiment)
+
+
+def compiles_kernels(trials: Sequence[TrialPlan]) -> bool:
+    """Whether workers compile kernels for GPUs, which needs a C compiler on their nodes."""
+    return any(
+        trial.recipe.triton_pooling or trial.recipe.compile or trial.recipe.has_fixed_shapes(trial.device)
+        for trial in trials
+        if trial.device == "cuda"
+    )
 
 
 def joins_cluster(experiment: Experiment) -> bool:

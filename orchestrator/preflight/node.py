@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import socket
+import sysconfig
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,6 +66,8 @@ class NodeReport:
     """The newest CUDA that its driver is for; None where there is none, or it does not say."""
     credentials: tuple[str, ...] = ()
     """Names of the environment variables there that give access to the tracking server."""
+    cannot_compile: str = ""
+    """What Triton lacks there to compile C for Python; "" where nothing."""
 
 
 def inspect_node(request: NodeRequest) -> NodeReport:
@@ -77,7 +81,18 @@ def inspect_node(request: NodeRequest) -> NodeReport:
         gpus=list_gpus(),
         cuda_driver=cuda_of_driver(),
         credentials=tuple(name for name in CREDENTIALS if name in os.environ),
+        cannot_compile=_cannot_compile(),
     )
+
+
+def _cannot_compile() -> str:
+    """What Triton looks for when a process starts its first kernel (`triton.runtime.build`), and does not find."""
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "a C compiler (gcc, clang, or what CC names)"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    header = Path(include, "Python.h")
+    return "" if header.is_file() else f"Python's headers ({header})"
 
 
 def _try_folder(name: str, probe: str, probe_text: str) -> FolderState:
@@ -116,8 +131,9 @@ def judge_nodes(
     *,
     versions: dict[str, str],
     storage_bytes: float,
-    shared_memory_bytes: float,
+    shared_memory_bytes: Mapping[str, float],
     needs_gpus: bool,
+    compiles: bool = False,
     survives_storage: bool = False,
 ) -> list[Finding]:
     """Finds what is wrong on which node.
@@ -127,8 +143,9 @@ def judge_nodes(
         request: What the nodes were asked.
         versions: The driver's packages, which all nodes must have.
         storage_bytes: Space that the run's checkpoints need.
-        shared_memory_bytes: The most that the loaders of one node's workers hold in /dev/shm.
+        shared_memory_bytes: Host to the most that the loaders of its workers hold in /dev/shm; others have no workers.
         needs_gpus: Whether workers run on GPUs.
+        compiles: Whether they compile kernels for them.
         survives_storage: Too little space is a warning: the run goes on where a checkpoint cannot be written.
     """
     findings = FindingList()
@@ -140,9 +157,9 @@ def judge_nodes(
         for folder, state in report.folders.items():
             needed = storage_bytes if folder == request.checkpoints else 0
             _judge_folder(folder, state, node, needed, findings, survives=survives_storage)
-        free = report.shared_memory_free
-        if free is not None and free < shared_memory_bytes:
-            what = f"{SHARED_MEMORY} has {_size(free)} free; the loaders hold up to {_size(shared_memory_bytes)} in it"
+        free, wanted = report.shared_memory_free, shared_memory_bytes.get(report.host, 0.0)
+        if free is not None and free < wanted:
+            what = f"{SHARED_MEMORY} has {_size(free)} free; the loaders hold up to {_size(wanted)} in it"
             hint = "Start the container with --shm-size (or --ipc=host), or set resources.loader_workers lower"
             findings.error("shared_memory", str(SHARED_MEMORY), node, what, hint)
         other = [
@@ -153,6 +170,21 @@ def judge_nodes(
         if other:
             what = f"other versions there: {', '.join(other)}"
             findings.error("node_versions", "packages", node, what, "Use one image on all nodes")
+        if compiles and report.gpus and report.cannot_compile:
+            what = f"the recipe's kernels cannot be compiled there: {report.cannot_compile} not found"
+            hint = (
+                "Install gcc and this Python's headers (Debian, Ubuntu: apt install gcc python3-dev, or python3.12-dev"
+            )
+            hint += " and the like), or take the recipe reference"
+            findings.error("no_compiler", "trials.recipes", node, what, hint)
+        divided = [f"{gpu.number}" for gpu in report.gpus if gpu.is_divided and needs_gpus]
+        if divided:
+            what = f"GPU {', '.join(divided)}: divided into slices (MIG), of which CUDA gives a process the first alone"
+            hint = (
+                "Name slices in CUDA_VISIBLE_DEVICES where Ray is started (`nvidia-smi -L` has them), or turn MIG off"
+            )
+            add = findings.error if len(divided) > 1 else findings.warning
+            add("gpu_divided", f"GPU {divided[0]}", node, what, hint)
         for gpu in report.gpus if needs_gpus else []:
             total, unused = gpu.total_bytes, gpu.free_bytes
             if total is not None and unused is not None and unused < BUSY_SHARE * total:

@@ -12,7 +12,7 @@ from orchestrator.experiment.placement import smaller
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import SpecError
-from orchestrator.preflight.cluster import check_fit
+from orchestrator.preflight.fit import check_fit
 from orchestrator.report.plan_table import plan_table
 from tests.builders.experiments import TINY_OVERRIDES, tiny_experiment
 from trainers.contract.plan import TrialPlan

@@ -11,6 +11,7 @@ import pytest
 from orchestrator import gpus
 from orchestrator.data.init import Machine
 from orchestrator.experiment.plan import Hardware
+from orchestrator.findings import Finding
 from orchestrator.preflight.node import NodeReport, NodeRequest, judge_nodes
 
 GIB = 2**30
@@ -22,7 +23,7 @@ SLICE = "MIG-cc44"
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A machine of three GPUs, the first of which is in use; attributes say what the driver answers."""
-    made = SimpleNamespace(memory=dict.fromkeys((*UUIDS, SLICE), (80 * GIB, 79 * GIB)), hidden=set())
+    made = SimpleNamespace(memory=dict.fromkeys((*UUIDS, SLICE), (80 * GIB, 79 * GIB)), hidden=set(), divided=set())
     made.memory[UUIDS[0]] = (80 * GIB, 10 * GIB)
 
     def handle(index: int) -> str:
@@ -46,7 +47,13 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         total, free = made.memory[name]
         return SimpleNamespace(total=total, free=free)
 
+    def mig_mode(name: str) -> list[int]:
+        if name == UUIDS[2]:  # older than slices are
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return [int(name in made.divided), 0]
+
     answers: dict[str, Any] = {
+        "nvmlDeviceGetMigMode": mig_mode,
         "nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: len(UUIDS),
         "nvmlDeviceGetHandleByIndex": handle, "nvmlDeviceGetHandleByUUID": by_uuid, "nvmlDeviceGetUUID": str,
         "nvmlDeviceGetIndex": UUIDS.index, "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": parent,
@@ -59,17 +66,36 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def judge(found: list[gpus.Gpu]) -> list[tuple[str, str]]:
+def findings_of(found: list[gpus.Gpu]) -> list[Finding]:
     report = NodeReport("a", {}, gpus=found)
-    findings = judge_nodes(
-        [report], NodeRequest({}, {}), versions={}, storage_bytes=0, shared_memory_bytes=0, needs_gpus=True
+    return judge_nodes(
+        [report], NodeRequest({}, {}), versions={}, storage_bytes=0, shared_memory_bytes={}, needs_gpus=True
     )
-    return [(finding.code, finding.file) for finding in findings]
+
+
+def judge(found: list[gpus.Gpu]) -> list[tuple[str, str]]:
+    return [(finding.code, finding.file) for finding in findings_of(found)]
+
+
+def levels_of(found: list[gpus.Gpu]) -> list[str]:
+    return [finding.level for finding in findings_of(found)]
 
 
 def test_gpus_are_listed_with_their_memory(driver: SimpleNamespace) -> None:
     assert gpus.list_gpus()[1:] == [gpus.Gpu("H100", index, 80 * GIB, 79 * GIB, (9, 0)) for index in (1, 2)]
     assert judge(gpus.list_gpus()) == [("gpu_busy", "GPU 0")]
+
+
+def test_a_gpu_whose_slices_are_not_named_is_reported(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    del driver.memory[UUIDS[0]]
+    driver.divided = {UUIDS[1]}
+    assert [gpu.is_divided for gpu in gpus.list_gpus()] == [False, True, False]
+    assert judge(gpus.list_gpus()) == [("gpu_divided", "GPU 1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", SLICE)
+    assert judge(gpus.list_gpus()) == []
+    one, two = (gpus.Gpu("H100", index, is_divided=True) for index in (0, 1))
+    levels = [levels_of([one]), levels_of([one, two])]
+    assert levels == [["warning"], ["error"]], "the second worker of a host would find none"
 
 
 @pytest.mark.parametrize("answer", [None, (0, 0)])

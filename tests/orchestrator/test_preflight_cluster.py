@@ -17,17 +17,14 @@ from orchestrator.execution import nodes
 from orchestrator.execution.nodes import Node
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
-from orchestrator.gpus import Gpu
 from orchestrator.preflight import cluster as preflight
 from orchestrator.preflight.cluster import (
     check_communication,
     check_exclusion,
-    check_fit,
     check_standby,
     check_token,
-    needs_several_hosts,
 )
-from orchestrator.preflight.node import FolderState, NodeReport, NodeRequest, inspect_node, judge_nodes
+from orchestrator.preflight.fit import check_fit, needs_several_hosts
 from tests.builders.bad_input import base_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -165,78 +162,6 @@ def test_an_open_cluster_without_a_token_is_refused(monkeypatch: pytest.MonkeyPa
 def test_a_cluster_on_loopback_needs_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     assert check_token([node("a", 1, 1, "127.0.0.2"), node("b", 1, 1, "127.0.0.3")]) == []
-
-
-RUNS, CHECKPOINTS = "/shared/runs", "/shared/checkpoints"
-REQUEST = NodeRequest({"the training images": "/data/train2017"}, {RUNS: "", CHECKPOINTS: ""}, CHECKPOINTS)
-FINE = FolderState(100 * GIB, "", True)
-GOOD = NodeReport(
-    host="a", versions={"python": "3.11.9", "ray": "2.60.0"}, folders={RUNS: FINE, CHECKPOINTS: FINE},
-    shared_memory_free=8 * GIB, gpus=[Gpu("H100", 0, 80 * GIB, 79 * GIB)],
-)  # fmt: skip
-
-
-def judge(*reports: NodeReport, needs_gpus: bool = True) -> list[tuple[str, str, str]]:
-    findings = judge_nodes(
-        list(reports), REQUEST, versions=GOOD.versions, storage_bytes=10 * GIB, shared_memory_bytes=2 * GIB,
-        needs_gpus=needs_gpus,
-    )  # fmt: skip
-    return [(finding.code, finding.id, finding.what) for finding in findings]
-
-
-def test_a_good_node_has_no_finding() -> None:
-    assert judge(GOOD, replace(GOOD, host="b")) == []
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "words"),
-    [
-        ({"unreadable": {"the training images": "No such file"}}, "node_data", "the training images cannot be read"),
-        ({"folders": {CHECKPOINTS: FolderState(GIB)}}, "storage_small", "1.0 GiB free; the checkpoints of all trials"),
-        ({"folders": {RUNS: FolderState(None, "Read-only")}}, "storage_unwritable", "Read-only"),
-        ({"folders": {RUNS: FolderState(GIB, "", False)}}, "storage_not_shared", "does not see a file"),
-        ({"shared_memory_free": 64 * 2**20}, "shared_memory", "64 MiB free"),
-        ({"versions": {"python": "3.11.9", "ray": "2.59.0"}}, "node_versions", "ray 2.59.0 (driver: 2.60.0)"),
-        ({"versions": {"python": "3.11.9"}}, "node_versions", "ray none (driver: 2.60.0)"),
-        ({"gpus": [Gpu("H100", 5, 80 * GIB, 10 * GIB)]}, "gpu_busy", "GPU 5 (H100) has 10.0 GiB of 80.0 GiB free"),
-    ],
-)
-def test_what_is_wrong_on_one_node_is_reported_with_its_name(change: dict[str, Any], code: str, words: str) -> None:
-    ((found, place, what),) = judge(GOOD, replace(GOOD, host="b", **change))
-    assert (found, place) == (code, "host b") and words in what
-
-
-def test_gpus_of_several_kinds_are_reported_unless_none_is_used() -> None:
-    other = replace(GOOD, host="b", gpus=[Gpu("V100", 0, 16 * GIB, 16 * GIB)])
-    assert [code for code, _, _ in judge(GOOD, other)] == ["gpu_kinds"]
-    assert judge(GOOD, other, needs_gpus=False) == []
-
-
-def test_a_node_is_inspected_without_leaving_anything(tmp_path: Path) -> None:
-    (tmp_path / "probe").write_text("hello")
-    before = sorted(tmp_path.iterdir())
-    request = NodeRequest(
-        {"this": str(tmp_path), "that": str(tmp_path / "none")},
-        {str(tmp_path / "a" / "b"): str(tmp_path / "probe")}, probe_text="hello",
-    )  # fmt: skip
-    report = inspect_node(request)
-    assert list(report.unreadable) == ["that"]
-    (state,) = report.folders.values()
-    assert state.probe_seen and state.free and not state.problem
-    assert report.versions["python"] and report.versions["ray"]
-    assert sorted(tmp_path.iterdir()) == before
-    (state,) = inspect_node(replace(request, probe_text="other")).folders.values()
-    assert state.probe_seen is False
-
-
-def test_little_room_is_no_error_where_the_run_goes_on_without_checkpoints() -> None:
-    tight = replace(GOOD, folders={CHECKPOINTS: FolderState(GIB)})
-    for survives, level in ((True, "warning"), (False, "error")):
-        (finding,) = judge_nodes(
-            [tight], REQUEST, versions=GOOD.versions, storage_bytes=10 * GIB, shared_memory_bytes=0, needs_gpus=False,
-            survives_storage=survives,
-        )  # fmt: skip
-        assert finding.level == level
 
 
 SCRIPT = """

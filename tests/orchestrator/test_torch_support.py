@@ -175,7 +175,7 @@ def test_each_node_of_a_joined_cluster_is_asked_for_its_torch(monkeypatch: pytes
         monkeypatch.setattr(module, "call_on_nodes", call)
     experiment = parse_experiment(tiny_experiment(resources={"device": "cuda"}), "test")
     trials = expand(experiment, Hardware(), str(tmp_path / "runs" / "x"), tmp_path)
-    found = cluster.check_every_node(experiment, trials, [node(host) for host in drivers])
+    found = cluster.check_every_node(experiment, trials, [node(host, 1) for host in drivers])
     assert [(finding.level, finding.code, finding.id) for finding in found] == [
         ("error", "driver_too_old", "host b"), ("error", "driver_too_old", "host c")
     ]  # fmt: skip
