@@ -47,8 +47,8 @@ def check_mask_boxes(
 
     Args:
         entries: The annotations.
-        candidates: Which of them to look at, if they come into the sample: their boxes are good.
-        sizes: Width and height of their images in pixels; (0, 0) where they are not known.
+        candidates: Which of them to look at, if they come into the sample: their boxes and images are good.
+        sizes: Width and height of their images in pixels.
         file: The annotation file.
         findings: Added to.
         for_scoring: Whether it is a validation set.
@@ -117,8 +117,6 @@ def _corners(box: NDArray[np.float64]) -> Corners:
 
 def _overlap_in_image(mask: Corners, box: Corners, size: tuple[int, int]) -> float:
     """Intersection over union, with or without what reaches out of the image: tools cut the one and not the other."""
-    if size == (0, 0):
-        return _overlap(mask, box)
     limits = np.array([*size, *size], dtype=np.float64)
     return max(_overlap(mask, box), _overlap(np.clip(mask, 0, limits), np.clip(box, 0, limits)))
 

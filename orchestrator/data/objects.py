@@ -75,13 +75,13 @@ def check_objects(
     summary.num_crowd = int(crowd.sum())
     check_scoring_fields(usable, file, findings, for_scoring=for_scoring)
     sizes = [size_of[image_id] for image_id in image_ids.tolist()]
-    has_box, is_sound = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
+    has_box, is_sound, are_normalised = _check_boxes(usable, sizes, file, findings, for_scoring=for_scoring)
     is_dropped = _check_masks(usable, crowd, sizes, summary, findings, for_scoring=for_scoring)
     check_keypoints(usable, crowd, summary, findings, for_scoring=for_scoring)
     check_duplicates(usable, has_box & ~crowd, file, findings, for_scoring=for_scoring)
     off_box = check_mask_boxes(usable, is_sound & ~crowd, sizes, file, findings, for_scoring=for_scoring)
     if for_scoring:
-        check_areas(usable, off_box, file, findings)
+        check_areas(usable, range(len(usable)) if are_normalised else off_box, file, findings)
         is_used = ~crowd
     else:
         is_used = ~crowd & ~is_dropped
@@ -130,10 +130,11 @@ def _check_categories(
 
 def _check_boxes(
     entries: list[Annotation], sizes: list[tuple[int, int]], file: str, findings: FindingList, *, for_scoring: bool
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], bool]:
     """Checks the boxes.
 
-    Returns of which of them something is left when detectron2 has cut them at the edge, and which have no finding.
+    Returns of which of them something is left when detectron2 has cut them at the edge, which lie in an image of known
+    size and have no finding, and whether they are in shares of the image.
     """
     good: list[int] = []
     for index, entry in enumerate(entries):
@@ -174,14 +175,14 @@ def _check_boxes(
     is_normalised = _check_units(values[finite & ~empty], file, findings)
     has_box, is_sound = np.zeros((2, len(entries)), dtype=bool)
     has_box[good] = finite & ~empty & ~outside
-    is_sound[good] = finite & ~empty & ~beyond & (not is_normalised)
-    return has_box, is_sound
+    is_sound[good] = finite & ~empty & ~beyond & in_image & (not is_normalised)
+    return has_box, is_sound, is_normalised
 
 
 def _check_units(boxes: NDArray[np.float64], file: str, findings: FindingList) -> bool:
     """Whether boxes are in shares of the image; a few of others among them, or rounding errors, change nothing."""
-    corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-    in_pixel = ((corners >= -SHARE_TOLERANCE) & (corners <= 1 + SHARE_TOLERANCE)).all(axis=1)
+    start, size = boxes[:, :2], boxes[:, 2:]
+    in_pixel = ((start >= -SHARE_TOLERANCE) & (size <= 1 + SHARE_TOLERANCE - start)).all(axis=1)
     is_normalised = len(boxes) > 0 and bool(in_pixel.mean() >= MIN_NORMALISED)
     if is_normalised:
         number = f"all {len(boxes):,}" if in_pixel.all() else f"{in_pixel.sum():,} of {len(boxes):,}"

@@ -118,6 +118,15 @@ def test_masks_off_their_boxes_are_one_warning_with_the_cause_and_none_about_are
     assert ("no detection fits both" if for_scoring else "learned as its mask") in finding.what
 
 
+def test_areas_of_objects_in_shares_of_the_image_are_not_blamed(root: Path) -> None:
+    def change(entry: dict[str, Any]) -> None:
+        scale_mask(1 / WIDTH, 1 / HEIGHT)(entry)
+        x, y, width, height = entry["bbox"]
+        entry["bbox"] = [x / WIDTH, y / HEIGHT, width / WIDTH, height / HEIGHT]
+
+    assert [finding.code for finding in check(root, change, for_scoring=True)] == ["box_normalised"]
+
+
 @pytest.mark.parametrize(
     ("box", "polygon"),
     [
@@ -133,6 +142,19 @@ def test_tools_that_round_or_cut_boxes_do_not_count(root: Path, box: list[float]
             entry.update(bbox=box, segmentation=[polygon])
 
     assert check(root, change, for_scoring=False) == []
+
+
+def test_boxes_beyond_floating_point_end_in_no_traceback(root: Path) -> None:
+    def change(entry: dict[str, Any]) -> None:
+        entry.update(bbox=[1e308, 1e308, 1e308, 1e308])
+
+    assert "box_outside" in [finding.code for finding in check(root, change, for_scoring=False)]
+    train = coco_layout(root).train
+    document = json.loads(train.annotations.read_text())
+    for entry in (*document["images"], *document["annotations"]):
+        entry |= {"width": None} if "width" in entry else {"bbox": [1, 1, 1e308, 1e308]}
+    train.annotations.write_text(json.dumps(document))
+    assert {finding.code for finding in check_split(train).findings} == {"image_entry"}
 
 
 def test_of_a_large_file_a_sample_is_looked_at(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
