@@ -108,6 +108,7 @@ def test_the_tracking_server_is_started_once(tmp_path: Path) -> None:
     (line,) = [each for each in cloud()["head_start_ray_commands"] if "mlflow_server" in each]
     name = f"server_{uuid.uuid4().hex}"  # no other one of this machine is meant
     (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster/__init__.py").touch()  # goes before the repository's
     starts = tmp_path / "starts"
     code = f"import time\nopen({str(starts)!r}, 'a').write('started\\n')\ntime.sleep(600)\n"
     (tmp_path / "cluster" / f"{name}.py").write_text(code)
