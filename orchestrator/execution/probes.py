@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.execution.nodes import Node
@@ -32,17 +33,12 @@ class Probes:
     def __init__(self, requests: Mapping[Node, ProbeRequest], timeout: float) -> None:
         self._requests, self._timeout = requests, timeout
         self._actors: dict[Node, Any] = {}
+        self._lost: set[Node] = set()
         self.started: dict[Node, ProbeStarted | Exception] = {}
         """What each node is, or why it cannot be measured."""
 
     def __enter__(self) -> Probes:
-        kind = ray.remote(num_cpus=0, max_restarts=0)(NodeProbe)
-        for node, request in self._requests.items():
-            num_gpus = node.num_gpus if request.device == "cuda" else 0
-            place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            actor = kind.options(num_gpus=num_gpus, scheduling_strategy=place).remote(request, node.address)
-            self._actors[node] = actor
-        self.started = self._wait({node: actor.start.remote() for node, actor in self._actors.items()}, self._timeout)
+        self._start(self._requests)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,6 +59,9 @@ class Probes:
     ) -> dict[tuple[Node, ...], list[Measured] | Exception]:
         """Measures the links within groups of nodes, of all groups at once.
 
+        A process that dies or does not answer in time, as NCCL's do where a link hangs, is replaced before its node's
+        next meeting.
+
         Args:
             groups: Groups that have no node in common.
             message_bytes: Sizes of the messages.
@@ -70,19 +69,25 @@ class Probes:
             timeout: Longest wait (seconds).
             gpu: Which of each node's GPUs takes part.
         """
+        members = [tuple(group) for group in groups]
+        self._start([node for group in members for node in group if node in self._lost])
+        found: dict[tuple[Node, ...], list[Measured] | Exception] = {}
         calls: dict[tuple[tuple[Node, ...], int], Any] = {}
-        for group in groups:
-            first, name = self.started[group[0]], uuid.uuid4().hex
-            if not isinstance(first, ProbeStarted):
-                raise ValueError(f"{group[0].host} cannot be measured")  # noqa: TRY004 - it is no argument
-            address, size = group[0].address, len(group)
+        for group in members:
+            if failed := [error for node in group if isinstance(error := self.started[node], Exception)]:
+                found[group] = failed[0]
+                continue
+            first, name, address, size = self.started[group[0]], uuid.uuid4().hex, group[0].address, len(group)
+            assert isinstance(first, ProbeStarted)
             for rank, node in enumerate(group):
                 meeting = Meeting(
                     name, rank, size, address, first.port, message_bytes, seconds, timeout_seconds=timeout / 2, gpu=gpu
                 )
-                calls[tuple(group), rank] = self._actors[node].meet.remote(meeting)
-        found: dict[tuple[Node, ...], list[Measured] | Exception] = {}
+                calls[group, rank] = self._actors[node].meet.remote(meeting)
         for (group, rank), outcome in self._wait(calls, timeout).items():
+            if isinstance(outcome, (RayActorError, TimeoutError)):
+                ray.kill(self._actors[group[rank]])  # another call would wait for the one that is stuck
+                self._lost.add(group[rank])
             if rank == 0 or (isinstance(outcome, Exception) and not isinstance(found[group], Exception)):
                 found[group] = outcome
         return found
@@ -105,6 +110,19 @@ class Probes:
                 if node not in offsets or half < offsets[node][1]:
                     offsets[node] = (reading - (asked + half), half)
         return offsets
+
+    def _start(self, nodes: Iterable[Node]) -> None:
+        """Starts the processes of some nodes, those that were lost again, and waits for them."""
+        kind = ray.remote(num_cpus=0, max_restarts=0)(NodeProbe)
+        calls = {}
+        for node in nodes:
+            request = self._requests[node]
+            num_gpus = node.num_gpus if request.device == "cuda" else 0
+            place = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            actor: Any = kind.options(num_gpus=num_gpus, scheduling_strategy=place).remote(request, node.address)
+            self._actors[node], calls[node] = actor, actor.start.remote()
+        self._lost -= calls.keys()
+        self.started |= self._wait(calls, self._timeout)
 
     def _wait(self, calls: Mapping[Any, Any], timeout: float) -> dict[Any, Any]:
         """What each call returned or raised; a TimeoutError where it did not return in time."""

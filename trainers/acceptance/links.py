@@ -50,7 +50,8 @@ def measure_links(meeting: Meeting, store: Any, device: str) -> list[Measured]:
         of bus bandwidth (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md), which does not depend on the group's size.
 
     Raises:
-        RuntimeError: The hosts do not reach each other in time, or a sum is wrong.
+        RuntimeError: The hosts do not reach each other in time, or a sum is wrong. Where NCCL hangs, its watchdog ends
+            the process after the time-out instead, or this does not return.
     """
     timeout = timedelta(seconds=meeting.timeout_seconds)
     if meeting.rank:
