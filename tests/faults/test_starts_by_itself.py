@@ -33,7 +33,7 @@ from orchestrator.tracking.driver import Tracker
 from tests.builders.trials import TrialBuilder
 from trainers.contract.events import RunEnded
 
-Tracker.finish = lambda *_: True
+Tracker.finish = lambda *_, **__: True
 run.RETRY_INTERVAL_SECONDS = 0.0
 
 def begin(request, working):

@@ -37,7 +37,7 @@ class Closed:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run of three trials that came to its end, and a store that takes everything."""
-    monkeypatch.setattr(Tracker, "finish", lambda *_: True)
+    monkeypatch.setattr(Tracker, "finish", lambda *_, **__: True)
     return make_run(tmp_path / "run")
 
 
