@@ -161,7 +161,9 @@ def test_a_bundle_of_the_run_verifies(done: Done, tmp_path: Path) -> None:
     packed = run_command(done.run_dir, "--to", tmp_path / "b.zip", module="orchestrator.bundle", cwd=tmp_path)
     assert packed.returncode == 0, packed.stderr
     verified = verify(tmp_path / "b.zip", tmp_path / "to")
-    assert verified.findings == []
+    # Where somebody sets this machine's clock meanwhile, as the host of a virtual one may, stamps are not compared.
+    clock_set = '"clock_changed"' in (done.run_dir / "events.jsonl").read_text()
+    assert [each for each in verified.findings if not (clock_set and each.code == "log_unchecked")] == []
     assert verified.statements == ("files", "figures", "settings", "times", "logs")
 
 
