@@ -246,10 +246,10 @@ def _check_use(
     only_crowd = np.intersect1d(without, crowd_images)
     if not summary.num_images_with_objects:
         if len(only_crowd):
-            what = "no image has an object that is not a crowd: detectron2 would have nothing to train on"
-            findings.error(
-                "crowd_only", file, f"image {only_crowd[0]}", what, f"{CROWD_HINT}, or add objects that are none"
-            )
+            effect = "no AP could be computed" if for_scoring else "detectron2 would have nothing to train on"
+            what = f"no image has an object that is not a crowd: {effect}"
+            hint = f"{CROWD_HINT}, or add objects that are none"
+            findings.error("crowd_only", file, f"image {only_crowd[0]}", what, hint)
         else:
             what = "no image has a usable object: every annotation has one of the other faults"
             findings.error("no_objects", file, "annotations", what, "Correct the annotations")
