@@ -51,7 +51,7 @@ def pack(
     except BundleError as error:
         raise _refusal(str(error)) from None
     except OSError as error:
-        raise _refusal(f"{error.filename or target}: {error.strerror}") from None
+        raise _refusal(f"{error.filename or to or runs[0]}: {error.strerror}") from None
     print(f"{target}: SHA-256 of its manifest: {digest}")
 
 
