@@ -92,6 +92,13 @@ def test_ray_has_no_gpu_where_the_driver_sees_none(monkeypatch: pytest.MonkeyPat
     assert asked["num_gpus"] == 0
 
 
+def test_nodes_without_cpus_do_not_count_where_others_take_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"GPU": 8.0} | cpus} for cpus in ({}, {"CPU": 64.0}, {"CPU": 64.0})]
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: SimpleNamespace(dashboard_url=""))
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    assert cluster.start_ray(None).hardware == Hardware(num_gpus=16, num_cpus=128, num_hosts=2)
+
+
 def test_a_node_exports_the_figures_of_a_running_trial_for_prometheus(local_cluster: cluster.Cluster) -> None:
     node = ray.nodes()[0]
     made, url = trained(), f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
