@@ -173,16 +173,14 @@ def judge_nodes(
         if compiles and report.gpus and report.cannot_compile:
             what = f"the recipe's kernels cannot be compiled there: {report.cannot_compile} not found"
             hint = (
-                "Install gcc and this Python's headers (Debian, Ubuntu: apt install gcc python3-dev, or python3.12-dev"
+                "Install gcc and this Python's headers (Debian, Ubuntu: apt install gcc python3-dev, or python3.12-dev "
+                "and the like), or take the recipe reference"
             )
-            hint += " and the like), or take the recipe reference"
             findings.error("no_compiler", "trials.recipes", node, what, hint)
-        divided = [f"{gpu.number}" for gpu in report.gpus if gpu.is_divided and needs_gpus]
+        divided = [str(gpu.number) for gpu in report.gpus if gpu.is_divided and needs_gpus]
         if divided:
             what = f"GPU {', '.join(divided)}: divided into slices (MIG), of which CUDA gives a process the first alone"
-            hint = (
-                "Name slices in CUDA_VISIBLE_DEVICES where Ray is started (`nvidia-smi -L` has them), or turn MIG off"
-            )
+            hint = "Name slices in CUDA_VISIBLE_DEVICES where Ray is started (see `nvidia-smi -L`), or turn MIG off"
             add = findings.error if len(divided) > 1 else findings.warning
             add("gpu_divided", f"GPU {divided[0]}", node, what, hint)
         for gpu in report.gpus if needs_gpus else []:
