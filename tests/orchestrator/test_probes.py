@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.execution import probes as probes_module
+from orchestrator.execution.cluster import shutdown, start_ray
 from orchestrator.execution.nodes import Node, list_nodes
 from orchestrator.execution.probes import Probes
 from tests.builders.waiting import DEADLINE_SECONDS
@@ -65,10 +65,9 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("RAY_AUTH_MODE", "disabled")
-        patched.setattr(probes_module, "NodeProbe", Fragile)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    before = dict(os.environ)
+    try:
+        start_ray(None)  # as all tests of this process do: Ray reads once whether it asks for a token
         (machine,) = list_nodes()
         nodes = [replace(machine, host=host) for host in "abc"]
         folders = [tmp_path_factory.mktemp(node.host) for node in nodes]
@@ -76,9 +75,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             node: ProbeRequest("cpu", 1, 0.01, 2**10, None, str(folder))
             for node, folder in zip(nodes, folders, strict=True)
         }
-        with Probes(requests, DEADLINE_SECONDS) as probes:
-            yield Cluster(probes, nodes, folders)
-        ray.shutdown()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(probes_module, "NodeProbe", Fragile)
+            with Probes(requests, DEADLINE_SECONDS) as probes:
+                yield Cluster(probes, nodes, folders)
+    finally:
+        shutdown()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_a_process_that_is_lost_in_a_meeting_is_replaced_before_the_next(
     fault: str, timeout: float, error: type[Exception], cluster: Cluster
 ) -> None:
+    assert not [each for each in cluster.probes.started.values() if isinstance(each, Exception)]
     assert isinstance(cluster.meet_while(fault, timeout), error)
     for first, second in [(0, 2), (2, 1), (0, 1)]:
         found = cluster.meet(first, second)
