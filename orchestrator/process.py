@@ -139,10 +139,19 @@ def lower_priority(pid: int) -> None:
 
 def restore_priority(pid: int) -> None:
     """Gives such a process this one's priority, where the user may do so."""
-    own = ""
-    with suppress(OSError):
-        own = Path("/proc/self/autogroup").read_text().split()[-1]
-    _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0), own)
+    _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0), str(session_niceness(os.getpid())))
+
+
+def session_niceness(pid: int) -> int:
+    """Niceness of a process's session, -20 to 19; 0 where Linux has none for it.
+
+    `/proc/[pid]/autogroup` is absent without CONFIG_SCHED_AUTOGROUP, and empty for a process none of whose parents has
+    begun a session since the machine's start, as in many containers (kernel/sched/autogroup.c).
+    """
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text(encoding="ascii").split()[-1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _set_niceness(pid: int, of_process: int, of_session: str) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 
-from orchestrator.process import user_name
+from orchestrator.process import lower_priority, restore_priority, session_niceness, user_name
 from tests.builders.commands import ROOT, run_command
 from tests.builders.experiments import tiny_experiment, write_experiment
 from tests.builders.waiting import wait_for
@@ -172,3 +173,26 @@ def test_a_run_does_not_wait_for_a_reader_that_pauses_and_shows_what_comes_later
     finally:
         paused.kill()
         os.close(read)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n", "/autogroup-7 nice", b"\xff"])
+def test_a_process_in_no_session_of_its_own_gets_the_usual_priority(
+    content: str | bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Path.read_text
+
+    def read_text(file: Path, **options: Any) -> str:
+        if file != Path(f"/proc/{os.getpid()}/autogroup"):
+            return read(file, **options)
+        if content is None:
+            raise FileNotFoundError(file)
+        return content if isinstance(content, str) else content.decode(**options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=PIPE, start_new_session=True) as leader:
+        shares_by_session = Path(f"/proc/{leader.pid}/autogroup").exists()
+        lower_priority(leader.pid)
+        assert session_niceness(leader.pid) == (19 if shares_by_session else 0)
+        restore_priority(leader.pid)
+        assert session_niceness(leader.pid) == 0
+        leader.communicate(b"\n")

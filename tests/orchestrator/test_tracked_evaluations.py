@@ -13,6 +13,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
+from orchestrator.process import session_niceness
 from orchestrator.runlog.outbox import FILE_NAME
 from orchestrator.tracking.driver import Tracker
 from orchestrator.tracking.evaluations import MAX_CLASSES, evaluation_metrics
@@ -105,11 +106,11 @@ def test_what_tracks_goes_behind_all_that_trains_until_the_run_waits_for_it(run:
     process = psutil.Process(tracker.start().pid)
     process.suspend()
 
-    def niceness(pid: int) -> list[int]:
-        shares = Path(f"/proc/{pid}/autogroup")  # of its session; absent where the kernel shares by process alone
-        return [psutil.Process(pid).nice(), *(int(shares.read_text().split()[-1]) for _ in range(shares.exists()))]
+    def niceness(pid: int) -> tuple[int, int]:
+        return psutil.Process(pid).nice(), session_niceness(pid)
 
-    assert set(niceness(process.pid)) == {19}
+    shares_by_session = Path(f"/proc/{process.pid}/autogroup").exists()
+    assert niceness(process.pid) == (19, 19 if shares_by_session else 0)
     waiting = threading.Thread(target=tracker.finish, args=[600])
     waiting.start()
     if os.geteuid() == 0:  # others may not raise a process's priority again
