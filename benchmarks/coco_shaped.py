@@ -7,7 +7,6 @@ decode in 7.3 ns a pixel where these do in 7.5. What the images show cannot be l
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.layout import Dataset, coco_layout
+from trainers.contract.cpus import num_usable_cpus
 
 SIZES = {
     (640, 480): 20, (640, 427): 15, (480, 640): 8, (640, 426): 7, (640, 425): 5, (427, 640): 4, (500, 375): 6,
@@ -90,7 +90,7 @@ def _write(root: Path, num_images: int, scale: float) -> None:
         folder = root / split
         folder.mkdir()
         work = [(str(folder), number, index, scale) for index in range(count)]
-        processes = os.cpu_count() or 1
+        processes = num_usable_cpus()
         if count < 64:
             drawn = [_draw(each) for each in work]
         else:

@@ -19,7 +19,7 @@ from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG
 from orchestrator.gpus import list_gpus
-from trainers.acceptance.cpu_time import usable_cpus
+from trainers.contract.cpus import num_usable_cpus
 from trainers.contract.plan import TrialPlan
 from trainers.recipes import FAST, PLAIN, REFERENCE, Recipe
 
@@ -144,7 +144,7 @@ def training_plan(settings: Settings, data: dict[str, Any], recipe: Recipe, batc
     divided: dict[str, Any] = {"MODEL.PIXEL_STD": [57.375, 57.12, 58.395]}
     overrides = dict(TINY_MODEL) if settings.tiny else divided
     overrides |= {"SOLVER.IMS_PER_BATCH": batch, "SOLVER.BASE_LR": 0.0001}
-    share = int(usable_cpus()) // max(1, len(list_gpus()))
+    share = num_usable_cpus() // max(1, len(list_gpus()))
     cpus = 1 if settings.tiny else max(1, min(share, MAX_CPUS) - 2)
     values = {
         "name": "gpu",

@@ -24,6 +24,7 @@ from orchestrator.data.generate import generate
 from orchestrator.experiment.plan import Hardware, expand
 from orchestrator.experiment.reading import parse_experiment
 from orchestrator.experiment.spec import DEFAULT_CONFIG
+from trainers.contract.cpus import num_usable_cpus
 from trainers.contract.events import Event, StepsDone, event_from_json
 from trainers.contract.plan import TrialPlan
 
@@ -81,7 +82,7 @@ def generated_plan(
     assert drawn is not None
     root = (DATA / f"{drawn.size}px-{drawn.num_train}-{drawn.num_val}").absolute()
     generate(root, num_train=drawn.num_train, num_val=drawn.num_val, size=drawn.size, num_classes=drawn.num_classes)
-    return expand(experiment, Hardware(num_cpus=os.cpu_count() or 1), "/unused", root)[0]
+    return expand(experiment, Hardware(num_cpus=num_usable_cpus()), "/unused", root)[0]
 
 
 def run_process(command: list[str], cpus: int) -> None:
@@ -144,7 +145,7 @@ def fast_recipe() -> Row:
 
 def fast_r50() -> Row:
     """The real R50-FPN at 320 px with batch 2, on all cores."""
-    cpus = os.cpu_count() or 1
+    cpus = num_usable_cpus()
     return recipe_row("fast_r50", 2.2, lambda recipe: r50(30, cpus, recipe), "fast")
 
 
@@ -238,7 +239,7 @@ def time_to_target() -> Row:
 
     Over three seeds: rounding alone decides at which evaluation one of them meets the target.
     """
-    cpus = os.cpu_count() or 1
+    cpus = num_usable_cpus()
     values = yaml.safe_load(DEFAULT_CONFIG.read_text(encoding="utf-8"))
     plan = demo(1, cpus=cpus, **values["protocol"])
     found, theirs, iterations = [], [], []

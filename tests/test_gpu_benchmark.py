@@ -90,12 +90,12 @@ def test_every_row_has_all_its_loader_processes_from_its_start(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("usable", "gpus", "cpus"),
-    [(16.0, 1, 14), (224.0, 8, 14), (32.0, 4, 6), (4.5, 1, 2), (2.0, 2, 1), (0.5, 1, 1), (8.0, 0, 6)],
+    [(16, 1, 14), (224, 8, 14), (32, 4, 6), (4, 1, 2), (2, 2, 1), (1, 1, 1), (8, 0, 6)],
 )
 def test_a_row_has_its_gpus_share_of_the_usable_cpus_but_two(
-    usable: float, gpus: int, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    usable: int, gpus: int, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_plans, "usable_cpus", lambda: usable)
+    monkeypatch.setattr(gpu_plans, "num_usable_cpus", lambda: usable)
     monkeypatch.setattr(gpu_plans, "list_gpus", lambda: ["H100"] * gpus)
     train, _ = coco_shaped(tmp_path / "set", 2, 0.1)
     files = {"annotations": str(train.annotations), "images": str(train.images)}

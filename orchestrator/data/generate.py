@@ -22,6 +22,7 @@ from typing import Any
 from orchestrator.data.layout import Dataset, coco_layout
 from orchestrator.data.progress_bar import OnProgress
 from orchestrator.data.shapes import ShapesParameters, draw_image, name_shape
+from trainers.contract.cpus import num_usable_cpus
 
 PARAMETERS_FILE = "generated.json"
 JPEG_QUALITY = 92
@@ -135,7 +136,7 @@ def _write_split(
         (str(folder), SPLITS.index(split), start, min(start + CHUNK_IMAGES, num_drawn), parameters)
         for start in range(0, num_drawn, CHUNK_IMAGES)
     ]
-    processes = processes or (os.cpu_count() or 1 if num_drawn >= 2000 else 1)
+    processes = processes or (num_usable_cpus() if num_drawn >= 2000 else 1)
     drawn: list[list[dict[str, Any]]] = []
     for chunk in _run_chunks(chunks, processes):
         drawn.extend(chunk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from orchestrator.data.image_content import WARNINGS, inspect_image
 from orchestrator.data.image_names import FoundFile, locate_images
 from orchestrator.data.progress_bar import OnProgress
 from orchestrator.findings import FindingList
+from trainers.contract.cpus import num_usable_cpus
 
 CHUNK_FILES = 250
 PARALLEL_FROM = 1500
@@ -69,7 +69,7 @@ def _inspect_all(tasks: list[Task], verify: bool, on_progress: OnProgress) -> It
             yield from _inspect_chunk(chunk)
         return
     # Not fork: the caller may already run threads, whose locks a fork would copy.
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_usable_cpus(), mp_context=get_context("spawn")) as pool:
         results = pool.map(_inspect_chunk, chunks)
         for index, chunk in enumerate(chunks):
             try:

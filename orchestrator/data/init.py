@@ -15,6 +15,7 @@ from orchestrator.data.exports import find_splits
 from orchestrator.files import is_file
 from orchestrator.findings import Finding, has_errors, printable, sort_findings
 from orchestrator.gpus import list_gpus
+from trainers.contract.cpus import num_usable_cpus
 
 MASK_CONFIG = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
 BOX_CONFIG = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"
@@ -109,7 +110,7 @@ class Machine(NamedTuple):
         """This machine."""
         gpus = list_gpus()
         memory = [gpu.total_bytes / 2**30 for gpu in gpus if gpu.total_bytes]
-        return cls(len(gpus), min(memory, default=0.0), _num_cpus())
+        return cls(len(gpus), min(memory, default=0.0), num_usable_cpus())
 
 
 class Schedule(NamedTuple):
@@ -175,16 +176,6 @@ def schedule(num_images: int, machine: Machine) -> Schedule:
     steps = [iters * 2 // 3, iters * 8 // 9]
     lr, tenth = LR_PER_IMAGE * batch, iters // 10
     return Schedule(num_images, workers, per_worker, batch, lr, epochs, iters, steps, min(1000, tenth), tenth)
-
-
-def _num_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the limit of its container (cgroup v2)."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(available, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or no limit: "max"
-        return available
 
 
 def _gpus(machine: Machine) -> str:

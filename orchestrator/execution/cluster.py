@@ -24,6 +24,7 @@ from orchestrator.experiment.plan import Hardware
 from orchestrator.experiment.spec import SpecError
 from orchestrator.files import existing_parent
 from orchestrator.gpus import list_gpus
+from trainers.contract.cpus import num_usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ def _init_local(dashboard: bool) -> Any:
     init = partial(
         ray.init,
         address="local",
+        num_cpus=num_usable_cpus(),  # Ray looks at a container's quota, and not at the share of a batch system
         num_gpus=len(list_gpus()),  # Ray would count what CUDA_VISIBLE_DEVICES names that is not there, such as -1
         include_dashboard=dashboard,
         log_to_driver=False,

@@ -24,6 +24,7 @@ from orchestrator.experiment.schedule import is_own, scaled_solver
 from orchestrator.experiment.spec import Experiment, SpecError
 from orchestrator.findings import root_cause
 from orchestrator.gpus import list_gpus
+from trainers.contract.cpus import num_usable_cpus
 from trainers.contract.plan import DatasetPlan, Device, Scaling, TrialPlan
 from trainers.recipes import RECIPES, Recipe
 
@@ -39,7 +40,7 @@ class Hardware:
     @classmethod
     def local(cls) -> Hardware:
         """What this machine offers."""
-        return cls(len(list_gpus()), os.cpu_count() or 1)
+        return cls(len(list_gpus()), num_usable_cpus())
 
 
 def generated_root(experiment: Experiment) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from orchestrator.acceptance.table import missing, rows
 from orchestrator.preflight.speed import speed_findings
 from tests.builders.commands import run_command
 from tests.builders.waiting import wait_for
-from trainers.acceptance import cpu_time, gpus
-from trainers.acceptance.cpu_time import Burst, run_burst, usable_cpus
+from trainers.acceptance import gpus
+from trainers.acceptance.cpu_time import Burst, run_burst
 from trainers.acceptance.host import measure_host
 from trainers.contract.acceptance import Measured, ProbeRequest
 
@@ -112,27 +111,6 @@ def test_a_burst_works_in_all_threads_and_passes_errors_on() -> None:
 
     with pytest.raises(OSError, match="no disk"):
         run_burst(fail, 2, 0.02)
-
-
-@pytest.mark.parametrize(
-    ("files", "cpus"),
-    [
-        ({"cpu.max": "50000 100000"}, 0.5),
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}, 1.5),
-        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
-        ({"cpu.max": "garbage"}, None),
-        ({}, None),
-    ],
-)
-def test_the_quota_of_a_control_group_limits_the_cpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: float | None
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(cpu_time, "_control_groups", lambda: [tmp_path])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    assert usable_cpus() == (cpus or 2.0)
 
 
 def request(folder: Path | None, data: Path | None = None) -> ProbeRequest:

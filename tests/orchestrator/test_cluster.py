@@ -36,6 +36,7 @@ from tests.builders.waiting import wait_for
 from trainers.contract.events import RunStarted
 
 SECRET = CREDENTIALS[0]
+NUM_CPUS = 3
 
 
 def divide(a: float, b: float) -> float:
@@ -48,7 +49,7 @@ def sleep(seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def local_cluster() -> Iterator[cluster.Cluster]:
-    """A local cluster with a dashboard, started by a driver that holds credentials and sees two of its GPUs."""
+    """A local cluster with a dashboard: its driver holds credentials, sees two of its GPUs, and may use three CPUs."""
     before = dict(os.environ)
     os.environ["CUDA_VISIBLE_DEVICES"] = "0,1,7"
     os.environ[SECRET] = "secret"
@@ -57,6 +58,7 @@ def local_cluster() -> Iterator[cluster.Cluster]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cluster, "list_gpus", lambda: [Gpu("H100", number) for number in range(2)])
+            patch.setattr(cluster, "num_usable_cpus", lambda: NUM_CPUS)
             started = cluster.start_ray(None, dashboard=True)
         yield started
     finally:
@@ -74,8 +76,11 @@ def test_the_dashboard_of_a_local_cluster_answers(local_cluster: cluster.Cluster
     assert os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
 
 
-def test_ray_has_the_gpus_that_the_driver_sees_whatever_it_counts_itself(local_cluster: cluster.Cluster) -> None:
+def test_ray_has_the_gpus_and_cpus_that_the_driver_sees_whatever_it_counts_itself(
+    local_cluster: cluster.Cluster,
+) -> None:
     assert local_cluster.hardware.num_gpus == ray.cluster_resources()["GPU"] == 2
+    assert local_cluster.hardware.num_cpus == ray.cluster_resources()["CPU"] == NUM_CPUS
 
 
 def test_ray_has_no_gpu_where_the_driver_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+from trainers.contract.cpus import control_groups
+
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
@@ -85,39 +86,10 @@ class _Thread(threading.Thread):
             self.error = error
 
 
-def usable_cpus() -> float:
-    """CPUs that this process may use: by its affinity and by the quotas of its control groups (versions 1 and 2)."""
-    limits = [float(len(os.sched_getaffinity(0)))]
-    for folder in _control_groups():
-        with suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-            limits.append(float(quota.replace("max", "inf")) / float(period))
-        with suppress(OSError, ValueError):
-            quota, period = (_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-            limits.append(float(quota) / float(period) if float(quota) > 0 else limits[0])
-    return min(limits)
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="ascii").strip()
-
-
-def _control_groups() -> Iterator[Path]:
-    """The folders of the control groups for CPUs that this process is in, with those above, as far as it sees them."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            for root in (CGROUPS / controllers, CGROUPS / "cpu") if controllers else (CGROUPS, CGROUPS / "unified"):
-                folder = root / path.lstrip("/")
-                yield from (each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir())
-
-
 def _throttled_seconds() -> float:
     """CPU time that quotas have kept back from this process's control groups so far; the largest of them."""
     found = [0.0]
-    for folder in _control_groups():
+    for folder in control_groups():
         with suppress(OSError, ValueError):
             values = dict(line.split() for line in (folder / "cpu.stat").read_text(encoding="ascii").splitlines())
             found.append(int(values.get("throttled_time", 0)) / 1e9 or int(values.get("throttled_usec", 0)) / 1e6)

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 import torch
 
-from trainers.acceptance.cpu_time import Burst, run_burst, usable_cpus
+from trainers.acceptance.cpu_time import Burst, run_burst
 from trainers.contract.acceptance import Measured, ProbeRequest
+from trainers.contract.cpus import usable_cpus
 
 REPETITIONS = 3
 """How often each rate is measured."""
