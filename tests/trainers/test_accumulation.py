@@ -12,9 +12,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.builders.graphs import batch_of, plan_of, train
+from tests.builders.ranks import spawn_ranks
 from tests.builders.training import last
 from tests.builders.training import plan_of as plan_of_rank
 from tests.builders.training import train as train_rank
@@ -172,7 +172,7 @@ def _rank_trains(rank: int, store: str, folder: str) -> None:
 @pytest.mark.train
 def test_workers_meet_once_in_a_step(tmp_path: Path) -> None:
     """In DistributedDataParallel and in our buckets, with the same weights after 12 steps of two batches."""
-    mp.spawn(_rank_trains, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn_ranks(_rank_trains, str(tmp_path / "store"), str(tmp_path))
     for rank in (0, 1):
         without, trained = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert trained == without

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.builders.ranks import spawn_ranks
 from tests.builders.training import last, plan_of, train
 from tests.builders.trials import plan as plan_without_data
 from trainers.checkpoint_hook import CheckpointHook
@@ -93,7 +94,7 @@ def _two_ranks(rank: int, folder: str, found: Any) -> None:
 
 def test_all_ranks_take_the_next_checkpoint_together(tmp_path: Path):
     found = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_two_ranks, (str(tmp_path), found), nprocs=2)
+    spawn_ranks(_two_ranks, str(tmp_path), found)
     first, second = found.get(), found.get()
     assert first == second > 3
 

@@ -8,8 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.builders.ranks import spawn_ranks
 from trainers.failures import ending_together
 from trainers.loop import NotFiniteError
 
@@ -39,4 +39,4 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_a_rank_whose_loss_is_not_finite_waits_until_all_have_said_why(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    spawn_ranks(_rank, str(tmp_path))

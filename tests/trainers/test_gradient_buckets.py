@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from tests.builders.graphs import batch_of, plan_of, train
+from tests.builders.ranks import spawn_ranks
 from trainers.speedups.gradient_buckets import GradientBuckets
 
 
@@ -31,7 +31,7 @@ def _rank_trains(rank: int, store: str, folder: str) -> None:
 
 @pytest.mark.train
 def test_two_workers_average_the_gradients_of_replays(tmp_path: Path) -> None:
-    mp.spawn(_rank_trains, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn_ranks(_rank_trains, str(tmp_path / "store"), str(tmp_path))
     for rank in (0, 1):
         without, trained, num_replays, communication = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert trained == without and num_replays >= 3 and communication == [2] * 6

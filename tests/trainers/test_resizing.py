@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders.graphs import batch_of, plan_of, train
+from tests.builders.ranks import spawn_ranks
 from tests.builders.training import last
 from tests.builders.training import plan_of as plan_of_rank
 from tests.builders.training import train as train_rank
@@ -127,7 +127,7 @@ def _rank_trains(rank: int, store: str, folder: str) -> None:
 @pytest.mark.train
 def test_one_worker_that_stands_for_two_trains_as_they_do_to_rounding(tmp_path: Path) -> None:
     """The same batches and the same random choices of the model: gradients are added in another order only."""
-    mp.spawn(_rank_trains, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn_ranks(_rank_trains, str(tmp_path / "store"), str(tmp_path))
     expected, losses = torch.load(tmp_path / "two.pt", weights_only=True)
     torch.set_num_threads(1)
     plan = dataclasses.replace(plan_of(tmp_path), stands_for=2)

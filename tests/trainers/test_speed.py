@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from benchmarks.ours import write_plan
+from tests.builders.ranks import spawn_ranks
 from tests.builders.recipes import plan_of, train
 from tests.builders.training import last
 from trainers import machine, mask_rcnn
@@ -104,7 +104,7 @@ def _rank_starts(rank: int, store: str, plan: TrialPlan) -> None:
 
 def test_workers_whose_auto_precisions_differ_do_not_start(tmp_path: Path) -> None:
     plan = dataclasses.replace(plan_of(tmp_path, dataclasses.replace(PLAIN, precision="auto"), "auto"), world_size=2)
-    mp.spawn(_rank_starts, args=(str(tmp_path / "store"), plan), nprocs=2)
+    spawn_ranks(_rank_starts, str(tmp_path / "store"), plan)
 
 
 def test_a_recipes_settings_of_the_process_end_with_it() -> None:

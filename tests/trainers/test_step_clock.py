@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.builders.ranks import spawn_ranks
 from trainers.step_clock import StepClock
 
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_the_fast_worker_waits_for_the_slow_ones_gradients(tmp_path):
     """By one clock for both, which only the slow worker moves, and only while the fast one waits for its gradients."""
     context = mp.get_context("spawn")
     shared, fast_is_ready = context.Value("d", 0.0), context.Semaphore(0)
-    mp.spawn(_slow_and_fast, args=(str(tmp_path / "store"), str(tmp_path), shared, fast_is_ready), nprocs=2)
+    spawn_ranks(_slow_and_fast, str(tmp_path / "store"), str(tmp_path), shared, fast_is_ready)
     (fast_steps, fast, fast_grad), (slow_steps, slow, slow_grad) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     )
