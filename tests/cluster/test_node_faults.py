@@ -150,6 +150,7 @@ def test_a_trial_that_may_goes_on_with_fewer_workers_where_a_node_does_not_come_
     assert result.notes[0].startswith("attempt 1 with 1 of 2 workers")
 
 
+@pytest.mark.soak
 def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, Nodes], control: Outcome) -> None:
     bench, nodes = bench_and_nodes
     loss = WhenHeld(bench, nodes.kill)
@@ -164,6 +165,7 @@ def test_a_trial_on_a_lost_node_goes_on_elsewhere(bench_and_nodes: tuple[Bench, 
     print(f"\nlost node: {resumed - loss.done_at:.1f} s from the loss to the next step")
 
 
+@pytest.mark.soak
 def test_workers_that_waited_on_a_lost_node_are_not_used(
     bench_and_nodes: tuple[Bench, Nodes], control: Outcome
 ) -> None:
