@@ -21,7 +21,7 @@ def spawn_ranks(run_rank: Callable[..., None], *arguments: object) -> None:
 
 def _run(rank: int, run_rank: Callable[..., None], arguments: tuple[object, ...]) -> None:
     run_rank(rank, *arguments)
-    # The interpreter does not end: up to Python 3.13 it ends threads that ask for it then, which aborts gloo's.
+    # The interpreter does not end: up to Python 3.13 it ends threads that ask for it then, which can abort gloo's.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
